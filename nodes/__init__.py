@@ -1,0 +1,15 @@
+"""The nodes, one family per file; the host looks at them through KindredExtension."""
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from .inversion import DDIMInvert
+from .prompts import SubjectPrompts
+from .reference import MaskedSelfAttnInject, RefUNetCapture
+
+
+class KindredExtension(ComfyExtension):
+    """The pack's nodes in the order of the menu."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject]

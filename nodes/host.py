@@ -1,0 +1,352 @@
+"""The one door to the host: its model, its sampler run and its attention, translated once into Kindred's types.
+
+A node's configuration is a frozen `Injection` on a clone of the MODEL. When a sampler starts, one wrapper turns the
+injections it finds into a `Run`; the run lives in the sampler's own copy of the options and dies with it.
+"""
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..models.injection import ActiveInjection, BlockSite, Recorder, Run
+from ..models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
+
+KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
+SUBJECT, TEXT = "kindred_subject", "kindred_text"  # what Subject Prompts leaves inside CONDITIONING
+log = logging.getLogger(__name__)
+Conditioning = list[tuple[Tensor, dict[str, Any]]]
+
+
+class Injection(Protocol):
+    """A frozen node configuration."""
+    def check(self, model: ModelPatcher) -> None: ...
+    def start_run(self, run: SamplerRun) -> ActiveInjection: ...
+
+
+@dataclass
+class SamplerRun(Run):
+    """A run under one of the host's guiders."""
+    injections: tuple[Injection, ...] = ()
+    guider: Any = None
+    model_options: dict[str, Any] = field(default_factory=dict)
+    step_tokens: dict[tuple[int, float, frozenset[Half]], Mapping[Half, Mapping[BlockId, Tensor]]] = field(default_factory=dict)
+    ways: set[str] = field(default_factory=set)  # cached, live: each is logged once
+
+    def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int]) -> None:
+        """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
+        self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
+        self.sites = attention_sites(guider.inner_model.diffusion_model)
+        self.read_conds(guider.conds)
+        self.active = [injection.start_run(self) for injection in self.injections]
+
+    def close(self) -> None:
+        super().close()
+        self.guider, self.model_options, self.step_tokens = None, {}, {}
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+def require_unet(model: ModelPatcher, node: str) -> BaseModel:
+    """The BaseModel behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
+    base = model.model
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(base.diffusion_model, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
+        raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
+                         f"{type(base.model_config).__name__} ({type(base.diffusion_model).__name__}, "
+                         f"{'flow' if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__}). "
+                         "Load an SD1.5, SD2.x or SDXL checkpoint.")
+    return base
+
+
+def attention_sites(unet: UNetModel) -> dict[BlockId, BlockSite]:
+    """Every transformer block in the order the UNet runs them."""
+    sites: dict[BlockId, BlockSite] = {}
+    divisor = 1
+    stages = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
+    for stage, blocks in stages:
+        for index, layers in enumerate(blocks):
+            depth = 0
+            for layer in layers:
+                if isinstance(layer, SpatialTransformer):
+                    for block in layer.transformer_blocks:
+                        sites[stage, index, depth] = BlockSite(block, divisor)
+                        depth += 1
+                elif isinstance(layer, Downsample):
+                    divisor *= 2
+                elif isinstance(layer, Upsample):
+                    divisor //= 2
+    return sites
+
+
+def model_key(model: ModelPatcher) -> str:
+    """A name for the weights and their LoRAs that is the same on every machine: "SD15 1a2b3c4d5e6f"."""
+    def tensors(value: object) -> Iterable[object]:
+        if isinstance(value, Tensor):
+            yield tuple(value.shape)
+            yield value.detach().flatten()[:4].float().tolist()
+        elif isinstance(value, (list, tuple)):
+            for v in value:
+                yield from tensors(v)
+        elif hasattr(value, "weights"):
+            yield from tensors(value.weights)
+        elif isinstance(value, (float, int, str)):
+            yield value
+    digest = hashlib.blake2b(digest_size=6)
+    for key, (original, *patches) in model.get_key_patches("diffusion_model.").items():
+        if patches or key.endswith(("attn1.to_k.weight", "attn2.to_v.weight")):
+            digest.update(repr((key, list(tensors(original[0])), [list(tensors(p)) for p in patches])).encode())
+    return f"{type(model.model.model_config).__name__} {digest.hexdigest()}"
+
+
+def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
+    """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the CPU."""
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
+
+
+SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
+
+
+def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
+    """A LATENT's samples in model scale, checked: channels, finiteness, and not the empty latent."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(f"{node}: the latent is {list(samples.shape)}, but this model's latents have {channels} channels "
+                         "[b c y x]. Encode the photo with this checkpoint's VAE (VAE Encode).")
+    if not torch.isfinite(samples).all():
+        bad = (~torch.isfinite(samples)).sum().item()
+        raise ValueError(f"{node}: {bad} of {samples.numel()} latent values are NaN or infinite. A VAE in fp16 does this to "
+                         "some pictures: start ComfyUI with --fp32-vae or use another VAE.")
+    if not samples.any():
+        raise ValueError(f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, not Empty Latent Image.")
+    return model.model.process_latent_in(samples)
+
+
+def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
+    """Latents in model scale -> a LATENT's samples."""
+    return model.model.process_latent_out(samples)
+
+
+def percent_to_sigma(model: ModelPatcher, percent: float) -> float:
+    """Share of the model's own schedule (0 = all noise) as a sigma."""
+    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+@torch.compiler.disable
+def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    run: Run | None = options.get(KEY)
+    if isinstance(run, Run):
+        run.pending, run.pending_self = run.call(options), True
+        if run.recorder:
+            run.recorder.self_tokens(run.pending, n)
+    return n, context, value
+
+
+@torch.compiler.disable
+def _attn2_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    run: Run | None = options.get(KEY)
+    if isinstance(run, Run):
+        run.pending, run.pending_self = run.call(options), False
+    return n, context, value
+
+
+def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """optimized_attention_override that asks its predecessor (sage, flash, another pack) with the longer keys."""
+    @torch.compiler.disable
+    def override(func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
+                 **kwargs: Any) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+            if previous is not None:
+                return previous(func, q, k, v, heads, mask=mask, **kwargs)
+            return func(q, k, v, heads, mask=mask, **kwargs)
+        run = (kwargs.get("transformer_options") or {}).get(KEY)
+        call = run.pending if isinstance(run, Run) else None
+        if call is None or mask is not None or kwargs.get("skip_reshape"):
+            return attend(q, k, v, heads, mask)
+        if run.pending_self:
+            return run.attend(call, attend, q, k, v, heads)
+        if run.recorder:
+            run.recorder.cross(call, q, k, heads)
+        return attend(q, k, v, heads)
+    setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
+    return override
+
+
+def install(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
+    """A copy of the options with the run in it; last in every chain that matters, so the order of nodes does not."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    transformer = options.setdefault("transformer_options", {})
+    transformer[KEY] = run
+    patches = transformer.setdefault("patches", {})
+    for name, patch in (("attn1_patch", _attn1_patch), ("attn2_patch", _attn2_patch)):
+        patches[name] = [patch, *(p for p in patches.get(name, ()) if p is not patch)]  # first: it sees norm(x) as it is
+    previous = transformer.get("optimized_attention_override")
+    transformer["optimized_attention_override"] = _override(getattr(previous, KEY, (previous,))[0])
+    return options
+
+
+def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    guider = executor.class_obj
+    original = guider.model_options
+    injections = original["transformer_options"].get(KEY, ())
+    if "multigpu_clones" in original:
+        raise ValueError("Kindred: MultiGPU Work Units split the rows that share a subject over several devices. Remove that node.")
+    for injection in injections:
+        injection.check(guider.model_patcher)
+    run = SamplerRun(injections=injections)
+    guider.model_options = install(original, run)
+    try:
+        return executor(noise, latent, *args, **kwargs)
+    finally:
+        run.close()
+        guider.model_options = original
+
+
+def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
+                    *args: Any, **kwargs: Any) -> Tensor:
+    extra_args["model_options"]["transformer_options"][KEY].begin(guider, extra_args["model_options"], noise.shape)
+    return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+
+def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None) -> Tensor:
+    sigma = float(timestep.flatten()[0])
+    for injection in model_options["transformer_options"][KEY].active:
+        injection.begin_step(sigma)
+    return executor(x, timestep, model_options, seed)
+
+
+def inject(model: ModelPatcher, injection: Injection) -> ModelPatcher:
+    """A clone of the MODEL with one more injection; the input MODEL is never changed."""
+    clone = model.clone()
+    transformer = clone.model_options.setdefault("transformer_options", {})
+    transformer[KEY] = (*transformer.get(KEY, ()), injection)
+    wrappers = ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
+                (WrappersMP.PREDICT_NOISE, _predict_noise))
+    for kind, wrapper in wrappers:
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+# ------------------------------------------------------------------------------------------------------- the Ref-UNet
+def read_prompt(conditioning: Conditioning, name: str, node: str) -> ReferencePrompt:
+    """The one plain prompt of a reference pass; ValueError where several, masked or controlled prompts are wired."""
+    special = sorted({k for _, extras in conditioning for k in ("area", "mask", "control", "hooks", "gligen") if extras.get(k) is not None})
+    if len(conditioning) != 1 or special:
+        raise ValueError(f"{node}: {name} must be one plain prompt such as 'a photo of a cat', but {len(conditioning)} prompts were "
+                         f"given{' with ' + ', '.join(special) if special else ''}. Wire Subject Prompts straight into it.")
+    (cross, extras), = conditioning
+    plain = {k: v for k, v in extras.items() if isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
+    return ReferencePrompt(str(extras.get(TEXT, "")), cross, plain, extras.get(SUBJECT))
+
+
+def _conditioning(prompt: ReferencePrompt) -> Conditioning:
+    return [(prompt.cross, dict(prompt.extras))]
+
+
+def _bare(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or split calls are not for it."""
+    kept = {k: v for k, v in model_options.get("transformer_options", {}).items() if k not in ("wrappers", "callbacks", KEY)}
+    return install({"transformer_options": kept}, run)
+
+
+class _ReferenceGuider(comfy.samplers.CFGGuider):
+    """Evaluates cond (and uncond, where its features are wanted) in one call and returns cond: guidance 1."""
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None) -> Tensor:
+        conds = [self.conds["positive"], self.conds.get("negative")]
+        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options or {})[0]
+
+
+Loop = Callable[[Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int, Tensor, Tensor], None]], Any]
+
+
+class _ReferenceSampler(comfy.samplers.Sampler):
+    """Hands a loop of models/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns."""
+    def __init__(self, loop: Loop, run: SamplerRun, total: int) -> None:
+        self.loop, self.run, self.total, self.result = loop, run, total, None
+
+    def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
+               *args: Any, **kwargs: Any) -> Tensor:
+        self.run.begin(guider, extra_args["model_options"], noise.shape)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
+
+        def progress(step: int, denoised: Tensor, x: Tensor) -> None:
+            callback(min(step, self.total - 1), denoised, x, self.total)
+        self.result = self.loop(denoise, noise.device, progress)
+        return noise
+
+
+def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, positive: ReferencePrompt, negative: ReferencePrompt | None,
+                   loop: Loop, recorder: Recorder | None = None, total: int | None = None) -> Any:
+    """Run `loop` inside the host's sampling (loading, casts, progress, interrupts) at guidance 1; returns the loop's result.
+
+    shape: [r c y x] of the reference latents; sigmas: descending [t+1], for nodes that look at the schedule; total: UNet
+    calls for the progress bar, where they are not one per step.
+    """
+    bare = model.clone()
+    bare.wrappers = {}
+    run = SamplerRun(recorder=recorder)
+    guider = _ReferenceGuider(bare)
+    guider.model_options = _bare(bare.model_options, run)
+    guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
+    total = total or len(sigmas) - 1
+    sampler = _ReferenceSampler(loop, run, total)
+    empty = torch.zeros(list(shape))
+    try:
+        guider.sample(empty, empty, sampler, sigmas, callback=latent_preview.prepare_callback(bare, total), seed=0)
+    finally:
+        run.close()
+    return sampler.result
+
+
+def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
+                     halves: frozenset[Half]) -> Mapping[Half, Mapping[BlockId, Tensor]]:
+    """The kept tokens [l c] of every block of the bank at this sigma: from the bank where it holds it (cached), else live.
+
+    Live is a Ref-UNet call on the interpolated trajectory at that very sigma. Remembered for the step, so that chained nodes
+    and repeated evaluations at one sigma share it.
+    """
+    key = (id(bank), sigma, halves)
+    if key not in run.step_tokens:
+        step = bank.step_of(sigma)
+        way = f"live, since it holds no sigma {sigma:.4g} (it was made with {bank.trajectory.schedule})" if step is None else "cached"
+        if way.split(",")[0] not in run.ways:
+            run.ways.add(way.split(",")[0])
+            log.info("Kindred: the reference is read %s.", way)
+        device, dtype = run.guider.model_patcher.load_device, run.guider.inner_model.get_dtype_inference()
+        run.step_tokens = {key: _live_tokens(run, bank, sigma, halves) if step is None else
+                           {half: bank.tokens(half, step, device, dtype) for half in halves}} | {
+                           k: v for k, v in run.step_tokens.items() if k[1] == sigma}
+    return run.step_tokens[key]
+
+
+def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half]) -> dict[Half, dict[BlockId, Tensor]]:
+    model, device = run.guider.inner_model, run.guider.model_patcher.load_device
+    x = bank.latent_at(sigma).to(device)
+    wanted = {"positive": Half.COND, "negative": Half.UNCOND}
+    conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
+    conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
+    recorder = Recorder(bank.blocks)
+    inner = Run(recorder=recorder, latent=tuple(x.shape[2:]))
+    inner.read_conds(conds)
+    comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
+                                   _bare(run.model_options, inner))
+    return {half: bank.keep(recorder.of(half)) for half in halves}

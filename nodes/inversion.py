@@ -1,0 +1,113 @@
+"""DDIM Invert: a photo's latent, step by step, back to the noise it could have come from."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io, ui
+from torch import Tensor
+
+from ..models import inversion as method
+from ..models.inversion import InversionTrajectory
+from ..models.metrics import psnr
+from . import host
+
+NODE = "DDIM Invert"
+Inversion = io.Custom("KINDRED_INVERSION")
+SCHEDULE_NAMES = [*host.SCHEDULERS]
+DDIM, EDIT_FRIENDLY = "ddim", "edit-friendly ddpm"
+log = logging.getLogger(__name__)
+
+
+def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
+    """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
+    if sigmas is None:
+        return host.schedule(model, scheduler, steps), f"{scheduler}, {steps} steps"
+    sigmas = sigmas.float().cpu()
+    if len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
+        raise ValueError(f"{node}: SIGMAS must fall from step to step and end in 0, but {[round(s, 4) for s in sigmas.tolist()[:6]]}... "
+                         f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
+                         "Wire the same SIGMAS that the sampler gets, not flipped ones.")
+    return sigmas, f"custom, {len(sigmas) - 1} steps"
+
+
+class DDIMInvert(io.ComfyNode):
+    """DDIM inversion of paper A section 2.1, at guidance 1 through the host's own model wrapper (eps and v models)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredDDIMInvert", display_name=NODE, category="Kindred",
+            description="Turns an encoded photo back into noise and keeps every step on the way, so that Ref-UNet Feature Capture "
+                        "can read the subject at each of them. Reports how well the photo comes back.",
+            search_aliases=["ddim inversion", "unsampler", "invert image", "noise inversion", "reverse sampling"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
+                io.Latent.Input("latent", tooltip="The photo of the subject, through VAE Encode."),
+                io.Conditioning.Input("positive", tooltip="A coarse description of the photo, such as: a photo of a cat (Subject "
+                                                          "Prompts)."),
+                io.Int.Input("steps", default=50, min=2, max=1000,
+                             tooltip="Take the steps of the sampler that will generate: then no reference pass runs while it samples."),
+                io.Combo.Input("scheduler", options=SCHEDULE_NAMES, default="ddim_uniform",
+                               tooltip="Take the scheduler of the sampler that will generate."),
+                io.Combo.Input("method", options=[DDIM, EDIT_FRIENDLY], default=DDIM, advanced=True,
+                               tooltip="ddim: deterministic, one path. edit-friendly ddpm: independent noise at every step; "
+                                       "keeps noise maps that bring the photo back exactly (arXiv 2304.06140)."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False, advanced=True,
+                             tooltip="Noise of the edit-friendly method; ddim uses none."),
+                io.Boolean.Input("check", default=True, advanced=True,
+                                 tooltip="Sample back from the noise and report the difference to the photo. Doubles the time of this "
+                                         "node."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of steps and scheduler: the SIGMAS the sampler gets."),
+            ],
+            outputs=[
+                Inversion.Output(display_name="inversion", tooltip="Every step of the way, for Ref-UNet Feature Capture."),
+                io.Latent.Output(display_name="noise", tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled."),
+            ],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, latent: dict[str, Any], positive: host.Conditioning, steps: int, scheduler: str,
+                method: str = DDIM, seed: int = 0, check: bool = True, sigmas: Tensor | None = None) -> io.NodeOutput:
+        host.require_unet(model, NODE)
+        prompt = host.read_prompt(positive, "positive", NODE)
+        down, name = chosen_sigmas(model, steps, scheduler, sigmas, NODE)
+        z0 = host.latent_in(model, latent["samples"], NODE)
+        loop = ddim_loop(z0, down, check) if method == DDIM else edit_friendly_loop(z0, down, seed, check)
+        total = (len(down) - 1) * (2 if check else 1)
+        latents, maps, back = host.reference_pass(model, z0.shape, down, prompt, None, loop, total=total)
+        trajectory = InversionTrajectory(down.flip(0), latents, method, prompt.text, host.model_key(model), name, maps)
+        report = f"{name}, {method}"
+        if back is not None:
+            report += f": round trip {psnr(back, z0, (z0.max() - z0.min()).item()):.1f} dB in latent space"
+        log.info("%s: %s", NODE, report)
+        return io.NodeOutput(trajectory, latent | {"samples": host.latent_out(model, latents[-1])}, ui=ui.PreviewText(report))
+
+
+def ddim_loop(z0: Tensor, down: Tensor, check: bool) -> host.Loop:
+    """Invert along the flipped sigmas with the noise read at each target's label (method.md section 4); sample back if asked."""
+    def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> tuple[Any, ...]:
+        def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
+            progress(i, denoised, x)
+        latents = method.ddim_invert(denoise, z0.to(device), down.flip(0), label="target", on_step=step)
+        back = method.ddim_sample(denoise, latents[-1], down, on_step=lambda i, *a: step(i + len(down) - 1, *a)) if check else None
+        return latents.cpu(), None, None if back is None else back.cpu()
+    return loop
+
+
+def edit_friendly_loop(z0: Tensor, down: Tensor, seed: int, check: bool) -> host.Loop:
+    """DDPM inversion with independent noise per step (method.md 3.5); the replay needs the model again."""
+    def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> tuple[Any, ...]:
+        def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
+            progress(i, denoised, x)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        latents, maps = method.edit_friendly_invert(denoise, z0.to(device), down.flip(0), generator, on_step=step)
+        back = None
+        if check:
+            back = method.edit_friendly_replay(denoise, latents[-1], down.flip(0), maps,
+                                               on_step=lambda i, *a: step(i + len(down) - 1, *a)).cpu()
+        return latents.cpu(), maps.cpu(), back
+    return loop

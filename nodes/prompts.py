@@ -1,0 +1,116 @@
+"""Subject Prompts: a prompt per line, encoded as one batch, with the subject's token positions inside the CONDITIONING."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..models.reference import SubjectTokens
+from .host import SUBJECT, TEXT
+
+NODE = "Subject Prompts"
+Token = tuple[Any, ...]  # (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
+
+
+def subject_positions(chunks: Sequence[Sequence[Token]], words: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Positions, counted over all chunks, of every occurrence of every word's pieces (method.md 3.6 Q4: all of both).
+
+    chunks: the host's tokens of a prompt, with word numbers; words: token ids of each subject word or phrase.
+    """
+    places = [(i, t[0]) for i, t in enumerate(t for chunk in chunks for t in chunk) if t[2] != 0]
+    ids = [token if isinstance(token, int) else None for _, token in places]
+    found: set[int] = set()
+    for pieces in words:
+        for start in range(len(ids) - len(pieces) + 1):
+            if ids[start:start + len(pieces)] == list(pieces):
+                found.update(places[i][0] for i in range(start, start + len(pieces)))
+    return tuple(sorted(found))
+
+
+def word_ids(chunks: Sequence[Sequence[Token]]) -> list[int]:
+    """The token ids of a tokenized word or phrase, without start, end and padding."""
+    return [t[0] for chunk in chunks for t in chunk if t[2] != 0 and isinstance(t[0], int)]
+
+
+def batch_rows(rows: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+    """[1 w_i c] per prompt -> [b w c] with positions moved along: shorter prompts are repeated, which attention cannot tell."""
+    w = math.lcm(*(row.shape[1] for row in rows))
+    moved = tuple(tuple(p + start for start in range(0, w, row.shape[1]) for p in places) for row, places in zip(rows, positions))
+    return torch.cat([row.repeat(1, w // row.shape[1], 1) for row in rows]), moved
+
+
+def encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:
+    """One prompt through the host's CLIP -> cross [1 w c] and its extras."""
+    entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    if len(entries) != 1:
+        raise ValueError(f"{NODE}: this CLIP schedules {len(entries)} encodings for one prompt (a hook with keyframes). "
+                         "Use a CLIP without scheduled hooks; schedule the model's LoRA instead.")
+    return entries[0][0], dict(entries[0][1])
+
+
+class SubjectPrompts(io.ComfyNode):
+    """Prompts of pictures that share a subject (paper A's coarse description, paper B's concept words)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredSubjectPrompts", display_name=NODE, category="Kindred",
+            description="Encodes one prompt per line as one batch and remembers where the subject's words stand, "
+                        "so that other Kindred nodes find the subject in the picture. Use it wherever CLIP Text Encode would stand.",
+            search_aliases=["subject prompt", "story prompts", "concept words", "batch prompts", "consistory prompts"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
+                io.String.Input("prompts", multiline=True, dynamic_prompts=True, default="a photo of a cat on the beach",
+                                tooltip="One line is one picture. Empty lines are skipped. (word:1.2) weighting works as usual."),
+                io.String.Input("subject", default="cat",
+                                tooltip="The word or phrase that names the subject in every line, for instance: cat. "
+                                        "Several subjects are separated by commas. Empty: no subject is marked."),
+                io.String.Input("style", default="", optional=True, advanced=True,
+                                tooltip="Put before every line, for instance: watercolour of"),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="One row per picture, with the subject's token positions."),
+                io.Int.Output(display_name="count", tooltip="The number of pictures: wire it into the batch size of Empty Latent Image."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, prompts: str, subject: str, style: str = "") -> io.NodeOutput:
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach")
+        words = [word.strip() for word in subject.split(",") if word.strip()]
+        texts = [f"{style.strip()} {line}".strip() for line in lines]
+        pieces = [word_ids(tokens_of(clip, word)) for word in words]
+        positions, seen = [], set()
+        for number, text in enumerate(texts, 1):
+            chunks = tokens_of(clip, text)
+            here = {word for word, ids in zip(words, pieces) if ids and subject_positions(chunks, [ids])}
+            if words and not here:
+                raise ValueError(f"{NODE}: line {number}, {text!r}, does not contain the subject {' or '.join(map(repr, words))}. "
+                                 "Write the subject word in every line exactly as in the subject field.")
+            seen |= here
+            positions.append(subject_positions(chunks, pieces))
+        for word in words:
+            if word not in seen:
+                raise ValueError(f"{NODE}: no line contains the subject {word!r}; the lines are {texts}. "
+                                 "Correct the word or take it out of the subject field.")
+        encoded = [encode(clip, text) for text in texts]
+        cross, positions = batch_rows([c for c, _ in encoded], positions)
+        extras = dict(encoded[0][1])
+        for key, value in extras.items():  # pooled_output and other per-prompt tensors become rows of the batch too
+            if isinstance(value, Tensor):
+                extras[key] = torch.cat([e[key] for _, e in encoded])
+        extras[TEXT] = "\n".join(texts)
+        if words:
+            extras[SUBJECT] = SubjectTokens(tuple(words), positions)
+        return io.NodeOutput([[cross, extras]], len(texts))
+
+
+def tokens_of(clip: Any, text: str) -> Sequence[Sequence[Token]]:
+    """The tokens of a text with their word numbers; SDXL's two encoders see the same tokens, so the first one answers."""
+    return next(iter(clip.tokenize(text, return_word_ids=True).values()))

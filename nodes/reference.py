@@ -1,0 +1,324 @@
+"""Ref-UNet Feature Capture and Masked Self-Attn Inject: paper A's training-free half (arXiv 2403.11284, section 2.2)."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..models import inversion as method
+from ..models.attention import ReferenceTokens, WeightMode
+from ..models.injection import AttnCall, BlockSite, Recorder, Role, SelfReferences
+from ..models.inversion import InversionTrajectory
+from ..models.masks import resize_user_mask, union_of_first
+from ..models.reference import (
+    BankBuilder, BlockId, Grid, Half, Halves, ReferenceBank, ReferencePrompt, block_name, select_blocks,
+)
+from . import host
+from .inversion import SCHEDULE_NAMES, Inversion, chosen_sigmas
+
+CAPTURE, INJECT = "Ref-UNet Feature Capture", "Masked Self-Attn Inject"
+Reference = io.Custom("KINDRED_REFERENCE")
+OTSU, VALUE = "otsu", "value"
+MASK_DIVISOR = 4  # method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
+log = logging.getLogger(__name__)
+
+
+def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite]) -> tuple[BlockId, ...]:
+    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is."""
+    if wanted.strip().lower() != "auto":
+        return select_blocks(wanted, tuple(sites), CAPTURE)
+    divisor = min(MASK_DIVISOR, max(site.divisor for site in sites.values()))
+    return tuple(block for block, site in sites.items() if site.divisor == divisor)
+
+
+def grid_of(latent: Grid, divisor: int) -> Grid:
+    """Token grid of a block: every stride-2 convolution rounds up (host.md 1.3)."""
+    return -(-latent[0] // divisor), -(-latent[1] // divisor)
+
+
+def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], None]) -> host.Loop:
+    """Ref-UNet pass over stored latents, noisiest first: one call per step."""
+    def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> InversionTrajectory:
+        last = len(trajectory.sigmas) - 1
+        for i in range(last, 0, -1):
+            x = trajectory.latents[i].to(device)
+            progress(last - i, denoise(x, trajectory.sigmas[i].to(device).expand(x.shape[0])), x)
+            keep(i)
+        return trajectory
+    return loop
+
+
+def one_pass_loop(z0: Tensor, down: Tensor, prompt: str, key: str, name: str, keep: Callable[[int], None]) -> host.Loop:
+    """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the generation will ask for (performance.md "
+      "1.2)."""
+    def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> InversionTrajectory:
+        def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
+            progress(i, denoised, x)
+            if i:
+                keep(i)
+        up = down.flip(0)
+        latents = method.ddim_invert(denoise, z0.to(device), up, label="source", evaluate_last=True, on_step=step)
+        return InversionTrajectory(up, latents.cpu(), "ddim, one pass", prompt, key, name)
+    return loop
+
+
+class RefUNetCapture(io.ComfyNode):
+    """Ref-UNet pass of paper A: features of every step, and the subject's mask from its words' cross-attention, eq. (4), (5)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredRefUNetCapture", display_name=CAPTURE, category="Kindred",
+            description="Reads the subject out of a photo: the self-attention features of every step and a mask of where the subject is. "
+                        "Give it the encoded photo (it inverts and reads in one pass) or the result of DDIM Invert.",
+            search_aliases=["reference capture", "ref unet", "reference only", "subject mask", "attention features"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
+                io.Conditioning.Input("positive", tooltip="A coarse description with the subject's word, such as: a photo of a cat "
+                                                          "(Subject Prompts)."),
+                io.Int.Input("steps", default=50, min=2, max=1000,
+                             tooltip="With a latent: the steps of the sampler that will generate. Unused with an inversion."),
+                io.Combo.Input("scheduler", options=SCHEDULE_NAMES, default="ddim_uniform",
+                               tooltip="With a latent: the scheduler of the sampler that will generate. Unused with an inversion."),
+                io.String.Input("blocks", default="all", advanced=True,
+                                tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, masactrl, or a list such as "
+                                        "output 3-5, middle 0. Fewer blocks take less memory."),
+                io.Combo.Input("mask_threshold", options=[OTSU, VALUE], default=OTSU, advanced=True,
+                               tooltip="otsu finds the threshold from the map itself; value uses the number below."),
+                io.Float.Input("mask_value", default=0.3, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="Threshold on the map scaled to 0..1, used when the threshold is set to value."),
+                io.Int.Input("mask_steps", default=2, min=1, max=1000, advanced=True,
+                             tooltip="The mask is the union over this many first (noisiest) steps: the paper's tau = 2."),
+                io.String.Input("mask_blocks", default="auto", advanced=True,
+                                tooltip="Blocks whose cross-attention locates the subject. auto: those at a quarter of the latent's size."),
+                io.Combo.Input("precision", options=["as computed", "float16"], default="as computed", advanced=True,
+                               tooltip="How the features are stored in memory. float16 halves the memory of a model that computes in "
+                                       "float32."),
+                Inversion.Input("inversion", optional=True, tooltip="From DDIM Invert: its latents are read, one model call per step."),
+                io.Latent.Input("latent", optional=True, tooltip="Instead of an inversion: the photo through VAE Encode; inverted and read "
+                                                                 "in one pass."),
+                io.Conditioning.Input("negative", optional=True, tooltip="Also reads the features of the negative half, for CFG halves = "
+                                                                         "both."),
+                io.Mask.Input("mask", optional=True, tooltip="Where the subject is, instead of finding it by its word. White is the "
+                                                             "subject."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="With a latent, instead of steps and scheduler: the SIGMAS the sampler "
+                                                                 "gets."),
+            ],
+            outputs=[
+                Reference.Output(display_name="reference", tooltip="Features, masks and the trajectory of the photo."),
+                io.Mask.Output(display_name="mask", tooltip="Where the subject was found."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, positive: host.Conditioning, steps: int, scheduler: str, blocks: str = "all", mask_threshold: str = OTSU,
+                mask_value: float = 0.3, mask_steps: int = 2, mask_blocks: str = "auto", precision: str = "as computed",
+                inversion: InversionTrajectory | None = None, latent: dict[str, Any] | None = None,
+                negative: host.Conditioning | None = None, mask: Tensor | None = None, sigmas: Tensor | None = None) -> io.NodeOutput:
+        sites = host.attention_sites(host.require_unet(model, CAPTURE).diffusion_model)
+        prompts = {Half.COND: host.read_prompt(positive, "positive", CAPTURE)}
+        if negative is not None:
+            prompts[Half.UNCOND] = host.read_prompt(negative, "negative", CAPTURE)
+        if mask is None and prompts[Half.COND].subject is None:
+            raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
+                             f"mask is wired. "
+                             "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject.")
+        if (inversion is None) == (latent is None):
+            raise ValueError(f"{CAPTURE}: "
+                             f"{'neither an inversion nor a latent is' if latent is None else 'both an inversion and a latent are'} "
+                             "wired. Wire exactly one: the photo's latent, or the result of DDIM Invert.")
+        recorder = Recorder(select_blocks(blocks, tuple(sites), CAPTURE),
+                            map_blocks(mask_blocks, sites) if mask is None else (), prompts[Half.COND])
+        builder, maps = BankBuilder(torch.float16 if precision == "float16" else None), {}
+
+        def keep(i: int) -> None:
+            for half in prompts:
+                builder.add(half, i - 1, recorder.of(half))
+            if mask is None:
+                maps[i] = recorder.word_map().cpu()
+        key = host.model_key(model)
+        if inversion is not None:
+            check_same_model(CAPTURE, "inversion", inversion.model_key, key)
+            down, loop, shape = inversion.sigmas.flip(0), replay_loop(inversion, keep), inversion.latents.shape[1:]
+        else:
+            down, name = chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
+            z0 = host.latent_in(model, latent["samples"], CAPTURE)
+            loop, shape = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, keep), z0.shape
+        calls = len(down) - 1 + (inversion is None)
+        trajectory = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), loop, recorder, calls)
+        grids = {block: grid_of(tuple(shape[2:]), site.divisor) for block, site in sites.items() if block in recorder.blocks}
+        wanted = {*grids.values(), tuple(shape[2:])}
+        if mask is None:
+            noisiest_first = [maps[i] for i in sorted(maps, reverse=True)]
+            threshold = OTSU if mask_threshold == OTSU else mask_value
+            masks = {grid: union_of_first(noisiest_first, mask_steps, threshold, grid) for grid in wanted}
+        else:
+            masks = user_masks(mask, shape[0], wanted)
+        check_masks(masks[tuple(shape[2:])], prompts[Half.COND], mask)
+        bank = builder.finish(grids, masks, trajectory, prompts, key, torch.stack([maps[i] for i in sorted(maps)]) if maps else None)
+        log.info("%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject", CAPTURE, trajectory.schedule, len(bank.layers),
+                 bank.bytes / 1e6, 100 * masks[tuple(shape[2:])].float().mean())
+        picture = masks[tuple(shape[2:])].float().repeat_interleave(8, 1).repeat_interleave(8, 2)
+        return io.NodeOutput(bank, picture)
+
+
+def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
+    """MASK [1|r Y X] -> bool [r y x] per grid; ValueError when the counts differ."""
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    if mask.shape[0] not in (1, r):
+        raise ValueError(f"{CAPTURE}: {mask.shape[0]} masks for {r} reference pictures. Wire one mask, or one per picture.")
+    return {grid: resize_user_mask(mask, grid).expand(r, -1, -1) for grid in grids}
+
+
+def check_masks(found: Tensor, prompt: ReferencePrompt, mask: Tensor | None) -> None:
+    """Refuse a reference without a subject: ValueError names the picture and what to do."""
+    for i, picture in enumerate(found, 1):
+        if not picture.any():
+            words = "" if mask is not None else ", ".join(map(repr, prompt.subject.words))
+            what = f"{words} lights up nowhere" if words else "the wired mask is empty (all black)"
+            raise ValueError(f"{CAPTURE}: no subject in picture {i} of {len(found)}: {what}. "
+                             f"{'Describe what the photo shows, or wire a mask' if words else 'Paint the subject white'}.")
+
+
+def check_same_model(node: str, what: str, made_with: str, given: str) -> None:
+    """Features of one set of weights mean nothing to another."""
+    if made_with != given:
+        raise ValueError(f"{node}: the {what} was made with model {made_with}, but the model given is {given} (weights and LoRAs count). "
+                         f"Wire the same MODEL, LoRAs included, into the node that made the {what}.")
+
+
+@dataclass(frozen=True)
+class MaskedSelfInjection:
+    """Configuration of one Masked Self-Attn Inject node."""
+    bank: ReferenceBank
+    weight: float
+    mode: WeightMode
+    blocks: frozenset[BlockId]
+    start: float  # sigmas between which the reference is read
+    end: float
+    halves: Halves
+    target_mask: Tensor | None = None  # [1|b y x] at the mask's own size
+
+    @property
+    def sources(self) -> frozenset[Half]:
+        return frozenset(s for half in Half if (s := self.halves.source(half)))
+
+    def check(self, model: Any) -> None:
+        """Called when a sampler starts: a LoRA may have been added behind this node."""
+        check_same_model(INJECT, "reference", self.bank.model_key, host.model_key(model))
+
+    def start_run(self, run: host.SamplerRun) -> ActiveMaskedSelf:
+        return ActiveMaskedSelf(self, run)
+
+
+@dataclass
+class ActiveMaskedSelf:
+    """A MaskedSelfInjection during one run: the current step's tokens, and target masks per grid."""
+    config: MaskedSelfInjection
+    run: host.SamplerRun
+    tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
+    query_masks: dict[tuple[Grid, tuple[Any, ...]], Tensor] = field(default_factory=dict)
+
+    def begin_step(self, sigma: float) -> None:
+        c = self.config
+        inside = c.end <= sigma <= c.start
+        self.tokens = host.reference_tokens(self.run, c.bank, sigma, c.sources) if inside else None
+
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> SelfReferences | None:
+        """Keys and values of the reference, projected once per call and not once per row (performance.md 1.2)."""
+        c = self.config
+        if self.tokens is None or call.block not in c.blocks:
+            return None
+        source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := c.halves.source(role.half))}
+        halves = list(dict.fromkeys(source.values()))
+        if not halves or not len(self.tokens[halves[0]][call.block]):
+            return None
+        tokens = torch.stack([self.tokens[half][call.block] for half in halves]).to(q)
+        k, v = site.module.attn1.to_k(tokens), site.module.attn1.to_v(tokens)
+        made = {half: ReferenceTokens(k[i:i + 1], v[i:i + 1], c.weight, c.mode) for i, half in enumerate(halves)}
+        return SelfReferences({role: made[half] for role, half in source.items()}, self.query_mask(call, q))
+
+    def query_mask(self, call: AttnCall, q: Tensor) -> Tensor | None:
+        """Target mask [parts 1|b n] at this call's grid; the call of an area prompt is cropped, and the mask with it."""
+        mask = self.config.target_mask
+        if mask is None:
+            return None
+        if call.grid[0] * call.grid[1] != q.shape[1]:
+            raise ValueError(f"{INJECT}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
+                             f"({q.shape[1]} tokens "
+                             f"for a grid of {call.grid[0]}x{call.grid[1]}: HyperTile does this). Remove that node or the target mask.")
+        rows = q.shape[0] // len(call.roles)
+        if mask.shape[0] not in (1, rows):
+            raise ValueError(f"{INJECT}: {mask.shape[0]} target masks for {rows} pictures. Wire one mask, or one per picture.")
+        key = (call.grid, call.areas)
+        if key not in self.query_masks:
+            whole = resize_user_mask(mask, call.latent).float()
+            crops = [whole if a is None else whole[:, a[2]:a[2] + a[0], a[3]:a[3] + a[1]] for a in call.areas]
+            self.query_masks[key] = torch.stack([resize_user_mask(crop, call.grid).flatten(1) for crop in crops]).to(q)
+        return self.query_masks[key]
+
+
+class MaskedSelfAttnInject(io.ComfyNode):
+    """Paper A eq. (1)-(3): reference keys and values beside the picture's own, weighted inside the softmax."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredMaskedSelfAttnInject", display_name=INJECT, category="Kindred",
+            description="Lets the picture being made look at the subject of a reference. Works with any sampler; chain several for several "
+                        "references.",
+            search_aliases=["attention injection", "reference only", "personalize", "subject reference", "self attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the reference was read with."),
+                Reference.Input("reference", tooltip="From Ref-UNet Feature Capture."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05,
+                               tooltip="W_S: 0 is the plain picture, 1 the reference beside the picture's own features, more is more "
+                                       "identity until shapes break."),
+                io.Combo.Input("weight_mode", options=[m.value for m in WeightMode], default=WeightMode.LOGIT_BIAS.value, advanced=True,
+                               tooltip="How the weight acts. logit bias: renormalised inside the softmax. post softmax: on its output. key "
+                                       "scale: on the keys. "
+                                       "output blend: between plain and concatenated."),
+                io.String.Input("blocks", default="all", advanced=True,
+                                tooltip="Which captured blocks to use: all, encoder, middle, decoder, masactrl, or a list such as output "
+                                        "3-5, middle 0."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in the sampling the "
+                               "reference starts to be read."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="When in the sampling it "
+                               "stops to be read."),
+                io.Combo.Input("halves", options=[h.value for h in Halves], default=Halves.COND.value, advanced=True,
+                               tooltip="Which half of CFG reads the reference. cond only lets guidance amplify the subject; both needs a "
+                                       "negative in the capture; "
+                                       "shared gives both halves the same features."),
+                io.Mask.Input("target_mask", optional=True, tooltip="Only this part of the new picture may look at the reference. White is "
+                                                                    "where."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, reference: ReferenceBank, weight: float, weight_mode: str = WeightMode.LOGIT_BIAS.value,
+                blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0, halves: str = Halves.COND.value,
+                target_mask: Tensor | None = None) -> io.NodeOutput:
+        host.require_unet(model, INJECT)
+        wanted = select_blocks(blocks, tuple(host.attention_sites(model.model.diffusion_model)), INJECT)
+        missing = [block_name(b) for b in wanted if b not in reference.blocks]
+        if missing and blocks.strip().lower() != "all":
+            raise ValueError(f"{INJECT}: {', '.join(missing)} not captured; the reference holds "
+                             f"{', '.join(map(block_name, reference.blocks))}. "
+                             "Choose the same blocks in Ref-UNet Feature Capture.")
+        window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
+        mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
+        injection = MaskedSelfInjection(reference, weight, WeightMode(weight_mode), frozenset(wanted) & frozenset(reference.blocks),
+                                        *window, Halves(halves), mask)
+        injection.check(model)
+        if not injection.sources <= reference.features.keys():
+            raise ValueError(f"{INJECT}: halves is {halves!r}, but the reference holds only the "
+                             f"{', '.join(h.value for h in reference.features)} half. "
+                             "Wire the negative prompt into Ref-UNet Feature Capture, or choose cond only or shared.")
+        nothing = weight == 0 or start_percent >= end_percent or (mask is not None and not mask.any())
+        return io.NodeOutput(model.clone() if nothing else host.inject(model, injection))
