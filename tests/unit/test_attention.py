@@ -194,6 +194,16 @@ def test_minus_infinity_equals_gathering_and_multiplying_does_not(own, ref, mode
     assert (multiplied - gathered).abs().max() > 1e-2  # zeroed keys still take exp(0)
 
 
+@pytest.mark.parametrize("weight", [1.0, 2.0, torch.zeros(()), torch.tensor([0.0, 1.0])])
+def test_no_bias_is_infinite(own, ref, weight) -> None:
+    """A kernel's row of -inf alone would be a NaN, and -inf times the zero of a padded channel is one."""
+    for log_mask in (None, torch.full((M,), -torch.inf)):
+        attend = Recorder()
+        reference_attention(attend, *own, *ref, H, weight=weight, mode=WeightMode.LOGIT_BIAS, log_mask=log_mask)
+        for bias in (attend.calls[0][3], concat_references([ReferenceTokens(*ref, weight, log_mask=log_mask)])[2]):
+            assert bias is None or (bias.isfinite().all() and bias.min() >= LOG_ZERO)
+
+
 def test_a_mask_per_row_reads_its_own_row(own, ref) -> None:
     soft = rand(B, M, seed=6).sigmoid()
     out = reference_attention(sdpa_attend, *own, *ref, H, weight=2.0, mode=WeightMode.LOGIT_BIAS, log_mask=soft.log())
