@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Kindred's front door for people: one command makes what it needs, once, and runs the job. Standard library only.
+
+python3 dev.py demo       personalized pictures from a reference picture, in a real ComfyUI
+python3 dev.py test       every test
+python3 dev.py serve      ComfyUI's canvas with the pack
+python3 dev.py evaluate   the figures, by task
+python3 dev.py bench      costs against the plain host
+python3 dev.py setup      only make (or repair) the environment
+
+The environment is one virtual environment and one ComfyUI in your cache folder, named by the hash of tools/pins.
+`--host DIR --python PATH` uses a ComfyUI and a Python of your own instead.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from environment import Environment, Refusal, clean_environment, existing, setup  # noqa: E402
+
+
+def run(environment: Environment, arguments: list[str], **extra: str) -> int:
+    """Run the environment's Python from the repository's root; the child dies with this process. Returns its exit code."""
+    settings = clean_environment(KINDRED_HOST=str(environment.host), PYTHONUNBUFFERED="1", **extra)
+    with subprocess.Popen([str(environment.python), *arguments], cwd=ROOT, env=settings) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+
+
+def test(environment: Environment, expression: str | None, fast: bool) -> int:
+    """Linter, then the rooms of tests/ from the cheapest to the dearest; a failing stage ends the run."""
+    lacking = [name for name in ("ruff", "pytest", "hypothesis")
+               if subprocess.run([str(environment.python), "-c", f"import {name}"], capture_output=True).returncode]
+    if lacking:
+        raise Refusal(f"{environment.python} lacks {', '.join(lacking)}, which the tests need: install them there, "
+                      "or leave out --host and --python.")
+    stages: list[tuple[str, list[str]]] = [("lint", ["-m", "ruff", "check", "--no-cache", "."])]
+    for room in ("unit", "host", "e2e", "browser"):
+        if any((ROOT / "tests" / room).glob("test_*.py")) and not (fast and room in ("e2e", "browser")):
+            argv = ["-m", "pytest", f"tests/{room}", "-q", "-p", "no:cacheprovider", "--durations=5", "--durations-min=3"]
+            stages.append((room, argv + (["-k", expression] if expression else []) + (["-m", "not slow"] if fast else [])))
+    results: list[str] = []
+    for name, argv in stages:
+        print(f"\n== {name} ==", flush=True)
+        start = time.monotonic()
+        # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
+        code = run(environment, argv, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        empty = code == 5 and expression is not None  # pytest: nothing matched -k in this room
+        results.append(f"{name} {'ok' if code == 0 else 'nothing selected' if empty else f'FAILED ({code})'} "
+                       f"{time.monotonic() - start:.0f} s")
+        if code and not empty:
+            break
+    else:
+        code = 0
+    left = [name for name, _ in stages[len(results):]]
+    print("\n" + " | ".join(results) + (f" | not run: {', '.join(left)}" if left else ""), flush=True)
+    return 1 if code else 0
+
+
+def serve(environment: Environment, port: int | None, cpu: bool, base: Path | None) -> int:
+    """The real host in the foreground with the pack linked into a base directory of its own."""
+    from client import HostError, HostServer
+    try:
+        with HostServer(environment.host, python=environment.python, port=port, cpu=True if cpu else None, base=base,
+                        log=None, api_nodes=True) as server:
+            print(f"\nKindred is on the canvas at {server.url} (stop with Ctrl-C).", flush=True)
+            if base is None:
+                print("Pictures live until you stop it; --base DIR keeps them.", flush=True)
+            return server.process.wait()
+    except HostError as error:
+        raise Refusal(str(error)) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--host", type=Path, metavar="DIR", help="your own ComfyUI instead of the one in the cache")
+    own.add_argument("--python", type=Path, metavar="PATH", help="the Python that runs it")
+    parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("setup", parents=[own], help="make or repair the environment")
+    command.add_argument("--again", action="store_true", help="make it anew even if it looks whole")
+    command = commands.add_parser("test", parents=[own], help="run every test")
+    command.add_argument("-k", metavar="EXPR", help="only the tests whose names match, as pytest understands it")
+    command.add_argument("--fast", action="store_true", help="without the server and without the slow tests")
+    command = commands.add_parser("serve", parents=[own], help="ComfyUI's canvas with the pack")
+    command.add_argument("--port", type=int, help="default: a free one")
+    command.add_argument("--cpu", action="store_true", help="even if there is a GPU")
+    command.add_argument("--base", type=Path, metavar="DIR", help="keep models, inputs and outputs in this folder")
+    for name, text in (("demo", "personalized pictures from a reference: [--json FILE] [--out DIR] [--checkpoint FILE --reference "
+                                "PICTURE --subject WORD --prompt TEXT] ..."),
+                       ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
+                       ("bench", "costs against the plain host: [--json FILE] ...")):
+        commands.add_parser(name, parents=[own], help=text, description=text, allow_abbrev=False,
+                            usage=f"dev.py {name} [options of tools/{name}.py]")
+    chosen, rest = parser.parse_known_args(arguments)
+    passes_on = chosen.command in ("demo", "evaluate", "bench")
+    if rest and not passes_on:
+        parser.error(f"{chosen.command} does not know {' '.join(rest)}")
+
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are stopped on the way out
+    try:
+        if passes_on and not (ROOT / "tools" / f"{chosen.command}.py").is_file():
+            raise Refusal(f"This version of Kindred has no `{chosen.command}` yet.")
+        own_host = chosen.host or chosen.python
+        environment = existing(chosen.host, chosen.python) if own_host else setup(getattr(chosen, "again", False))
+        if chosen.command == "setup":
+            print(f"Python   {environment.python}\nComfyUI  {environment.host}")
+            return 0
+        if chosen.command == "test":
+            return test(environment, chosen.k, chosen.fast)
+        if chosen.command == "serve":
+            return serve(environment, chosen.port, chosen.cpu, chosen.base)
+        return run(environment, [str(ROOT / "tools" / f"{chosen.command}.py"), *rest])
+    except Refusal as refusal:
+        print(f"\n{refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):
+        sys.exit(f"dev.py needs Python 3.10 or newer; this is {platform.python_version()}.")
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""Make this checkout importable as the package `kindred`, whatever its folder is called: for tests and tools."""
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def as_kindred() -> None:
+    """`from kindred.models.masks import ...` works afterwards. Nothing of the pack is run, not even its __init__.py.
+
+    The root itself must not be on sys.path: its folder `nodes` would shadow the host's nodes.py.
+    """
+    if "kindred" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("kindred", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        sys.modules["kindred"] = importlib.util.module_from_spec(spec)
