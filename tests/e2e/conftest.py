@@ -1,0 +1,24 @@
+"""The real ComfyUI as a server on the CPU, asked through its API. Fixtures: `server` (HostServer), `client` (Client)."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from client import Client, HostServer
+
+HOST = os.environ.get("KINDRED_HOST")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[HostServer]:
+    """One server for the whole run; server.base is its base directory, server.tail() the end of its log."""
+    if not HOST:
+        pytest.skip("no host: KINDRED_HOST names a ComfyUI folder (python3 dev.py test sets it)")
+    with HostServer(cpu=True, threads=min(4, os.cpu_count() or 1)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: HostServer) -> Client:
+    return server.client

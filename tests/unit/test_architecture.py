@@ -1,0 +1,170 @@
+"""The pack's own laws of structure: who imports whom, what is shipped, what never stands in a shipped file."""
+import ast
+import fnmatch
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+from checkout import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+STDLIB = set(sys.stdlib_module_names)
+MODELS = {"torch", "einops", "safetensors", "transformers", "numpy"}
+HOST = {"comfy", "folder_paths", "nodes", "server", "execution", "comfy_extras", "comfy_execution", "latent_preview",
+        "node_helpers", "app"}
+HOST_DOORS = {"nodes/host.py", "miniature/registration.py"}
+ROOMS = ("nodes", "models", "miniature", "web", "workflows", "tools", "tests")
+
+# what the registry's scanner flags by plain text, whatever the code means (ecosystem notes, trap 9)
+FLAGGED = ["os.environ.get(", "subprocess", "os.system", "urlopen", "requests.", "urllib.request", "sqlite", "eval(", "exec("]
+FLAGGED_SCRIPT = FLAGGED[:7] + [".connect(", ".bind("]
+# a word ends here: model.eval() and re.compile are no calls of the builtins
+BUILTIN = re.compile(r"(?<![\w.])(?:eval|exec)\(")
+
+
+def files(*suffixes: str) -> list[str]:
+    """Paths, relative to the root, of what git tracks or would track."""
+    told = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                          capture_output=True, text=True)
+    if told.returncode == 0:
+        names = [name for name in told.stdout.split("\0") if name and (ROOT / name).is_file()]
+    else:  # an unpacked archive, no git
+        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
+        names = [name for name in names if not any(part.startswith(".") or part == "__pycache__" for part in Path(name).parts)]
+    return sorted(name for name in names if not suffixes or name.endswith(suffixes))
+
+
+def ignored(name: str) -> bool:
+    """Whether .comfyignore keeps `name` out of the archive; of gitignore's syntax: folders, stars, exceptions, last rule wins."""
+    out = False
+    for line in (ROOT / ".comfyignore").read_text("utf-8").splitlines():
+        pattern = line.split("#")[0].strip()
+        rule = pattern.removeprefix("!")
+        if rule and (name.startswith(rule) if rule.endswith("/") else fnmatch.fnmatch(name, rule)):
+            out = rule == pattern
+    return out
+
+
+SHIPPED = [name for name in files() if not ignored(name)]
+PACK = [name for name in files(".py") if PurePosixPath(name).parts[0] in ("nodes", "models", "miniature") or name == "__init__.py"]
+
+
+def imports(name: str) -> list[tuple[int, str, int]]:
+    """(level, module, line) of every import in a file, wherever it stands."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.level, node.module or "", node.lineno)]
+            if node.module is None:  # from . import a, b
+                found += [(node.level, alias.name, node.lineno) for alias in node.names]
+    return found
+
+
+def breach(name: str, level: int, module: str) -> str | None:
+    """The rule that this import breaks, or None."""
+    room, top = PurePosixPath(name).parts[0], module.split(".")[0]
+    if level == 0 and top in ROOMS and top not in ("nodes",):
+        return "the pack imports itself relatively"
+    if room == "models":
+        if level == 0:
+            return None if top in MODELS | STDLIB else f"models/ is pure torch: {module} does not belong there"
+        return None if level == 1 else "models/ imports only its siblings"
+    if level == 0 and top in HOST and name not in HOST_DOORS and not (ignored(name) and room == "miniature"):
+        return f"only {' and '.join(sorted(HOST_DOORS))} touch the host: take {module} through them"
+    if room == "nodes" and level == 0 and top not in MODELS | STDLIB | HOST | {"comfy_api", "PIL"}:
+        return f"{module} is not what the host brings"
+    if room == "nodes" and level == 1 and name != "nodes/__init__.py" and top not in ("host", "sockets", ""):
+        return f"a family of nodes does not import another one ({module}): put what they share into models/, host.py or sockets.py"
+    return None
+
+
+def test_who_imports_whom():
+    broken = [f"{name}:{line}: {rule}" for name in PACK for level, module, line in imports(name)
+              if (rule := breach(name, level, module))]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("name, level, module", [
+    ("models/masks.py", 0, "comfy.utils"), ("models/masks.py", 2, "nodes.host"), ("models/masks.py", 0, "models.attention"),
+    ("nodes/reference.py", 0, "comfy.samplers"), ("nodes/reference.py", 1, "inversion"), ("miniature/world.py", 0, "folder_paths"),
+    ("nodes/reference.py", 0, "cv2")])
+def test_the_rule_bites(name, level, module):
+    assert breach(name, level, module)
+
+
+@pytest.mark.parametrize("name, level, module", [
+    ("models/masks.py", 1, "attention"), ("models/masks.py", 0, "torch.nn"), ("nodes/host.py", 0, "comfy.samplers"),
+    ("nodes/reference.py", 2, "models.reference"), ("nodes/reference.py", 1, "host"), ("nodes/reference.py", 0, "comfy_api.v0_0_2"),
+    ("miniature/registration.py", 0, "comfy.supported_models"), ("miniature/train.py", 0, "comfy.model_base")])
+def test_the_rule_lets_through(name, level, module):
+    assert breach(name, level, module) is None
+
+
+def test_no_shipped_file_trips_the_registrys_scanner():
+    """Plain text, comments included: the scanner does not parse. Python's builtins are looked for as calls."""
+    trips = []
+    for name in SHIPPED:
+        if name.endswith((".py", ".js", ".mjs")):
+            for number, line in enumerate((ROOT / name).read_text("utf-8").splitlines(), 1):
+                words = FLAGGED[:7] if name.endswith(".py") else FLAGGED_SCRIPT
+                trips += [f"{name}:{number}: {word}" for word in words if word in line]
+                trips += [f"{name}:{number}: eval or exec"] * bool(BUILTIN.search(line))
+    assert not trips, "\n".join(trips)
+
+
+def test_the_archive_holds_the_pack_and_nothing_else():
+    allowed = re.compile(r"(nodes|models|miniature|web|workflows|locales|subgraphs|docs)/|"
+                         r"(__init__\.py|pyproject\.toml|requirements\.txt|README\.md|LICENSE|CHANGELOG\.md|\.comfyignore|\.gitattributes)$")
+    assert not [name for name in SHIPPED if not allowed.match(name)]
+    assert {"__init__.py", "pyproject.toml", "LICENSE"} <= set(SHIPPED)
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {name: len((ROOT / name).read_text("utf-8").splitlines()) for name in files(".py") if not name.startswith("tests/")}
+    assert not {name: length for name, length in lengths.items() if length > 400}
+
+
+def test_no_drawer_for_odds_and_ends():
+    odd = {"utils", "util", "common", "helpers", "helper", "misc"}
+    assert not [name for name in files() if odd & {part.split(".")[0] for part in PurePosixPath(name).parts}]
+
+
+def test_the_door_is_light():
+    """Importing the root reads no torch, no room of the pack, and takes no time: the host does it at every start."""
+    script = ("import importlib.util as u, json, sys, time; t = time.process_time();"
+              f"s = u.spec_from_file_location('door', {str(ROOT / '__init__.py')!r}, submodule_search_locations=[{str(ROOT)!r}]);"
+              "m = u.module_from_spec(s); sys.modules['door'] = m; s.loader.exec_module(m);"
+              "print(json.dumps([time.process_time() - t, sorted(sys.modules), [n for n in vars(m) if not n.startswith('_')]]))")
+    answers = [json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+               for _ in range(2)]
+    assert min(answer[0] for answer in answers) < 0.1
+    assert not {"torch", "numpy", "comfy", "comfy_api"} & set(answers[0][1])
+    assert {"WEB_DIRECTORY", "comfy_entrypoint"} <= set(answers[0][2]) and "NODE_CLASS_MAPPINGS" not in answers[0][2]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_pyproject_is_what_the_registry_reads():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    project, comfy = told["project"], told["tool"]["comfy"]
+    assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,99}", project["name"]) and "comfyui" not in project["name"].lower()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"]) and project["version"] in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert project["license"] == {"file": "LICENSE"} and project["dependencies"] == []
+    assert comfy["PublisherId"] and re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"]) and "web" not in comfy
+    assert (ROOT / "requirements.txt").read_bytes() == b""
+    assert "GNU GENERAL PUBLIC LICENSE" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_every_file_reads_on_every_platform():
+    """No file name that Windows refuses, no two that differ in case only, no text that its code page cannot hold."""
+    names = files()
+    assert len({name.lower() for name in names}) == len(names)
+    assert not [name for name in names if re.search(r'[<>:"|?*\\]|[ .]$', name)]
+    for name in files(".py"):
+        (ROOT / name).read_text("utf-8").encode("cp1252")
