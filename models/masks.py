@@ -71,8 +71,7 @@ def otsu_threshold(soft: Tensor, axes: int = 2) -> Tensor:
     mean_above = (mass.flip(-1).cumsum(-1) / above.flip(-1).clamp(min=1)).flip(-1)
     between = below[:, :-1] * above[:, 1:] * (mean_below[:, :-1] - mean_above[:, 1:]) ** 2
 
-    threshold = centres.gather(1, between.argmax(-1, keepdim=True))
-    return torch.where(low == high, low, threshold).reshape(soft.shape[:-axes])
+    return centres.gather(1, between.argmax(-1, keepdim=True)).reshape(soft.shape[:-axes])  # constant: every centre is the value
 
 
 def binarise(soft: Tensor, threshold: Threshold = "otsu") -> Tensor:
