@@ -307,7 +307,7 @@ class HostServer:
     def __init__(self, host: Path | None = None, *, python: Path | str = sys.executable, port: int | None = None,
                  cpu: bool | None = None, models: Mapping[str, Iterable[Path]] | None = None, base: Path | None = None,
                  log: Path | str | None = "", api_nodes: bool = False, threads: int | None = None,
-                 arguments: Iterable[str] = (), wait: float = 240) -> None:
+                 arguments: Iterable[str] = (), wait: float = 600) -> None:
         host = host or os.environ.get("KINDRED_HOST")
         if not host or not (Path(host) / "main.py").is_file():
             raise HostError(f"{host or 'no host given'}: not a ComfyUI folder; set KINDRED_HOST or run through dev.py.")
