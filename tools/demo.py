@@ -1,0 +1,253 @@
+"""One photo, a few prompts, one command: personalized pictures through the API of a real ComfyUI.
+
+Without arguments it uses the miniature and a rendered subject that the miniature never saw, and measures the result.
+With --checkpoint and --reference the same job runs on your own SD1.5, SD2.x or SDXL checkpoint and photo.
+Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.json twice, with weight 0 and with weight.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import struct
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from checkout import ROOT, as_kindred
+from client import HostError, HostServer, Progress
+from PIL import Image, ImageDraw, ImageFont
+
+WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
+# node ids of the shipped workflow, by what they do
+LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES = "1", "2", "3", "5", "6", "7", "8", "10", "11", "13"
+HELD_OUT, SCENE, CLASS, REST = 3, "meadow", "cat", ("beach", "snow", "forest")
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per node, from the progress messages of a run; draws one line while it runs."""
+    titles: Mapping[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    running: str | None = None
+    since: float = field(default_factory=time.monotonic)
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.node != self.running:
+            if self.running:
+                self.seconds[self.running] = self.seconds.get(self.running, 0.0) + now - self.since
+            self.running, self.since = progress.node, now
+        self.steps[progress.node] = max(progress.maximum, self.steps.get(progress.node, 0))
+        count = f" {progress.value}/{progress.maximum}" if progress.maximum else ""
+        sys.stderr.write(f"\r\033[K  {self.titles.get(progress.node, progress.node)}{count}")
+        sys.stderr.flush()
+
+    def stop(self) -> None:
+        self(Progress("", 0, 0))
+        sys.stderr.write("\r\033[K")
+
+
+def native_size(checkpoint: Path) -> int:
+    """Pixels the checkpoint was trained at, from the tensor names in its header (SDXL 1024, SD2.x 768, else 512)."""
+    with checkpoint.open("rb") as file:
+        if checkpoint.suffix != ".safetensors":
+            return 512
+        length = struct.unpack("<Q", file.read(8))[0]
+        names = file.read(min(length, 1 << 24))
+    if b"conditioner.embedders.1." in names:
+        return 1024
+    return 768 if b"cond_stage_model.model." in names else 512
+
+
+def prepared(arguments: argparse.Namespace, photo: str, checkpoint: str, size: int) -> dict[str, Any]:
+    """The shipped workflow with this job's inputs."""
+    graph = json.loads(WORKFLOW.read_text("utf-8"))
+    graph[LOADER]["inputs"]["ckpt_name"] = checkpoint
+    graph[PHOTO]["inputs"]["image"] = photo
+    for node in (SCALED, SIZE):
+        graph[node]["inputs"] |= {"width": size, "height": size}
+    subject = {"subject": arguments.subject}
+    graph[COARSE]["inputs"] |= subject | {"prompts": f"a photo of a {arguments.subject}"}
+    graph[PROMPTS]["inputs"] |= subject | {"prompts": "\n".join(arguments.prompt)}
+    for node in (CAPTURE, SAMPLER):
+        graph[node]["inputs"]["steps"] = arguments.steps
+    graph[SAMPLER]["inputs"] |= {"seed": arguments.seed, "cfg": arguments.cfg}
+    if arguments.weight is not None:
+        graph[INJECT]["inputs"]["weight"] = arguments.weight
+    return graph
+
+
+def round_trip(graph: Mapping[str, Any]) -> dict[str, Any]:
+    """The photo inverted, sampled back at CFG 1 and decoded, beside the same latent only decoded."""
+    steps, model, vae = graph[CAPTURE]["inputs"]["steps"], [LOADER, 0], [LOADER, 2]
+    kept = {k: copy.deepcopy(graph[k]) for k in (LOADER, PHOTO, SCALED, "4", COARSE)}
+    return kept | {
+        "20": {"class_type": "KindredDDIMInvert", "inputs": {
+            "model": model, "latent": ["4", 0], "positive": [COARSE, 0], "steps": steps, "scheduler": "ddim_uniform", "method": "ddim",
+            "seed": 0, "check": False}},
+        "21": {"class_type": "KSamplerAdvanced", "inputs": {
+            "model": model, "add_noise": "disable", "noise_seed": 0, "steps": steps, "cfg": 1.0, "sampler_name": "euler",
+            "scheduler": "ddim_uniform", "positive": [COARSE, 0], "negative": [COARSE, 0], "latent_image": ["20", 1],
+            "start_at_step": 0, "end_at_step": 10000, "return_with_leftover_noise": "disable"}},
+        "22": {"class_type": "VAEDecode", "inputs": {"samples": ["21", 0], "vae": vae}},
+        "23": {"class_type": "SaveImage", "inputs": {"images": ["22", 0], "filename_prefix": "kindred_back"}},
+        "24": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": vae}},
+        "25": {"class_type": "SaveImage", "inputs": {"images": ["24", 0], "filename_prefix": "kindred_vae"}},
+    }
+
+
+def sheet(reference: Image.Image, columns: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], cell: int = 256) -> Image.Image:
+    """reference | plain | injected, a row per prompt, with the prompt under its row."""
+    head, foot, gap = 26, 24, 8
+    width = (1 + len(columns)) * (cell + gap) + gap
+    page = Image.new("RGB", (width, head + len(prompts) * (cell + foot + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    for i, (title, pictures) in enumerate({"reference": [reference] * len(prompts), **columns}.items()):
+        left = gap + i * (cell + gap)
+        draw.text((left, 5), title, "black", font)
+        for row, picture in enumerate(pictures):
+            page.paste(picture.convert("RGB").resize((cell, cell), Image.LANCZOS), (left, head + row * (cell + foot + gap)))
+    for row, prompt in enumerate(prompts):
+        draw.text((gap, head + row * (cell + foot + gap) + cell + 3), prompt[:100], "black", font)
+    return page
+
+
+def psnr_db(a: Image.Image, b: Image.Image) -> float:
+    """PSNR of two 8-bit pictures in dB."""
+    import numpy as np
+    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) for p in (a, b))
+    return float(10 * np.log10(255 ** 2 / max(np.mean((x - y) ** 2), 1e-12)))
+
+
+def measured(plain: Sequence[Image.Image], injected: Sequence[Image.Image]) -> dict[str, float]:
+    """Identity and scene figures of the miniature's demo, by the attribute reader."""
+    as_kindred()
+    import numpy as np
+    import torch
+    from kindred.miniature.pack import load_autoencoder
+    from kindred.miniature.reader import floor_and_ceiling, identity_similarity, load_reader
+    from kindred.miniature.world import held_out_identity
+    torch.set_num_threads(1)
+    reader, identity = load_reader(), held_out_identity(HELD_OUT)
+    autoencoder = load_autoencoder()
+    floor, ceiling = floor_and_ceiling(
+        reader, lambda images: autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1))
+    figures = {"identity.floor": floor, "identity.ceiling": ceiling}
+    for name, pictures in (("plain", plain), ("self", injected)):
+        reading = reader.read(torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).float() / 255)
+        count = len(reading)
+        figures[f"identity.{name}"] = sum(identity_similarity(reading, identity, i) for i in range(count)) / count
+        figures[f"scene_accuracy.{name}"] = sum(a == b for a, b in zip(reading.names("scene"), REST)) / count
+        figures[f"class_accuracy.{name}"] = sum(a == CLASS for a in reading.names("class")) / count
+    return figures
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("kindred-demo"), help="folder for the pictures (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument("--checkpoint", type=Path, help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature")
+    parser.add_argument("--reference", type=Path, help="a photo of the subject")
+    parser.add_argument("--subject", help="the word for the subject, such as cat or woman")
+    parser.add_argument("--prompt", action="append", help="a prompt that contains the subject's word; repeat it for several pictures")
+    parser.add_argument("--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
+    parser.add_argument("--weight", type=float, help="W_S (default: the workflow's)")
+    parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
+    given = parser.parse_args(argv)
+    own = given.checkpoint is not None
+    for name in ("reference", "subject", "prompt"):
+        if own and not getattr(given, name):
+            parser.error(f"--checkpoint also needs --{name}")
+    for path in filter(None, (given.checkpoint, given.reference)):
+        if not path.is_file():
+            parser.error(f"{path} is not a file")
+    if not own:
+        from_world(given)
+    given.cfg = given.cfg or (7.5 if own else 4.0)
+    return given
+
+
+def from_world(given: argparse.Namespace) -> None:
+    """The miniature's own job: a held-out identity in one scene, asked for in three others."""
+    as_kindred()
+    from kindred.miniature.world import held_out_identity, prompt, render
+    given.rendered = given.reference is None
+    given.subject = given.subject or CLASS
+    given.prompt = given.prompt or [prompt(CLASS, scene) for scene in REST]
+    given.photo = given.reference.read_bytes() if given.reference else png(render(held_out_identity(HELD_OUT), CLASS, SCENE, 11).image)
+
+
+def png(array: Any) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse(argv)
+    own = given.checkpoint is not None
+    began = time.monotonic()
+    photo = given.reference.read_bytes() if own else given.photo
+    size = given.size or (native_size(given.checkpoint) if own else 128)
+    given.out.mkdir(parents=True, exist_ok=True)
+    with HostServer(given.host, models={"checkpoints": [given.checkpoint]} if own else None) as server:
+        client = server.client
+        name = client.upload_image(photo, "kindred_reference.png")
+        graph = prepared(given, name, given.checkpoint.name if own else "kindred_miniature.safetensors", size)
+        titles = {key: node.get("_meta", {}).get("title", node["class_type"]) for key, node in graph.items()}
+        plain_graph = copy.deepcopy(graph)
+        plain_graph[INJECT]["inputs"]["weight"] = 0.0
+        watch, pictures = Stopwatch(titles), {}
+        for title, job in (("injected", graph), ("plain", plain_graph)):
+            outputs = client.run(job, watch, timeout=24 * 3600)
+            pictures[title] = [Image.open(BytesIO(client.view(image))) for image in outputs[PICTURES]["images"]]
+            watch.stop()
+            if title == "injected":
+                figures = {"unet_calls.reference": watch.steps[CAPTURE], "seconds.inversion": watch.seconds[CAPTURE],
+                           "seconds.sampling": watch.seconds[SAMPLER]}
+        back = client.run(round_trip(graph), watch, timeout=24 * 3600)
+        watch.stop()
+        decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
+    figures["inversion.psnr_db"] = psnr_db(*decoded)
+    if not own and given.rendered:
+        figures |= measured(pictures["plain"], pictures["injected"]) | {"count.identities": 1}
+    figures["seconds.total"] = time.monotonic() - began
+    write(given, pictures, Image.open(BytesIO(photo)), figures, graph)
+    return 0
+
+
+def write(given: argparse.Namespace, pictures: Mapping[str, Sequence[Image.Image]], photo: Image.Image, figures: dict[str, float],
+          graph: Mapping[str, Any]) -> None:
+    """sheet.png, the single pictures, the workflow that was run, report.json."""
+    side = min(photo.size)
+    square = photo.crop(((photo.width - side) // 2, (photo.height - side) // 2, (photo.width + side) // 2, (photo.height + side) // 2))
+    sheet(square, {title: pictures[title] for title in ("plain", "injected")}, given.prompt).save(given.out / "sheet.png")
+    for title, found in pictures.items():
+        for i, picture in enumerate(found, 1):
+            picture.save(given.out / f"{title}_{i}.png")
+    (given.out / "workflow_api.json").write_text(json.dumps(graph, indent=2), "utf-8")
+    version = next(line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text("utf-8").splitlines() if line.startswith("version"))
+    report = {"command": "demo", "version": version, "seed": given.seed, "prompts": given.prompt, "figures": figures}
+    for path in filter(None, (given.out / "report.json", given.json)):
+        path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    for name, value in sorted(figures.items()):
+        print(f"  {name:24} {value:.3f}")
+    print(f"  {given.out / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except HostError as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ndemo: stopped")

@@ -1,0 +1,216 @@
+"""Measures the methods on the miniature, where identity is exactly known.
+
+--task personalize: held-out identities, each in scenes other than its reference's, plain and with the reference; the attribute
+reader judges. Every --variant adds a row: "name: input=value, ..." with inputs of Ref-UNet Feature Capture and Masked
+Self-Attn Inject (or mask=true, mask=none for the renderer's own mask and for no mask, inverted=yes for DDIM Invert first).
+--task miniature: how good the miniature itself is.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from boot import boot
+from checkout import ROOT
+
+CAPTURE_INPUTS = {"mask_threshold": str, "mask_value": float, "mask_steps": int, "mask_blocks": str, "precision": str}
+INJECT_INPUTS = {"weight": float, "weight_mode": str, "blocks": str, "start_percent": float, "end_percent": float, "halves": str}
+OWN_INPUTS = {"mask": str, "inverted": str}
+CHECKPOINT = "kindred_miniature.safetensors"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: how the subject is read and how it is injected."""
+    name: str
+    capture: tuple[tuple[str, Any], ...] = ()
+    inject: tuple[tuple[str, Any], ...] = ()
+    mask: str = "word"
+    inverted: bool = False
+
+    @staticmethod
+    def parse(text: str) -> Variant:
+        name, _, rest = text.partition(":")
+        pairs = dict((p.partition("=")[0].strip(), p.partition("=")[2].strip()) for p in rest.split(",") if p.strip())
+        unknown = pairs.keys() - CAPTURE_INPUTS.keys() - INJECT_INPUTS.keys() - OWN_INPUTS.keys()
+        if unknown:
+            raise SystemExit(f"evaluate: variant {name!r} sets {', '.join(sorted(unknown))}; known are "
+                             f"{', '.join([*CAPTURE_INPUTS, *INJECT_INPUTS, *OWN_INPUTS])}.")
+        def typed(known: Mapping[str, type]) -> tuple[tuple[str, Any], ...]:
+            return tuple((k, known[k](v)) for k, v in sorted(pairs.items()) if k in known)
+        return Variant(name.strip(), typed(CAPTURE_INPUTS), typed(INJECT_INPUTS), pairs.get("mask", "word"), pairs.get("inverted") == "yes")
+
+
+class Studio:
+    """The miniature in the host of this process, driven through the very nodes that a workflow runs."""
+
+    def __init__(self, host: Path, steps: int, cfg: float) -> None:
+        import torch
+        self.torch, self.nodes, self.steps, self.cfg = torch, boot(host), steps, cfg
+        import comfy.utils
+        comfy.utils.set_progress_bar_enabled(False)
+        with torch.inference_mode():
+            self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)[:3]
+
+    def run(self, node: str, **inputs: Any) -> tuple[Any, ...]:
+        with self.torch.inference_mode():
+            return self.nodes.NODE_CLASS_MAPPINGS[node].execute(**inputs).result
+
+    def encode(self, image: Any) -> dict[str, Any]:
+        with self.torch.inference_mode():
+            return {"samples": self.vae.encode(self.torch.from_numpy(image).float().div(255)[None])}
+
+    def decode(self, samples: Any) -> Any:
+        with self.torch.inference_mode():
+            return self.vae.decode(samples).clamp(0, 1)
+
+    def autoencode(self, images: Any) -> Any:
+        with self.torch.inference_mode():
+            return self.decode(self.vae.encode(images))
+
+    def prompts(self, lines: Sequence[str], subject: str = "") -> Any:
+        return self.run("KindredSubjectPrompts", clip=self.clip, prompts="\n".join(lines) or " ", subject=subject)[0]
+
+    def empty(self) -> Any:
+        with self.torch.inference_mode():
+            return self.nodes.CLIPTextEncode().encode(self.clip, "")[0]
+
+    def sample(self, model: Any, positive: Any, count: int, seed: int) -> Any:
+        latent = {"samples": self.torch.zeros(count, 4, 16, 16)}
+        with self.torch.inference_mode():
+            samples = self.nodes.common_ksampler(model, seed, self.steps, self.cfg, "euler", "ddim_uniform", positive, self.empty(),
+                                                 latent)[0]
+        return self.decode(samples["samples"])
+
+
+@dataclass
+class Scores:
+    """Readings of one variant's pictures."""
+    identity: list[float] = field(default_factory=list)
+    scene: list[bool] = field(default_factory=list)
+    kind: list[bool] = field(default_factory=list)
+
+    def add(self, reading: Any, identity: Any, scenes: Sequence[str], kind: str) -> None:
+        from kindred.miniature.reader import identity_similarity
+        self.identity += [identity_similarity(reading, identity, i) for i in range(len(reading))]
+        self.scene += [read == asked for read, asked in zip(reading.names("scene"), scenes)]
+        self.kind += [read == kind for read in reading.names("class")]
+
+
+def personalize(given: argparse.Namespace) -> dict[str, float]:
+    """Paper A on held-out identities: prints a table, returns the figures (the first variant is "self")."""
+    began = time.monotonic()
+    studio = Studio(given.host, given.steps, given.cfg)
+    from kindred.miniature.reader import floor_and_ceiling, load_reader
+    from kindred.miniature.world import CLASSES, SCENES, held_out_identity, prompt, render
+    variants = [Variant.parse(text) for text in given.variant or ["self"]]
+    scores = {name: Scores() for name in ("plain", *(v.name for v in variants))}
+    reader, masks = load_reader(), []
+    for i in range(given.first, given.first + given.count):
+        identity = held_out_identity(i)
+        kind, scenes = CLASSES[i % len(CLASSES)], [SCENES[(i + k) % len(SCENES)] for k in (0, 3, 6)]
+        rendering = render(identity, kind, scenes[0], 5000 + i)
+        lines, coarse = studio.prompts([prompt(kind, s) for s in scenes[1:]], kind), studio.prompts([prompt(kind)], kind)
+        latent, banks = studio.encode(rendering.image), {}
+        scores["plain"].add(reader.read(studio.sample(studio.model, lines, 2, i)), identity, scenes[1:], kind)
+        for v in variants:
+            key = (v.capture, v.mask, v.inverted)
+            if key not in banks:
+                banks[key] = captured(studio, v, latent, coarse, rendering.mask)
+                if v.mask == "word":
+                    masks.append(overlap(banks[key], rendering.mask))
+            settings = {"weight": 1.0} | dict(v.inject)
+            model = studio.run("KindredMaskedSelfAttnInject", model=studio.model, reference=banks[key], **settings)[0]
+            scores[v.name].add(reader.read(studio.sample(model, lines, 2, i)), identity, scenes[1:], kind)
+        sys.stderr.write(f"\r\033[K  identity {i + 1 - given.first} of {given.count}, {time.monotonic() - began:.0f} s")
+    sys.stderr.write("\n")
+    floor, ceiling = floor_and_ceiling(reader, studio.autoencode, given.count)
+    print_table(scores, floor, ceiling)
+    figures = {"identity.floor": floor, "identity.ceiling": ceiling, "count.identities": given.count,
+               "seconds.total": time.monotonic() - began}
+    if masks:
+        figures["mask.iou"] = statistics.mean(masks)
+    for name, label in (("plain", "plain"), (variants[0].name, "self")):
+        found = scores[name]
+        figures |= {f"identity.{label}": statistics.mean(found.identity), f"scene_accuracy.{label}": statistics.mean(found.scene),
+                    f"class_accuracy.{label}": statistics.mean(found.kind)}
+    return figures
+
+
+def captured(studio: Studio, variant: Variant, latent: Any, coarse: Any, mask: Any) -> Any:
+    """The reference as this variant reads it."""
+    inputs: dict[str, Any] = {"model": studio.model, "positive": coarse, "negative": studio.empty(), "steps": studio.steps,
+                              "scheduler": "ddim_uniform"}
+    if variant.inverted:
+        inputs["inversion"] = studio.run("KindredDDIMInvert", model=studio.model, latent=latent, positive=coarse, steps=studio.steps,
+                                         scheduler="ddim_uniform", check=False)[0]
+    else:
+        inputs["latent"] = latent
+    if variant.mask != "word":
+        inputs["mask"] = studio.torch.from_numpy(mask if variant.mask == "true" else mask | True).float()[None]
+    return studio.run("KindredRefUNetCapture", **inputs, **dict(variant.capture))[0]
+
+
+def overlap(bank: Any, mask: Any) -> float:
+    """IoU of the found mask with the renderer's, at the latent's grid."""
+    import torch
+    from kindred.models.masks import iou, resize_user_mask
+    grid = tuple(bank.trajectory.latents.shape[-2:])
+    return float(iou(bank.masks[grid], resize_user_mask(torch.from_numpy(mask).float()[None], grid)))
+
+
+def print_table(scores: Mapping[str, Scores], floor: float, ceiling: float) -> None:
+    plain = statistics.mean(scores["plain"].identity)
+    print(f"| variant | identity | s.e. | of the way | scene right | class right |   floor {floor:.3f}, ceiling {ceiling:.3f}")
+    print("|---|---|---|---|---|---|")
+    for name, s in scores.items():
+        mean = statistics.mean(s.identity)
+        error = statistics.stdev(s.identity) / len(s.identity) ** 0.5
+        print(f"| {name} | {mean:.3f} | {error:.3f} | {(mean - plain) / (ceiling - plain):.2f} | {statistics.mean(s.scene):.2f} | "
+              f"{statistics.mean(s.kind):.2f} |")
+
+
+def miniature(given: argparse.Namespace) -> dict[str, float]:
+    """The miniature's own figures."""
+    boot(given.host)
+    from kindred.miniature.measure import measure
+    return measure(given.host, given.count)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="dev.py evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("personalize", "miniature"), default="personalize")
+    parser.add_argument("--count", type=int, help="identities (default 40), or pictures per class and scene (default 20)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first held-out identity (choose defaults on others than the "
+                                                             "report's)")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--variant", action="append", help='"name: input=value, ..."; repeat for more rows')
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
+    given = parser.parse_args(argv)
+    given.count = given.count or (40 if given.task == "personalize" else 20)
+    given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate"))
+    import torch
+    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+    figures = {"personalize": personalize, "miniature": miniature}[given.task](given)
+    for name, value in sorted(figures.items()):
+        print(f"  {name:28} {value:.3f}")
+    if given.json:
+        lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
+        version = next(line.split('"')[1] for line in lines if line.startswith("version"))
+        report = {"command": f"evaluate --task {given.task}", "version": version, "seed": 0, "figures": figures}
+        given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
