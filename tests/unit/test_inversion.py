@@ -201,6 +201,7 @@ def test_replay_gives_back_the_picture(dtype, atol) -> None:
     for start in (None, 20, 12, 1):
         back = edit_friendly_replay(denoise, latents[20 if start is None else start], sigmas, noise_maps, start=start)
         torch.testing.assert_close(back, x0, rtol=0, atol=atol)
+    assert torch.equal(edit_friendly_replay(denoise, latents[-1], sigmas, noise_maps), latents[0])  # the path itself, bit by bit
     other = edit_friendly_replay(as_denoiser(lambda z, sigma: 0.9 * curved(z, sigma)), latents[-1], sigmas, noise_maps)
     assert (other - x0).abs().max() > 1e-2
 
@@ -217,6 +218,13 @@ def test_every_level_has_its_own_noise() -> None:
         reused = (latents[i + 1] - x0) / sigmas[i + 1] * sigmas[i]  # x_i - x_0, had eps been drawn once
         assert ((reused - share * (latents[i + 1] - x0)) / spread - noise_maps[i]).abs().mean() > 0.5
     assert noise_maps[0].abs().max() == 0  # the last step's remainder x_0 - D
+
+
+def test_the_last_map_is_the_remainder_in_units_of_its_sigma() -> None:
+    sigmas, x0, denoise = ladder(6), randn(*SHAPE, seed=18), as_denoiser(curved)
+    latents, noise_maps = edit_friendly_invert(denoise, x0, sigmas, torch.Generator().manual_seed(1))
+    remainder = (x0 - denoise(latents[1], sigmas[1].expand(SHAPE[0]))) / sigmas[1]
+    torch.testing.assert_close(noise_maps[0], remainder, rtol=0, atol=1e-10)
 
 
 def test_one_seed_gives_one_inversion_and_the_global_generator_is_left_alone() -> None:
@@ -305,6 +313,7 @@ def broken(x: Tensor) -> Tensor:
         (lambda p: {"latents": p.latents.double()}, "latents must be float32 on the CPU; got torch.float64 on cpu"),
         (lambda p: {"sigmas": p.sigmas.flip(0)}, "the lowest sigma must be 0; got 8.39"),
         (lambda p: {"sigmas": p.sigmas[[0, 2, 1, *range(3, 11)]]}, "must ascend; got 0.346.* before 0.04"),
+        (lambda p: {"sigmas": p.sigmas[[0, 1, 1, *range(3, 11)]]}, "must ascend; got 0.04.* before 0.04"),
         (lambda p: {"sigmas": p.sigmas[:1]}, r"\[t\+1\] with t >= 1; got \[1\]"),
         (lambda p: {"noise_maps": p.latents}, r"= \[10, 2, 3, 4, 6\]; got \[11, 2, 3, 4, 6\]"),
     ],
