@@ -10,7 +10,6 @@ import colorsys
 import hashlib
 from dataclasses import dataclass
 from math import cos, pi, radians, sin
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
@@ -97,9 +96,15 @@ def caption(class_name: str, scene: str, seed: int) -> str:
     return words if kind < 0.25 else f"{words} {PLACES[scene]}"
 
 
+def all_captions() -> list[str]:
+    """Every caption that `caption` can give, the empty one first."""
+    named = [template.format(name) for template in dict.fromkeys(TEMPLATES) for name in CLASSES]
+    return ["", *named, *(f"{words} {place}" for words in named for place in PLACES.values())]
+
+
 def world_hash() -> str:
-    """A fingerprint of this file, written into the weights: it tells which world they were trained on."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    """A fingerprint of the first renderings, written into the weights: it tells which world they were trained on."""
+    return hashlib.sha256(b"".join(random_rendering(seed).image.tobytes() for seed in range(8))).hexdigest()[:16]
 
 
 def rgb(hue: float, saturation: float, value: float) -> Colour:

@@ -1,0 +1,80 @@
+"""Writes the trained parts as the files the pack ships: one checkpoint for the host, one reader, both half precision."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .autoencoder import Autoencoder
+from .denoiser import CONTEXT
+from .reader import WEIGHTS as READER
+from .training import load
+from .world import world_hash
+
+log = logging.getLogger(__name__)
+VERSION = "1"
+CHECKPOINT = READER.parent / "kindred_miniature.safetensors"
+TABLE = 49_408  # rows of the standard token table
+
+
+def load_autoencoder(path: Path = CHECKPOINT) -> Autoencoder:
+    """The autoencoder of a packed checkpoint in float32; its latents are the raw ones, not yet divided by their spread."""
+    from safetensors.torch import load_file
+
+    model, prefix = Autoencoder(), "first_stage_model."
+    weights = {name.removeprefix(prefix): value.float() for name, value in load_file(path).items() if name.startswith(prefix + "taesd")}
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The trainings' state files in `folder` -> weights under Stable Diffusion 1.5's key names, and the metadata."""
+    device = torch.device("cpu")
+    unet, autoencoder = load(folder / "unet.pt", device), load(folder / "autoencoder.pt", device)
+    tuned = load(folder / "decoder.pt", device)
+    weights: dict[str, Tensor] = {}
+    for name, value in unet["average"].items():
+        part, _, rest = name.partition(".")
+        if part == "unet":
+            weights[f"model.diffusion_model.{rest}"] = value
+        elif not rest.endswith("position_ids"):
+            weights[f"cond_stage_model.transformer.text_model.{rest.removeprefix('text_model.')}"] = value
+    key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    table = torch.zeros(TABLE, CONTEXT)  # words it never saw mean nothing to it
+    table[unet["tokens"]] = weights[key]
+    weights[key] = table
+    for name, value in (tuned or autoencoder)["model"].items():
+        weights[f"first_stage_model.{name}"] = value
+    weights = {name: value.half().contiguous() for name, value in weights.items()}
+    weights["first_stage_model.vae_scale"] = torch.tensor(float(unet["spread"]))
+    weights["first_stage_model.vae_shift"] = torch.tensor(0.0)
+    eps, mask = unet["losses"]
+    metadata = {
+        "kindred.miniature": VERSION,
+        "kindred.world": world_hash(),
+        "kindred.unet_steps": str(unet["step"]),
+        "kindred.autoencoder_steps": str(autoencoder["step"]),
+        "kindred.decoder_steps": str(tuned["step"] if tuned else 0),
+        "kindred.seed": str(unet.get("seed", 1)),
+        "kindred.loss_eps": f"{eps:.4f}",
+        "kindred.loss_mask": f"{mask:.4f}",
+    }
+    return weights, metadata
+
+
+def pack(folder: Path) -> None:
+    """Writes into miniature/weights whatever `folder` holds: the checkpoint if the UNet has begun, the reader if it has."""
+    READER.parent.mkdir(exist_ok=True)
+    if (folder / "unet.pt").exists():
+        weights, metadata = checkpoint_weights(folder)
+        save_file(weights, CHECKPOINT, metadata)
+        log.info("%s %.2f MiB %s", CHECKPOINT.name, CHECKPOINT.stat().st_size / 2**20, metadata)
+    reader = load(folder / "reader.pt", torch.device("cpu"))
+    if reader is not None:
+        metadata = {"kindred.reader": VERSION, "kindred.world": world_hash(), "kindred.steps": str(reader["step"])}
+        save_file({name: value.half().contiguous() for name, value in reader["model"].items()}, READER, metadata)
+        log.info("%s %.2f MiB", READER.name, READER.stat().st_size / 2**20)

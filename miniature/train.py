@@ -1,0 +1,82 @@
+"""Rebuilds the miniature from nothing: `python -m miniature.train all --host <ComfyUI> --folder <work folder>`.
+
+Every part is seeded and can be killed at any time: the same command goes on from the last checkpoint in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .training import Run
+
+STEPS = {"autoencoder": 1600, "decoder": 3000, "reader": 3000, "unet": 4500}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("renderings", "autoencoder", "decoder", "reader", "unet", "pack", "all"))
+    parser.add_argument("--folder", type=Path, required=True, help="work folder for renderings and checkpoints")
+    parser.add_argument("--host", type=Path, help="a ComfyUI folder: the UNet's own class and the tokenizer come from there")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--renderings", type=int, default=24_000)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share each step and average their gradients")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    run = Run(given.folder, torch.device(given.device), given.seed, given.renderings, given.workers)
+    if given.part != "renderings" and given.workers > 1:
+        torch.multiprocessing.spawn(_work, (run, given), nprocs=given.workers)
+    else:
+        torch.set_num_threads(given.threads)
+        _train(run, given)
+
+
+def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
+    """One of several processes that train together: robust where other programs share the cores, as threads are not."""
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
+    torch.set_num_threads(max(given.threads // run.workers, 1))
+    meeting = f"file://{given.folder.resolve()}/meeting-{given.part}-{os.getppid()}"
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=run.workers)
+    _train(replace(run, rank=rank), given)
+    torch.distributed.destroy_process_group()
+
+
+def _train(run: Run, given: argparse.Namespace) -> None:
+    wanted = ("autoencoder", "unet", "decoder", "reader") if given.part == "all" else (given.part,)
+    if "renderings" in wanted:
+        from .data import training_set
+
+        training_set(run.folder, run.renderings)
+    if "autoencoder" in wanted:
+        from .train_autoencoder import train_autoencoder
+
+        train_autoencoder(run, given.steps or STEPS["autoencoder"])
+    if "unet" in wanted:
+        from .train_unet import train_unet
+
+        train_unet(run, given.host, given.steps or STEPS["unet"])
+    if "decoder" in wanted:
+        from .train_autoencoder import train_autoencoder
+
+        train_autoencoder(run, given.steps or STEPS["decoder"], decoder_only=True)
+    if "reader" in wanted and run.rank == 0:
+        from .train_reader import train_reader
+
+        train_reader(run, given.steps or STEPS["reader"])
+    if given.part in ("pack", "all") and run.rank == 0:
+        from .pack import pack
+
+        pack(run.folder)
+
+
+if __name__ == "__main__":
+    main()

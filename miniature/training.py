@@ -1,0 +1,73 @@
+"""What the three trainings share: a resumable state file, the rate schedule, a moving average of the weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how one training runs."""
+
+    folder: Path  # checkpoints and the rendered set
+    device: torch.device
+    seed: int = 1
+    renderings: int = 24_000
+    workers: int = 1  # processes that share one step and average their gradients (gloo); 1 trains in this process
+    rank: int = 0
+
+
+def as_pictures(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [b y x 3] -> float [b 3 y x] in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def rate(step: int, steps: int, peak: float, warm_up: int = 100, floor: float = 0.02) -> float:
+    """Linear warm-up, then half a cosine down to `floor` times the peak."""
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = min((step - warm_up) / max(steps - warm_up, 1), 1.0)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def follow(average: dict[str, Tensor], module: nn.Module, step: int, decay: float) -> None:
+    """Moves the averaged weights towards the module's; the decay starts low so that early averages forget the start."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, value in module.state_dict().items():
+        if value.dtype.is_floating_point:
+            average[name].lerp_(value, 1 - decay)
+
+
+def save(path: Path, state: dict) -> None:
+    """Written beside and renamed, so a kill leaves the older file whole."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load(path: Path, device: torch.device) -> dict | None:
+    """A state written by `save`, or None where there is none yet."""
+    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+
+def average_gradients(parameters: list[Tensor], workers: int) -> None:
+    """Replaces every gradient by its mean over the worker processes."""
+    if workers == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= workers
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,70 @@
+"""The miniature in the real host: its loader, its sampler, its VAE, and the two ways of running it agree."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kindred.miniature import measure
+from kindred.miniature.autoencoder import psnr
+from kindred.miniature.data import held_out
+from kindred.miniature.pack import CHECKPOINT
+from kindred.miniature.registration import KindredMiniature, register
+
+pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no weights: python -m miniature.train pack writes them")
+
+
+@pytest.fixture(scope="module")
+def loaded(host):
+    with torch.inference_mode():
+        return host.CheckpointLoaderSimple().load_checkpoint("kindred_miniature.safetensors")
+
+
+def test_it_is_registered_once():
+    import comfy.supported_models
+    import folder_paths
+
+    register()
+    register()
+    assert comfy.supported_models.models.count(KindredMiniature) == 1
+    assert folder_paths.get_folder_paths("checkpoints").count(str(CHECKPOINT.parent)) == 1
+    assert "kindred_miniature.safetensors" in folder_paths.get_filename_list("checkpoints")
+
+
+def test_the_host_rebuilds_held_out_renderings(loaded):
+    images = torch.from_numpy(held_out(6).images).float() / 255
+    with torch.inference_mode():
+        latents = loaded[2].encode(images)
+        rebuilt = loaded[2].decode(latents)
+    assert latents.shape == (6, 8, 16, 16) and 0.7 < float(latents.std()) < 1.3
+    assert float(psnr(rebuilt.permute(0, 3, 1, 2), images.permute(0, 3, 1, 2)).mean()) >= 26
+
+
+def test_a_plain_workflow_runs_from_an_empty_latent(host, loaded):
+    """EmptyLatentImage gives four channels; the host itself makes them eight."""
+    model, clip, vae = loaded
+    with torch.inference_mode():
+        positive = host.CLIPTextEncode().encode(clip, "a photo of a cat on the beach")[0]
+        negative = host.CLIPTextEncode().encode(clip, "")[0]
+        empty = host.EmptyLatentImage().generate(128, 128, 2)[0]
+        latent = host.common_ksampler(model, 1, 2, 4.0, "ddim", "ddim_uniform", positive, negative, empty)[0]["samples"]
+        image = vae.decode(latent)
+    assert latent.shape == (2, 8, 16, 16) and image.shape == (2, 128, 128, 3) and bool(image.isfinite().all())
+
+
+def test_measuring_without_the_loader_is_the_same_model(host, loaded):
+    """Text encoder, VAE and UNet of miniature/measure.py against the host's own, same weights."""
+    import comfy.options
+
+    model, clip, vae = loaded
+    with torch.inference_mode():
+        direct = measure.open_miniature(Path(comfy.options.__file__).parents[1])
+        context = host.CLIPTextEncode().encode(clip, "a photo of a dog in a room")[0][0][0]
+        assert torch.allclose(direct.context(["a photo of a dog in a room"]), context.float(), atol=2e-3)
+        images = torch.from_numpy(held_out(2).images).float() / 255
+        latents = direct.encode(images)
+        assert torch.allclose(latents, vae.encode(images).float(), atol=2e-3)
+        core = model.model.diffusion_model
+        theirs = core(latents, torch.tensor([500, 20]), context=context.float().expand(2, -1, -1))
+        ours = direct.unet(latents, torch.tensor([500, 20]), context=context.float().expand(2, -1, -1))
+        assert torch.allclose(ours, theirs.float(), atol=2e-3)
