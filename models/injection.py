@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attend, ReferenceTokens, attend_with_references, blend_queries
-from .masks import token_map
+from .masks import resize_soft, token_map
 from .reference import BlockId, Grid, Half, ReferencePrompt
 
 
@@ -83,7 +83,7 @@ class Recorder:
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
         if call.block in self.map_blocks and Role.COND in call.roles:
             i, w = call.roles.index(Role.COND), self.prompt.cross.shape[1]
-            repeats = range(0, k.shape[1], w)  # the host repeats the shorter of two prompts (method.md 2.3)
+            repeats = range(0, k.shape[1] // w * w, w)  # the host repeats the shorter of two prompts (method.md 2.3)
             positions = [[p + r for r in repeats for p in row] for row in self.prompt.subject.positions]
             self.maps[call.block] = token_map(call.parts(q)[i], call.parts(k)[i], positions, heads)
 
@@ -92,11 +92,11 @@ class Recorder:
         return {block: self.tokens[half, block] for block in self.grids if (half, block) in self.tokens}
 
     def word_map(self) -> Tensor | None:
-        """Mean over the mask blocks of one grid -> [r y x] fp32."""
+        """Mean over the mask blocks, at the finest of their grids -> [r y x] fp32."""
         if not self.maps:
             return None
-        (y, x), = {self.grids[b] for b in self.maps}
-        return torch.stack(list(self.maps.values())).mean(0).unflatten(1, (y, x))
+        finest = max(self.grids[b] for b in self.maps)
+        return torch.stack([resize_soft(m.unflatten(1, self.grids[b]), finest) for b, m in self.maps.items()]).mean(0)
 
 
 @dataclass
@@ -133,6 +133,8 @@ class Run:
         found = [r for i in self.active if (r := i.references(call, self.sites[call.block], q)) is not None]
         if not any(role in r.by_role for r in found for role in call.roles):
             return attend(q, k, v, heads)
+        if k.shape[0] != q.shape[0]:  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
+            k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
         rows = q.shape[0] // len(call.roles)
         groups: dict[tuple[bool, ...], list[int]] = {}  # parts that read the same injections share a call
         for part, role in enumerate(call.roles):

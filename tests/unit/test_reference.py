@@ -1,0 +1,237 @@
+"""Laws of the reference bank: which blocks, which tokens at which step, which latent at which sigma."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kindred.models.inversion import InversionTrajectory
+from kindred.models.reference import (
+    BANK_VERSION,
+    BankBuilder,
+    Half,
+    Halves,
+    Layer,
+    ReferenceBank,
+    ReferencePrompt,
+    block_name,
+    gather,
+    select_blocks,
+)
+
+SD15 = tuple([("input", i, 0) for i in (1, 2, 4, 5, 7, 8)] + [("middle", 0, 0)] + [("output", i, 0) for i in range(3, 12)])
+SDXL = tuple([("input", i, d) for i in (4, 5) for d in range(2)] + [("input", i, d) for i in (7, 8) for d in range(10)]
+             + [("middle", 0, d) for d in range(10)] + [("output", i, d) for i in range(3) for d in range(10)]
+             + [("output", i, d) for i in range(3, 6) for d in range(2)])
+SIGMAS = torch.tensor([0.0, 0.5, 2.0, 9.0])
+R, Y, X = 2, 4, 6
+BLOCKS = {("input", 1, 0): ((4, 6), 3), ("middle", 0, 0): ((2, 3), 5), ("middle", 0, 1): ((2, 3), 5)}  # block -> grid, channels
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trajectory(noise_maps: Tensor | None = None) -> InversionTrajectory:
+    return InversionTrajectory(SIGMAS, rand(4, R, 4, Y, X, seed=1), "ddim", "a cat", "SD15 0", "normal, 3 steps", noise_maps)
+
+
+def masks() -> dict[tuple[int, int], Tensor]:
+    """Pictures with different numbers of kept tokens."""
+    fine = torch.zeros(R, 4, 6, dtype=torch.bool)
+    fine[0, 1, 2:5] = True
+    fine[1, 3, 0] = True
+    coarse = torch.zeros(R, 2, 3, dtype=torch.bool)
+    coarse[0, 0, 1] = coarse[1, 1, 2] = coarse[1, 0, 0] = True
+    return {(4, 6): fine, (2, 3): coarse}
+
+
+def tokens(half: Half, step: int) -> dict:
+    """[r n c] per block, as a Ref-UNet pass would leave them; every step and half different."""
+    start = 100 * step + (10 if half is Half.UNCOND else 0)
+    return {b: rand(R, y * x, c, seed=start + i) for i, (b, ((y, x), c)) in enumerate(BLOCKS.items())}
+
+
+def bank(halves: tuple[Half, ...] = (Half.COND, Half.UNCOND), precision: torch.dtype | None = None,
+         noise_maps: Tensor | None = None) -> ReferenceBank:
+    builder = BankBuilder(precision)
+    for step in (2, 0, 1):  # a pass may run either way
+        for half in halves:
+            builder.add(half, step, tokens(half, step))
+    prompts = {half: ReferencePrompt("a cat", torch.zeros(1, 77, 8)) for half in halves}
+    return builder.finish({b: grid for b, (grid, _) in BLOCKS.items()}, masks(), trajectory(noise_maps), prompts, "SD15 0", None)
+
+
+# which blocks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("all", 16), ("encoder", 6), ("middle", 1), ("decoder", 9), ("masactrl", 6)])
+def test_presets_of_sd15(wanted, count) -> None:
+    chosen = select_blocks(wanted, SD15, "Node")
+    assert len(chosen) == count
+    stages = {"all": {"input", "middle", "output"}, "encoder": {"input"}, "middle": {"middle"}, "decoder": {"output"},
+              "masactrl": {"output"}}
+    assert {b[0] for b in chosen} == stages[wanted]
+
+
+def test_masactrl_starts_at_the_tenth_layer() -> None:
+    """arXiv 2304.08465 counts attention layers from 0 and begins at 10: output 6 of SD1.5."""
+    assert select_blocks("masactrl", SD15, "Node") == SD15[10:] and SD15[10] == ("output", 6, 0)
+
+
+def test_presets_of_sdxl() -> None:
+    counts = {"all": 70, "encoder": 24, "middle": 10, "decoder": 36}
+    assert {name: len(select_blocks(name, SDXL, "Node")) for name in counts} == counts
+
+
+@pytest.mark.parametrize(("wanted", "chosen"), [
+    ("input 4", [("input", 4, 0)]),
+    ("output 3-5, middle 0", [("middle", 0, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)]),
+    ("middle 0, output 3 - 5", [("middle", 0, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)]),
+    (" OUTPUT 11 ,, Input1,", [("input", 1, 0), ("output", 11, 0)]),
+    ("output 3-4, output 4", [("output", 3, 0), ("output", 4, 0)]),
+    ("middle, input 8", [("input", 8, 0), ("middle", 0, 0)]),
+    ("output 9-99", [("output", 9, 0), ("output", 10, 0), ("output", 11, 0)]),
+])
+def test_lists_come_in_the_order_of_the_unet(wanted, chosen) -> None:
+    assert list(select_blocks(wanted, SD15, "Node")) == chosen
+
+
+def test_depth_chooses_within_a_block() -> None:
+    assert select_blocks("middle 0.9", SDXL, "Node") == (("middle", 0, 9),)
+    assert select_blocks("output 3-4.1", SDXL, "Node") == (("output", 3, 1), ("output", 4, 1))
+    assert len(select_blocks("middle 0", SDXL, "Node")) == 10
+
+
+@pytest.mark.parametrize("block", SDXL[::7])
+def test_a_block_is_found_by_its_name(block) -> None:
+    """block_name leaves depth 0 unnamed, so the name chooses the block, and at depth 0 those below it too."""
+    found = select_blocks(block_name(block), SDXL, "Node")
+    assert block in found and {b[:2] for b in found} == {block[:2]}
+    assert found == (block,) or block[2] == 0
+
+
+@pytest.mark.parametrize("wanted", ["up 3", "input 3", "middle 0.1", "output", "input 4.5.6", "-1"])
+def test_an_unknown_block_is_refused_with_what_exists(wanted) -> None:
+    with pytest.raises(ValueError, match=r"Node: no self-attention block matches") as refused:
+        select_blocks(f"decoder, {wanted}", SD15, "Node")
+    said = str(refused.value)
+    assert repr(wanted) in said and "input 1, input 2, input 4" in said and "masactrl" in said
+
+
+@pytest.mark.parametrize("wanted", ["", " , "])
+def test_no_block_at_all_is_refused(wanted) -> None:
+    with pytest.raises(ValueError, match=r"Node: blocks is empty.*output 3-5, middle 0"):
+        select_blocks(wanted, SD15, "Node")
+
+
+# what the bank holds ------------------------------------------------------------------------------------------------------
+
+
+def test_gather_takes_the_flat_positions() -> None:
+    x = rand(2, 5, 3, seed=1)
+    torch.testing.assert_close(gather(x, torch.tensor([4, 7])), torch.stack([x[0, 4], x[1, 2]]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("half", list(Half))
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_what_went_in_under_the_mask_comes_out_at_its_step(half, step) -> None:
+    b = bank()
+    given, read = tokens(half, step), b.tokens(half, step, torch.device("cpu"), torch.float32)
+    assert list(read) == list(BLOCKS) == list(b.blocks)
+    for block, (grid, c) in BLOCKS.items():
+        by_hand = torch.cat([given[block][r][masks()[grid][r].flatten()] for r in range(R)])
+        assert read[block].shape == (int(masks()[grid].sum()), c)
+        assert torch.equal(read[block], by_hand)
+        assert torch.equal(read[block], b.keep(given)[block])
+
+
+def test_tokens_are_views_of_one_row() -> None:
+    """One copy to the device for a step, not one per layer."""
+    read = bank().tokens(Half.COND, 1, torch.device("cpu"), torch.float32)
+    assert len({t.untyped_storage().data_ptr() for t in read.values()}) == 1
+
+
+def test_tokens_arrive_in_the_dtype_asked_for() -> None:
+    b = bank(precision=torch.float16)
+    assert b.features[Half.COND].dtype == torch.float16
+    read = b.tokens(Half.COND, 0, torch.device("cpu"), torch.float32)
+    exact = bank().tokens(Half.COND, 0, torch.device("cpu"), torch.float32)
+    for block, t in read.items():
+        assert t.dtype == torch.float32
+        assert torch.equal(t, exact[block].half().float())
+
+
+def test_the_builder_keeps_copies_and_lets_go_of_full_tokens() -> None:
+    builder, given = BankBuilder(), tokens(Half.COND, 0)
+    first = {b: t.clone() for b, t in given.items()}
+    builder.add(Half.COND, 0, given)
+    for t in given.values():
+        t.zero_()  # the host reuses its buffers
+    b = builder.finish({k: grid for k, (grid, _) in BLOCKS.items()}, masks(), trajectory(), {}, "SD15 0", None)
+    assert all(torch.equal(t, b.keep(first)[k]) for k, t in b.tokens(Half.COND, 0, torch.device("cpu"), torch.float32).items())
+    assert not builder._steps
+
+
+def test_bytes_are_steps_times_halves_times_kept_tokens() -> None:
+    """performance.md 1.3: t x halves x sum over layers of l * c * itemsize."""
+    row = 4 * 3 + 3 * 5 + 3 * 5
+    assert bank().bytes == 3 * 2 * row * 4
+    assert bank((Half.COND,), torch.float16).bytes == 3 * 1 * row * 2
+
+
+def test_an_empty_mask_leaves_no_tokens() -> None:
+    builder = BankBuilder()
+    builder.add(Half.COND, 0, tokens(Half.COND, 0))
+    none = {grid: torch.zeros_like(m) for grid, m in masks().items()}
+    b = builder.finish({k: grid for k, (grid, _) in BLOCKS.items()}, none, trajectory(), {}, "SD15 0", None)
+    read = b.tokens(Half.COND, 0, torch.device("cpu"), torch.float32)
+    assert {k: tuple(t.shape) for k, t in read.items()} == {k: (0, c) for k, (_, c) in BLOCKS.items()} and b.bytes == 0
+
+
+def test_a_bank_is_of_this_version_and_frozen() -> None:
+    b = bank()
+    assert b.version == BANK_VERSION and b.layers[1] == Layer(("middle", 0, 0), (2, 3), 5)
+    with pytest.raises(AttributeError):
+        b.version = 0
+
+
+# which step, which latent -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sigma", "step"), [(0.5, 0), (2.0, 1), (9.0, 2), (2.0005, 1), (8.996, 2), (2.01, None), (1.99, None),
+                                             (0.0, None), (20.0, None), (0.1, None)])
+def test_a_step_is_found_by_its_sigma(sigma, step) -> None:
+    """Row i of the features belongs to sigmas[i + 1]; between the stored ones the answer is live."""
+    assert bank().step_of(sigma) == step
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_stored_latent_is_returned_as_it_is(level) -> None:
+    assert torch.equal(bank().latent_at(SIGMAS[level].item()), trajectory().latents[level])
+
+
+def test_between_two_levels_the_path_is_straight() -> None:
+    latents = trajectory().latents
+    torch.testing.assert_close(bank().latent_at(1.25), (latents[1] + latents[2]) / 2)
+    torch.testing.assert_close(bank().latent_at(0.25), (latents[0] + latents[1]) / 2)
+
+
+def test_beyond_the_end_the_last_noise_is_scaled() -> None:
+    """x_0 + sigma eps with the last level's eps."""
+    latents = trajectory().latents
+    eps = (latents[3] - latents[0]) / 9.0
+    torch.testing.assert_close(bank().latent_at(14.6), latents[0] + 14.6 * eps)
+
+
+@pytest.mark.parametrize(("sigma", "level"), [(0.7, 1), (1.5, 2), (3.0, 2), (5.0, 3), (12.0, 3)])
+def test_edit_friendly_levels_have_noise_of_their_own(sigma, level) -> None:
+    """A mean of two independent noises has too little of it: the nearest level's noise at the sigma asked for."""
+    latents = trajectory().latents
+    eps = (latents[level] - latents[0]) / SIGMAS[level]
+    torch.testing.assert_close(bank(noise_maps=rand(3, R, 4, Y, X, seed=5)).latent_at(sigma), latents[0] + sigma * eps)
+
+
+def test_which_half_reads_which() -> None:
+    read = {h: tuple(h.source(half) for half in (Half.COND, Half.UNCOND)) for h in Halves}
+    assert read == {Halves.COND: (Half.COND, None), Halves.BOTH: (Half.COND, Half.UNCOND), Halves.SHARED: (Half.COND, Half.COND)}
