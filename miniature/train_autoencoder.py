@@ -14,13 +14,14 @@ from .autoencoder import LATENT_CHANNELS, Autoencoder, psnr
 from .data import held_out, training_set
 from .latents import latents_of
 from .muon import Muon
-from .training import Run, as_pictures, average_gradients, load, rate, save
+from .training import Run, as_pictures, average_gradients, follow, load, rate, save
 
 log = logging.getLogger(__name__)
 CROP = 64  # pixels
 NOISE = (0.06, 0.03)  # spread of the noise added to latents, first and last step: sampled latents are never exact
 WHOLE = 3  # pictures per step when the decoder is tuned
 LATENTS = 16_000  # renderings whose latents are kept
+DECAY = 0.995  # of the averaged weights when the decoder is tuned
 MOMENTS = 0.02  # weight that keeps every latent channel at mean 0 and spread 1
 
 
@@ -71,12 +72,13 @@ def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, 
         Muon(matrices, lr=peak, weight_decay=0.0, rank=run.rank, workers=run.workers),
         torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0),
     ]
+    average = {name: value.clone() for name, value in model.state_dict().items()}
     start, state = 0, load(path, run.device)
     if state is not None:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["raw"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        start = state["step"]
+        average, start = state["model"], state["step"]
     images = training_set(run.folder, run.renderings).images
     known = latents_of(run, min(LATENTS, run.renderings)) if decoder_only else None
     images = images[run.rank : LATENTS : run.workers] if decoder_only else images
@@ -105,12 +107,16 @@ def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, 
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, steps, peak)
             optimizer.step()
+        follow(average, model, step, DECAY if decoder_only else 0.0)
         total += squared.item()
         if (step + 1) % 100 == 0 and run.rank == 0:
             seconds = (time.monotonic() - began) / (step + 1 - start)
             log.info("autoencoder %d/%d squared %.5f moments %.3f %.3f s/step", step + 1, steps, total / 100, moments.item(), seconds)
             total = 0.0
         if ((step + 1) % 500 == 0 or step + 1 == steps) and run.rank == 0:
-            save(path, {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1})
-            log.info("held-out PSNR %.2f dB", held_out_psnr(model, run.device))
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save(path, {"model": average, "raw": model.state_dict(), "optimizers": states, "step": step + 1})
+            judge = Autoencoder().to(run.device)
+            judge.load_state_dict(average)
+            log.info("held-out PSNR %.2f dB", held_out_psnr(judge, run.device))
     return model
