@@ -1,8 +1,11 @@
 """The nodes, one family per file; the host looks at them through KindredExtension."""
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .host import offer_example
 from .inversion import DDIMInvert
 from .prompts import SubjectPrompts
 from .reference import MaskedSelfAttnInject, RefUNetCapture
@@ -10,6 +13,9 @@ from .reference import MaskedSelfAttnInject, RefUNetCapture
 
 class KindredExtension(ComfyExtension):
     """The pack's nodes in the order of the menu."""
+
+    async def on_load(self) -> None:
+        offer_example(Path(__file__).parent.parent / "miniature" / "reference.png")
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject]

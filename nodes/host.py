@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import comfy.model_management
@@ -16,6 +18,7 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
+import folder_paths
 import latent_preview
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
@@ -23,6 +26,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.injection import ActiveInjection, BlockSite, Recorder, Run
@@ -30,6 +34,8 @@ from ..models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 SUBJECT, TEXT = "kindred_subject", "kindred_text"  # what Subject Prompts leaves inside CONDITIONING
+SPECIAL = ("area", "mask", "control", "hooks", "gligen", "start_percent", "end_percent", "clip_start_percent")
+Inversion, Reference = io.Custom("KINDRED_INVERSION"), io.Custom("KINDRED_REFERENCE")
 log = logging.getLogger(__name__)
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
@@ -119,7 +125,20 @@ def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
 
 
-SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
+SCHEDULERS = list(comfy.samplers.SCHEDULER_NAMES)
+
+
+def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
+    """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
+    if sigmas is None:
+        return schedule(model, scheduler, steps), f"{scheduler}, {steps} steps"
+    sigmas = sigmas.float().cpu()
+    if len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
+        raise ValueError(f"{node}: SIGMAS must fall from step to step and end in 0, but {[round(s, 4) for s in sigmas.tolist()[:6]]}... "
+                         f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
+                         "Wire the same SIGMAS that the sampler gets, not flipped ones.")
+    return sigmas, f"custom, {len(sigmas) - 1} steps"
+
 
 
 def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
@@ -134,7 +153,14 @@ def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
                          "some pictures: start ComfyUI with --fp32-vae or use another VAE.")
     if not samples.any():
         raise ValueError(f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, not Empty Latent Image.")
-    return model.model.process_latent_in(samples)
+    return model.model.process_latent_in(samples.float().cpu())  # --fp16-intermediates and --gpu-only give others
+
+
+def offer_example(picture: Path) -> None:
+    """Lay the shipped workflows' example photo into the host's temp folder, which the host itself empties at start and exit."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(picture, folder / "kindred_reference.png")
 
 
 def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
@@ -245,13 +271,16 @@ def inject(model: ModelPatcher, injection: Injection) -> ModelPatcher:
 
 
 # ------------------------------------------------------------------------------------------------------- the Ref-UNet
-def read_prompt(conditioning: Conditioning, name: str, node: str) -> ReferencePrompt:
-    """The one plain prompt of a reference pass; ValueError where several, masked or controlled prompts are wired."""
-    special = sorted({k for _, extras in conditioning for k in ("area", "mask", "control", "hooks", "gligen") if extras.get(k) is not None})
+def read_prompt(conditioning: Conditioning, name: str, node: str, pictures: int) -> ReferencePrompt:
+    """The one plain prompt of a reference pass over r pictures; ValueError where several, masked or timed prompts are wired."""
+    special = sorted({k for _, extras in conditioning for k in SPECIAL if extras.get(k) is not None})
     if len(conditioning) != 1 or special:
         raise ValueError(f"{node}: {name} must be one plain prompt such as 'a photo of a cat', but {len(conditioning)} prompts were "
                          f"given{' with ' + ', '.join(special) if special else ''}. Wire Subject Prompts straight into it.")
     (cross, extras), = conditioning
+    if cross.shape[0] not in (1, pictures):
+        raise ValueError(f"{node}: {name} holds {cross.shape[0]} prompts for {pictures} reference picture{'s' * (pictures > 1)}. "
+                         "Write one line in Subject Prompts, or one line per picture.")
     plain = {k: v for k, v in extras.items() if isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
     return ReferencePrompt(str(extras.get(TEXT, "")), cross, plain, extras.get(SUBJECT))
 
@@ -349,4 +378,5 @@ def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: fro
     inner.read_conds(conds)
     comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
                                    _bare(run.model_options, inner))
+    inner.close()
     return {half: bank.keep(recorder.of(half)) for half in halves}

@@ -15,22 +15,8 @@ from ..models.metrics import psnr
 from . import host
 
 NODE = "DDIM Invert"
-Inversion = io.Custom("KINDRED_INVERSION")
-SCHEDULE_NAMES = [*host.SCHEDULERS]
 DDIM, EDIT_FRIENDLY = "ddim", "edit-friendly ddpm"
 log = logging.getLogger(__name__)
-
-
-def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
-    """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
-    if sigmas is None:
-        return host.schedule(model, scheduler, steps), f"{scheduler}, {steps} steps"
-    sigmas = sigmas.float().cpu()
-    if len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
-        raise ValueError(f"{node}: SIGMAS must fall from step to step and end in 0, but {[round(s, 4) for s in sigmas.tolist()[:6]]}... "
-                         f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
-                         "Wire the same SIGMAS that the sampler gets, not flipped ones.")
-    return sigmas, f"custom, {len(sigmas) - 1} steps"
 
 
 class DDIMInvert(io.ComfyNode):
@@ -50,7 +36,7 @@ class DDIMInvert(io.ComfyNode):
                                                           "Prompts)."),
                 io.Int.Input("steps", default=50, min=2, max=1000,
                              tooltip="Take the steps of the sampler that will generate: then no reference pass runs while it samples."),
-                io.Combo.Input("scheduler", options=SCHEDULE_NAMES, default="ddim_uniform",
+                io.Combo.Input("scheduler", options=host.SCHEDULERS, default="ddim_uniform",
                                tooltip="Take the scheduler of the sampler that will generate."),
                 io.Combo.Input("method", options=[DDIM, EDIT_FRIENDLY], default=DDIM, advanced=True,
                                tooltip="ddim: deterministic, one path. edit-friendly ddpm: independent noise at every step; "
@@ -63,7 +49,7 @@ class DDIMInvert(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of steps and scheduler: the SIGMAS the sampler gets."),
             ],
             outputs=[
-                Inversion.Output(display_name="inversion", tooltip="Every step of the way, for Ref-UNet Feature Capture."),
+                host.Inversion.Output(display_name="inversion", tooltip="Every step of the way, for Ref-UNet Feature Capture."),
                 io.Latent.Output(display_name="noise", tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled."),
             ],
             has_intermediate_output=True,
@@ -73,9 +59,9 @@ class DDIMInvert(io.ComfyNode):
     def execute(cls, model: Any, latent: dict[str, Any], positive: host.Conditioning, steps: int, scheduler: str,
                 method: str = DDIM, seed: int = 0, check: bool = True, sigmas: Tensor | None = None) -> io.NodeOutput:
         host.require_unet(model, NODE)
-        prompt = host.read_prompt(positive, "positive", NODE)
-        down, name = chosen_sigmas(model, steps, scheduler, sigmas, NODE)
+        down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, NODE)
         z0 = host.latent_in(model, latent["samples"], NODE)
+        prompt = host.read_prompt(positive, "positive", NODE, len(z0))
         loop = ddim_loop(z0, down, check) if method == DDIM else edit_friendly_loop(z0, down, seed, check)
         total = (len(down) - 1) * (2 if check else 1)
         latents, maps, back = host.reference_pass(model, z0.shape, down, prompt, None, loop, total=total)

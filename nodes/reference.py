@@ -16,13 +16,11 @@ from ..models.injection import AttnCall, BlockSite, Recorder, Role, SelfReferenc
 from ..models.inversion import InversionTrajectory
 from ..models.masks import resize_user_mask, union_of_first
 from ..models.reference import (
-    BankBuilder, BlockId, Grid, Half, Halves, ReferenceBank, ReferencePrompt, block_name, select_blocks,
+    BANK_VERSION, BankBuilder, BlockId, Grid, Half, Halves, ReferenceBank, block_name, select_blocks,
 )
 from . import host
-from .inversion import SCHEDULE_NAMES, Inversion, chosen_sigmas
 
 CAPTURE, INJECT = "Ref-UNet Feature Capture", "Masked Self-Attn Inject"
-Reference = io.Custom("KINDRED_REFERENCE")
 OTSU, VALUE = "otsu", "value"
 MASK_DIVISOR = 4  # method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
 log = logging.getLogger(__name__)
@@ -83,7 +81,7 @@ class RefUNetCapture(io.ComfyNode):
                                                           "(Subject Prompts)."),
                 io.Int.Input("steps", default=50, min=2, max=1000,
                              tooltip="With a latent: the steps of the sampler that will generate. Unused with an inversion."),
-                io.Combo.Input("scheduler", options=SCHEDULE_NAMES, default="ddim_uniform",
+                io.Combo.Input("scheduler", options=host.SCHEDULERS, default="ddim_uniform",
                                tooltip="With a latent: the scheduler of the sampler that will generate. Unused with an inversion."),
                 io.String.Input("blocks", default="all", advanced=True,
                                 tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, masactrl, or a list such as "
@@ -99,7 +97,7 @@ class RefUNetCapture(io.ComfyNode):
                 io.Combo.Input("precision", options=["as computed", "float16"], default="as computed", advanced=True,
                                tooltip="How the features are stored in memory. float16 halves the memory of a model that computes in "
                                        "float32."),
-                Inversion.Input("inversion", optional=True, tooltip="From DDIM Invert: its latents are read, one model call per step."),
+                host.Inversion.Input("inversion", optional=True, tooltip="From DDIM Invert: its latents are read, one call per step."),
                 io.Latent.Input("latent", optional=True, tooltip="Instead of an inversion: the photo through VAE Encode; inverted and read "
                                                                  "in one pass."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Also reads the features of the negative half, for CFG halves = "
@@ -110,7 +108,7 @@ class RefUNetCapture(io.ComfyNode):
                                                                  "gets."),
             ],
             outputs=[
-                Reference.Output(display_name="reference", tooltip="Features, masks and the trajectory of the photo."),
+                host.Reference.Output(display_name="reference", tooltip="Features, masks and the trajectory of the photo."),
                 io.Mask.Output(display_name="mask", tooltip="Where the subject was found."),
             ],
         )
@@ -121,68 +119,72 @@ class RefUNetCapture(io.ComfyNode):
                 inversion: InversionTrajectory | None = None, latent: dict[str, Any] | None = None,
                 negative: host.Conditioning | None = None, mask: Tensor | None = None, sigmas: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, CAPTURE).diffusion_model)
-        prompts = {Half.COND: host.read_prompt(positive, "positive", CAPTURE)}
-        if negative is not None:
-            prompts[Half.UNCOND] = host.read_prompt(negative, "negative", CAPTURE)
-        if mask is None and prompts[Half.COND].subject is None:
-            raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
-                             f"mask is wired. "
-                             "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject.")
+        wanted = select_blocks(blocks, tuple(sites), CAPTURE)
         if (inversion is None) == (latent is None):
             raise ValueError(f"{CAPTURE}: "
                              f"{'neither an inversion nor a latent is' if latent is None else 'both an inversion and a latent are'} "
                              "wired. Wire exactly one: the photo's latent, or the result of DDIM Invert.")
-        recorder = Recorder(select_blocks(blocks, tuple(sites), CAPTURE),
-                            map_blocks(mask_blocks, sites) if mask is None else (), prompts[Half.COND])
+        key = host.model_key(model)
+        if inversion is not None:
+            check_same_model(CAPTURE, "inversion", inversion.model_key, key)
+            shape = inversion.latents.shape[1:]
+        else:
+            down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
+            z0 = host.latent_in(model, latent["samples"], CAPTURE)
+            shape = z0.shape
+        prompts = {Half.COND: host.read_prompt(positive, "positive", CAPTURE, shape[0])}
+        if negative is not None:
+            prompts[Half.UNCOND] = host.read_prompt(negative, "negative", CAPTURE, shape[0])
+        if mask is None and prompts[Half.COND].subject is None:
+            raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
+                             f"mask is wired. "
+                             "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject.")
+        whole = tuple(shape[2:])
+        grids = {block: grid_of(whole, sites[block].divisor) for block in wanted}
+        masks = None if mask is None else user_masks(mask, shape[0], {*grids.values(), whole})
+        recorder = Recorder(wanted, () if masks else map_blocks(mask_blocks, sites), prompts[Half.COND])
         builder, maps = BankBuilder(torch.float16 if precision == "float16" else None), {}
 
         def keep(i: int) -> None:
             for half in prompts:
                 builder.add(half, i - 1, recorder.of(half))
-            if mask is None:
+            if masks is None:
                 maps[i] = recorder.word_map().cpu()
-        key = host.model_key(model)
         if inversion is not None:
-            check_same_model(CAPTURE, "inversion", inversion.model_key, key)
-            down, loop, shape = inversion.sigmas.flip(0), replay_loop(inversion, keep), inversion.latents.shape[1:]
+            down, loop = inversion.sigmas.flip(0), replay_loop(inversion, keep)
         else:
-            down, name = chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
-            z0 = host.latent_in(model, latent["samples"], CAPTURE)
-            loop, shape = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, keep), z0.shape
+            loop = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, keep)
         calls = len(down) - 1 + (inversion is None)
         trajectory = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), loop, recorder, calls)
-        grids = {block: grid_of(tuple(shape[2:]), site.divisor) for block, site in sites.items() if block in recorder.blocks}
-        wanted = {*grids.values(), tuple(shape[2:])}
-        if mask is None:
+        if masks is None:
             noisiest_first = [maps[i] for i in sorted(maps, reverse=True)]
             threshold = OTSU if mask_threshold == OTSU else mask_value
-            masks = {grid: union_of_first(noisiest_first, mask_steps, threshold, grid) for grid in wanted}
-        else:
-            masks = user_masks(mask, shape[0], wanted)
-        check_masks(masks[tuple(shape[2:])], prompts[Half.COND], mask)
+            masks = {grid: union_of_first(noisiest_first, mask_steps, threshold, grid) for grid in {*grids.values(), whole}}
+            check_masks(masks[whole], f"{', '.join(map(repr, prompts[Half.COND].subject.words))} lights up nowhere. Describe what the "
+                                      "photo shows, or wire a mask.")
         bank = builder.finish(grids, masks, trajectory, prompts, key, torch.stack([maps[i] for i in sorted(maps)]) if maps else None)
         log.info("%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject", CAPTURE, trajectory.schedule, len(bank.layers),
-                 bank.bytes / 1e6, 100 * masks[tuple(shape[2:])].float().mean())
-        picture = masks[tuple(shape[2:])].float().repeat_interleave(8, 1).repeat_interleave(8, 2)
+                 bank.bytes / 1e6, 100 * masks[whole].float().mean())
+        picture = masks[whole].float().repeat_interleave(8, 1).repeat_interleave(8, 2)
         return io.NodeOutput(bank, picture)
 
 
 def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
-    """MASK [1|r Y X] -> bool [r y x] per grid; ValueError when the counts differ."""
+    """MASK [1|r Y X] -> bool [r y x] per grid; ValueError when the counts differ or one is empty."""
     mask = mask.reshape(-1, *mask.shape[-2:])
     if mask.shape[0] not in (1, r):
-        raise ValueError(f"{CAPTURE}: {mask.shape[0]} masks for {r} reference pictures. Wire one mask, or one per picture.")
-    return {grid: resize_user_mask(mask, grid).expand(r, -1, -1) for grid in grids}
+        raise ValueError(f"{CAPTURE}: {mask.shape[0]} masks for {r} reference picture{'s' * (r > 1)}. Wire one mask, or one per picture.")
+    masks = {grid: resize_user_mask(mask, grid).expand(r, -1, -1) for grid in grids}
+    for found in masks.values():
+        check_masks(found, "the wired mask is empty (all black). Paint the subject white.")
+    return masks
 
 
-def check_masks(found: Tensor, prompt: ReferencePrompt, mask: Tensor | None) -> None:
-    """Refuse a reference without a subject: ValueError names the picture and what to do."""
+def check_masks(found: Tensor, why: str) -> None:
+    """Refuse a reference without a subject, found bool [r y x]: ValueError names the picture and what to do."""
     for i, picture in enumerate(found, 1):
         if not picture.any():
-            words = "" if mask is not None else ", ".join(map(repr, prompt.subject.words))
-            what = f"{words} lights up nowhere" if words else "the wired mask is empty (all black)"
-            raise ValueError(f"{CAPTURE}: no subject in picture {i} of {len(found)}: {what}. "
-                             f"{'Describe what the photo shows, or wire a mask' if words else 'Paint the subject white'}.")
+            raise ValueError(f"{CAPTURE}: no subject in picture {i} of {len(found)}: {why}")
 
 
 def check_same_model(node: str, what: str, made_with: str, given: str) -> None:
@@ -275,7 +277,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
             search_aliases=["attention injection", "reference only", "personalize", "subject reference", "self attention"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the reference was read with."),
-                Reference.Input("reference", tooltip="From Ref-UNet Feature Capture."),
+                host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture."),
                 io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05,
                                tooltip="W_S: 0 is the plain picture, 1 the reference beside the picture's own features, more is more "
                                        "identity until shapes break."),
@@ -304,18 +306,23 @@ class MaskedSelfAttnInject(io.ComfyNode):
     def execute(cls, model: Any, reference: ReferenceBank, weight: float, weight_mode: str = WeightMode.LOGIT_BIAS.value,
                 blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0, halves: str = Halves.COND.value,
                 target_mask: Tensor | None = None) -> io.NodeOutput:
-        host.require_unet(model, INJECT)
-        wanted = select_blocks(blocks, tuple(host.attention_sites(model.model.diffusion_model)), INJECT)
+        sites = host.attention_sites(host.require_unet(model, INJECT).diffusion_model)
+        if reference.version != BANK_VERSION:
+            raise ValueError(f"{INJECT}: the reference is of version {reference.version}, but this Kindred reads version {BANK_VERSION}. "
+                             "Make it again with Ref-UNet Feature Capture, or use the Kindred that made it.")
+        check_same_model(INJECT, "reference", reference.model_key, host.model_key(model))
+        wanted = select_blocks(blocks, tuple(sites), INJECT)
         missing = [block_name(b) for b in wanted if b not in reference.blocks]
         if missing and blocks.strip().lower() != "all":
             raise ValueError(f"{INJECT}: {', '.join(missing)} not captured; the reference holds "
                              f"{', '.join(map(block_name, reference.blocks))}. "
                              "Choose the same blocks in Ref-UNet Feature Capture.")
+        if not weight >= 0:
+            raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the plain concatenation.")
         window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         injection = MaskedSelfInjection(reference, weight, WeightMode(weight_mode), frozenset(wanted) & frozenset(reference.blocks),
                                         *window, Halves(halves), mask)
-        injection.check(model)
         if not injection.sources <= reference.features.keys():
             raise ValueError(f"{INJECT}: halves is {halves!r}, but the reference holds only the "
                              f"{', '.join(h.value for h in reference.features)} half. "
