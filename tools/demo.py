@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
 LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES = "1", "2", "3", "5", "6", "7", "8", "10", "11", "13"
-HELD_OUT, SCENE, CLASS, REST = 3, "meadow", "cat", ("beach", "snow", "forest")
+HELD_OUT, SCENE, CLASS, REST = 6, "meadow", "cat", ("beach", "snow", "forest")
 
 
 @dataclass
