@@ -1,0 +1,131 @@
+"""The nodes of the pack and the host's samplers as functions over a tiny random model: what the host's laws are said in.
+
+Everything runs under inference_mode, as in the host. Sizes are latent cells (y, x). What is the same in many tests (a
+photo's bank, a plain picture) is made once and shared, as the host's own cache would share it.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import comfy.utils
+import nodes
+import torch
+from networks import random_model, random_prompt
+from torch import Tensor
+
+from kindred.models.inversion import InversionTrajectory
+from kindred.models.reference import ReferenceBank, SubjectTokens
+from kindred.nodes.inversion import DDIMInvert
+from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
+
+STEPS, SIZE, SCHEDULER = 3, (8, 8), "ddim_uniform"
+CAT = SubjectTokens(("cat",), ((5,),))
+comfy.utils.set_progress_bar_enabled(False)
+
+
+def photo(size: tuple[int, int] = SIZE, pictures: int = 1, seed: int = 3) -> dict[str, Tensor]:
+    """A LATENT as VAE Encode would give it."""
+    return {"samples": torch.randn(pictures, 4, *size, generator=torch.Generator().manual_seed(seed))}
+
+
+def prompt(seed: int = 5, family: str = "tiny", tokens: int = 77, subject: SubjectTokens | None = None) -> list:
+    return random_prompt(family, seed, tokens, subject)
+
+
+def coarse(family: str = "tiny", tokens: int = 77) -> list:
+    """The coarse description of the photo, with its subject."""
+    return random_prompt(family, 1, tokens, CAT)
+
+
+def negative(family: str = "tiny", tokens: int = 77) -> list:
+    return random_prompt(family, 2, tokens)
+
+
+@torch.inference_mode()
+def invert(model: Any, latent: dict | None = None, positive: list | None = None, steps: int = STEPS, scheduler: str = SCHEDULER,
+           **more: Any) -> tuple[InversionTrajectory, dict, str]:
+    """DDIM Invert -> trajectory, noise, what it reports."""
+    out = DDIMInvert.execute(model, latent or photo(), positive or coarse(), steps, scheduler, **more)
+    return *out.result, out.ui.as_dict()["text"][0]
+
+
+@torch.inference_mode()
+def capture(model: Any, latent: dict | None = None, positive: list | None = None, steps: int = STEPS, scheduler: str = SCHEDULER,
+            **more: Any) -> tuple[ReferenceBank, Tensor]:
+    """Ref-UNet Feature Capture, from a latent unless an inversion is given -> bank, mask."""
+    if "inversion" not in more:
+        more["latent"] = latent or photo()
+    return RefUNetCapture.execute(model, positive or coarse(), steps, scheduler, **more).result
+
+
+@torch.inference_mode()
+def inject(model: Any, bank: ReferenceBank, weight: float = 1.0, **more: Any) -> Any:
+    """Masked Self-Attn Inject -> MODEL."""
+    return MaskedSelfAttnInject.execute(model, bank, weight, **more).result[0]
+
+
+@torch.inference_mode()
+def sample(model: Any, seed: int = 1, steps: int = STEPS, cfg: float = 4.0, sampler: str = "euler", scheduler: str = SCHEDULER,
+           positive: list | None = None, uncond: list | None = None, size: tuple[int, int] = SIZE, batch: int = 1,
+           latent: Tensor | None = None, **more: Any) -> Tensor:
+    """KSampler (and, with its words, KSamplerAdvanced) -> latent samples [b c y x]."""
+    start = torch.zeros(batch, 4, *size) if latent is None else latent
+    return nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive or prompt(), uncond or negative(),
+                                 {"samples": start}, **more)[0]["samples"]
+
+
+@cache
+def bank_of(family: str = "tiny", steps: int = STEPS, size: tuple[int, int] = SIZE, pictures: int = 1, seed: int = 3,
+            both: bool = True) -> ReferenceBank:
+    """A shared bank of a photo; both: with the negative half."""
+    more = {"negative": negative(family)} if both else {}
+    return capture(random_model(family), photo(size, pictures, seed), coarse(family), steps, **more)[0]
+
+
+@cache
+def plain(**how: Any) -> Tensor:
+    """A shared plain picture of the tiny model."""
+    return sample(random_model("tiny"), **how)
+
+
+def differs(a: Tensor, b: Tensor) -> float:
+    """Greatest difference, relative to the spread of b."""
+    assert torch.isfinite(a).all() and torch.isfinite(b).all()
+    return ((a - b).abs().max() / b.std()).item()
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """The rows of every UNet call made inside."""
+    rows: list[int] = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def fingerprint(value: Any) -> Any:
+    """What must not change: contents of tensors and containers, identity of everything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), hashlib.blake2b(value.detach().contiguous().view(-1).numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return {k: fingerprint(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [fingerprint(v) for v in value]
+    return value if isinstance(value, (str, int, float, type(None))) else id(value)
+
+
+def of_model(model: Any) -> Any:
+    """A MODEL as its owner sees it: options, wrappers, callbacks, patches and weights."""
+    return fingerprint([model.model_options, model.wrappers, model.callbacks, model.patches, model.object_patches, model.attachments,
+                        dict(model.model.state_dict())])
+
+
+def of_bank(bank: ReferenceBank) -> Any:
+    return fingerprint([bank.features, bank.masks, bank.maps, bank.trajectory.latents, bank.trajectory.sigmas,
+                        {half: [p.cross, dict(p.extras)] for half, p in bank.prompts.items()}])

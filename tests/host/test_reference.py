@@ -1,0 +1,474 @@
+"""Host laws of Ref-UNet Feature Capture and Masked Self-Attn Inject: what they give, and what they leave alone."""
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from networks import build_model, random_model
+from studio import (
+    SIZE,
+    STEPS,
+    bank_of,
+    capture,
+    coarse,
+    counted,
+    differs,
+    inject,
+    invert,
+    negative,
+    photo,
+    plain,
+    prompt,
+    sample,
+)
+
+from kindred.models.attention import WeightMode
+from kindred.models.injection import AttnCall, Role
+from kindred.models.masks import resize_user_mask
+from kindred.models.reference import Half, Halves, ReferenceBank, SubjectTokens
+from kindred.nodes.host import SUBJECT
+from kindred.nodes.reference import ActiveMaskedSelf, MaskedSelfInjection
+
+TIGHT = 1e-4  # float32 through a few UNet calls, relative to the picture's spread
+FELT = 1e-2  # an effect that cannot be rounding
+MODEL = random_model("tiny")
+LAW = pytest.mark.parametrize
+
+
+# I1: nothing is exactly nothing --------------------------------------------------------------------------------------------
+
+
+@LAW("nothing", [{"weight": 0.0}, {"target_mask": torch.zeros(1, 64, 64)}, {"start_percent": 1.0}, {"end_percent": 0.0},
+                 {"start_percent": 0.6, "end_percent": 0.6}, {"start_percent": 0.4, "end_percent": 0.6}])
+def test_no_weight_no_mask_or_no_step_is_the_plain_picture_bit_for_bit(nothing):
+    """The last window lies between two steps: 3 uniform steps are at 0.33, 0.67 and 1 of the schedule."""
+    assert torch.equal(sample(inject(MODEL, bank_of(), **nothing)), plain())
+
+
+def test_the_reference_is_felt():
+    assert differs(sample(inject(MODEL, bank_of())), plain()) > FELT
+
+
+def test_a_window_is_the_steps_it_holds():
+    """All steps, the first alone, the others alone: three different pictures, and the wide window is no window."""
+    whole, first, rest = (sample(inject(MODEL, bank_of(), start_percent=a, end_percent=b)) for a, b in ((0, 1), (0, 0.5), (0.5, 1)))
+    assert torch.equal(whole, sample(inject(MODEL, bank_of())))
+    assert min(differs(a, b) for a, b in ((whole, first), (whole, rest), (first, rest), (first, plain()), (rest, plain()))) > FELT
+
+
+def test_a_mask_of_ones_is_no_mask_and_a_partial_one_is_partial():
+    ones, half = torch.ones(1, 64, 64), torch.zeros(1, 64, 64)
+    half[:, :, 32:] = 1
+    free = sample(inject(MODEL, bank_of()))
+    assert torch.equal(sample(inject(MODEL, bank_of(), target_mask=ones)), free)
+    part = sample(inject(MODEL, bank_of(), target_mask=half))
+    assert differs(part, free) > FELT and differs(part, plain()) > FELT
+
+
+@LAW("mode", [m.value for m in WeightMode])
+def test_every_weight_mode_draws(mode):
+    one, more = (sample(inject(MODEL, bank_of(), w, weight_mode=mode)) for w in (1.0, 2.5))
+    assert differs(one, plain()) > FELT and differs(more, one) > 1e-3
+    assert differs(one, sample(inject(MODEL, bank_of()))) < TIGHT  # weight 1 is the plain concatenation in every mode
+
+
+@LAW("halves", [h.value for h in Halves])
+def test_the_halves_of_guidance_differ(halves):
+    out = sample(inject(MODEL, bank_of(), halves=halves))
+    assert differs(out, plain()) > FELT
+    others = [sample(inject(MODEL, bank_of(), halves=h.value)) for h in Halves if h.value != halves]
+    assert all(differs(out, other) > FELT for other in others)
+
+
+def test_at_guidance_1_only_the_cond_half_matters():
+    cond, both, shared = (sample(inject(MODEL, bank_of(), halves=h.value), cfg=1.0) for h in Halves)
+    assert torch.equal(cond, both) and torch.equal(cond, shared) and differs(cond, plain(cfg=1.0)) > FELT
+
+
+# I5, I6, I9: what the weight means end to end --------------------------------------------------------------------------------
+
+
+@LAW("weight", [0.5, 1.0, 4.0])
+def test_a_picture_that_is_its_own_reference_is_unchanged_at_the_first_step(weight):
+    """I6: start at the trajectory's last latent, same prompt, guidance 1, the whole picture as mask."""
+    trajectory, noise, _ = invert(MODEL)
+    bank, _ = capture(MODEL, inversion=trajectory, mask=torch.ones(1, 64, 64))
+    how = {"latent": noise["samples"], "cfg": 1.0, "positive": coarse(), "disable_noise": True, "start_step": 0, "last_step": 1}
+    assert differs(sample(inject(MODEL, bank, weight), **how), sample(MODEL, **how)) < TIGHT
+    other = {**how, "latent": noise["samples"].flip(-1)}
+    assert differs(sample(inject(MODEL, bank, weight), **other), sample(MODEL, **other)) > 1e-3  # any other picture is changed
+
+
+def test_two_chained_nodes_of_half_the_weight_are_one():
+    half = inject(inject(MODEL, bank_of(), 1.5), bank_of(), 1.5)
+    assert differs(sample(half), sample(inject(MODEL, bank_of(), 3.0))) < TIGHT
+
+
+def test_the_order_of_chained_references_is_irrelevant():
+    a, b = bank_of(), bank_of(seed=8)
+    ab, ba = sample(inject(inject(MODEL, a, 0.7), b, 2.0)), sample(inject(inject(MODEL, b, 2.0), a, 0.7))
+    assert differs(ab, ba) < TIGHT
+    assert min(differs(ab, sample(inject(MODEL, a, 0.7))), differs(ab, sample(inject(MODEL, b, 2.0)))) > FELT
+
+
+def test_two_pictures_in_one_reference_are_two_chained_references():
+    latent = {"samples": torch.cat((photo(seed=3)["samples"], photo(seed=8)["samples"]))}
+    both, mask = capture(MODEL, latent, negative=negative())
+    assert mask.shape == (2, 64, 64) and not torch.equal(mask[0], mask[1])
+    assert {g: len(kept) for g, kept in both.kept.items()} == {g: int(m.sum()) for g, m in both.masks.items()}
+    chained = inject(inject(MODEL, bank_of(seed=3)), bank_of(seed=8))
+    assert differs(sample(inject(MODEL, both)), sample(chained)) < TIGHT
+
+
+# I17: cached and live --------------------------------------------------------------------------------------------------------
+
+
+@LAW("halves", [h.value for h in Halves])
+@LAW("made_from", ["latent", "inversion"])
+def test_cached_equals_live_and_the_log_says_which(made_from, halves, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    bank = bank_of() if made_from == "latent" else capture(MODEL, inversion=invert(MODEL)[0], negative=negative())[0]
+    model = inject(MODEL, bank, 2.0, halves=halves)
+    cached = sample(model)
+    assert ways(caplog) == ["cached"]
+    caplog.clear()
+    monkeypatch.setattr(ReferenceBank, "step_of", lambda self, sigma: None)
+    live = sample(model)
+    assert ways(caplog) == ["live"] and "made with ddim_uniform, 3 steps" in caplog.text
+    assert differs(live, cached) < TIGHT and differs(cached, plain()) > FELT
+
+
+def ways(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Each way once per run, in the order it was taken."""
+    said = [r.getMessage() for r in caplog.records if "the reference is read" in r.getMessage()]
+    return [("live" if "live" in message else "cached") for message in said]
+
+
+@LAW(("sampler", "scheduler", "denoise", "taken"), [
+    ("euler", "ddim_uniform", 1.0, {"cached"}),
+    ("ddim", "ddim_uniform", 1.0, {"cached"}),
+    ("heun", "ddim_uniform", 1.0, {"cached"}),
+    ("dpm_2", "ddim_uniform", 1.0, {"cached", "live"}),
+    ("dpmpp_2m", "ddim_uniform", 1.0, {"cached"}),
+    ("euler_ancestral", "ddim_uniform", 1.0, {"cached"}),
+    ("uni_pc", "ddim_uniform", 1.0, None),
+    ("dpmpp_2s_ancestral", "karras", 1.0, {"live"}),
+    ("euler", "karras", 1.0, {"live"}),
+    ("euler", "ddim_uniform", 0.5, None),
+])
+def test_any_sampler_and_schedule(sampler, scheduler, denoise, taken, caplog):
+    caplog.set_level(logging.INFO)
+    how = {"sampler": sampler, "scheduler": scheduler, "denoise": denoise, "latent": photo(seed=11)["samples"]}
+    bank = bank_of(steps=4 if sampler in ("dpm_2", "uni_pc") else STEPS)  # the host drops these samplers' last level but one
+    out = sample(inject(MODEL, bank, 2.0), **how)
+    assert taken is None or set(ways(caplog)) == taken
+    assert len(ways(caplog)) == len(set(ways(caplog)))  # each way is logged once
+    assert differs(out, sample(MODEL, **how)) > FELT
+
+
+def test_ksampler_advanced_in_two_segments_is_one_run():
+    model, empty = inject(MODEL, bank_of(), 2.0), torch.zeros(1, 4, *SIZE)
+    first = sample(model, latent=empty, start_step=0, last_step=1)
+    second = sample(model, latent=first, start_step=1, last_step=10000, disable_noise=True)
+    assert differs(second, sample(model)) < TIGHT
+    swapped = sample(MODEL, latent=first, start_step=1, last_step=10000, disable_noise=True)
+    assert differs(second, swapped) > FELT  # the second segment reads the reference too
+
+
+def test_a_reference_of_other_steps_is_read_between_its_levels(caplog):
+    caplog.set_level(logging.INFO)
+    assert differs(sample(inject(MODEL, bank_of(steps=5), 2.0), steps=4), sample(MODEL, steps=4)) > FELT
+    assert "live" in ways(caplog)
+
+
+def test_edit_friendly_trajectories_serve_too():
+    trajectory, _, _ = invert(MODEL, method="edit-friendly ddpm", check=False)
+    bank, _ = capture(MODEL, inversion=trajectory)
+    for scheduler in ("ddim_uniform", "karras"):
+        assert differs(sample(inject(MODEL, bank, 2.0), scheduler=scheduler), sample(MODEL, scheduler=scheduler)) > FELT
+
+
+# batches, sizes, splits (I36) ------------------------------------------------------------------------------------------------
+
+
+@LAW("cfg", [1.0, 7.0])
+def test_a_picture_in_a_batch_is_the_picture_alone(cfg):
+    model = inject(MODEL, bank_of(), 2.0, halves="both")
+    three = sample(model, cfg=cfg, batch=3)
+    assert three.shape[0] == 3 and differs(three[:1], sample(model, cfg=cfg)) < TIGHT
+    assert all(differs(row, out) > FELT for row, out in zip(three, sample(MODEL, cfg=cfg, batch=3)))
+
+
+def test_target_masks_go_to_their_pictures():
+    masks = torch.zeros(3, 64, 64)
+    masks[1] = 1
+    out, free = sample(inject(MODEL, bank_of(), target_mask=masks), batch=3), sample(inject(MODEL, bank_of()), batch=3)
+    none = plain(batch=3)
+    assert torch.equal(out[0], none[0]) and torch.equal(out[2], none[2]) and torch.equal(out[1], free[1])
+
+
+@LAW("size", [(12, 10), (15, 17), (64, 8), (5, 9)])
+def test_any_size_of_latent(size):
+    """Grids are ceil halves: 15 x 17 is 8 x 9 below. The bank knows the very grids that attention runs on."""
+    bank, mask = capture(MODEL, photo(size), steps=2)
+    assert mask.shape == (1, 8 * size[0], 8 * size[1]) and 0 < mask.mean() < 1
+    fine, low = size, (-(-size[0] // 2), -(-size[1] // 2))
+    assert {layer.grid for layer in bank.layers} == {fine, low} and bank.maps.shape == (2, 1, *low)
+    masked = inject(MODEL, bank, target_mask=torch.ones(1, 32, 32))
+    out = sample(inject(MODEL, bank), steps=2, size=size)
+    assert torch.equal(out, sample(masked, steps=2, size=size)) and differs(out, sample(MODEL, steps=2, size=size)) > FELT
+
+
+@LAW("size", [(12, 10), (4, 4), (64, 8)])
+def test_a_reference_of_another_size(size):
+    assert differs(sample(inject(MODEL, bank_of(size=size))), plain()) > FELT
+
+
+@LAW("halves", [h.value for h in Halves])
+def test_cond_and_uncond_in_two_calls_equal_one(halves, monkeypatch):
+    model = inject(MODEL, bank_of(), 2.0, halves=halves)
+    with counted(MODEL) as joined:
+        together = sample(model, batch=2)
+    monkeypatch.setattr(type(MODEL), "get_free_memory", lambda self, device: 0)  # the host then runs one cond per call
+    with counted(MODEL) as split:
+        apart = sample(model, batch=2)
+    assert (set(joined), set(split)) == ({4}, {2}) and len(split) == 2 * len(joined)
+    assert differs(apart, together) < TIGHT and differs(together, plain(batch=2)) > FELT
+
+
+def test_the_capture_may_be_split_too(monkeypatch):
+    whole = bank_of()
+    monkeypatch.setattr(type(MODEL), "get_free_memory", lambda self, device: 0)
+    split, _ = capture(MODEL, negative=negative())
+    for half in Half:
+        assert differs(split.features[half], whole.features[half]) < TIGHT
+    assert all(torch.equal(split.masks[g], whole.masks[g]) for g in whole.masks)
+
+
+@LAW("tokens", [77, 154, 8 * 77])
+def test_prompts_of_any_length(tokens, monkeypatch):
+    """The host repeats the shorter prompt (77 beside 154) or runs two calls (8 chunks): neither may be felt."""
+    long, model = prompt(tokens=tokens), inject(MODEL, bank_of(), 2.0, halves="both")
+    out = sample(model, positive=long)
+    monkeypatch.setattr(type(MODEL), "get_free_memory", lambda self, device: 0)
+    assert differs(out, sample(model, positive=long)) < TIGHT and differs(out, sample(MODEL, positive=long)) > FELT
+
+
+@LAW("tokens", [154, 8 * 77])
+def test_the_capture_reads_the_same_features_beside_a_longer_negative(tokens):
+    """I13: the word's map is summed over the repeats."""
+    bank, mask = capture(MODEL, negative=negative(tokens=tokens))
+    alone, its_mask = capture(MODEL)
+    assert differs(bank.features[Half.COND], alone.features[Half.COND]) < TIGHT
+    assert torch.equal(mask, its_mask) and differs(bank.maps, alone.maps) < TIGHT
+
+
+# regional prompts ------------------------------------------------------------------------------------------------------------
+
+
+def with_area(host) -> list:
+    """A whole prompt and one for an area of 5 x 6 cells at (1, 2)."""
+    area, = host.NODE_CLASS_MAPPINGS["ConditioningSetArea"]().append(prompt(6), 48, 40, 16, 8, 1.0)
+    return prompt() + area
+
+
+def with_mask(host) -> list:
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :40, 24:] = 1
+    bounds, = host.NODE_CLASS_MAPPINGS["ConditioningSetMask"]().append(prompt(6), mask, "mask bounds", 1.0)
+    whole, = host.NODE_CLASS_MAPPINGS["ConditioningSetMask"]().append(prompt(7), mask, "default", 0.5)
+    return prompt() + bounds + whole
+
+
+@LAW("regional", [with_area, with_mask])
+def test_regional_prompts(regional, host):
+    positive = regional(host)
+    free = sample(inject(MODEL, bank_of(), halves="both"), positive=positive)
+    assert differs(free, sample(MODEL, positive=positive)) > FELT
+    ones = inject(MODEL, bank_of(), halves="both", target_mask=torch.ones(1, 64, 64))
+    assert torch.equal(sample(ones, positive=positive), free)
+
+
+def test_outside_of_the_target_mask_a_regional_call_is_plain(host):
+    """The area's own call reads nothing when the mask lies outside of the area; the crop takes the mask's right part along."""
+    area = with_area(host)[1:]
+    corner = torch.zeros(1, 64, 64)
+    corner[:, :, :16] = 1  # x cells 0 and 1; the area begins at 2
+    inner = Seen(MODEL, (8, 8), (5, 6, 1, 2))
+    assert not inner.mask(corner, (5, 6)).any() and inner.mask(1 - corner, (5, 6)).all()
+    assert area[0][1]["area"] == (5, 6, 1, 2)
+
+
+class Seen:
+    """What the target mask is for one attention call of a run."""
+
+    def __init__(self, model, latent, area=None) -> None:
+        self.model, self.latent, self.area = model, latent, area
+
+    def mask(self, target: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """[y x] of the first picture."""
+        config = MaskedSelfInjection(bank_of(), 1.0, WeightMode.LOGIT_BIAS, frozenset(), 1e9, 0.0, Halves.COND, target)
+        call = AttnCall(("middle", 0, 0), grid, (Role.COND,), (self.area,), self.latent)
+        q = torch.zeros(1, grid[0] * grid[1], 8)
+        return ActiveMaskedSelf(config, None).query_mask(call, q)[0, 0].unflatten(0, grid)
+
+
+@LAW("area", [None, (6, 8, 2, 4)])
+def test_a_spot_of_the_target_mask_lands_on_its_cell(area):
+    """I40, on a picture that is not square, and cropped: one-hot in, one-hot out."""
+    spot = torch.zeros(1, 80, 128)  # 10 x 16 cells
+    spot[:, 8 * 5:8 * 6, 8 * 9:8 * 10] = 1
+    y, x = (5, 9) if area is None else (3, 5)
+    size = (10, 16) if area is None else area[:2]
+    for divisor in (1, 2):
+        grid = (size[0] // divisor, size[1] // divisor)
+        found = Seen(MODEL, (10, 16), area).mask(spot, grid)
+        assert found.nonzero().tolist() == [[y // divisor, x // divisor]]
+
+
+# what the capture finds --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_costs_one_call_more_than_its_steps():
+    with counted(MODEL) as fresh:
+        capture(MODEL)
+    with counted(MODEL) as inverting:
+        trajectory, _, _ = invert(MODEL, check=False)
+    with counted(MODEL) as replayed:
+        capture(MODEL, inversion=trajectory, negative=negative())
+    assert (fresh, inverting, replayed) == ([1] * (STEPS + 1), [1] * STEPS, [2] * STEPS)
+
+
+def test_a_cached_reference_costs_no_call_and_a_live_one_one_per_sigma(monkeypatch):
+    with counted(MODEL) as cached:
+        sample(inject(inject(MODEL, bank_of()), bank_of(seed=8)))
+    monkeypatch.setattr(ReferenceBank, "step_of", lambda self, sigma: None)
+    with counted(MODEL) as live:
+        sample(inject(inject(MODEL, bank_of()), bank_of(), 0.5))  # the same bank twice: one call
+    assert cached == [2] * STEPS and live == [1, 2] * STEPS
+
+
+def test_the_bank_is_the_same_every_time():
+    """I17: no seed, no state of an earlier run."""
+    torch.manual_seed(5)
+    bank, mask = capture(MODEL, negative=negative())
+    assert all(torch.equal(bank.features[half], bank_of().features[half]) for half in Half)
+    assert torch.equal(mask, bank_of().masks[SIZE].float().repeat_interleave(8, 1).repeat_interleave(8, 2))
+
+
+def test_a_model_that_carries_our_injection_is_captured_like_the_plain_one():
+    carrying, _ = capture(inject(MODEL, bank_of(seed=8), 4.0), negative=negative())
+    assert all(torch.equal(carrying.features[half], bank_of().features[half]) for half in Half)
+
+
+def test_features_do_not_depend_on_the_prompt_of_the_other_half():
+    assert differs(capture(MODEL)[0].features[Half.COND], bank_of().features[Half.COND]) < TIGHT
+
+
+def test_the_features_are_those_of_the_stored_latents():
+    """From a latent or from an inversion of the same points: equal, since one pass asks at the points it stores."""
+    bank = bank_of()
+    replayed, _ = capture(MODEL, inversion=bank.trajectory, negative=negative())
+    assert all(differs(replayed.features[half], bank.features[half]) < TIGHT for half in Half)
+
+
+def test_the_users_mask_decides_which_tokens_are_kept():
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:48, 8:24] = 1  # cells y 2-5, x 1-2
+    bank, out = capture(MODEL, mask=mask, positive=prompt(1))  # no subject word needed
+    assert torch.equal(out, mask) and bank.maps is None
+    assert bank.kept[SIZE].tolist() == [8 * y + x for y in range(2, 6) for x in (1, 2)]
+    assert torch.equal(bank.masks[4, 4], resize_user_mask(mask, (4, 4)))
+
+
+def test_one_mask_serves_all_pictures_and_r_masks_one_each():
+    one, two = torch.zeros(1, 64, 64), torch.zeros(2, 64, 64)
+    one[:, :32] = two[0, :32] = two[1, 32:] = 1
+    latent = photo(pictures=2)
+    shared, each = (capture(MODEL, latent, mask=m)[0].masks[SIZE] for m in (one, two))
+    assert torch.equal(shared[0], shared[1]) and torch.equal(each[0], shared[0]) and torch.equal(each[1], ~each[0])
+
+
+def test_the_whole_picture_as_mask_differs_from_the_word():
+    whole, _ = capture(MODEL, mask=torch.ones(1, 64, 64))
+    assert len(whole.kept[SIZE]) == 64 > len(bank_of().kept[SIZE])
+    assert differs(sample(inject(MODEL, whole)), sample(inject(MODEL, bank_of()))) > 1e-3
+
+
+def test_mask_settings_are_heard():
+    """The threshold by value, more steps in the union (a superset), and other blocks for the map."""
+    auto = bank_of().masks[SIZE]
+    low, high = (capture(MODEL, mask_threshold="value", mask_value=v)[0].masks[SIZE] for v in (0.1, 0.9))
+    assert (low | high).equal(low) and low.sum() > high.sum()
+    one, three = (capture(MODEL, mask_steps=t)[0].masks[SIZE] for t in (1, 3))
+    assert (one | auto).equal(auto) and (auto | three).equal(three)  # I14
+    middle, every = (capture(MODEL, mask_blocks=b)[0] for b in ("middle", "all"))
+    assert middle.maps.shape[2:] == (4, 4) and every.maps.shape[2:] == SIZE  # several grids meet at the finest
+
+
+def test_fewer_blocks_and_half_precision_hold_less():
+    full = bank_of(both=False)
+    decoder, _ = capture(MODEL, blocks="decoder")
+    assert {b[0] for b in decoder.blocks} == {"output"} and decoder.bytes < full.bytes
+    half, _ = capture(MODEL, precision="float16")
+    assert half.bytes * 2 == full.bytes and half.features[Half.COND].dtype == torch.float16
+    assert differs(half.features[Half.COND].float(), full.features[Half.COND]) < 1e-2
+    assert differs(sample(inject(MODEL, decoder)), sample(inject(MODEL, full, blocks="decoder"))) < TIGHT
+    assert differs(sample(inject(MODEL, full, blocks="output 0-1")), sample(inject(MODEL, full, blocks="decoder"))) > 1e-3
+
+
+def test_sigmas_are_the_schedule_of_the_reference(caplog):
+    caplog.set_level(logging.INFO)
+    sigmas = torch.tensor([11.0, 4.0, 1.0, 0.0])
+    bank, _ = capture(MODEL, sigmas=sigmas)
+    assert bank.trajectory.sigmas.tolist() == [0.0, 1.0, 4.0, 11.0] and bank.trajectory.schedule == "custom, 3 steps"
+
+
+def test_half_precision_latents_are_read():
+    """--fp16-intermediates hands latents over in float16."""
+    bank, _ = capture(MODEL, {"samples": photo()["samples"].half()})
+    assert bank.trajectory.latents.dtype == torch.float32
+    assert differs(bank.trajectory.latents, bank_of().trajectory.latents) < FELT
+
+
+# other families ----------------------------------------------------------------------------------------------------------------
+
+
+def test_sdxls_layout_with_pooled_prompts_and_depth():
+    model = random_model("tiny_xl")
+    bank = bank_of("tiny_xl")
+    assert len(bank.layers) == 8 and ("middle", 0, 1) in bank.blocks and bank.prompts[Half.COND].extras["pooled_output"].shape == (1, 1280)
+    how = {"positive": prompt(5, "tiny_xl"), "uncond": negative("tiny_xl")}
+    none = sample(model, **how)
+    assert torch.equal(sample(inject(model, bank, 0.0), **how), none)
+    assert differs(sample(inject(model, bank, blocks="middle 0.1"), **how), none) > 1e-3
+    live = {**how, "scheduler": "karras"}
+    assert differs(sample(inject(model, bank, halves="both"), **live), sample(model, **live)) > FELT
+
+
+def test_v_prediction(monkeypatch):
+    model, bank = random_model("tiny_v"), bank_of("tiny_v")
+    cached, none = sample(inject(model, bank, 2.0)), sample(model)
+    assert differs(cached, none) > 1e-3
+    monkeypatch.setattr(ReferenceBank, "step_of", lambda self, sigma: None)
+    assert differs(sample(inject(model, bank, 2.0)), cached) < TIGHT
+
+
+def test_a_model_in_bfloat16():
+    model = build_model("tiny").clone()
+    model.set_model_compute_dtype(torch.bfloat16)
+    bank, _ = capture(model)
+    assert bank.features[Half.COND].dtype == torch.bfloat16
+    none = sample(model)
+    assert torch.equal(sample(inject(model, bank, 0.0)), none) and differs(sample(inject(model, bank)), none) > FELT
+
+
+def test_the_subject_of_a_row_per_picture():
+    """A prompt per reference picture: each row has its own positions."""
+    rows = [[torch.cat((coarse()[0][0], prompt(6)[0][0])), {SUBJECT: SubjectTokens(("cat",), ((5,), (9,)))}]]
+    latent = photo(pictures=2)
+    bank, _ = capture(MODEL, latent, rows)
+    second = [[prompt(6)[0][0], {SUBJECT: SubjectTokens(("cat",), ((9,),))}]]
+    alone, _ = capture(MODEL, {"samples": latent["samples"][1:]}, second)
+    assert differs(bank.maps[:, 1:], alone.maps) < TIGHT
