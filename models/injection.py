@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from enum import Enum
 from typing import Any, Protocol
 from uuid import uuid4
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attend, ReferenceTokens, attend_with_references, blend_queries
-from .masks import resize_soft, token_map
+from .masks import resize_soft, token_map, token_weights
 from .reference import BlockId, Grid, Half, ReferencePrompt
 
 
@@ -72,6 +73,7 @@ class Recorder:
         self.tokens: dict[tuple[Half, BlockId], Tensor] = {}
         self.maps: dict[BlockId, Tensor] = {}
         self.grids: dict[BlockId, Grid] = {}
+        self.weights: dict[tuple[int, torch.device], Tensor] = {}  # of the subject's positions, by text length
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> None:
         self.grids[call.block] = call.grid
@@ -84,8 +86,12 @@ class Recorder:
         if call.block in self.map_blocks and Role.COND in call.roles:
             i, w = call.roles.index(Role.COND), self.prompt.cross.shape[1]
             repeats = range(0, k.shape[1] // w * w, w)  # the host repeats the shorter of two prompts (method.md 2.3)
-            positions = [[p + r for r in repeats for p in row] for row in self.prompt.subject.positions]
-            self.maps[call.block] = token_map(call.parts(q)[i], call.parts(k)[i], positions, heads)
+            if not repeats:  # another pack's own keys, not the text
+                return
+            if (k.shape[1], k.device) not in self.weights:
+                positions = [[p + r for r in repeats for p in row] for row in self.prompt.subject.positions]
+                self.weights[k.shape[1], k.device] = token_weights(positions, k.shape[1], k.device)
+            self.maps[call.block] = token_map(call.parts(q)[i], call.parts(k)[i], self.weights[k.shape[1], k.device], heads)
 
     def of(self, half: Half) -> dict[BlockId, Tensor]:
         """Tokens of one half, in the order the UNet ran the blocks."""
@@ -119,7 +125,7 @@ class Run:
                 self.parts[entry["uuid"]] = (role, tuple(entry["area"]) if entry.get("area") else None)
 
     def call(self, options: Mapping[str, Any]) -> AttnCall:
-        known = [self.parts.get(u, (Role.OTHER, None)) for u in options["uuids"]]
+        known = [self.parts.get(u, (Role.OTHER, None)) for u in options.get("uuids") or (None,)]  # called past the sampler: nobody we know
         return AttnCall((*options["block"], options["block_index"]), tuple(options["activations_shape"][2:]),
                         tuple(role for role, _ in known), tuple(area for _, area in known), self.latent)
 
@@ -144,11 +150,12 @@ class Run:
             own = [take_parts(call, t, parts) for t in (q, k, v)]
             given = [(gather_parts(r, [call.roles[p] for p in parts], rows), r.query_mask) for r, yes in zip(found, reads) if yes]
             free = [tokens for tokens, mask in given if mask is None]
+            masked = [(tokens, torch.cat([mask[p].expand(rows, -1) for p in parts])) for tokens, mask in given if mask is not None]
             mixed = attend_with_references(attend, *own, free, heads)
-            for tokens, mask in given:
-                if mask is not None:
-                    look = attend_with_references(attend, *own, [*free, tokens], heads)
-                    mixed = blend_queries(mixed, look, torch.cat([mask[p].expand(rows, -1) for p in parts]))
+            for size in range(1, len(masked) + 1):  # where target masks overlap, a query reads all of their references
+                for chosen in combinations(masked, size):
+                    region = torch.stack([mask for _, mask in chosen]).prod(0)
+                    mixed = blend_queries(mixed, attend_with_references(attend, *own, [*free, *(t for t, _ in chosen)], heads), region)
             if len(groups) == 1:
                 return mixed
             out.update(zip(parts, mixed.chunk(len(parts))))

@@ -35,7 +35,7 @@ class InversionTrajectory:
 
     sigmas: Tensor  # [t+1] float32 CPU, ascending, sigmas[0] == 0
     latents: Tensor  # [t+1 b c y x] float32 CPU, the model's latent scale; latents[i] lies at sigmas[i]: x_0 + sigma eps
-    method: str  # how it was made: "ddim target", "ddim source", "edit friendly"
+    method: str  # how it was made: "ddim", "ddim, one pass" or "edit-friendly ddpm"
     prompt: str  # the text the denoiser was given
     model_key: str  # identity of the model with its patches
     schedule: str  # name of the sigma list

@@ -110,12 +110,12 @@ def mask_for_grid(soft: Tensor, grid: tuple[int, int], threshold: Threshold = "o
 def resize_user_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """A drawn mask [r y x] in 0..1 -> bool [r y' x']: a cell is in when more than half of its area is.
 
-    A subject too thin for any cell keeps its best one, so that a mask with anything in it never becomes empty.
+    A subject too thin for any cell keeps its best one, so that a mask with anything above 0.5 in it never becomes empty.
     """
     area = F.adaptive_avg_pool2d(mask.float()[:, None], tuple(grid))[:, 0]
     inside = area > 0.5
     flat = area.flatten(1)
-    best = F.one_hot(flat.argmax(1), flat.shape[1]).bool() & (flat.amax(1, keepdim=True) > 0)
+    best = F.one_hot(flat.argmax(1), flat.shape[1]).bool() & (mask.flatten(1).amax(1, keepdim=True) > 0.5)
     lost = ~inside.any((1, 2))
     return inside | (lost[:, None, None] & best.unflatten(1, tuple(grid)))
 

@@ -5,6 +5,7 @@ Axes: r reference pictures, y x token grid, n = y*x tokens, l kept tokens over a
 """
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ BlockId = tuple[str, int, int]  # ("output", 4, 0): stage, index in the stage, d
 Grid = tuple[int, int]  # (y, x) tokens
 BANK_VERSION = 1
 LOG_SIGMA_TOLERANCE = 1e-3  # of one sampler's sigmas through float32; a step of any real schedule is far more
-STAGES = ("input", "middle", "output")
+LARGE = 4e9  # bytes of main memory worth a warning
+log = logging.getLogger(__name__)
 
 
 class Half(str, Enum):
@@ -49,7 +51,7 @@ class SubjectTokens:
     positions: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReferencePrompt:
     """A prompt as the Ref-UNet reads it: cross [1 w c], the host's other plain entries, and its subject tokens."""
     text: str
@@ -99,7 +101,7 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
     return tuple(b for b in available if b in chosen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReferenceBank:
     """Normed hidden tokens before to_k/to_v for every (layer, sigma, CFG half), in host memory, with their masks.
 
@@ -149,12 +151,17 @@ class ReferenceBank:
 
     def tokens(self, half: Half, step: int, device: torch.device, dtype: torch.dtype) -> dict[BlockId, Tensor]:
         """Kept tokens [l c] of every layer at one step: one copy to the device, then views."""
-        row = self.features[half][step].to(device=device, dtype=dtype, non_blocking=True)
+        row = self.features[half][step].to(device=device, dtype=dtype)
         sizes = [len(self.kept[layer.grid]) * layer.channels for layer in self.layers]
         return {layer.block: part.view(-1, layer.channels) for layer, part in zip(self.layers, row.split(sizes))}
 
     def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:
         """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of this bank's layers."""
+        for layer in self.layers:
+            (y, x), n = layer.grid, tokens[layer.block].shape[1]
+            if n != y * x:  # on CUDA a wrong index would take the whole server down
+                raise ValueError(f"Kindred: block {block_name(layer.block)} gave {n} tokens where the reference has {y}x{x}. A node that "
+                                 "changes the grid (Deep Shrink, token merging) is on the model: remove it.")
         return {layer.block: gather(tokens[layer.block], self.kept[layer.grid].to(tokens[layer.block].device))
                 for layer in self.layers}
 
@@ -170,8 +177,11 @@ class BankBuilder:
     precision: torch.dtype | None = None  # None keeps the dtype the model computes in
     _steps: dict[tuple[Half, int], dict[BlockId, Tensor]] = field(default_factory=dict)
 
-    def add(self, half: Half, step: int, tokens: Mapping[BlockId, Tensor]) -> None:
-        """tokens: [r n c] per block; copied to host memory."""
+    def add(self, half: Half, step: int, tokens: Mapping[BlockId, Tensor], steps: int = 1) -> None:
+        """tokens: [r n c] per block; copied to host memory. steps: how many such calls will come, for the warning of a large bank."""
+        if not self._steps and (total := sum(t.numel() * t.element_size() for t in tokens.values()) * steps) > LARGE:
+            log.warning("Kindred: the reference pass holds up to %.1f GB of main memory until the mask is known. Fewer blocks, a wired "
+                        "mask or precision float16 need less.", total / 1e9)
         self._steps[half, step] = {b: t.to("cpu", self.precision or t.dtype, copy=True) for b, t in tokens.items()}
 
     def finish(self, grids: Mapping[BlockId, Grid], masks: Mapping[Grid, Tensor], trajectory: InversionTrajectory,

@@ -1,6 +1,7 @@
 """The nodes, one family per file; the host looks at them through KindredExtension."""
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from comfy_api.v0_0_2 import ComfyExtension, io
@@ -15,7 +16,9 @@ class KindredExtension(ComfyExtension):
     """The pack's nodes in the order of the menu."""
 
     async def on_load(self) -> None:
-        offer_example(Path(__file__).parent.parent / "miniature" / "reference.png")
+        """The example photo is a courtesy: a full disk is no reason to have no nodes."""
+        with suppress(OSError):
+            offer_example(Path(__file__).parent.parent / "miniature" / "reference.png")
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject]

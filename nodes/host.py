@@ -34,7 +34,7 @@ from ..models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 SUBJECT, TEXT = "kindred_subject", "kindred_text"  # what Subject Prompts leaves inside CONDITIONING
-SPECIAL = ("area", "mask", "control", "hooks", "gligen", "start_percent", "end_percent", "clip_start_percent")
+SPECIAL = ("area", "mask", "control", "hooks", "gligen", "start_percent", "end_percent")
 Inversion, Reference = io.Custom("KINDRED_INVERSION"), io.Custom("KINDRED_REFERENCE")
 log = logging.getLogger(__name__)
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
@@ -117,6 +117,8 @@ def model_key(model: ModelPatcher) -> str:
     for key, (original, *patches) in model.get_key_patches("diffusion_model.").items():
         if patches or key.endswith(("attn1.to_k.weight", "attn2.to_v.weight")):
             digest.update(repr((key, list(tensors(original[0])), [list(tensors(p)) for p in patches])).encode())
+    sampling = model.get_model_object("model_sampling")  # eps, v, zsnr: the same weights read otherwise
+    digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), sorted(model.injections))).encode())
     return f"{type(model.model.model_config).__name__} {digest.hexdigest()}"
 
 
@@ -130,14 +132,14 @@ SCHEDULERS = list(comfy.samplers.SCHEDULER_NAMES)
 
 def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
     """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
-    if sigmas is None:
-        return schedule(model, scheduler, steps), f"{scheduler}, {steps} steps"
-    sigmas = sigmas.float().cpu()
+    name = f"{scheduler}, {steps} steps" if sigmas is None else f"custom, {len(sigmas) - 1} steps"
+    sigmas = (schedule(model, scheduler, steps) if sigmas is None else sigmas).float().cpu()
     if len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
-        raise ValueError(f"{node}: SIGMAS must fall from step to step and end in 0, but {[round(s, 4) for s in sigmas.tolist()[:6]]}... "
+        raise ValueError(f"{node}: sigmas ({name}) must fall from step to step and end in 0, but "
+                         f"{[round(s, 4) for s in sigmas.tolist()[:6]]}... "
                          f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
-                         "Wire the same SIGMAS that the sampler gets, not flipped ones.")
-    return sigmas, f"custom, {len(sigmas) - 1} steps"
+                         "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, not flipped ones.")
+    return sigmas, name
 
 
 
@@ -308,14 +310,20 @@ Loop = Callable[[Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int
 class _ReferenceSampler(comfy.samplers.Sampler):
     """Hands a loop of models/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns."""
     def __init__(self, loop: Loop, run: SamplerRun, total: int) -> None:
-        self.loop, self.run, self.total, self.result = loop, run, total, None
+        self.loop, self.run, self.total, self.result, self.checked = loop, run, total, None, False
 
     def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
                *args: Any, **kwargs: Any) -> Tensor:
         self.run.begin(guider, extra_args["model_options"], noise.shape)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
+            denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
+            if not self.checked and not torch.isfinite(denoised).all():
+                raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
+                                 f"Start "
+                                 "ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
+            self.checked = True
+            return denoised
 
         def progress(step: int, denoised: Tensor, x: Tensor) -> None:
             callback(min(step, self.total - 1), denoised, x, self.total)

@@ -13,6 +13,7 @@ from ..models.reference import SubjectTokens
 from .host import SUBJECT, TEXT
 
 NODE = "Subject Prompts"
+MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common multiple
 Token = tuple[Any, ...]  # (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
 
 
@@ -39,6 +40,10 @@ def word_ids(chunks: Sequence[Sequence[Token]]) -> list[int]:
 def batch_rows(rows: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
     """[1 w_i c] per prompt -> [b w c] with positions moved along: shorter prompts are repeated, which attention cannot tell."""
     w = math.lcm(*(row.shape[1] for row in rows))
+    if w > MOST_TOKENS:
+        raise ValueError(f"{NODE}: the prompts are {', '.join(str(row.shape[1]) for row in rows)} tokens long, which only fit one batch at "
+                         f"{w} "
+                         f"tokens each (the limit is {MOST_TOKENS}). Bring the lines to similar lengths, or sample them apart.")
     moved = tuple(tuple(p + start for start in range(0, w, row.shape[1]) for p in places) for row, places in zip(rows, positions))
     return torch.cat([row.repeat(1, w // row.shape[1], 1) for row in rows]), moved
 

@@ -127,7 +127,7 @@ class RefUNetCapture(io.ComfyNode):
         key = host.model_key(model)
         if inversion is not None:
             check_same_model(CAPTURE, "inversion", inversion.model_key, key)
-            shape = inversion.latents.shape[1:]
+            shape, down = inversion.latents.shape[1:], inversion.sigmas.flip(0)
         else:
             down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
             z0 = host.latent_in(model, latent["samples"], CAPTURE)
@@ -147,11 +147,16 @@ class RefUNetCapture(io.ComfyNode):
 
         def keep(i: int) -> None:
             for half in prompts:
-                builder.add(half, i - 1, recorder.of(half))
+                builder.add(half, i - 1, recorder.of(half), len(prompts) * (len(down) - 1))
             if masks is None:
-                maps[i] = recorder.word_map().cpu()
+                found = recorder.word_map()
+                if found is None:
+                    raise ValueError(f"{CAPTURE}: another node replaces the cross-attention of "
+                                     f"{', '.join(map(block_name, recorder.map_blocks))}, "
+                                     "so the subject's word cannot be followed there. Wire a mask, or put that node behind this one.")
+                maps[i] = found.cpu()
         if inversion is not None:
-            down, loop = inversion.sigmas.flip(0), replay_loop(inversion, keep)
+            loop = replay_loop(inversion, keep)
         else:
             loop = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, keep)
         calls = len(down) - 1 + (inversion is None)
@@ -171,7 +176,7 @@ class RefUNetCapture(io.ComfyNode):
 
 def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
     """MASK [1|r Y X] -> bool [r y x] per grid; ValueError when the counts differ or one is empty."""
-    mask = mask.reshape(-1, *mask.shape[-2:])
+    mask = mask.reshape(-1, *mask.shape[-2:]).cpu()
     if mask.shape[0] not in (1, r):
         raise ValueError(f"{CAPTURE}: {mask.shape[0]} masks for {r} reference picture{'s' * (r > 1)}. Wire one mask, or one per picture.")
     masks = {grid: resize_user_mask(mask, grid).expand(r, -1, -1) for grid in grids}
@@ -327,5 +332,5 @@ class MaskedSelfAttnInject(io.ComfyNode):
             raise ValueError(f"{INJECT}: halves is {halves!r}, but the reference holds only the "
                              f"{', '.join(h.value for h in reference.features)} half. "
                              "Wire the negative prompt into Ref-UNet Feature Capture, or choose cond only or shared.")
-        nothing = weight == 0 or start_percent >= end_percent or (mask is not None and not mask.any())
+        nothing = weight == 0 or start_percent >= end_percent or (mask is not None and not (mask > 0.5).any())
         return io.NodeOutput(model.clone() if nothing else host.inject(model, injection))

@@ -20,7 +20,7 @@ from typing import Any
 
 from checkout import ROOT, as_kindred
 from client import HostError, HostServer, Progress
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
@@ -43,7 +43,7 @@ class Stopwatch:
             if self.running:
                 self.seconds[self.running] = self.seconds.get(self.running, 0.0) + now - self.since
             self.running, self.since = progress.node, now
-        self.steps[progress.node] = max(progress.maximum, self.steps.get(progress.node, 0))
+        self.steps[progress.node] = max(progress.value, self.steps.get(progress.node, 0))
         count = f" {progress.value}/{progress.maximum}" if progress.maximum else ""
         sys.stderr.write(f"\r\033[K  {self.titles.get(progress.node, progress.node)}{count}")
         sys.stderr.flush()
@@ -172,7 +172,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"{path} is not a file")
     if not own:
         from_world(given)
-    given.cfg = given.cfg or (7.5 if own else 4.0)
+    given.cfg = given.cfg if given.cfg is not None else 7.5 if own else 4.0
     return given
 
 
@@ -180,7 +180,7 @@ def from_world(given: argparse.Namespace) -> None:
     """The miniature's own job: a held-out identity in one scene, asked for in three others."""
     as_kindred()
     from kindred.miniature.world import held_out_identity, prompt, render
-    given.rendered = given.reference is None
+    given.rendered = not (given.reference or given.prompt or given.subject)  # else there is no truth to measure against
     given.subject = given.subject or CLASS
     given.prompt = given.prompt or [prompt(CLASS, scene) for scene in REST]
     given.photo = given.reference.read_bytes() if given.reference else png(render(held_out_identity(HELD_OUT), CLASS, SCENE, 11).image)
@@ -228,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(given: argparse.Namespace, pictures: Mapping[str, Sequence[Image.Image]], photo: Image.Image, figures: dict[str, float],
           graph: Mapping[str, Any]) -> None:
     """sheet.png, the single pictures, the workflow that was run, report.json."""
+    photo = ImageOps.exif_transpose(photo)
     side = min(photo.size)
     square = photo.crop(((photo.width - side) // 2, (photo.height - side) // 2, (photo.width + side) // 2, (photo.height + side) // 2))
     sheet(square, {title: pictures[title] for title in ("plain", "injected")}, given.prompt).save(given.out / "sheet.png")

@@ -122,7 +122,7 @@ def personalize(given: argparse.Namespace) -> dict[str, float]:
         latent, banks = studio.encode(rendering.image), {}
         scores["plain"].add(reader.read(studio.sample(studio.model, lines, 2, i)), identity, scenes[1:], kind)
         for v in variants:
-            key = (v.capture, v.mask, v.inverted)
+            key = (v.capture, v.mask, v.inverted, dict(v.inject).get("halves") == "both")
             if key not in banks:
                 banks[key] = captured(studio, v, latent, coarse, rendering.mask)
                 if v.mask == "word":
@@ -147,8 +147,10 @@ def personalize(given: argparse.Namespace) -> dict[str, float]:
 
 def captured(studio: Studio, variant: Variant, latent: Any, coarse: Any, mask: Any) -> Any:
     """The reference as this variant reads it."""
-    inputs: dict[str, Any] = {"model": studio.model, "positive": coarse, "negative": studio.empty(), "steps": studio.steps,
+    inputs: dict[str, Any] = {"model": studio.model, "positive": coarse, "steps": studio.steps,
                               "scheduler": "ddim_uniform"}
+    if dict(variant.inject).get("halves") == "both":
+        inputs["negative"] = studio.empty()
     if variant.inverted:
         inputs["inversion"] = studio.run("KindredDDIMInvert", model=studio.model, latent=latent, positive=coarse, steps=studio.steps,
                                          scheduler="ddim_uniform", check=False)[0]
@@ -198,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     given.count = given.count or (40 if given.task == "personalize" else 20)
+    if given.count < 2:
+        parser.error(f"--count is {given.count}, but the floor compares every identity with another one: at least 2")
     given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate"))
     import torch
     torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
