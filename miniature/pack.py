@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import Autoencoder
-from .denoiser import CONTEXT
+from .layout import CONTEXT
 from .reader import WEIGHTS as READER
 from .training import load
 from .world import world_hash

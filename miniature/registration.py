@@ -14,8 +14,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import folder_paths
 
-from .autoencoder import LATENT_CHANNELS
-from .denoiser import CONTEXT, LAYOUT, TEXT
+from .layout import CONTEXT, LATENT_CHANNELS, LAYOUT, TEXT
 
 WEIGHTS = Path(__file__).parent / "weights"
 

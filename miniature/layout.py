@@ -1,0 +1,34 @@
+"""The miniature's sizes in the host's words: what its loader reads back from the weights, and what the training builds."""
+
+from __future__ import annotations
+
+LATENT_CHANNELS = 8
+CONTEXT = 64  # width of the text encoder
+WORDS = 77
+LAYOUT = {  # what the host's model_detection reads back from the weights, in its own words
+    "image_size": 32,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "model_channels": 64,
+    "num_res_blocks": [1, 1],
+    "channel_mult": (1, 2),
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": CONTEXT,
+    "num_heads": 4,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+}
+TEXT = {  # both for transformers' CLIPTextConfig and for the host's textmodel_json_config
+    "hidden_size": CONTEXT,
+    "intermediate_size": 4 * CONTEXT,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": WORDS,
+    "projection_dim": CONTEXT,
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+}
