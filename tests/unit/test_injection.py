@@ -243,6 +243,20 @@ def test_two_subjects_side_by_side_do_not_mix() -> None:
 # HyperTile -----------------------------------------------------------------------------------------------------------------
 
 
+def test_where_masks_overlap_all_of_their_references_are_read() -> None:
+    """Two masks of ones are no masks, in either order; a shared border belongs to both."""
+    ones, left, right = (torch.zeros(1, 1, N, dtype=torch.float64) for _ in range(3))
+    ones[:], left[0, 0, :4], right[0, 0, 2:] = 1, 1, 1
+    a, b = reference(50, 0.7), reference(60, 2.0)
+    for order in permutations((Reads({COND: a}, ones), Reads({COND: b}, ones))):
+        close(attend((COND,), *order), alone(COND, a, b))
+    for order in permutations((Reads({COND: a}, left), Reads({COND: b}, right))):
+        out = attend((COND,), *order)
+        close(out[:, :2], alone(COND, a)[:, :2])
+        close(out[:, 2:4], alone(COND, a, b)[:, 2:4])
+        close(out[:, 4:], alone(COND, b)[:, 4:])
+
+
 def test_queries_cut_into_tiles_each_read_the_whole_reference() -> None:
     """HyperTile cuts only q; the kernels view k and v by q's rows. Tile for tile: own keys and the reference."""
     q, k, v = rows((UNCOND, COND))
