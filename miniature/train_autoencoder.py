@@ -18,10 +18,10 @@ from .training import Run, as_pictures, average_gradients, follow, load, rate, s
 
 log = logging.getLogger(__name__)
 CROP = 64  # pixels
-NOISE = (0.06, 0.03)  # spread of the noise added to latents, first and last step: sampled latents are never exact
-WHOLE = 3  # pictures per step when the decoder is tuned
+NOISE = (0.06, 0.03, 0.01)  # spread of the noise in the latents at first, at last, and when the decoder is tuned
+WHOLE = 4  # pictures per step when the decoder is tuned
 LATENTS = 16_000  # renderings whose latents are kept
-DECAY = 0.995  # of the averaged weights when the decoder is tuned
+DECAY = 0.998  # of the averaged weights when the decoder is tuned
 MOMENTS = 0.02  # weight that keeps every latent channel at mean 0 and spread 1
 
 
@@ -87,7 +87,7 @@ def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, 
         draw = torch.Generator().manual_seed((run.seed << 40) + step * run.workers + run.rank)
         pictures, latents = _whole(images, known, draw, run) if decoder_only else (_crops(images, batch, draw, run), None)
         spread = NOISE[0] + (NOISE[1] - NOISE[0]) * min(step / (0.7 * steps), 1)
-        spread = NOISE[1] if decoder_only else spread
+        spread = NOISE[2] if decoder_only else spread
         with torch.autocast(run.device.type, torch.bfloat16):
             shape = (len(pictures), LATENT_CHANNELS, pictures.shape[2] // 8, pictures.shape[3] // 8)
             noise = spread * torch.randn(shape, generator=draw).to(run.device)
@@ -98,7 +98,7 @@ def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, 
         mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         moments = mean.square().mean() + (deviation - 1).square().mean()
         squared, absolute = F.mse_loss(rebuilt, pictures), F.l1_loss(rebuilt, pictures)
-        loss = squared * 4 + absolute * 0.25 + (0 if decoder_only else MOMENTS * moments)
+        loss = squared * 4 + (0 if decoder_only else absolute * 0.25 + MOMENTS * moments)
         model.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(trained, run.workers)
