@@ -57,7 +57,7 @@ def invert(model: Any, latent: dict | None = None, positive: list | None = None,
 def capture(model: Any, latent: dict | None = None, positive: list | None = None, steps: int = STEPS, scheduler: str = SCHEDULER,
             **more: Any) -> tuple[ReferenceBank, Tensor]:
     """Ref-UNet Feature Capture, from a latent unless an inversion is given -> bank, mask."""
-    if "inversion" not in more:
+    if "inversion" not in more or latent is not None:
         more["latent"] = latent or photo()
     return RefUNetCapture.execute(model, positive or coarse(), steps, scheduler, **more).result
 
