@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--count is {given.count}, but the floor compares every identity with another one: at least 2")
     given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate"))
     import torch
-    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
     figures = {"personalize": personalize, "miniature": miniature}[given.task](given)
     for name, value in sorted(figures.items()):
         print(f"  {name:28} {value:.3f}")
