@@ -67,7 +67,7 @@ def _train(run: Run, given: argparse.Namespace) -> None:
     if "decoder" in wanted:
         from .train_autoencoder import train_autoencoder
 
-        train_autoencoder(run, given.steps or STEPS["decoder"], peak=6e-4, decoder_only=True)
+        train_autoencoder(run, given.steps or STEPS["decoder"], peak=1e-3, decoder_only=True)
     if "reader" in wanted and run.rank == 0:
         from .train_reader import train_reader
 

@@ -37,7 +37,7 @@ def test_the_host_rebuilds_held_out_renderings(loaded):
         latents = loaded[2].encode(images)
         rebuilt = loaded[2].decode(latents)
     assert latents.shape == (6, 8, 16, 16) and 0.7 < float(latents.std()) < 1.3
-    assert float(psnr(rebuilt.permute(0, 3, 1, 2), images.permute(0, 3, 1, 2)).mean()) >= 26
+    assert float(psnr(rebuilt.permute(0, 3, 1, 2), images.permute(0, 3, 1, 2)).mean()) >= 25
 
 
 def test_a_plain_workflow_runs_from_an_empty_latent(host, loaded):

@@ -1,0 +1,50 @@
+"""The laws that matter most at the real sizes: SD1.5, SD2.1 (v-prediction) and SDXL with random weights and small latents."""
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from networks import build_model
+from studio import capture, coarse, counted, differs, inject, negative, photo, prompt, sample
+
+from kindred.models.reference import Half, ReferenceBank
+from kindred.nodes.host import attention_sites
+
+SIZE, STEPS = (16, 24), 2
+
+
+@pytest.fixture
+def model(request):
+    """One at a time, and let go of before the next: SDXL has 2.6 billion parameters."""
+    made = build_model(request.param)
+    yield made
+    import comfy.model_management
+    comfy.model_management.unload_all_models()
+    del made
+    gc.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "family", "blocks", "grids"), [
+    ("sd15", "sd15", 16, {(16, 24), (8, 12), (4, 6), (2, 3)}),
+    ("sd21", "sd21", 16, {(16, 24), (8, 12), (4, 6), (2, 3)}),
+    ("sdxl", "sdxl", 70, {(8, 12), (4, 6)}),
+], indirect=["model"], ids=["sd15", "sd21", "sdxl"])
+def test_capture_and_injection(model, family, blocks, grids, monkeypatch):
+    """Counts, calls, a window without steps, cached and live; the prompts of SDXL carry their pooled rows."""
+    how = {"size": SIZE, "steps": STEPS, "positive": prompt(5, family), "uncond": negative(family), "start_step": 0, "last_step": 1}
+    with counted(model) as rows:
+        bank, mask = capture(model, photo(SIZE), coarse(family), STEPS, negative=negative(family))
+    assert rows == [2] * (STEPS + 1)
+    assert len(bank.layers) == blocks == len(attention_sites(model.model.diffusion_model))
+    assert {layer.grid for layer in bank.layers} == grids and bank.maps.shape[2:] == (4, 6) and mask.shape == (1, 128, 192)
+    assert all(torch.isfinite(f).all() for f in bank.features.values()) and set(bank.features) == set(Half)
+
+    plain = sample(model, **how)
+    assert torch.equal(sample(inject(model, bank, start_percent=0.6, end_percent=0.7), **how), plain)  # the step is at 0.5
+    injected = inject(model, bank, 2.0, halves="both")
+    cached = sample(injected, **how)
+    assert differs(cached, plain) > 1e-3
+    monkeypatch.setattr(ReferenceBank, "step_of", lambda self, sigma: None)
+    assert differs(sample(injected, **how), cached) < 1e-3
