@@ -155,7 +155,7 @@ def test_wired_sigmas_win():
 @LAW("sigmas", [[0.0, 1.0, 9.0], [9.0, 1.0], [9.0, 9.0, 0.0], [9.0, float("nan"), 0.0], [0.0]])
 def test_sigmas_that_cannot_be_inverted_are_refused(sigmas):
     """Flipped, not ending in 0, resting, not a number, too few."""
-    with pytest.raises(ValueError, match=r"DDIM Invert: SIGMAS must fall from step to step and end in 0.*not flipped ones") as refused:
+    with pytest.raises(ValueError, match=r"DDIM Invert: sigmas .* must fall from step to step and end in 0.*not flipped ones") as refused:
         invert(MODEL, sigmas=torch.tensor(sigmas))
     assert f"({len(sigmas)} values" in str(refused.value)
 
