@@ -314,6 +314,9 @@ def test_wrappers_of_others_still_run_and_are_not_for_the_reference_pass():
     capture(m)
     assert not seen
     assert torch.equal(sample(inject(m, bank_of())), sample(inject(MODEL, bank_of()))) and len(seen) == STEPS
+    seen.clear()
+    sample(inject(m, bank_of(steps=5)))  # live passes between
+    assert len(seen) == STEPS
 
 
 # the guiders ---------------------------------------------------------------------------------------------------------------
