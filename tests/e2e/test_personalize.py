@@ -11,7 +11,7 @@ from client import NodeFailed, Progress, PromptRefused
 from demo import CAPTURE, COARSE, INJECT, LOADER, PHOTO, PICTURES, PROMPTS, SAMPLER, WORKFLOW
 from PIL import Image
 
-STEPS = 6
+STEPS = 5  # a divisor of 1000: ddim_uniform then has as many steps as asked for
 
 
 def shipped(**changes) -> dict:
@@ -80,8 +80,10 @@ def test_bad_input_is_a_sentence_and_the_server_lives_on(client, untouched, chan
 
 @pytest.mark.parametrize("inputs", [{"weight": -1.0}, {"weight": "much"}, {"start_percent": 2.0}, {"weight_mode": "loud"}])
 def test_a_value_out_of_range_is_refused_before_anything_runs(client, inputs):
+    graph = shipped(**{INJECT: inputs})
+    del graph["14"]  # the mask's preview does not depend on the node, so the host would still run that much
     with pytest.raises(PromptRefused) as refused:
-        client.run(shipped(**{INJECT: inputs}), timeout=60)
+        client.run(graph, timeout=60)
     assert INJECT in refused.value.nodes and next(iter(inputs)) in str(refused.value)
 
 
