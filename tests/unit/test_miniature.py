@@ -6,7 +6,7 @@ import pytest
 import torch
 from kindred.miniature import reader as reading_room
 from kindred.miniature.autoencoder import Autoencoder, psnr
-from kindred.miniature.data import held_out, stack
+from kindred.miniature.data import held_out
 from kindred.miniature.muon import orthogonalise
 from kindred.miniature.pack import CHECKPOINT, load_autoencoder
 from kindred.miniature.reader import Reading, floor_and_ceiling, hue_agreement, identity_similarity, load_reader, similarity_parts
@@ -145,9 +145,8 @@ def test_the_reader_reads_held_out_renderings():
 @pytest.mark.skipif(not CHECKPOINT.exists(), reason="no weights: python -m miniature.train pack writes them")
 def test_the_autoencoder_rebuilds_held_out_renderings():
     model = load_autoencoder()
-    pictures = torch.from_numpy(stack([random_rendering((1 << 40) + 9000 + i) for i in range(12)]).images).permute(0, 3, 1, 2).float() / 255
-    # 26.0 dB over 64 held-out renderings (miniature/README.md); these twelve are among the harder ones
-    assert float(psnr(model.decode(model.encode(pictures)), pictures).mean()) >= 25
+    parts = torch.from_numpy(held_out(64).images).permute(0, 3, 1, 2).float().div(255).split(16)
+    assert float(torch.cat([psnr(model.decode(model.encode(part)), part) for part in parts]).mean()) >= 26
 
 
 def test_the_weights_are_small():
