@@ -6,9 +6,10 @@ Axes: b rows of a call = parts x pictures, n query tokens, m reference tokens, c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import combinations
+from math import log
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attend, ReferenceTokens, attend_with_references, blend_queries
-from .masks import resize_soft, token_map, token_weights
+from .masks import resize_soft, resize_user_mask, token_map, token_weights
 from .reference import BlockId, Grid, Half, ReferencePrompt
+
+REPEATS = "kindred_repeats"  # what Subject Prompts leaves inside CONDITIONING: how many times each row's text stands in it
 
 
 class Role(str, Enum):
@@ -46,23 +49,56 @@ class AttnCall:
     roles: tuple[Role, ...]  # per equal part of the batch, in the host's order
     areas: tuple[tuple[int, ...] | None, ...]  # per part: (height, width, y, x) in latent cells of a cropped call
     latent: Grid  # size of the whole latent
+    cross: bool = False  # cross-attention, whose keys are the text
+    repeats: tuple[tuple[int, ...], ...] = ()  # per part, per row (cycled): how many times its text stands in the keys; () is once
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
         return x.chunk(len(self.roles))
 
 
+class Merge(str, Enum):
+    """How references join what the attention reads anyway (method.md 2.2 eq. 7-9, I42)."""
+    CONCAT = "concat"  # one softmax over both: paper A
+    ADD = "add"  # W times an attention of their own, added: decoupled cross-attention, arXiv 2308.06721
+
+
 @dataclass(frozen=True)
-class SelfReferences:
-    """What one injection adds to a self-attention call: tokens per role (k v [1 m c]) and who may look at them."""
+class References:
+    """What one injection adds to an attention call: tokens per role (k v [1|rows m c]) and who may look at them."""
     by_role: Mapping[Role, ReferenceTokens]
     query_mask: Tensor | None = None  # [parts 1|b n] in 0..1, 1 = may look
+    merge: Merge = Merge.CONCAT
+
+
+@dataclass
+class TargetMask:
+    """Where in the new picture an injection may act: mask [1|b y x] at its own size, white is where; kept per grid."""
+    mask: Tensor
+    node: str  # whose errors these are
+    _at: dict[tuple[Grid, tuple[Any, ...]], Tensor] = field(default_factory=dict)
+
+    def __call__(self, call: AttnCall, q: Tensor) -> Tensor:
+        """-> [parts 1|b n] at the call's grid; the call of an area prompt is cropped, and the mask with it. ValueError on tiles."""
+        if call.grid[0] * call.grid[1] != q.shape[1]:
+            raise ValueError(f"{self.node}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
+                             f"({q.shape[1]} tokens for a grid of {call.grid[0]}x{call.grid[1]}: HyperTile does this). "
+                             "Remove that node or the target mask.")
+        rows = q.shape[0] // len(call.roles)
+        if self.mask.shape[0] not in (1, rows):
+            raise ValueError(f"{self.node}: {self.mask.shape[0]} target masks for {rows} pictures. Wire one mask, or one per picture.")
+        key = (call.grid, call.areas)
+        if key not in self._at:
+            whole = resize_user_mask(self.mask, call.latent).float()
+            crops = [whole if a is None else whole[:, a[2]:a[2] + a[0], a[3]:a[3] + a[1]] for a in call.areas]
+            self._at[key] = torch.stack([resize_user_mask(crop, call.grid).flatten(1) for crop in crops]).to(q)
+        return self._at[key]
 
 
 class ActiveInjection(Protocol):
     """An injection during one run: everything of it that changes."""
     def begin_step(self, sigma: float) -> None: ...
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> SelfReferences | None: ...
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None: ...
 
 
 class Recorder:
@@ -105,16 +141,24 @@ class Recorder:
         return torch.stack([resize_soft(m.unflatten(1, self.grids[b]), finest) for b, m in self.maps.items()]).mean(0)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is known of one processed cond: its role, its area, and its text's tokens before the host repeats them."""
+    role: Role = Role.OTHER
+    area: tuple[int, ...] | None = None
+    text: int | None = None
+    repeats: tuple[int, ...] = (1,)  # per row: how many times Subject Prompts already repeats it
+
+
 @dataclass
 class Run:
     """Everything of ours that changes during one sampler run; a plain object, since the host copies dicts and lists."""
     recorder: Recorder | None = None
     sites: dict[BlockId, BlockSite] = field(default_factory=dict)
-    parts: dict[Any, tuple[Role, tuple[int, ...] | None]] = field(default_factory=dict)  # uuid -> role and area
+    parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
     latent: Grid = (0, 0)
     active: list[ActiveInjection] = field(default_factory=list)
-    pending: AttnCall | None = None  # the call whose attention function comes next, and which attention it is
-    pending_self: bool = False
+    pending: AttnCall | None = None  # the call whose attention function comes next
 
     def read_conds(self, conds: Mapping[str, list[dict[str, Any]]]) -> None:
         """Give every processed cond its own uuid (the host shares one between area twins) and remember its role."""
@@ -122,12 +166,17 @@ class Run:
             role = Role.UNCOND if "negative" in kind else Role.COND
             for entry in entries:
                 entry["uuid"] = uuid4()
-                self.parts[entry["uuid"]] = (role, tuple(entry["area"]) if entry.get("area") else None)
+                text = getattr(entry.get("model_conds", {}).get("c_crossattn"), "cond", None)
+                self.parts[entry["uuid"]] = Part(role, tuple(entry["area"]) if entry.get("area") else None,
+                                                 None if text is None else text.shape[1], entry.get(REPEATS, (1,)))
 
-    def call(self, options: Mapping[str, Any]) -> AttnCall:
-        known = [self.parts.get(u, (Role.OTHER, None)) for u in options.get("uuids") or (None,)]  # called past the sampler: nobody we know
+    def call(self, options: Mapping[str, Any], text: int | None = None) -> AttnCall:
+        """Translate extra_options; text: tokens of the context of a cross-attention, None in self-attention."""
+        parts = [self.parts.get(u, Part()) for u in options.get("uuids") or (None,)]  # called past the sampler: nobody we know
+        repeats = () if text is None else tuple(tuple(r * max(text // (p.text or text), 1) for r in p.repeats) for p in parts)
         return AttnCall((*options["block"], options["block_index"]), tuple(options["activations_shape"][2:]),
-                        tuple(role for role, _ in known), tuple(area for _, area in known), self.latent)
+                        tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent, text is not None,
+                        repeats if any(r != 1 for part in repeats for r in part) else ())
 
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
@@ -135,31 +184,48 @@ class Run:
         self.recorder = self.pending = None
 
     def attend(self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        """Self-attention with every active reference in one softmax; parts that read nothing stay the host's own."""
+        """The host's attention with every active reference: concatenated ones in its softmax, added ones beside it.
+
+        Parts that read nothing stay the host's own.
+        """
         found = [r for i in self.active if (r := i.references(call, self.sites[call.block], q)) is not None]
         if not any(role in r.by_role for r in found for role in call.roles):
             return attend(q, k, v, heads)
         if k.shape[0] != q.shape[0]:  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
             k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
-        rows = q.shape[0] // len(call.roles)
         groups: dict[tuple[bool, ...], list[int]] = {}  # parts that read the same injections share a call
         for part, role in enumerate(call.roles):
             groups.setdefault(tuple(role in r.by_role for r in found), []).append(part)
         out: dict[int, Tensor] = {}
         for reads, parts in groups.items():
             own = [take_parts(call, t, parts) for t in (q, k, v)]
-            given = [(gather_parts(r, [call.roles[p] for p in parts], rows), r.query_mask) for r, yes in zip(found, reads) if yes]
-            free = [tokens for tokens, mask in given if mask is None]
-            masked = [(tokens, torch.cat([mask[p].expand(rows, -1) for p in parts])) for tokens, mask in given if mask is not None]
-            mixed = attend_with_references(attend, *own, free, heads)
-            for size in range(1, len(masked) + 1):  # where target masks overlap, a query reads all of their references
-                for chosen in combinations(masked, size):
-                    region = torch.stack([mask for _, mask in chosen]).prod(0)
-                    mixed = blend_queries(mixed, attend_with_references(attend, *own, [*free, *(t for t, _ in chosen)], heads), region)
+            mixed = attend_group(call, attend, *own, heads, [r for r, yes in zip(found, reads) if yes], parts)
             if len(groups) == 1:
                 return mixed
             out.update(zip(parts, mixed.chunk(len(parts))))
         return torch.cat([out[p] for p in range(len(call.roles))])
+
+
+def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, references: Sequence[References],
+                 parts: Sequence[int]) -> Tensor:
+    """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
+    rows = q.shape[0] // len(parts)
+
+    def region(r: References) -> Tensor | None:
+        return None if r.query_mask is None else torch.cat([r.query_mask[p].expand(rows, -1) for p in parts])
+    given = [(gather_parts(r, call, parts, rows), region(r), r.merge) for r in references]
+    free = [tokens for tokens, mask, merge in given if merge is Merge.CONCAT and mask is None]
+    masked = [(tokens, mask) for tokens, mask, merge in given if merge is Merge.CONCAT and mask is not None]
+    mixed = attend_with_references(attend, q, k, v, free, heads)
+    for size in range(1, len(masked) + 1):  # where target masks overlap, a query reads all of their references
+        for chosen in combinations(masked, size):
+            seen = torch.stack([mask for _, mask in chosen]).prod(0)
+            mixed = blend_queries(mixed, attend_with_references(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen)
+    for tokens, mask, merge in given:
+        if merge is Merge.ADD and not tokens.silent:
+            beside = attend(q, tokens.k.expand(len(q), -1, -1), tokens.v.expand(len(q), -1, -1), heads) * tokens.weight
+            mixed = mixed + (beside if mask is None else beside * mask.to(beside)[..., None])
+    return mixed
 
 
 def take_parts(call: AttnCall, x: Tensor, parts: Sequence[int]) -> Tensor:
@@ -170,11 +236,18 @@ def take_parts(call: AttnCall, x: Tensor, parts: Sequence[int]) -> Tensor:
     return views[parts[0]] if len(parts) == 1 else torch.cat([views[p] for p in parts])
 
 
-def gather_parts(references: SelfReferences, roles: Sequence[Role], rows: int) -> ReferenceTokens:
-    """The tokens each row of the listed parts reads; one shared copy where all parts read the same."""
-    tokens = [references.by_role[role] for role in roles]
+def gather_parts(references: References, call: AttnCall, parts: Sequence[int], rows: int) -> ReferenceTokens:
+    """The tokens each row of the listed parts reads; one shared copy where all parts read the same.
+
+    A text that stands r times in the keys weighs r times as much, so what stands beside it gets log r (method.md 2.3, I12).
+    """
+    tokens = [references.by_role[call.roles[p]] for p in parts]
     first = tokens[0]
-    if all(t is first for t in tokens):
+    if not all(t is first for t in tokens):
+        first = replace(first, k=torch.cat([t.k.expand(rows, -1, -1) for t in tokens]),
+                        v=torch.cat([t.v.expand(rows, -1, -1) for t in tokens]))
+    if not call.repeats:
         return first
-    return ReferenceTokens(torch.cat([t.k.expand(rows, -1, -1) for t in tokens]),
-                           torch.cat([t.v.expand(rows, -1, -1) for t in tokens]), first.weight, first.mode, first.log_mask)
+    repeats = [call.repeats[p][i % len(call.repeats[p])] for p in parts for i in range(rows)]
+    logs = torch.tensor([log(r) for r in repeats], dtype=torch.float32, device=first.k.device)[:, None].expand(-1, first.k.shape[1])
+    return replace(first, log_mask=logs if first.log_mask is None else logs + first.log_mask)

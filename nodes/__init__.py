@@ -6,7 +6,8 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .host import offer_example
+from .concept import ConceptEncoderLoad, CrossAttnDetailInject
+from .host import offer_example, register_folders
 from .inversion import DDIMInvert
 from .prompts import SubjectPrompts
 from .reference import MaskedSelfAttnInject, RefUNetCapture
@@ -17,8 +18,10 @@ class KindredExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         """The example photo is a courtesy: a full disk is no reason to have no nodes."""
+        miniature = Path(__file__).parent.parent / "miniature"
+        register_folders(miniature / "weights" / "concept_encoders")
         with suppress(OSError):
-            offer_example(Path(__file__).parent.parent / "miniature" / "reference.png")
+            offer_example(miniature / "reference.png")
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject]
+        return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import comfy.model_management
 import comfy.model_patcher
@@ -21,6 +23,7 @@ import comfy.samplers
 import folder_paths
 import latent_preview
 import torch
+import torch.utils.checkpoint
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.model_base import BaseModel
@@ -29,13 +32,16 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.injection import ActiveInjection, BlockSite, Recorder, Run
+from ..models.attention import ReferenceTokens, product_attend
+from ..models.concept import ConceptEncoder, KeysValues, Preprocessing
+from ..models.injection import ActiveInjection, AttnCall, BlockSite, Merge, Part, Recorder, References, Role, Run
 from ..models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 SUBJECT, TEXT = "kindred_subject", "kindred_text"  # what Subject Prompts leaves inside CONDITIONING
 SPECIAL = ("area", "mask", "control", "hooks", "gligen", "start_percent", "end_percent")
 Inversion, Reference = io.Custom("KINDRED_INVERSION"), io.Custom("KINDRED_REFERENCE")
+Encoder = io.Custom("KINDRED_CONCEPT_ENCODER")
 log = logging.getLogger(__name__)
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
@@ -61,6 +67,11 @@ class SamplerRun(Run):
         self.sites = attention_sites(guider.inner_model.diffusion_model)
         self.read_conds(guider.conds)
         self.active = [injection.start_run(self) for injection in self.injections]
+
+    @property
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in what the UNet computes."""
+        return self.guider.model_patcher.load_device, self.guider.inner_model.get_dtype_inference()
 
     def close(self) -> None:
         super().close()
@@ -180,7 +191,7 @@ def percent_to_sigma(model: ModelPatcher, percent: float) -> float:
 def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
-        run.pending, run.pending_self = run.call(options), True
+        run.pending = run.call(options)
         if run.recorder:
             run.recorder.self_tokens(run.pending, n)
     return n, context, value
@@ -190,7 +201,7 @@ def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, A
 def _attn2_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
-        run.pending, run.pending_self = run.call(options), False
+        run.pending = run.call(options, context.shape[1])
     return n, context, value
 
 
@@ -207,11 +218,9 @@ def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
         call = run.pending if isinstance(run, Run) else None
         if call is None or mask is not None or kwargs.get("skip_reshape"):
             return attend(q, k, v, heads, mask)
-        if run.pending_self:
-            return run.attend(call, attend, q, k, v, heads)
-        if run.recorder:
+        if call.cross and run.recorder:
             run.recorder.cross(call, q, k, heads)
-        return attend(q, k, v, heads)
+        return run.attend(call, attend, q, k, v, heads)
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
 
@@ -368,9 +377,8 @@ def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
         if way.split(",")[0] not in run.ways:
             run.ways.add(way.split(",")[0])
             log.info("Kindred: the reference is read %s.", way)
-        device, dtype = run.guider.model_patcher.load_device, run.guider.inner_model.get_dtype_inference()
         run.step_tokens = {key: _live_tokens(run, bank, sigma, halves) if step is None else
-                           {half: bank.tokens(half, step, device, dtype) for half in halves}} | {
+                           {half: bank.tokens(half, step, *run.device_and_dtype) for half in halves}} | {
                            k: v for k, v in run.step_tokens.items() if k[1] == sigma}
     return run.step_tokens[key]
 
@@ -388,3 +396,168 @@ def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: fro
                                    _bare(run.model_options, inner))
     inner.close()
     return {half: bank.keep(recorder.of(half)) for half in halves}
+
+
+# ------------------------------------------------------------------------------------------------------ concept encoders
+CONCEPTS = "concept_encoders"  # their folder beside checkpoints and loras
+
+
+def register_folders(shipped: Path) -> None:
+    """models/concept_encoders, and the pack's own for the miniature's. Pickles are listed too, so that the node can say why not."""
+    paths, endings = folder_paths.folder_names_and_paths.setdefault(CONCEPTS, ([], set()))
+    endings.update((".safetensors", ".sft", ".bin", ".pt", ".ckpt"))
+    for folder in (Path(folder_paths.models_dir) / CONCEPTS, shipped):
+        folder_paths.add_model_folder_path(CONCEPTS, str(folder))
+
+
+def concept_files() -> list[str]:
+    return folder_paths.get_filename_list(CONCEPTS)
+
+
+def concept_path(name: str) -> Path:
+    """The file behind a name of the list; FileNotFoundError in the host's words where it is gone."""
+    return Path(folder_paths.get_full_path_or_raise(CONCEPTS, name))
+
+
+def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
+    """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
+    base = require_unet(model, node)
+    sites = attention_sites(base.diffusion_model)
+    width = next(iter(sites.values())).module.attn2.to_k.in_features
+    return type(base.model_config).__name__, tuple((b, s.module.attn2.to_k.out_features) for b, s in sites.items()), width
+
+
+@dataclass(frozen=True, eq=False)
+class ManagedEncoder:
+    """A concept encoder under the host's memory management; `vision` (CLIP_VISION) gives the tokens where it holds no tower."""
+    encoder: ConceptEncoder
+    patcher: ModelPatcher
+    name: str
+    vision: Any = None
+
+    @staticmethod
+    def of(encoder: ConceptEncoder, name: str, vision: Any = None) -> ManagedEncoder:
+        device = comfy.model_management.get_torch_device()
+        half = comfy.model_management.should_use_fp16(device)
+        encoder = encoder.to(torch.float16 if half else torch.float32).eval().requires_grad_(False)
+        return ManagedEncoder(encoder, comfy.model_patcher.ModelPatcher(encoder, device, comfy.model_management.unet_offload_device()),
+                              name, vision)
+
+    @staticmethod
+    def tower_of(vision: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A CLIP_VISION's configuration and weights in transformers' names, to train from; ValueError for towers of other kinds."""
+        if vision.model_type != "clip_vision_model":
+            raise ValueError(f"Kindred: a concept encoder is made from a CLIP vision model, but the one given is {vision.model_type}. "
+                             "Take CLIP ViT-L or ViT-H.")
+        config = {k: v for k, v in vision.config.items() if isinstance(v, (int, float, str)) and k not in ("model_type", "torch_dtype")}
+        return config, {k: v.detach().float().cpu().clone() for k, v in vision.get_sd().items()}
+
+    def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
+        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of a zero image instead, b = 1."""
+        if self.vision is None:
+            comfy.model_management.load_models_gpu([self.patcher])
+            device, dtype = self.patcher.load_device, next(self.encoder.parameters()).dtype
+            pixels = [self.encoder.config.preprocessing(image[None].cpu()) for image in images]
+            pixels = [torch.zeros_like(pixels[0])] if empty else pixels
+            made = [self.encoder(p.to(device, dtype)) for p in pixels]
+        else:
+            size = self.vision.image_size
+            given = [torch.ones(1, size, size, 3) * torch.tensor(Preprocessing().mean)] if empty else [i[None] for i in images]
+            tokens = [self.vision.encode_image(image[..., :3])["penultimate_hidden_states"] for image in given]
+            wanted = self.encoder.config.tower_width
+            if tokens[0].shape[-1] != wanted:
+                raise ValueError(f"{self.name}: the CLIP Vision given has tokens of width {tokens[0].shape[-1]}, but this concept encoder "
+                                 f"reads width {wanted}: {'ViT-H' if wanted == 1280 else 'ViT-L' if wanted == 1024 else 'another one'}. "
+                                 "Connect that CLIP Vision to Concept Encoder Load.")
+            comfy.model_management.load_models_gpu([self.patcher])
+            device, dtype = self.patcher.load_device, next(self.encoder.parameters()).dtype
+            made = [self.encoder.keys_values(self.encoder.features(t.to(device, dtype))) for t in tokens]
+        return {block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1)) for block in made[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+MOST_PROMPTS = 4096  # kept encoded
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """The concept tokens of one training step, read by every row as a sampler's cond rows read them."""
+    keys_values: KeysValues
+    weight: float
+    merge: Merge
+
+    def begin_step(self, sigma: float) -> None: ...
+
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
+        if not call.cross:
+            return None
+        k, v = self.keys_values[call.block]
+        return References({Role.COND: ReferenceTokens(k.to(q), v.to(q), self.weight)}, merge=self.merge)
+
+
+class FrozenUNet:
+    """The Denoiser of models/training.py: the host's model, loaded, with nothing to learn but what it is given to read.
+
+    prompts: CONDITIONING by text. Use outside of inference_mode, with weights that were loaded outside of it.
+    """
+
+    def __init__(self, model: ModelPatcher, merge: Merge, prompts: Mapping[str, Conditioning], checkpointing: bool = False) -> None:
+        self.patcher = model
+        self.load()
+        self.model, self.merge, self.device = model.model.requires_grad_(False), merge, model.load_device
+        sampling = model.get_model_object("model_sampling")
+        self.sigmas, self.velocity = sampling.sigmas.float().cpu(), isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+        self.sites, self.options = attention_sites(self.model.diffusion_model), _products_on_cpu(model.model_options, self.device)
+        self.prompts, self.encoded = prompts, {}
+        unet = self.model.diffusion_model
+        for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks) if checkpointing else ():
+            for layer in block:
+                layer.forward = _checkpointed(layer.forward)
+
+    def load(self) -> None:
+        """Onto the device, whole; again after anything else was there."""
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+
+    def _encode(self, text: str, x: Tensor) -> dict[str, Tensor]:
+        """What the model reads of one prompt at the size of x: c_crossattn [1 w c], y [1 c] for SDXL."""
+        if text not in self.encoded:
+            kept = [(cross.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in extras.items()})
+                    for cross, extras in self.prompts[text]]
+            cond, = comfy.samplers.encode_model_conds(self.model.extra_conds, comfy.sampler_helpers.convert_cond(kept), x[:1],
+                                                      self.device, "positive")
+            found = {k: getattr(c, "cond", None) for k, c in cond["model_conds"].items()}
+            if len(self.encoded) >= MOST_PROMPTS:
+                del self.encoded[next(iter(self.encoded))]
+            self.encoded[text] = {k: c.detach().to(self.device) for k, c in found.items() if isinstance(c, Tensor)}
+        return self.encoded[text]
+
+    def __call__(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], keys_values: KeysValues, weight: float) -> Tensor:
+        rows = [self._encode(text, x) for text in prompts]
+        longest = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
+        repeats = tuple(longest // row["c_crossattn"].shape[1] for row in rows)
+        given = {k: torch.cat([row[k].repeat(1, n, 1) if k == "c_crossattn" else row[k] for row, n in zip(rows, repeats)]) for k in rows[0]}
+        run, part = Run(sites=self.sites, latent=tuple(x.shape[2:]), active=[_Learning(keys_values, weight, self.merge)]), uuid4()
+        run.parts[part] = Part(Role.COND, None, longest, repeats)
+        options = install(self.options, run)["transformer_options"] | {"uuids": [part], "cond_or_uncond": [0], "sigmas": sigma}
+        return self.model.apply_model(x, sigma, transformer_options=options, **given)
+
+
+def _products_on_cpu(model_options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """On a CPU plain products are faster in the backward pass than the fused kernel (1.8 times at the miniature's sizes)."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    if device.type == "cpu":
+        options.setdefault("transformer_options", {}).setdefault("optimized_attention_override", _products)
+    return options
+
+
+def _products(func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
+              **kwargs: Any) -> Tensor:
+    return func(q, k, v, heads, mask=mask, **kwargs) if kwargs.get("skip_reshape") else product_attend(q, k, v, heads, mask)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Recompute in the backward pass; the host moves its block counter inside the options, so they are kept as they are now."""
+    def again(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(dict(a) if isinstance(a, dict) else a for a in args)
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return again

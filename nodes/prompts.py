@@ -9,6 +9,7 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
+from ..models.injection import REPEATS
 from ..models.reference import SubjectTokens
 from .host import SUBJECT, TEXT
 
@@ -111,6 +112,7 @@ class SubjectPrompts(io.ComfyNode):
             if isinstance(value, Tensor):
                 extras[key] = torch.cat([e[key] for _, e in encoded])
         extras[TEXT] = "\n".join(texts)
+        extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c, _ in encoded)
         if words:
             extras[SUBJECT] = SubjectTokens(tuple(words), positions)
         return io.NodeOutput([[cross, extras]], len(texts))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models import inversion as method
 from ..models.attention import ReferenceTokens, WeightMode
-from ..models.injection import AttnCall, BlockSite, Recorder, Role, SelfReferences
+from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask
 from ..models.inversion import InversionTrajectory
 from ..models.masks import resize_user_mask, union_of_first
 from ..models.reference import (
@@ -220,7 +220,7 @@ class MaskedSelfInjection:
         check_same_model(INJECT, "reference", self.bank.model_key, host.model_key(model))
 
     def start_run(self, run: host.SamplerRun) -> ActiveMaskedSelf:
-        return ActiveMaskedSelf(self, run)
+        return ActiveMaskedSelf(self, run, target=None if self.target_mask is None else TargetMask(self.target_mask, INJECT))
 
 
 @dataclass
@@ -229,17 +229,17 @@ class ActiveMaskedSelf:
     config: MaskedSelfInjection
     run: host.SamplerRun
     tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
-    query_masks: dict[tuple[Grid, tuple[Any, ...]], Tensor] = field(default_factory=dict)
+    target: TargetMask | None = None
 
     def begin_step(self, sigma: float) -> None:
         c = self.config
         inside = c.end <= sigma <= c.start
         self.tokens = host.reference_tokens(self.run, c.bank, sigma, c.sources) if inside else None
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> SelfReferences | None:
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
         """Keys and values of the reference, projected once per call and not once per row (performance.md 1.2)."""
         c = self.config
-        if self.tokens is None or call.block not in c.blocks:
+        if call.cross or self.tokens is None or call.block not in c.blocks:
             return None
         source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := c.halves.source(role.half))}
         halves = list(dict.fromkeys(source.values()))
@@ -248,26 +248,7 @@ class ActiveMaskedSelf:
         tokens = torch.stack([self.tokens[half][call.block] for half in halves]).to(q)
         k, v = site.module.attn1.to_k(tokens), site.module.attn1.to_v(tokens)
         made = {half: ReferenceTokens(k[i:i + 1], v[i:i + 1], c.weight, c.mode) for i, half in enumerate(halves)}
-        return SelfReferences({role: made[half] for role, half in source.items()}, self.query_mask(call, q))
-
-    def query_mask(self, call: AttnCall, q: Tensor) -> Tensor | None:
-        """Target mask [parts 1|b n] at this call's grid; the call of an area prompt is cropped, and the mask with it."""
-        mask = self.config.target_mask
-        if mask is None:
-            return None
-        if call.grid[0] * call.grid[1] != q.shape[1]:
-            raise ValueError(f"{INJECT}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
-                             f"({q.shape[1]} tokens "
-                             f"for a grid of {call.grid[0]}x{call.grid[1]}: HyperTile does this). Remove that node or the target mask.")
-        rows = q.shape[0] // len(call.roles)
-        if mask.shape[0] not in (1, rows):
-            raise ValueError(f"{INJECT}: {mask.shape[0]} target masks for {rows} pictures. Wire one mask, or one per picture.")
-        key = (call.grid, call.areas)
-        if key not in self.query_masks:
-            whole = resize_user_mask(mask, call.latent).float()
-            crops = [whole if a is None else whole[:, a[2]:a[2] + a[0], a[3]:a[3] + a[1]] for a in call.areas]
-            self.query_masks[key] = torch.stack([resize_user_mask(crop, call.grid).flatten(1) for crop in crops]).to(q)
-        return self.query_masks[key]
+        return References({role: made[half] for role, half in source.items()}, self.target(call, q) if self.target else None)
 
 
 class MaskedSelfAttnInject(io.ComfyNode):

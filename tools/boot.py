@@ -12,7 +12,7 @@ from types import ModuleType
 from checkout import ROOT
 
 
-def boot(host: Path) -> ModuleType:
+def boot(host: Path, cpu: bool = True) -> ModuleType:
     """Start ComfyUI in process with a temporary base directory, load the pack, and let `kindred` mean the loaded one.
 
     Returns the host's `nodes` module. Raises RuntimeError when the folder is no ComfyUI or the pack does not load.
@@ -22,7 +22,7 @@ def boot(host: Path) -> ModuleType:
     base = tempfile.mkdtemp(prefix="kindred-host-")
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     sys.path.insert(0, str(host))
-    argv, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", base]
+    argv, sys.argv = sys.argv, ["main.py", *["--cpu"] * cpu, "--use-pytorch-cross-attention", "--base-directory", base]
     try:
         import comfy.options
         comfy.options.enable_args_parsing()

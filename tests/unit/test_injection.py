@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, Recorder, Role, Run, SelfReferences, gather_parts, take_parts
+from kindred.models.injection import AttnCall, BlockSite, Recorder, References, Role, Run, gather_parts, take_parts
 from kindred.models.masks import token_map
 from kindred.models.reference import Half, ReferencePrompt, SubjectTokens
 
@@ -38,12 +38,12 @@ class Reads:
     """An injection with fixed references."""
 
     def __init__(self, by_role: dict[Role, ReferenceTokens] | None, query_mask: Tensor | None = None) -> None:
-        self.given = None if by_role is None else SelfReferences(by_role, query_mask)
+        self.given = None if by_role is None else References(by_role, query_mask)
 
     def begin_step(self, sigma: float) -> None:
         pass
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> SelfReferences | None:
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
         return self.given
 
 
@@ -282,8 +282,8 @@ def test_take_parts_copies_only_what_it_must() -> None:
 
 def test_gather_parts_shares_one_copy() -> None:
     shared, other = reference(50), reference(60)
-    assert gather_parts(SelfReferences({COND: shared, UNCOND: shared}), [UNCOND, COND], B) is shared
-    apart = gather_parts(SelfReferences({COND: shared, UNCOND: other}), [UNCOND, COND], B)
+    assert gather_parts(References({COND: shared, UNCOND: shared}), call(UNCOND, COND), [0, 1], B) is shared
+    apart = gather_parts(References({COND: shared, UNCOND: other}), call(UNCOND, COND), [0, 1], B)
     assert torch.equal(apart.k, torch.cat((other.k.expand(B, -1, -1), shared.k.expand(B, -1, -1))))
 
 

@@ -1,0 +1,264 @@
+"""Trains a concept encoder by reconstruction, eq. (10) of paper A (arXiv 2403.11284, section 2.3): one loop for every front end.
+
+Everything random follows from (seed, step): a resumed run is the run that was not stopped, and p processes with batch b each
+are one process with batch p * b. The UNet is frozen; the encoder's tower, MLP and projections learn.
+Axes: b pictures of a step, c y x latents, n examples.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .concept import ConceptEncoder, KeysValues
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The paper's run is batch 2 on each of 4 GPUs, rate 1e-5, 100,000 steps, tower and projections updated (section 3.1)."""
+    steps: int = 100_000
+    batch: int = 2  # per process and micro-step
+    accumulate: int = 1  # micro-steps per step
+    rate: float = 1e-5
+    tower_rate: float | None = None  # None: `rate`; 0 leaves the tower as it came
+    schedule: str = "constant"  # or cosine, down to 2 % of the rate
+    warm_up: int = 0  # steps of rising rate
+    weight_warm_up: int = 0  # steps over which W_C rises from 1 % to 1 (method.md 2.3: null columns absorb mass)
+    drop_text: float = 0.05  # arXiv 2308.06721's dropout, so that guidance has something to compare with
+    drop_image: float = 0.05
+    drop_both: float = 0.05
+    average: float = 0.9999  # decay of the averaged weights; 0 keeps none
+    clip: float = 1.0  # greatest norm of a step's gradient
+    weight_decay: float = 0.01
+    min_snr: float | None = None  # gamma of arXiv 2303.09556; None is the plain loss of eq. (10)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError names the setting, its value and what it may be."""
+        for name, fits, remedy in (
+                ("steps", self.steps >= 1, "1 or more"), ("batch", self.batch >= 1, "1 or more"),
+                ("accumulate", self.accumulate >= 1, "1 or more"),
+                ("rate", 0 < self.rate < 1, "above 0 and below 1, for instance 1e-5"), ("average", 0 <= self.average < 1, "0 to 0.99999"),
+                ("tower_rate", self.tower_rate is None or 0 <= self.tower_rate < 1, "0 (frozen tower) to 1"),
+                ("schedule", self.schedule in ("constant", "cosine"), "constant or cosine"),
+                ("drop_text", min(self.drop_text, self.drop_image, self.drop_both) >= 0
+                 and self.drop_text + self.drop_image + self.drop_both < 1,
+                 "0 or more, and below 1 together with drop_image and drop_both"),
+                ("clip", self.clip > 0, "above 0"), ("min_snr", self.min_snr is None or self.min_snr > 0, "above 0, or none")):
+            if not fits:
+                raise ValueError(f"training: {name} is {getattr(self, name)}; it must be {remedy}.")
+
+    def rate_at(self, step: int) -> float:
+        """Share of the rate at a step."""
+        if step < self.warm_up:
+            return (step + 1) / self.warm_up
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def weight_at(self, step: int) -> float:
+        """W_C at a step."""
+        return 1.0 if step >= self.weight_warm_up else 0.01 ** (1 - step / self.weight_warm_up)
+
+
+class Denoiser(Protocol):
+    """The frozen UNet, in the words of the sampler."""
+    sigmas: Tensor  # ascending noise levels [T]
+    velocity: bool  # the network predicts v and not eps
+
+    def __call__(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], keys_values: KeysValues, weight: float) -> Tensor:
+        """x [b c y x] = clean + sigma [b] * noise -> denoised [b c y x], differentiable in keys_values [b m c']."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The training pictures: latents [n c y x] in model scale, pixels uint8 [n s s 3] for the tower, a prompt each.
+
+    Pictures of one subject share a number in `subjects`: then the tower sees another one of them than the UNet has to draw, so
+    that only the subject carries over; a picture alone is its own partner, which is the paper's reconstruction.
+    """
+    latents: Tensor
+    pixels: Tensor
+    prompts: Sequence[str]
+    subjects: Sequence[int]
+    groups: Mapping[int, list[int]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        groups: dict[int, list[int]] = {}
+        for i, subject in enumerate(self.subjects):
+            groups.setdefault(subject, []).append(i)
+        object.__setattr__(self, "groups", groups)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def partner(self, index: int, draw: float) -> int:
+        """The picture that the tower sees beside picture `index`; draw in [0, 1)."""
+        others = [i for i in self.groups[self.subjects[index]] if i != index]
+        return others[int(draw * len(others))] if others else index
+
+
+class Engine(Protocol):
+    """What one process has of the whole run: accelerate's in the program, plain torch's in the node."""
+    device: torch.device
+    rank: int
+    processes: int
+
+    def prepare(self, module: nn.Module) -> Callable[[Tensor], KeysValues]: ...
+    def autocast(self) -> AbstractContextManager[Any]: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def mean(self, value: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """An Engine without accelerate."""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype | None = None  # of the autocast; None computes in float32
+    rank: int = 0
+    processes: int = 1
+
+    def prepare(self, module: nn.Module) -> Callable[[Tensor], KeysValues]:
+        return module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that is random in one micro-step, for this process's b pictures."""
+    index: list[int]  # pictures to draw
+    partner: list[int]  # pictures the tower sees
+    level: Tensor  # [b] into the denoiser's sigmas, uniform, one of b equal strata each
+    noise: Tensor  # [b c y x]
+    no_text: list[bool]
+    no_image: Tensor  # bool [b]
+
+
+def draw(settings: TrainSettings, examples: Examples, levels: int, micro_step: int, rank: int = 0, processes: int = 1) -> Draw:
+    """This process's share of the whole step: p processes with batch b are one with p * b."""
+    total = settings.batch * processes
+    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + micro_step) % (1 << 63))
+    index = torch.randint(len(examples), (total,), generator=generator).tolist()
+    chosen, dropped, offset = torch.rand(3, total, generator=generator)
+    level = ((torch.randperm(total, generator=generator) + offset) / total * levels).long().clamp(max=levels - 1)
+    noise = torch.randn(total, *examples.latents.shape[1:], generator=generator)
+    own = slice(rank * settings.batch, (rank + 1) * settings.batch)
+    text, image = settings.drop_text, settings.drop_text + settings.drop_image
+    both = image + settings.drop_both
+    dropped = dropped[own]
+    partners = [examples.partner(i, float(d)) for i, d in zip(index, chosen)]
+    return Draw(index[own], partners[own], level[own], noise[own], [bool(d < text or image <= d < both) for d in dropped],
+                (dropped >= text) & (dropped < both))
+
+
+class Trainer:
+    """The loop, one step at a time. `encoder` is changed in place; `averaged` gives the one to keep."""
+
+    def __init__(self, encoder: ConceptEncoder, denoise: Denoiser, examples: Examples, settings: TrainSettings,
+                 engine: Engine | None = None) -> None:
+        if not len(examples):
+            raise ValueError("training: there are no pictures.")
+        self.encoder, self.denoise, self.examples, self.settings = encoder, denoise, examples, settings
+        self.engine = engine or OneProcess()
+        encoder.to(self.engine.device, torch.float32).train().requires_grad_(True)
+        tower = [] if encoder.tower is None else list(encoder.tower.parameters())
+        if encoder.tower is not None and self.engine.device.type == "cpu" and hasattr(encoder.tower.model, "set_attn_implementation"):
+            encoder.tower.model.set_attn_implementation("eager")  # faster than the fused kernel in a CPU's backward pass
+        tower_rate = settings.rate if settings.tower_rate is None else settings.tower_rate
+        if tower_rate == 0 and tower:
+            encoder.tower.requires_grad_(False)
+            tower = []
+        known = {id(p) for p in tower}
+        rest = [p for p in encoder.parameters() if p.requires_grad and id(p) not in known]
+        groups = [{"params": rest, "rate": settings.rate}] + ([{"params": tower, "rate": tower_rate}] if tower else [])
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+        self.trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if settings.average else None
+        self.step_number, self.losses = 0, []
+        self.forward = self.engine.prepare(encoder)
+        pixels = encoder.config.preprocessing
+        self.mean, self.std = (torch.tensor(v, device=self.engine.device)[:, None, None] for v in (pixels.mean, pixels.std))
+
+    def loss(self, d: Draw, weight: float = 1.0) -> Tensor:
+        """Eq. (10) for one draw: the squared error of eps (or v), mean over the pictures -> []."""
+        device, examples = self.engine.device, self.examples
+        clean = examples.latents[d.index].detach().to(device, torch.float32)
+        pixels = (examples.pixels[d.partner].to(device).movedim(-1, 1).float() / 255 - self.mean) / self.std
+        pixels = torch.where(d.no_image.to(device)[:, None, None, None], 0.0, pixels)
+        sigma = self.denoise.sigmas.to(device)[d.level.to(device)].float()
+        wide = sigma[:, None, None, None]
+        prompts = ["" if none else examples.prompts[i] for i, none in zip(d.index, d.no_text)]
+        with self.engine.autocast():
+            keys_values = self.forward(pixels)
+            denoised = self.denoise(clean + wide * d.noise.to(device), sigma, prompts, keys_values, weight).float()
+        squared = (denoised - clean).square().mean((1, 2, 3)) / sigma.square()  # of eps
+        if self.denoise.velocity:
+            squared = squared * (1 + sigma.square())
+        if self.settings.min_snr is not None:
+            snr = sigma ** -2
+            squared = squared * snr.clamp(max=self.settings.min_snr) / (snr + (1 if self.denoise.velocity else 0))
+        return squared.mean()
+
+    def step(self) -> float:
+        """One optimizer step; returns its loss, mean over processes. FloatingPointError, with nothing changed, when it is not finite."""
+        s, engine = self.settings, self.engine
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=engine.device)
+        for micro in range(s.accumulate):
+            d = draw(s, self.examples, len(self.denoise.sigmas), self.step_number * s.accumulate + micro, engine.rank, engine.processes)
+            loss = self.loss(d, s.weight_at(self.step_number)) / s.accumulate
+            engine.backward(loss)
+            total += loss.detach()
+        value = float(engine.mean(total))
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip)
+        if not math.isfinite(value) or not torch.isfinite(norm):
+            raise FloatingPointError(f"training: the loss of step {self.step_number + 1} is {value} and its gradient {float(norm)}. "
+                                     f"Lower the learning rate (now {s.rate}) or use bf16 or no mixed precision.")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * s.rate_at(self.step_number)
+        self.optimizer.step()
+        self.step_number += 1
+        self.losses.append(value)
+        if self.average is not None:
+            decay = min(s.average, self.step_number / (9 + self.step_number))  # early averages forget the start
+            for name, p in self.trained.items():
+                self.average[name].lerp_(p.detach(), 1 - decay)
+        return value
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The encoder's tensors as they should be kept: averaged where they learn."""
+        return {**self.encoder.state_dict(), **(self.average or {})}
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {"encoder": self.encoder.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
+                "step": self.step_number, "losses": list(self.losses), "settings": asdict(self.settings)}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; steps may differ. ValueError names a setting that would make it another run."""
+        was = state["settings"]
+        differ = [k for k, v in asdict(self.settings).items() if k not in ("steps",) and was.get(k) != v]
+        if differ:
+            raise ValueError("training: the checkpoint was made with " + ", ".join(f"{k} {was.get(k)}" for k in differ) + ", but "
+                             + ", ".join(f"{k} {getattr(self.settings, k)}" for k in differ) + " was asked for. Give the same settings, "
+                             "or another output folder.")
+        self.encoder.load_state_dict(state["encoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            for name, value in state["average"].items():
+                self.average[name].copy_(value)
+        self.step_number, self.losses = state["step"], list(state["losses"])

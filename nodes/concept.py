@@ -1,0 +1,177 @@
+"""Concept Encoder Load and Cross-Attn Detail Inject: paper A's concept encoder (arXiv 2403.11284, section 2.3)."""
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..models.attention import ReferenceTokens, WeightMode
+from ..models.concept import KeysValues, check_layers, load_concept_encoder
+from ..models.injection import AttnCall, BlockSite, Merge, References, Role, TargetMask
+from ..models.reference import BlockId, Half, Halves, select_blocks
+from . import host
+
+LOAD, INJECT = "Concept Encoder Load", "Cross-Attn Detail Inject"
+AS_TRAINED = "as trained"
+log = logging.getLogger(__name__)
+
+
+class ConceptEncoderLoad(io.ComfyNode):
+    """A concept encoder from models/concept_encoders (paper A eq. (6); IP-Adapter full-face weights too)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredConceptEncoderLoad", display_name=LOAD, category="Kindred",
+            description="Loads what turns a photo into extra words for the model. Files belong into models/concept_encoders; IP-Adapter "
+                        "full-face weights (.safetensors) work too, with their CLIP Vision wired in.",
+            search_aliases=["concept encoder", "image encoder", "ip adapter", "ipadapter full face", "load encoder"],
+            inputs=[
+                io.Combo.Input("file", options=host.concept_files(), tooltip="A .safetensors in models/concept_encoders."),
+                io.ClipVision.Input("clip_vision", optional=True,
+                                    tooltip="Only for files without a CLIP tower of their own, such as IP-Adapter full-face (ViT-H)."),
+            ],
+            outputs=[host.Encoder.Output(display_name="concept_encoder", tooltip="Wire it into Cross-Attn Detail Inject.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str, clip_vision: Any = None) -> io.NodeOutput:
+        try:
+            encoder = load_concept_encoder(host.concept_path(file))
+        except ValueError as error:
+            raise ValueError(f"{LOAD}: {error}") from error
+        if encoder.tower is None and clip_vision is None:
+            raise ValueError(f"{LOAD}: {file} holds no CLIP tower; it reads tokens of width {encoder.config.tower_width}. "
+                             f"Wire {'ViT-H' if encoder.config.tower_width == 1280 else 'its'} CLIP Vision into clip_vision "
+                             "(Load CLIP Vision).")
+        if encoder.tower is not None and clip_vision is not None:
+            log.info("%s: %s has a CLIP tower of its own; the wired CLIP Vision is not used.", LOAD, file)
+        log.info("%s: %s, for %s, %s, trained with %s", LOAD, file, encoder.config.family, encoder.config.merge.value,
+                 dict(encoder.config.training))
+        return io.NodeOutput(host.ManagedEncoder.of(encoder, file, clip_vision if encoder.tower is None else None))
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, clip_vision: Any = None) -> str:
+        """A file trained again under the same name is another encoder."""
+        stat = host.concept_path(file).stat()
+        return f"{stat.st_mtime_ns} {stat.st_size}"
+
+
+@dataclass(frozen=True)
+class ConceptInjection:
+    """Configuration of one Cross-Attn Detail Inject node: keys and values are there before the run begins."""
+    keys_values: Mapping[Half, KeysValues]  # (k, v) [1 m c] per block, in host memory; uncond: of the empty image
+    pictures: int
+    weight: float
+    mode: WeightMode
+    merge: Merge
+    start: float  # sigmas between which the concept is read
+    end: float
+    halves: Halves
+    target_mask: Tensor | None = None  # [1|b y x] at its own size
+
+    def check(self, model: Any) -> None:
+        """Nothing can have become wrong: the tokens do not depend on the model's weights, and its layers cannot change."""
+
+    def start_run(self, run: host.SamplerRun) -> ActiveConcept:
+        """Eq. (6) once per run: here the keys and values come to the device, in the dtype of the run."""
+        device, dtype = run.device_and_dtype
+        share = -math.log(self.pictures)  # R equal pictures are one (I9)
+        made = {}
+        for half, layers in self.keys_values.items():
+            for block, (k, v) in layers.items():
+                k, v = k.to(device, dtype), v.to(device, dtype)
+                log_mask = torch.full((k.shape[1],), share, device=device) if self.pictures > 1 and half is Half.COND else None
+                made[half, block] = ReferenceTokens(k, v, self.weight, self.mode, log_mask)
+        target = None if self.target_mask is None else TargetMask(self.target_mask, INJECT)
+        return ActiveConcept(self, made, target)
+
+
+@dataclass
+class ActiveConcept:
+    """A ConceptInjection during one run."""
+    config: ConceptInjection
+    tokens: Mapping[tuple[Half, BlockId], ReferenceTokens]
+    target: TargetMask | None
+    inside: bool = False
+
+    def begin_step(self, sigma: float) -> None:
+        self.inside = self.config.end <= sigma <= self.config.start
+
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
+        if not (call.cross and self.inside) or (Half.COND, call.block) not in self.tokens:
+            return None
+        halves = self.config.halves
+        source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := halves.source(role.half))}
+        return References({role: self.tokens[half, call.block] for role, half in source.items()},
+                          self.target(call, q) if self.target else None, self.config.merge)
+
+
+class CrossAttnDetailInject(io.ComfyNode):
+    """Paper A eq. (7)-(9): the concept's keys and values beside the text's, weighted inside the softmax."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredCrossAttnDetailInject", display_name=INJECT, category="Kindred",
+            description="Lets the picture being made read a photo as if it were part of the prompt. Chain it with Masked Self-Attn Inject, "
+                        "or use several for several subjects.",
+            search_aliases=["concept injection", "image prompt", "ip adapter", "ipadapter apply", "cross attention", "personalize"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the encoder was trained for, with any LoRA."),
+                host.Encoder.Input("concept_encoder", tooltip="From Concept Encoder Load or Concept Encoder Train."),
+                io.Image.Input("image", tooltip="The subject. Several pictures of it describe it together."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05,
+                               tooltip="W_C: 0 is the plain picture, 1 as it was trained, more is more identity until the prompt is no "
+                                       "longer heard."),
+                io.Combo.Input("weight_mode", options=[m.value for m in WeightMode], default=WeightMode.LOGIT_BIAS.value, advanced=True,
+                               tooltip="How the weight acts when concatenated. logit bias: renormalised inside the softmax. post softmax: "
+                                       "on its output. key scale: on the keys. output blend: between plain and concatenated."),
+                io.Combo.Input("merge", options=[AS_TRAINED, *(m.value for m in Merge)], default=AS_TRAINED, advanced=True,
+                               tooltip="concat: one softmax over text and photo (the paper). add: an attention of its own, added "
+                                       "(IP-Adapter). as trained: what the encoder's file says."),
+                io.String.Input("blocks", default="all", advanced=True,
+                                tooltip="Where the photo is read: all, encoder, middle, decoder, or a list such as output 3-5, middle 0."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="When in the sampling the photo starts to be read."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="When in the sampling it stops to be read."),
+                io.Combo.Input("halves", options=[h.value for h in Halves], default=Halves.COND.value, advanced=True,
+                               tooltip="Which half of CFG reads the photo. cond only lets guidance amplify it; both gives the negative "
+                                       "half an empty picture, as IP-Adapter does; shared gives both halves the photo."),
+                io.Mask.Input("target_mask", optional=True, tooltip="Only this part of the new picture reads the photo. White is where."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, concept_encoder: host.ManagedEncoder, image: Tensor, weight: float,
+                weight_mode: str = WeightMode.LOGIT_BIAS.value, merge: str = AS_TRAINED, blocks: str = "all", start_percent: float = 0.0,
+                end_percent: float = 1.0, halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
+        family, layers, width = host.cross_layers(model, INJECT)
+        config = concept_encoder.encoder.config
+        check_layers(config, family, layers, width, INJECT)
+        wanted = select_blocks(blocks, [block for block, _ in layers], INJECT)
+        if not weight >= 0:
+            raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as trained.")
+        if image.ndim != 4 or not len(image) or not torch.isfinite(image).all():
+            raise ValueError(f"{INJECT}: the image is {list(image.shape)}"
+                             f"{'' if torch.isfinite(image).all() else ' and holds NaN or infinite values'}. Wire Load Image into it.")
+        mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
+        if weight == 0 or start_percent >= end_percent or (mask is not None and not (mask > 0.5).any()):
+            return io.NodeOutput(model.clone())
+        chosen = Halves(halves)
+        made = {Half.COND: concept_encoder.encode(image)}
+        if chosen is Halves.BOTH:
+            made[Half.UNCOND] = concept_encoder.encode(image, empty=True)
+        tokens = {half: {b: tuple(t.flatten(0, 1)[None] for t in kv[b]) for b in wanted} for half, kv in made.items()}
+        window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
+        how = config.merge if merge == AS_TRAINED else Merge(merge)
+        injection = ConceptInjection(tokens, len(image), weight, WeightMode(weight_mode), how, *window, chosen, mask)
+        return io.NodeOutput(host.inject(model, injection))

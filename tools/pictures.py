@@ -1,0 +1,159 @@
+"""A folder of pictures as training examples: read once, encoded once, kept on disk and mapped into memory."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from kindred.models.concept import Preprocessing
+    from kindred.models.training import Examples
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+CHUNK = 16
+TODO, DONE, BROKEN = 0, 1, 2
+
+
+class NoPictures(Exception):
+    """The folder has nothing to train on; the message says what was found instead."""
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Pictures at any depth below `root`. NAME.txt beside NAME.png is its prompt; those in one subfolder show one subject."""
+    root: Path
+    prompt: str
+
+    def files(self) -> list[Path]:
+        if not self.root.is_dir():
+            raise NoPictures(f"{self.root} is not a folder.")
+        found = sorted((p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
+                       key=lambda p: (p.parent.parts, p.name))
+        if not found:
+            raise NoPictures(f"{self.root} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
+        return found
+
+    def prompt_of(self, file: Path) -> str:
+        beside = file.with_suffix(".txt")
+        return beside.read_text("utf-8").strip() if beside.is_file() else self.prompt
+
+    def subject_of(self, file: Path) -> str:
+        """The subfolder, or the file itself where it lies directly in the root."""
+        return str(file.relative_to(self.root).parent if file.parent != self.root else file.relative_to(self.root))
+
+
+def read_picture(file: Path) -> Image.Image:
+    """Any mode and size -> RGB, turned as its EXIF says, alpha over white. Raises what Pillow raises on a broken file."""
+    with Image.open(file) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            white.alpha_composite(picture)
+            return white.convert("RGB")
+        if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+            values = np.asarray(picture, dtype=np.float64)
+            picture = Image.fromarray((values / max(65535.0 if values.max() > 255 else 255.0, 1.0) * 255).clip(0, 255).astype(np.uint8))
+        return picture.convert("RGB")
+
+
+def square(picture: Image.Image, size: int) -> np.ndarray:
+    """Centre square of side `size` -> uint8 [y x 3]."""
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+
+
+def prepare(folder: PictureFolder, cache: Path, size: int, preprocessing: Preprocessing, made_with: str,
+            encode: Callable[[Tensor], Tensor], rank: int = 0, processes: int = 1, meet: Callable[[], None] = lambda: None) -> list[str]:
+    """Write latents.npy, pixels.npy and index.json into `cache`, unless they are there for the same files, sizes and model.
+
+    encode: images [b Y X 3] in 0..1 -> latents [b c y x] in model scale. Every process does its share, and a killed one goes on
+    where it was. Returns the unreadable files, which are left out. Raises NoPictures, and OSError when the disk is full.
+    """
+    files = folder.files()
+    key = {"files": [[str(f.relative_to(folder.root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files], "size": size,
+           "pixels": preprocessing.size, "model": made_with, "version": 1}
+    index, begun = cache / "index.json", cache / "begun.json"
+    if index.is_file() and (known := json.loads(index.read_text("utf-8")))["key"] == key:
+        return known["unreadable"]
+    meet()
+    if rank == 0 and not (begun.is_file() and json.loads(begun.read_text("utf-8")) == key):
+        cache.mkdir(parents=True, exist_ok=True)
+        for old in (index, begun):
+            old.unlink(missing_ok=True)
+        shape = encode(torch.zeros(1, size, size, 3)).shape[1:]
+        side = preprocessing.size
+        for name, kind, sizes in (("latents", np.float16, shape), ("pixels", np.uint8, (side, side, 3)), ("done", np.uint8, ())):
+            np.lib.format.open_memmap(cache / f"{name}.npy", "w+", kind, (len(files), *sizes)).flush()
+        begun.write_text(json.dumps(key), "utf-8")
+    meet()
+    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r+") for name in ("latents", "pixels", "done")}
+    todo = [i for i in range(rank, len(files), processes) if arrays["done"][i] == TODO]
+    for start in tqdm(range(0, len(todo), CHUNK), "reading pictures", disable=rank > 0, file=sys.stderr):
+        read_chunk(files, todo[start:start + CHUNK], arrays, size, preprocessing.size, encode)
+    for array in arrays.values():
+        array.flush()
+    meet()
+    broken = [str(f) for f, state in zip(files, arrays["done"]) if state == BROKEN]
+    kept = [i for i, state in enumerate(arrays["done"]) if state == DONE]
+    if not kept:
+        raise NoPictures(f"None of the {len(files)} files in {folder.root} can be read; the first is {broken[0]}.")
+    if rank == 0:
+        for place, i in enumerate(kept):
+            if place != i:
+                for name in ("latents", "pixels"):
+                    arrays[name][place] = arrays[name][i]
+        subjects = {name: i for i, name in enumerate(dict.fromkeys(folder.subject_of(files[i]) for i in kept))}
+        told = {"key": key, "unreadable": broken, "prompts": [folder.prompt_of(files[i]) for i in kept],
+                "subjects": [subjects[folder.subject_of(files[i])] for i in kept]}
+        partial = index.with_suffix(".partial")
+        partial.write_text(json.dumps(told), "utf-8")
+        os.replace(partial, index)
+        begun.unlink()
+    meet()
+    return broken
+
+
+def read_chunk(files: Sequence[Path], rows: Sequence[int], arrays: Mapping[str, np.ndarray], size: int, small: int,
+               encode: Callable[[Tensor], Tensor]) -> None:
+    """Some pictures into their rows; a broken one is marked so. ValueError where the VAE gives NaN."""
+    good, images = [], []
+    for row in rows:
+        try:
+            picture = read_picture(files[row])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            arrays["done"][row] = BROKEN
+            continue
+        arrays["pixels"][row] = square(picture, small)
+        good.append(row)
+        images.append(square(picture, size))
+    if good:
+        latents = encode(torch.from_numpy(np.stack(images)).float() / 255).detach().half().cpu().numpy()
+        if not np.isfinite(latents).all():
+            raise ValueError(f"the VAE gives NaN or infinite values for {files[good[0]]} or a file beside it. Use another VAE.")
+        arrays["latents"][good] = latents
+        arrays["done"][good] = DONE
+
+
+def load_examples(cache: Path, held_out: int) -> tuple[Examples, Examples | None]:
+    """What `prepare` wrote -> training examples and those of the last `held_out` subjects, mapped and not read."""
+    from kindred.models.training import Examples
+    known = json.loads((cache / "index.json").read_text("utf-8"))
+    n, subjects = len(known["prompts"]), known["subjects"]
+    arrays = [np.load(cache / f"{name}.npy", mmap_mode="c")[:n] for name in ("latents", "pixels")]
+    latents, pixels = (torch.from_numpy(a) for a in arrays)
+    last = max(subjects) + 1 - held_out
+    cut = next((i for i in range(n) if subjects[i] >= last), n) if held_out else n
+    if cut == 0:
+        raise NoPictures(f"{max(subjects) + 1} subjects are too few to hold {held_out} of them out for validation.")
+    train = Examples(latents[:cut], pixels[:cut], known["prompts"][:cut], subjects[:cut])
+    return train, Examples(latents[cut:], pixels[cut:], known["prompts"][cut:], subjects[cut:]) if held_out else None
