@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write; renamed to `path` when the block ends well, removed when it does not.
 
-    A kill or a full disk leaves the older file as it was. Raises OSError where the disk does.
+    A kill or a full disk leaves the older file as it was. Raises OSError where the disk does, whoever wrote.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -19,5 +21,9 @@ def whole(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, SafetensorError) or "inline_container" in str(error):  # how safetensors and torch.save put it
+            raise OSError(f"{path.name} could not be written: {str(error).splitlines()[0]}") from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
