@@ -183,23 +183,28 @@ class Run:
         self.active, self.sites, self.parts = [], {}, {}
         self.recorder = self.pending = None
 
+    def found(self, call: AttnCall, q: Tensor) -> list[References]:
+        """What the parts of a call read of every active injection; empty where they read nothing."""
+        found = [r for i in self.active if (r := i.references(call, self.sites[call.block], q)) is not None]
+        return found if any(role in r.by_role for r in found for role in call.roles) else []
+
     def attend(self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         """The host's attention with every active reference: concatenated ones in its softmax, added ones beside it.
 
         Parts that read nothing stay the host's own.
         """
-        found = [r for i in self.active if (r := i.references(call, self.sites[call.block], q)) is not None]
-        if not any(role in r.by_role for r in found for role in call.roles):
+        found = self.found(call, q)
+        if not found:
             return attend(q, k, v, heads)
         if k.shape[0] != q.shape[0]:  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
             k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
-        groups: dict[tuple[bool, ...], list[int]] = {}  # parts that read the same injections share a call
+        groups: dict[tuple[int | None, ...], list[int]] = {}  # parts that read equally many tokens of the same injections share a call
         for part, role in enumerate(call.roles):
-            groups.setdefault(tuple(role in r.by_role for r in found), []).append(part)
+            groups.setdefault(tuple(r.by_role[role].k.shape[1] if role in r.by_role else None for r in found), []).append(part)
         out: dict[int, Tensor] = {}
         for reads, parts in groups.items():
             own = [take_parts(call, t, parts) for t in (q, k, v)]
-            mixed = attend_group(call, attend, *own, heads, [r for r, yes in zip(found, reads) if yes], parts)
+            mixed = attend_group(call, attend, *own, heads, [r for r, m in zip(found, reads) if m is not None], parts)
             if len(groups) == 1:
                 return mixed
             out.update(zip(parts, mixed.chunk(len(parts))))
@@ -244,10 +249,14 @@ def gather_parts(references: References, call: AttnCall, parts: Sequence[int], r
     tokens = [references.by_role[call.roles[p]] for p in parts]
     first = tokens[0]
     if not all(t is first for t in tokens):
+        masks = [torch.zeros_like(t.k[:1, :, 0]) if t.log_mask is None else torch.atleast_2d(t.log_mask) for t in tokens]
         first = replace(first, k=torch.cat([t.k.expand(rows, -1, -1) for t in tokens]),
-                        v=torch.cat([t.v.expand(rows, -1, -1) for t in tokens]))
+                        v=torch.cat([t.v.expand(rows, -1, -1) for t in tokens]),
+                        log_mask=torch.cat([m.expand(rows, -1) for m in masks]) if any(t.log_mask is not None for t in tokens) else None)
     if not call.repeats:
         return first
     repeats = [call.repeats[p][i % len(call.repeats[p])] for p in parts for i in range(rows)]
-    logs = torch.tensor([log(r) for r in repeats], dtype=torch.float32, device=first.k.device)[:, None].expand(-1, first.k.shape[1])
+    repeats = repeats[:1] if len(set(repeats)) == 1 else repeats
+    m, device = first.k.shape[1], first.k.device  # filled on the device: a copy from here would make it wait
+    logs = torch.cat([torch.full((1, m), log(r), dtype=torch.float32, device=device) for r in repeats])
     return replace(first, log_mask=logs if first.log_mask is None else logs + first.log_mask)

@@ -1,6 +1,7 @@
 """Laws of one attention call with references: who reads what, whatever the order and the split of the batch (I5, I7-I9, I13, I36, I40)."""
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from uuid import uuid4
 
@@ -78,7 +79,7 @@ def alone(role: Role, *references: ReferenceTokens) -> Tensor:
     keys = torch.cat((k, *(r.k.expand(B, -1, -1) for r in references)), 1)
     values = torch.cat((v, *(r.v.expand(B, -1, -1) for r in references)), 1)
     bias = torch.cat([torch.zeros(N, dtype=torch.float64)] + [torch.full((r.k.shape[1],), r.weight, dtype=torch.float64).log()
-                                                              for r in references])
+                                                              + (0 if r.log_mask is None else r.log_mask[0]) for r in references])
     return sdpa_attend(q, keys, values, HEADS, mask=bias[None])
 
 
@@ -228,6 +229,17 @@ def test_a_masked_reference_beside_a_free_one() -> None:
         out = attend((COND,), *order)
         close(out[:, :3], alone(COND, free, masked)[:, :3])
         close(out[:, 3:], alone(COND, free)[:, 3:])
+
+
+@pytest.mark.parametrize("tokens", [M, M + 3])
+def test_parts_with_unlike_references_each_read_their_own(tokens) -> None:
+    """Other lengths (a subject in three pictures, nothing in one) and other masks: neither half's token counts bend the other's."""
+    photo = replace(reference(50, 2.0, m=tokens), log_mask=rand(1, tokens, seed=7))
+    nothing = reference(60, 2.0)
+    for order in ((UNCOND, COND), (COND, UNCOND), (OTHER, COND, UNCOND)):
+        out = dict(zip(order, attend(order, Reads({COND: photo, UNCOND: nothing})).chunk(len(order))))
+        close(out[COND], alone(COND, photo))
+        close(out[UNCOND], alone(UNCOND, nothing))
 
 
 def test_two_subjects_side_by_side_do_not_mix() -> None:
