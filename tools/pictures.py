@@ -1,13 +1,14 @@
 """A folder of pictures as training examples: read once, encoded once, kept on disk and mapped into memory."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 CHUNK = 16
-TODO, DONE, BROKEN = 0, 1, 2
+TODO, DONE, BROKEN, MOVED = 0, 1, 2, 3  # of a file's row; moved: closed up behind the broken ones
 
 
 class NoPictures(Exception):
@@ -45,7 +46,7 @@ class PictureFolder:
 
     def prompt_of(self, file: Path) -> str:
         beside = file.with_suffix(".txt")
-        return beside.read_text("utf-8").strip() if beside.is_file() else self.prompt
+        return beside.read_bytes().decode("utf-8-sig", "replace").strip() if beside.is_file() else self.prompt
 
     def subject_of(self, file: Path) -> str:
         """The subfolder, or the file itself where it lies directly in the root."""
@@ -56,14 +57,16 @@ def read_picture(file: Path) -> Image.Image:
     """Any mode and size -> RGB, turned as its EXIF says, alpha over white. Raises what Pillow raises on a broken file."""
     with Image.open(file) as picture:
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
             white.alpha_composite(picture)
             return white.convert("RGB")
         if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-            values = np.asarray(picture, dtype=np.float64)
-            picture = Image.fromarray((values / max(65535.0 if values.max() > 255 else 255.0, 1.0) * 255).clip(0, 255).astype(np.uint8))
+            values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+            most = values.max(initial=0.0)  # wide modes do not say how wide they are; floats are often 0 to 1
+            white = 65535.0 if picture.mode.startswith("I;16") or most > 255 else 1.0 if picture.mode == "F" and most <= 1 else 255.0
+            picture = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
         return picture.convert("RGB")
 
 
@@ -83,10 +86,15 @@ def prepare(folder: PictureFolder, cache: Path, size: int, preprocessing: Prepro
     key = {"files": [[str(f.relative_to(folder.root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files], "size": size,
            "pixels": preprocessing.size, "model": made_with, "version": 1}
     index, begun = cache / "index.json", cache / "begun.json"
-    if index.is_file() and (known := json.loads(index.read_text("utf-8")))["key"] == key:
-        return known["unreadable"]
+    known = read_json(index)
+    if isinstance(known, dict) and known["key"] == key:
+        broken = {folder.root / name for name in known["unreadable"]}
+        if rank == 0 and (told := describe(folder, files, broken, key)) != known:  # other captions for the same pictures
+            write_json(index, told)
+        meet()
+        return [str(f) for f in files if f in broken]
     meet()
-    if rank == 0 and not (begun.is_file() and json.loads(begun.read_text("utf-8")) == key):
+    if rank == 0 and read_json(begun) != key:
         cache.mkdir(parents=True, exist_ok=True)
         for old in (index, begun):
             old.unlink(missing_ok=True)
@@ -94,7 +102,8 @@ def prepare(folder: PictureFolder, cache: Path, size: int, preprocessing: Prepro
         side = preprocessing.size
         for name, kind, sizes in (("latents", np.float16, shape), ("pixels", np.uint8, (side, side, 3)), ("done", np.uint8, ())):
             np.lib.format.open_memmap(cache / f"{name}.npy", "w+", kind, (len(files), *sizes)).flush()
-        begun.write_text(json.dumps(key), "utf-8")
+            take_room(cache / f"{name}.npy")
+        write_json(begun, key)
     meet()
     arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r+") for name in ("latents", "pixels", "done")}
     todo = [i for i in range(rank, len(files), processes) if arrays["done"][i] == TODO]
@@ -103,24 +112,59 @@ def prepare(folder: PictureFolder, cache: Path, size: int, preprocessing: Prepro
     for array in arrays.values():
         array.flush()
     meet()
-    broken = [str(f) for f, state in zip(files, arrays["done"]) if state == BROKEN]
-    kept = [i for i, state in enumerate(arrays["done"]) if state == DONE]
-    if not kept:
-        raise NoPictures(f"None of the {len(files)} files in {folder.root} can be read; the first is {broken[0]}.")
+    broken = {f for f, state in zip(files, arrays["done"]) if state == BROKEN}
+    if len(broken) == len(files):
+        raise NoPictures(f"None of the {len(files)} files in {folder.root} can be read; the first is {files[0]}.")
     if rank == 0:
-        for place, i in enumerate(kept):
-            if place != i:
-                for name in ("latents", "pixels"):
-                    arrays[name][place] = arrays[name][i]
-        subjects = {name: i for i, name in enumerate(dict.fromkeys(folder.subject_of(files[i]) for i in kept))}
-        told = {"key": key, "unreadable": broken, "prompts": [folder.prompt_of(files[i]) for i in kept],
-                "subjects": [subjects[folder.subject_of(files[i])] for i in kept]}
-        partial = index.with_suffix(".partial")
-        partial.write_text(json.dumps(told), "utf-8")
-        os.replace(partial, index)
-        begun.unlink()
+        close_up(arrays)
+        write_json(index, describe(folder, files, broken, key))
+        begun.unlink(missing_ok=True)
     meet()
-    return broken
+    return [str(f) for f in files if f in broken]
+
+
+def describe(folder: PictureFolder, files: Sequence[Path], broken: set[Path], key: Mapping[str, Any]) -> dict[str, Any]:
+    """What index.json says: for which files, and prompt and subject of each row."""
+    kept = [f for f in files if f not in broken]
+    names = [folder.subject_of(f) for f in kept]
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return {"key": key, "unreadable": [str(f.relative_to(folder.root)) for f in files if f in broken],
+            "prompts": [folder.prompt_of(f) for f in kept], "subjects": [numbers[name] for name in names]}
+
+
+def close_up(arrays: Mapping[str, np.ndarray]) -> None:
+    """Rows of readable files to the front, each noted when it is there, so that a kill in between loses none."""
+    done = arrays["done"]
+    for place, i in enumerate([i for i, state in enumerate(done) if state != BROKEN]):
+        if place != i and done[i] != MOVED:
+            for name in ("latents", "pixels"):
+                arrays[name][place] = arrays[name][i]
+            done[i] = MOVED
+
+
+def take_room(file: Path) -> None:
+    """A file that is mapped has its room on the disk: OSError now, where a write into a hole would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("rb+") as opened:
+            try:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # anything else: not every file system can
+                    raise
+
+
+def read_json(file: Path) -> Any:
+    """None where there is no such file, or a torn one."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def write_json(file: Path, value: Any) -> None:
+    from kindred.models.files import whole
+    with whole(file) as partial:
+        partial.write_text(json.dumps(value), "utf-8")
 
 
 def read_chunk(files: Sequence[Path], rows: Sequence[int], arrays: Mapping[str, np.ndarray], size: int, small: int,
@@ -130,12 +174,13 @@ def read_chunk(files: Sequence[Path], rows: Sequence[int], arrays: Mapping[str, 
     for row in rows:
         try:
             picture = read_picture(files[row])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            seen, drawn = square(picture, small), square(picture, size)
+        except Exception:  # decoders raise whatever a broken file leads them to: struct.error, EOFError, IndexError, a bomb's
             arrays["done"][row] = BROKEN
             continue
-        arrays["pixels"][row] = square(picture, small)
+        arrays["pixels"][row] = seen
         good.append(row)
-        images.append(square(picture, size))
+        images.append(drawn)
     if good:
         latents = encode(torch.from_numpy(np.stack(images)).float() / 255).detach().half().cpu().numpy()
         if not np.isfinite(latents).all():
