@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -341,8 +341,3 @@ def check_layers(config: ConceptConfig, family: str, layers: Sequence[tuple[Bloc
         raise ValueError(f"{node}: the concept encoder was trained for {config.family} ({len(own)} cross-attention layers, text width "
                          f"{config.width}), but the model given is {family} ({len(given)} layers, text width {width}){where}. "
                          f"Use an encoder trained for {family}, or a {config.family} checkpoint.")
-
-
-def for_merge(config: ConceptConfig, merge: Merge, **facts: Any) -> ConceptConfig:
-    """The configuration with what a training has to say."""
-    return replace(config, merge=merge, training={**config.training, **facts})

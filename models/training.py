@@ -7,15 +7,21 @@ Axes: b pictures of a step, c y x latents, n examples.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from .attention import ReferenceTokens
 from .concept import ConceptEncoder, KeysValues
+from .files import whole
+from .injection import AttnCall, BlockSite, Merge, References, Role
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class TrainSettings:
     average: float = 0.9999  # decay of the averaged weights; 0 keeps none
     clip: float = 1.0  # greatest norm of a step's gradient
     weight_decay: float = 0.01
-    min_snr: float | None = None  # gamma of arXiv 2303.09556; None is the plain loss of eq. (10)
+    weighting: str = "plain"  # eq. (10) as it is; velocity: the same error as one of v, which weighs the noisy levels up (arXiv 2202.00512)
+    min_snr: float | None = None  # gamma of arXiv 2303.09556, on top; None for none
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +53,7 @@ class TrainSettings:
                 ("rate", 0 < self.rate < 1, "above 0 and below 1, for instance 1e-5"), ("average", 0 <= self.average < 1, "0 to 0.99999"),
                 ("tower_rate", self.tower_rate is None or 0 <= self.tower_rate < 1, "0 (frozen tower) to 1"),
                 ("schedule", self.schedule in ("constant", "cosine"), "constant or cosine"),
+                ("weighting", self.weighting in ("plain", "velocity"), "plain or velocity"),
                 ("drop_text", min(self.drop_text, self.drop_image, self.drop_both) >= 0
                  and self.drop_text + self.drop_image + self.drop_both < 1,
                  "0 or more, and below 1 together with drop_image and drop_both"),
@@ -65,6 +73,30 @@ class TrainSettings:
     def weight_at(self, step: int) -> float:
         """W_C at a step."""
         return 1.0 if step >= self.weight_warm_up else 0.01 ** (1 - step / self.weight_warm_up)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The concept tokens of one training step, an ActiveInjection: every row reads them as a sampler's cond rows do."""
+    keys_values: KeysValues
+    weight: float
+    merge: Merge
+
+    def begin_step(self, sigma: float) -> None: ...
+
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
+        if not call.cross:
+            return None
+        k, v = self.keys_values[call.block]
+        return References({Role.COND: ReferenceTokens(k.to(q), v.to(q), self.weight)}, merge=self.merge)
+
+
+def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Recompute in the backward pass; the host moves its block counter inside the options, so they are kept as they are now."""
+    def again(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(dict(a) if isinstance(a, dict) else a for a in args)
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return again
 
 
 class Denoiser(Protocol):
@@ -206,11 +238,12 @@ class Trainer:
             keys_values = self.forward(pixels)
             denoised = self.denoise(clean + wide * d.noise.to(device), sigma, prompts, keys_values, weight).float()
         squared = (denoised - clean).square().mean((1, 2, 3)) / sigma.square()  # of eps
-        if self.denoise.velocity:
+        velocity = self.denoise.velocity or self.settings.weighting == "velocity"
+        if velocity:
             squared = squared * (1 + sigma.square())
         if self.settings.min_snr is not None:
             snr = sigma ** -2
-            squared = squared * snr.clamp(max=self.settings.min_snr) / (snr + (1 if self.denoise.velocity else 0))
+            squared = squared * snr.clamp(max=self.settings.min_snr) / (snr + (1 if velocity else 0))
         return squared.mean()
 
     def step(self) -> float:
@@ -243,22 +276,48 @@ class Trainer:
         """The encoder's tensors as they should be kept: averaged where they learn."""
         return {**self.encoder.state_dict(), **(self.average or {})}
 
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {"encoder": self.encoder.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
-                "step": self.step_number, "losses": list(self.losses), "settings": asdict(self.settings)}
+    def kept(self, **facts: Any) -> ConceptEncoder:
+        """The averaged encoder by itself, on the CPU, with what is to be known of its training."""
+        config = self.encoder.config
+        with torch.device("meta"):  # weights of its own would be drawn from the global random state, and thrown away
+            kept = ConceptEncoder(replace(config, training={**config.training, "steps": self.step_number, **facts}))
+        kept.load_state_dict({name: value.detach().to("cpu", copy=True) for name, value in self.averaged().items()}, assign=True)
+        return kept
 
-    def resume(self, state: Mapping[str, Any]) -> None:
+    def state(self, **made_with: Any) -> dict[str, Any]:
+        """Everything a resumed run needs; made_with: what else has to be the same then."""
+        return {"encoder": self.encoder.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
+                "step": self.step_number, "losses": list(self.losses), "settings": asdict(self.settings), "made_with": made_with}
+
+    def save(self, encoder: Path, state: Path, made_with: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """The state and the averaged encoder, each whole or as it was. OSError where the disk says no."""
+        for stale in (p for file in (state, encoder) for p in file.parent.glob(f".{file.name}.*.partial")):
+            stale.unlink(missing_ok=True)  # of a run that was killed while it saved
+        with whole(state) as partial:
+            torch.save(self.state(**made_with), partial)
+        self.kept(**facts).save(encoder)
+
+    def resume(self, state: Mapping[str, Any], **made_with: Any) -> None:
         """Continue from `state`; steps may differ. ValueError names a setting that would make it another run."""
-        was = state["settings"]
-        differ = [k for k, v in asdict(self.settings).items() if k not in ("steps",) and was.get(k) != v]
+        was = {**state["settings"], **state.get("made_with", {})}
+        now = {**asdict(self.settings), **{k: v for k, v in made_with.items() if k in was}}
+        differ = [k for k, v in now.items() if k != "steps" and was.get(k) != v]
         if differ:
             raise ValueError("training: the checkpoint was made with " + ", ".join(f"{k} {was.get(k)}" for k in differ) + ", but "
-                             + ", ".join(f"{k} {getattr(self.settings, k)}" for k in differ) + " was asked for. Give the same settings, "
-                             "or another output folder.")
+                             + ", ".join(f"{k} {now[k]}" for k in differ) + " was asked for. Give the same settings, "
+                             "or another output folder or name.")
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             for name, value in state["average"].items():
                 self.average[name].copy_(value)
         self.step_number, self.losses = state["step"], list(state["losses"])
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What Trainer.save wrote; ValueError for a torn or foreign file."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]}). Remove it to begin "
+                         "again; the encoder beside it is a file of its own.") from error

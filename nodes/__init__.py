@@ -11,6 +11,7 @@ from .host import offer_example, register_folders
 from .inversion import DDIMInvert
 from .prompts import SubjectPrompts
 from .reference import MaskedSelfAttnInject, RefUNetCapture
+from .training import ConceptEncoderTrain
 
 
 class KindredExtension(ComfyExtension):
@@ -24,4 +25,5 @@ class KindredExtension(ComfyExtension):
             offer_example(miniature / "reference.png")
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject]
+        return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
+                ConceptEncoderTrain]

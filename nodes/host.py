@@ -9,7 +9,8 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.utils
 import folder_paths
 import latent_preview
 import torch
@@ -32,9 +34,10 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.attention import ReferenceTokens, product_attend
+from ..models.attention import product_attend
 from ..models.concept import ConceptEncoder, KeysValues, Preprocessing
-from ..models.injection import ActiveInjection, AttnCall, BlockSite, Merge, Part, Recorder, References, Role, Run
+from ..models.injection import ActiveInjection, BlockSite, Merge, Part, Recorder, Role, Run
+from ..models.training import Learning, checkpointed
 from ..models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
@@ -151,7 +154,6 @@ def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None,
                          f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
                          "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, not flipped ones.")
     return sigmas, name
-
 
 
 def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
@@ -329,8 +331,7 @@ class _ReferenceSampler(comfy.samplers.Sampler):
             denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
             if not self.checked and not torch.isfinite(denoised).all():
                 raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
-                                 f"Start "
-                                 "ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
+                                 "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
             self.checked = True
             return denoised
 
@@ -444,6 +445,10 @@ class ManagedEncoder:
                               name, vision)
 
     @staticmethod
+def concept_folder() -> Path:  # where a new one is saved
+    return Path(folder_paths.get_folder_paths(CONCEPTS)[0])
+
+
     def tower_of(vision: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A CLIP_VISION's configuration and weights in transformers' names, to train from; ValueError for towers of other kinds."""
         if vision.model_type != "clip_vision_model":
@@ -479,20 +484,38 @@ class ManagedEncoder:
 MOST_PROMPTS = 4096  # kept encoded
 
 
-@dataclass(frozen=True)
-class _Learning:
-    """The concept tokens of one training step, read by every row as a sampler's cond rows read them."""
-    keys_values: KeysValues
-    weight: float
-    merge: Merge
+@contextmanager
+def training(model: ModelPatcher, dtype: torch.dtype, node: str) -> Iterator[ModelPatcher]:
+    """Inside: gradients flow, the host knows, and here is the MODEL again, its weights read anew and its LoRAs on them.
 
-    def begin_step(self, sigma: float) -> None: ...
+    Weights loaded under inference_mode take no part in a backward pass. The copy and all random draws end with the block.
+    """
+    if model.cached_patcher_init is None or model.injections:
+        why = "carries a LoRA in bypass mode" if model.injections else "was made by a node that cannot read its weights again"
+        raise ValueError(f"{node}: the model given {why}, so it cannot be trained through. Wire Load Checkpoint or Load Diffusion Model, "
+                         "with Load LoRA if you like, into it.")
+    before = comfy.model_management.in_training
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        copy = model.clone(disable_dynamic=True, force_deepcopy=True)
+        copy.parent, copy.clone_base_uuid = None, uuid4()  # nobody's clone: what is done to it is done to it alone
+        if copy.model.get_dtype_inference() != dtype:
+            copy.set_model_compute_dtype(dtype)
+        try:
+            comfy.model_management.in_training = True
+            yield copy
+        finally:
+            comfy.model_management.in_training = before
+            comfy.model_management.unload_model_and_clones(copy)
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
-        if not call.cross:
-            return None
-        k, v = self.keys_values[call.block]
-        return References({Role.COND: ReferenceTokens(k.to(q), v.to(q), self.weight)}, merge=self.merge)
+
+def progress(total: int) -> Callable[[int, Any], None]:
+    """A bar to be told (steps done, PIL picture or None); raises Interrupted when the user wants it to end."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def tell(done: int, picture: Any = None) -> None:
+        bar.update_absolute(done, total, picture and ("JPEG", picture, max(picture.size)))
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    return tell
 
 
 class FrozenUNet:
@@ -502,17 +525,22 @@ class FrozenUNet:
     """
 
     def __init__(self, model: ModelPatcher, merge: Merge, prompts: Mapping[str, Conditioning], checkpointing: bool = False) -> None:
+SIDES = {"SDXL": 1024, "SD20": 768, "KindredMiniature": 128}  # pixels of a side a family was trained at; else 512
+Interrupted = comfy.model_management.InterruptProcessingException  # a BaseException: the user pressed cancel
         self.patcher = model
         self.load()
         self.model, self.merge, self.device = model.model.requires_grad_(False), merge, model.load_device
         sampling = model.get_model_object("model_sampling")
         self.sigmas, self.velocity = sampling.sigmas.float().cpu(), isinstance(sampling, comfy.model_sampling.V_PREDICTION)
-        self.sites, self.options = attention_sites(self.model.diffusion_model), _products_on_cpu(model.model_options, self.device)
+        self.sites = attention_sites(self.model.diffusion_model)
+        self.options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        if self.device.type == "cpu":  # plain products are faster in its backward pass (1.8 times at the miniature's sizes)
+            self.options.setdefault("transformer_options", {}).setdefault("optimized_attention_override", _products)
         self.prompts, self.encoded = prompts, {}
         unet = self.model.diffusion_model
         for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks) if checkpointing else ():
             for layer in block:
-                layer.forward = _checkpointed(layer.forward)
+                layer.forward = checkpointed(layer.forward)
 
     def load(self) -> None:
         """Onto the device, whole; again after anything else was there."""
@@ -536,28 +564,12 @@ class FrozenUNet:
         longest = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
         repeats = tuple(longest // row["c_crossattn"].shape[1] for row in rows)
         given = {k: torch.cat([row[k].repeat(1, n, 1) if k == "c_crossattn" else row[k] for row, n in zip(rows, repeats)]) for k in rows[0]}
-        run, part = Run(sites=self.sites, latent=tuple(x.shape[2:]), active=[_Learning(keys_values, weight, self.merge)]), uuid4()
+        run, part = Run(sites=self.sites, latent=tuple(x.shape[2:]), active=[Learning(keys_values, weight, self.merge)]), uuid4()
         run.parts[part] = Part(Role.COND, None, longest, repeats)
         options = install(self.options, run)["transformer_options"] | {"uuids": [part], "cond_or_uncond": [0], "sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **given)
 
 
-def _products_on_cpu(model_options: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """On a CPU plain products are faster in the backward pass than the fused kernel (1.8 times at the miniature's sizes)."""
-    options = comfy.model_patcher.create_model_options_clone(model_options)
-    if device.type == "cpu":
-        options.setdefault("transformer_options", {}).setdefault("optimized_attention_override", _products)
-    return options
-
-
 def _products(func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
               **kwargs: Any) -> Tensor:
     return func(q, k, v, heads, mask=mask, **kwargs) if kwargs.get("skip_reshape") else product_attend(q, k, v, heads, mask)
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Recompute in the backward pass; the host moves its block counter inside the options, so they are kept as they are now."""
-    def again(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(dict(a) if isinstance(a, dict) else a for a in args)
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return again

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from boot import boot
 from pictures import NoPictures, PictureFolder, load_examples, prepare
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tower = parser.add_mutually_exclusive_group(required=True)
     tower.add_argument("--clip-vision", help="CLIP ViT-L or ViT-H .safetensors, or a name in models/clip_vision")
     tower.add_argument("--new-tower", help="JSON of a CLIPVisionConfig for a tower from nothing")
+    parser.add_argument("--tower-weights", type=Path, help="weights for --new-tower, in transformers' names")
     parser.add_argument("--start", type=Path, help="a concept encoder to start from")
     parser.add_argument("--size", type=int, help="pixels of a side (default: what the model was trained at)")
     parser.add_argument("--merge", choices=("concat", "add"), default="concat")
@@ -136,6 +139,10 @@ def estimate(encoder: nn.Module, trained: int, unet: nn.Module, device: torch.de
 
 def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
+    try:
+        PictureFolder(given.images, given.prompt).files()
+    except NoPictures as problem:  # said before seconds of loading
+        raise SystemExit(f"train_concept_encoder: {problem}") from problem
     quiet = int(os.environ.get("RANK", "0")) != 0
     boot(Path(given.host), cpu=given.cpu or not torch.cuda.is_available())
     from datetime import timedelta
@@ -162,7 +169,7 @@ class Training:
         import folder_paths
         from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing, load_concept_encoder
         from kindred.models.injection import Merge
-        from kindred.models.training import Trainer, TrainSettings
+        from kindred.models.training import Trainer, TrainSettings, read_state
         from kindred.nodes import host
         self.given, self.accelerator, self.quiet, self.host = given, accelerator, quiet, host
         self.name = given.name or given.out.resolve().name
@@ -181,7 +188,7 @@ class Training:
             tower, weights = host.ManagedEncoder.tower_of(vision)
             pixels = Preprocessing(vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
         else:
-            tower, weights = json.loads(given.new_tower), None
+            tower, weights = json.loads(given.new_tower), load_file(given.tower_weights) if given.tower_weights else None
             pixels = Preprocessing(tower["image_size"])
         torch.manual_seed(settings.seed)
         config = ConceptConfig(family, layers, width, tower["hidden_size"], tower, pixels, Merge(given.merge))
@@ -193,7 +200,7 @@ class Training:
                                  for b, s in sites.items()})
         if given.start:
             encoder.load_state_dict(load_concept_encoder(given.start).state_dict())
-        size = given.size or {"SDXL": 1024, "SD20": 768, "KindredMiniature": 128}.get(family, 512)
+        size = given.size or host.SIDES.get(family, 512)
         folder = PictureFolder(given.images, given.prompt)
         unreadable = prepare(folder, given.out / "cache", size, pixels, f"{Path(checkpoint).name} {host.model_key(self.model)}",
                              self.encode, accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
@@ -203,13 +210,21 @@ class Training:
         self.prompts = Prompts(clip)
         self.denoise = host.FrozenUNet(self.model, config.merge, self.prompts, given.checkpointing)
         self.trainer = Trainer(encoder, self.denoise, self.examples, settings, Accelerated(accelerator))
+        self.made_with = {"pictures": self.digest(), "size": size, "merge": given.merge, "tower": tower, "base": host.model_key(self.model),
+                          "processes": accelerator.num_processes}
         if (given.out / "state.pt").is_file():
-            self.trainer.resume(torch.load(given.out / "state.pt", map_location=accelerator.device, weights_only=True))
+            self.trainer.resume(read_state(given.out / "state.pt", accelerator.device), **self.made_with)
         self.facts = {"pictures": len(self.examples), "subjects": len(self.examples.groups), "batch": settings.batch * settings.accumulate
                       * accelerator.num_processes, "rate": settings.rate, "prompt": given.prompt, "seed": settings.seed,
                       "drop": [settings.drop_text, settings.drop_image, settings.drop_both], "base": host.model_key(self.model)}
         self.say(estimate(encoder, sum(p.numel() for p in self.trainer.trained.values()), self.model.model.diffusion_model,
                           accelerator.device))
+
+    def digest(self) -> str:
+        """Names, sizes and prompts of the pictures, in short."""
+        known = json.loads((self.given.out / "cache" / "index.json").read_text("utf-8"))
+        told = [[name, size] for name, size, _ in known["key"]["files"]], known["unreadable"], known["prompts"], self.given.held_out
+        return f"{len(self.examples)} {hashlib.blake2b(json.dumps(told).encode(), digest_size=4).hexdigest()}"
 
     def precision(self) -> dict[str, torch.dtype]:
         """bf16 weights where a GPU computes in bf16; on a CPU casting each time costs more than it saves."""
@@ -240,7 +255,7 @@ class Training:
             if board:
                 board.add_scalar("loss", loss, step)
             if step % given.save_every == 0 or step == s.steps:
-                self.save(time.monotonic() - began)
+                self.save()
             if given.validate_every and (step % given.validate_every == 0 or step == s.steps) and self.validation is not None:
                 figures = self.validate()
                 self.say(f"step {step}: validation loss {figures['loss']:.4f}, without the concept {figures['plain']:.4f}")
@@ -264,28 +279,18 @@ class Training:
             raise ValueError("--tensorboard needs the tensorboard package; log.csv is written in any case") from problem
         return SummaryWriter(self.given.out / "tensorboard")
 
-    def encoder(self) -> Any:
-        """The averaged encoder by itself."""
-        from kindred.models.concept import ConceptEncoder, for_merge
-        config = for_merge(self.trainer.encoder.config, self.trainer.encoder.config.merge, steps=self.trainer.step_number, **self.facts)
-        kept = ConceptEncoder(config)
-        kept.load_state_dict({name: value.detach().cpu() for name, value in self.trainer.averaged().items()})
-        return kept
-
-    def save(self, seconds: float) -> None:
+    def save(self) -> None:
         """State, encoder and log: each whole or as it was."""
         from kindred.models.files import whole
         if not self.accelerator.is_main_process:
             return
         out = self.given.out
-        with whole(out / "state.pt") as partial:
-            torch.save(self.trainer.state(), partial)
-        self.encoder().save(out / f"{self.name}.safetensors")
+        self.trainer.save(out / f"{self.name}.safetensors", out / "state.pt", self.made_with, self.facts)
         with whole(out / "log.csv") as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("step", "loss", "rate"))
             s = self.trainer.settings
-            writer.writerows((i + 1, f"{loss:.6f}", f"{s.rate * s.rate_at(i):.3g}") for i, loss in enumerate(self.trainer.losses))
+            writer.writerows((i + 1, f"{loss:.8g}", f"{s.rate * s.rate_at(i):.3g}") for i, loss in enumerate(self.trainer.losses))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -319,7 +324,7 @@ class Training:
         import nodes
         import numpy as np
         from PIL import Image
-        managed = self.host.ManagedEncoder.of(self.encoder(), self.name)
+        managed = self.host.ManagedEncoder.of(self.trainer.kept(**self.facts), self.name)
         firsts = [rows[0] for rows in self.validation.groups.values()][:count]
         inject = nodes.NODE_CLASS_MAPPINGS["KindredCrossAttnDetailInject"]
         columns = []
