@@ -41,6 +41,7 @@ class TrainSettings:
     average: float = 0.9999  # decay of the averaged weights; 0 keeps none
     clip: float = 1.0  # greatest norm of a step's gradient
     weight_decay: float = 0.01
+    noise_from: float = 0.0  # noise levels are drawn from this share of the schedule up: what a subject is, is decided where it is noisy
     weighting: str = "plain"  # eq. (10) as it is; velocity: the same error as one of v, which weighs the noisy levels up (arXiv 2202.00512)
     min_snr: float | None = None  # gamma of arXiv 2303.09556, on top; None for none
     seed: int = 0
@@ -49,10 +50,12 @@ class TrainSettings:
         """ValueError names the setting, its value and what it may be."""
         for name, fits, remedy in (
                 ("steps", self.steps >= 1, "1 or more"), ("batch", self.batch >= 1, "1 or more"),
-                ("accumulate", self.accumulate >= 1, "1 or more"),
+                ("accumulate", self.accumulate >= 1, "1 or more"), ("warm_up", self.warm_up >= 0, "0 or more"),
+                ("weight_warm_up", self.weight_warm_up >= 0, "0 or more"), ("weight_decay", self.weight_decay >= 0, "0 or more"),
                 ("rate", 0 < self.rate < 1, "above 0 and below 1, for instance 1e-5"), ("average", 0 <= self.average < 1, "0 to 0.99999"),
                 ("tower_rate", self.tower_rate is None or 0 <= self.tower_rate < 1, "0 (frozen tower) to 1"),
                 ("schedule", self.schedule in ("constant", "cosine"), "constant or cosine"),
+                ("noise_from", 0 <= self.noise_from < 1, "0 (every level) to below 1"),
                 ("weighting", self.weighting in ("plain", "velocity"), "plain or velocity"),
                 ("drop_text", min(self.drop_text, self.drop_image, self.drop_both) >= 0
                  and self.drop_text + self.drop_image + self.drop_both < 1,
@@ -186,7 +189,8 @@ def draw(settings: TrainSettings, examples: Examples, levels: int, micro_step: i
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + micro_step) % (1 << 63))
     index = torch.randint(len(examples), (total,), generator=generator).tolist()
     chosen, dropped, offset = torch.rand(3, total, generator=generator)
-    level = ((torch.randperm(total, generator=generator) + offset) / total * levels).long().clamp(max=levels - 1)
+    share = (torch.randperm(total, generator=generator) + offset) / total
+    level = ((settings.noise_from + (1 - settings.noise_from) * share) * levels).long().clamp(max=levels - 1)
     noise = torch.randn(total, *examples.latents.shape[1:], generator=generator)
     own = slice(rank * settings.batch, (rank + 1) * settings.batch)
     text, image = settings.drop_text, settings.drop_text + settings.drop_image
@@ -299,7 +303,7 @@ class Trainer:
 
     def resume(self, state: Mapping[str, Any], **made_with: Any) -> None:
         """Continue from `state`; steps may differ. ValueError names a setting that would make it another run."""
-        was = {**state["settings"], **state.get("made_with", {})}
+        was = {**asdict(TrainSettings()), **state["settings"], **state.get("made_with", {})}  # a setting it does not know came later
         now = {**asdict(self.settings), **{k: v for k, v in made_with.items() if k in was}}
         differ = [k for k, v in now.items() if k != "steps" and was.get(k) != v]
         if differ:
@@ -319,5 +323,5 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]}). Remove it to begin "
-                         "again; the encoder beside it is a file of its own.") from error
+        raise ValueError(f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]}). "
+                         "Remove it to begin again; the encoder beside it is a file of its own.") from error

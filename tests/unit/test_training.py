@@ -1,0 +1,474 @@
+"""Laws of the training loop (method.md 2.2 eq. 10, I41): its loss, who learns, what a kill, more processes or bad numbers change."""
+from __future__ import annotations
+
+import io
+import math
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kindred.models import training
+from kindred.models.attention import sdpa_attend
+from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing, load_concept_encoder
+from kindred.models.training import Draw, Examples, OneProcess, Trainer, TrainSettings, draw
+from torch import Tensor, nn
+
+TOWER = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+LAYERS = ((("input", 1, 0), 8), (("middle", 0, 0), 12))
+CONFIG = ConceptConfig("SD15", LAYERS, 6, 8, TOWER, Preprocessing(8))
+SETTINGS = TrainSettings(steps=20, batch=3, rate=1e-3, average=0.9, seed=5)
+
+
+class Denoise(nn.Module):
+    """A frozen network small enough to know: a fixed function of all it is given, its own weight included."""
+
+    def __init__(self, velocity: bool = False, levels: int = 12) -> None:
+        super().__init__()
+        self.sigmas, self.velocity = torch.linspace(0.05, 8.0, levels), velocity
+        self.own = nn.Parameter(torch.full((), 0.7), requires_grad=False)
+        self.broken, self.prompts = False, []
+
+    def forward(self, x: Tensor, sigma: Tensor, prompts: Any, keys_values: Any, weight: float) -> Tensor:
+        self.prompts.append(list(prompts))
+        told = torch.tensor([0.1 * len(p) for p in prompts])
+        queries = x.flatten(2)[..., :4].flatten(1)[:, None, :8]  # [b 1 8]
+        read = 0
+        for k, v in keys_values.values():
+            q = torch.cat((queries, queries), -1)[..., :k.shape[-1]]
+            read = read + sdpa_attend(q, k, v, 2).tanh().mean((1, 2))
+        wide = sigma[:, None, None, None]
+        out = self.own * x / (1 + wide ** 2) + (told + weight * read)[:, None, None, None] * x.cos()
+        return out * math.nan if self.broken else out
+
+
+def examples(subjects: tuple[int, ...] = (0, 0, 0, 1, 1, 2, 3)) -> Examples:
+    generator, n = torch.Generator().manual_seed(3), len(subjects)
+    return Examples(torch.randn(n, 4, 3, 3, generator=generator).half(),
+                    torch.randint(0, 256, (n, 8, 8, 3), generator=generator, dtype=torch.uint8), ["a " * i for i in range(n)], subjects)
+
+
+FRESH: list[ConceptEncoder] = []
+
+
+def fresh() -> ConceptEncoder:
+    """The same new encoder each time."""
+    if not FRESH:
+        torch.manual_seed(2)
+        FRESH.append(ConceptEncoder(CONFIG))
+        for p in FRESH[0].parameters():
+            p.data += 0.1 * torch.randn_like(p)  # no zero biases: a tanh of nothing has no gradient to tell apart
+    return deepcopy(FRESH[0])
+
+
+def trainer(settings: TrainSettings = SETTINGS, velocity: bool = False, **how) -> Trainer:
+    return Trainer(fresh(), Denoise(velocity), how.pop("pictures", None) or examples(), settings, **how)
+
+
+def join(draws: list[Draw]) -> Draw:
+    return Draw([i for d in draws for i in d.index], [i for d in draws for i in d.partner], torch.cat([d.level for d in draws]),
+                torch.cat([d.noise for d in draws]), [x for d in draws for x in d.no_text], torch.cat([d.no_image for d in draws]))
+
+
+def gradients(of: Trainer, d: Draw) -> dict[str, Tensor]:
+    of.optimizer.zero_grad(set_to_none=True)
+    of.loss(d).backward()
+    return {name: p.grad.clone() for name, p in of.trained.items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# the loss (10) ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("velocity, weighting", [(False, "plain"), (True, "plain"), (False, "velocity"), (True, "velocity")])
+@pytest.mark.parametrize("min_snr", [None, 5.0, 0.3])
+def test_the_loss_by_hand(velocity, weighting, min_snr) -> None:
+    """Eq. (10): || eps - eps_theta ||^2, or the same of v = (eps - sigma x0) / sqrt(1 + sigma^2); min-SNR of arXiv 2303.09556."""
+    no_drops = {"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
+    one = trainer(replace(SETTINGS, batch=4, min_snr=min_snr, weighting=weighting, **no_drops), velocity)
+    velocity = velocity or weighting == "velocity"
+    d = draw(one.settings, one.examples, 12, 0)
+    pixels = one.examples.pixels[d.partner].permute(0, 3, 1, 2) / 255
+    how = CONFIG.preprocessing
+    pixels = (pixels - torch.tensor(how.mean).view(3, 1, 1)) / torch.tensor(how.std).view(3, 1, 1)
+    sigma, clean = one.denoise.sigmas[d.level].view(-1, 1, 1, 1), one.examples.latents[d.index].float()
+    x = clean + sigma * d.noise
+    denoised = one.denoise(x, sigma.flatten(), [one.examples.prompts[i] for i in d.index], one.encoder(pixels), 0.4)
+    eps = (x - denoised) / sigma
+    error = d.noise - eps
+    if velocity:
+        error = ((d.noise - sigma * clean) - (eps - sigma * denoised)) / (1 + sigma ** 2).sqrt()
+    per_picture, snr = error.square().flatten(1).mean(1), 1 / sigma.flatten() ** 2
+    share = 1.0 if min_snr is None else torch.minimum(snr, torch.tensor(min_snr)) / (snr + 1 if velocity else snr)
+    torch.testing.assert_close(one.loss(d, 0.4), (per_picture * share).mean(), rtol=1e-5, atol=0)
+    assert abs(one.loss(d, 0.0) - one.loss(d, 0.4)) > 1e-5
+
+
+def test_what_is_dropped_is_not_told() -> None:
+    """Dropped text is the empty prompt, a dropped picture the tower's zero; the rest is as it was drawn."""
+    one, seen = trainer(replace(SETTINGS, batch=64, drop_text=0.2, drop_image=0.2, drop_both=0.2)), []
+    forward = one.forward
+    one.forward = lambda pixels: seen.append(pixels) or forward(pixels)
+    d = draw(one.settings, one.examples, 12, 0)
+    one.loss(d)
+    assert one.denoise.prompts[-1] == ["" if none else one.examples.prompts[i] for i, none in zip(d.index, d.no_text)]
+    assert [not row.any() for row in seen[0]] == d.no_image.tolist() and 0 < d.no_image.sum() < 64 and 0 < sum(d.no_text) < 64
+
+
+# who learns (I41) ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tower_rate", [None, 1e-4, 0.0])
+def test_the_gradient_reaches_what_learns_and_nothing_else(tower_rate) -> None:
+    one = trainer(replace(SETTINGS, tower_rate=tower_rate, drop_text=0.0, drop_image=0.0, drop_both=0.0))
+    before = {name: p.detach().clone() for name, p in one.encoder.named_parameters()}
+    one.step()
+    for name, p in one.encoder.named_parameters():
+        if tower_rate == 0 and name.startswith("tower."):
+            assert p.grad is None and torch.equal(p, before[name]) and name not in one.trained
+        elif name.endswith("k_proj.bias"):  # a softmax does not see what all its logits share
+            assert p.grad is not None and p.grad.abs().max() < 1e-6
+        else:
+            assert p.grad.abs().max() > 1e-8 and not torch.equal(p, before[name]), name
+    assert one.denoise.own.grad is None and float(one.denoise.own) == pytest.approx(0.7)
+    assert not one.examples.latents.requires_grad
+    rates = {float(g["lr"]): len(g["params"]) for g in one.optimizer.param_groups}
+    assert set(rates) == {1e-3} | ({1e-4} if tower_rate else set()) and sum(rates.values()) == len(one.trained) or tower_rate is None
+
+
+def test_the_norm_of_a_step_is_clipped() -> None:
+    one = trainer(replace(SETTINGS, clip=1e-3))
+    one.step()
+    norm = torch.stack([p.grad.norm() for p in one.trained.values()]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_it_learns() -> None:
+    """Fifty steps over one picture lower the loss of draws it has not seen."""
+    one = trainer(replace(SETTINGS, rate=1e-2, batch=8, steps=60), pictures=examples((0,)))
+    unseen = [draw(one.settings, one.examples, 12, 10_000 + i) for i in range(8)]
+    with torch.no_grad():
+        before = sum(float(one.loss(d)) for d in unseen)
+        with torch.enable_grad():
+            for _ in range(50):
+                one.step()
+        assert sum(float(one.loss(d)) for d in unseen) < 0.98 * before
+
+
+# the average -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_by_hand() -> None:
+    one = trainer()
+    name = "mlp.0.weight"
+    average = one.trained[name].detach().clone()
+    for step in range(1, 4):
+        one.step()
+        decay = min(0.9, step / (9 + step))
+        average = decay * average + (1 - decay) * one.trained[name].detach()
+        torch.testing.assert_close(one.averaged()[name], average)
+    assert one.averaged().keys() == one.encoder.state_dict().keys() and not torch.equal(average, one.trained[name])
+    plain = trainer(replace(SETTINGS, average=0.0))
+    plain.step()
+    assert plain.average is None
+    same(plain.averaged(), plain.encoder.state_dict())
+
+
+def test_what_is_kept_is_the_average_by_itself() -> None:
+    one = trainer()
+    one.step()
+    kept = one.kept(pictures=7)
+    same(dict(kept.state_dict()), one.averaged())
+    assert kept.config.training == {"steps": 1, "pictures": 7} and kept.config.layers == CONFIG.layers
+    one.step()
+    assert not torch.equal(kept.state_dict()["mlp.0.weight"], one.averaged()["mlp.0.weight"])  # it does not go on learning
+    pixels = torch.randn(1, 3, 8, 8)
+    assert kept(pixels).keys() == dict(LAYERS).keys()
+
+
+# a kill and another start ----------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"tower_rate": 0.0, "average": 0.0}, {"schedule": "cosine", "warm_up": 10, "weight_warm_up": 9, "accumulate": 2, "min_snr": 5.0}])
+def test_killed_at_step_7_and_resumed(change) -> None:
+    """Losses, weights, average, and what comes after: to 1e-6 those of the run that was not stopped."""
+    settings = replace(SETTINGS, steps=12, **change)
+    whole, killed = trainer(settings), trainer(settings)
+    for _ in range(12):
+        whole.step()
+    for _ in range(7):
+        killed.step()
+    state = through_a_file(killed.state())
+    killed.step()  # what came after the state is lost
+    torch.manual_seed(99)
+    resumed = trainer(settings)
+    with torch.no_grad():
+        for p in resumed.encoder.parameters():
+            p.zero_()  # nothing of a fresh start is left
+    resumed.resume(state)
+    assert resumed.step_number == 7
+    while resumed.step_number < 12:
+        resumed.step()
+    assert len(whole.losses) == 12 and resumed.losses == pytest.approx(whole.losses, rel=0, abs=1e-6)
+    same(resumed.encoder.state_dict(), whole.encoder.state_dict(), 1e-6)
+    same(resumed.averaged(), whole.averaged(), 1e-6)
+
+
+def test_what_else_it_was_made_with_is_compared() -> None:
+    one, state = trainer(), trainer().state(processes=2, base="sd15")
+    one.resume(state, processes=2, base="sd15")
+    with pytest.raises(ValueError, match="made with processes 2, but processes 1 was asked for"):
+        one.resume(state, processes=1, base="sd15")
+
+
+@pytest.mark.parametrize("change, was, now", [
+    ({"rate": 2e-3}, "rate 0.001", "rate 0.002"), ({"batch": 4}, "batch 3", "batch 4"), ({"seed": 6}, "seed 5", "seed 6"),
+    ({"min_snr": 5.0}, "min_snr None", "min_snr 5.0"), ({"average": 0.0}, "average 0.9", "average 0.0"),
+    ({"drop_text": 0.2, "accumulate": 2}, "accumulate 1, drop_text 0.05", "accumulate 2, drop_text 0.2")])
+def test_another_run_is_not_resumed(change, was, now) -> None:
+    one, other = trainer(), trainer(replace(SETTINGS, **change))
+    one.step()
+    before = deepcopy(other.encoder.state_dict())
+    with pytest.raises(ValueError, match="training: the checkpoint was made with .* Give the same settings") as caught:
+        other.resume(one.state())
+    assert was in str(caught.value) and now in str(caught.value)
+    assert other.step_number == 0
+    same(other.encoder.state_dict(), before)
+
+
+def test_more_steps_are_the_same_run() -> None:
+    """And so is one of a time before a setting that is left at its default."""
+    one = trainer()
+    one.step()
+    older = through_a_file(one.state())
+    del older["settings"]["min_snr"], older["settings"]["weighting"]
+    trainer().resume(older)
+    with pytest.raises(ValueError, match="weighting plain, but weighting velocity"):
+        trainer(replace(SETTINGS, weighting="velocity")).resume(older)
+    longer = trainer(replace(SETTINGS, steps=500))
+    longer.resume(through_a_file(one.state()))
+    assert longer.step() == one.step()
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch) -> None:
+    one = trainer()
+    one.step()
+    encoder, state = tmp_path / "faces.safetensors", tmp_path / "state.pt"
+    one.save(encoder, state, {}, {"pictures": 7})
+    before = encoder.read_bytes(), state.read_bytes()
+    assert load_concept_encoder(encoder).config.training == {"steps": 1, "pictures": 7}
+    one.step()
+
+    def full(value: Any, file: Any) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        one.save(encoder, state, {}, {})
+    assert (encoder.read_bytes(), state.read_bytes()) == before and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    resumed = trainer()
+    resumed.resume(training.read_state(state))
+    assert resumed.step_number == 1 and resumed.step() == one.losses[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04 torn"])
+def test_a_torn_state_is_refused_by_name(tmp_path, content) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt is torn .*Remove it"):
+        training.read_state(tmp_path / "state.pt")
+
+
+# processes and micro-steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes, batch", [(2, 3), (3, 2), (6, 1)])
+def test_processes_share_the_draw_and_the_gradient_of_one(processes, batch) -> None:
+    """p processes with batch b are one with p * b: their draws side by side are its draw, the mean of their gradients its gradient."""
+    drops = {"drop_text": 0.2, "drop_image": 0.2, "drop_both": 0.2}
+    joined, parted = (replace(SETTINGS, batch=b, **drops) for b in (processes * batch, batch))
+    for step in (0, 1, 77):
+        one = draw(joined, examples(), 12, step)
+        many = [draw(parted, examples(), 12, step, rank, processes) for rank in range(processes)]
+        side = join(many)
+        assert (side.index, side.partner, side.no_text) == (one.index, one.partner, one.no_text)
+        assert all(torch.equal(getattr(side, name), getattr(one, name)) for name in ("level", "noise", "no_image"))
+        assert len({tuple(d.noise.flatten().tolist()) for d in many}) == processes
+    whole = gradients(trainer(joined), one)
+    shares = [gradients(trainer(parted, engine=OneProcess(rank=rank, processes=processes)), d) for rank, d in enumerate(many)]
+    same({name: torch.stack([s[name] for s in shares]).mean(0) for name in whole}, whole, 1e-6)
+    assert any((s[name] - whole[name]).abs().max() > 1e-4 for s in shares for name in whole)
+
+
+class Ranks(OneProcess):
+    """A process of several, whose losses have the mean 3."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value * 0 + 3.0
+
+
+def test_the_loss_told_is_the_mean_over_processes() -> None:
+    assert trainer(engine=Ranks()).step() == 3.0
+
+
+def test_each_rank_steps_on_its_own_share() -> None:
+    losses = []
+    for rank in range(2):
+        one = trainer(engine=OneProcess(rank=rank, processes=2))
+        losses.append(float(one.loss(draw(SETTINGS, one.examples, 12, 0, rank, 2))))
+        assert one.step() == pytest.approx(losses[-1], abs=1e-6)
+    assert losses[0] != losses[1]
+
+
+def test_accumulated_micro_steps_are_a_larger_batch() -> None:
+    one = trainer(replace(SETTINGS, accumulate=3, batch=2, clip=1e9))
+    for step in range(2):
+        twin = trainer(replace(SETTINGS, batch=6))
+        twin.encoder.load_state_dict(one.encoder.state_dict())
+        micro = join([draw(one.settings, one.examples, 12, 3 * step + i) for i in range(3)])
+        expected, loss = gradients(twin, micro), float(twin.loss(micro))
+        assert one.step() == pytest.approx(loss, abs=1e-6)
+        same({name: p.grad for name, p in one.trained.items()}, expected, 1e-6)
+
+
+# what is drawn ---------------------------------------------------------------------------------------------------------------
+
+
+def test_dropouts_are_as_often_as_set() -> None:
+    settings = replace(SETTINGS, batch=500, drop_text=0.05, drop_image=0.15, drop_both=0.3)
+    draws = [draw(settings, examples(), 12, step) for step in range(40)]
+    text = torch.tensor([x for d in draws for x in d.no_text])
+    image = torch.cat([d.no_image for d in draws])
+    for got, wanted in ((text & ~image, 0.05), (image & ~text, 0.15), (text & image, 0.3), (~text & ~image, 0.5)):
+        assert abs(float(got.float().mean()) - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / len(got))
+    none = draw(replace(settings, drop_text=0.0, drop_image=0.0, drop_both=0.0), examples(), 12, 0)
+    assert not any(none.no_text) and not none.no_image.any()
+
+
+def test_levels_are_spread_and_uniform() -> None:
+    """One of b equal strata each, all levels equally often."""
+    settings = replace(SETTINGS, batch=6)
+    levels = torch.stack([draw(settings, examples(), 12, step).level for step in range(600)])
+    assert all(sorted(row.tolist()) == list(range(6)) for row in levels // 2)
+    counts = levels.flatten().bincount(minlength=12).float()
+    assert len(counts) == 12 and (counts - 300).abs().max() < 5 * math.sqrt(300)
+    assert (levels.float().mean(0) - 5.5).abs().max() < 0.7  # no row of the batch has levels of its own
+
+
+def test_every_picture_is_drawn_alike() -> None:
+    counts = torch.zeros(7)
+    for step in range(500):
+        for i in draw(SETTINGS, examples(), 12, step).index:
+            counts[i] += 1
+    assert (counts - 1500 / 7).abs().max() < 5 * math.sqrt(1500 / 7)
+
+
+def test_the_tower_sees_another_picture_of_the_subject() -> None:
+    pictures, seen = examples(), set()
+    for step in range(200):
+        d = draw(SETTINGS, pictures, 12, step)
+        seen |= set(zip(d.index, d.partner))
+    assert seen == {(i, j) for group in pictures.groups.values() for i in group for j in group if i != j} | {(5, 5), (6, 6)}
+    assert all(pictures.partner(i, 1 - 2**-24) in range(7) for i in range(7))
+
+
+def test_steps_and_seeds_draw_anew_and_again() -> None:
+    def noise(seed: int, step: int) -> tuple:
+        return tuple(draw(replace(SETTINGS, seed=seed), examples(), 12, step).noise.flatten().tolist())
+    assert len({noise(seed, step) for seed in (0, 1, -1, 2**31) for step in range(5)}) == 20
+    assert noise(3, 4) == noise(3, 4)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    encoder = fresh()
+    state = torch.get_rng_state()
+    one = Trainer(encoder, Denoise(), examples(), SETTINGS)
+    one.step()
+    one.kept()
+    resumed = Trainer(deepcopy(encoder), Denoise(), examples(), SETTINGS)
+    resumed.resume(through_a_file(one.state()))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1234)
+    torch.rand(7)
+    assert resumed.step() == one.step()
+
+
+# what goes wrong -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_bad_numbers_stop_the_run_and_change_nothing(where) -> None:
+    one, twin = trainer(), trainer()
+    for each in (one, twin):
+        each.step()
+    before = deepcopy(through_a_file(one.state()))
+    if where == "loss":
+        one.denoise.broken = True
+    else:
+        hook = one.trained["mlp.0.weight"].register_hook(lambda g: g * math.inf)
+    with pytest.raises(FloatingPointError, match=r"loss of step 2 is .*Lower the learning rate \(now 0.001\)"):
+        one.step()
+    after = through_a_file(one.state())
+    assert (after["step"], after["losses"]) == (before["step"], before["losses"])
+    same(after["encoder"], before["encoder"])
+    same(after["average"], before["average"])
+    for i, values in after["optimizer"]["state"].items():
+        same(values, before["optimizer"]["state"][i])
+    one.denoise.broken = False
+    if where == "gradient":
+        hook.remove()
+    assert one.step() == twin.step()
+    same(one.encoder.state_dict(), twin.encoder.state_dict())
+
+
+@pytest.mark.parametrize("name, values", [
+    ("steps", (0, -1)), ("batch", (0, -2)), ("accumulate", (0,)), ("rate", (0.0, -1e-5, 1.0, math.nan, math.inf)),
+    ("tower_rate", (-1e-5, 1.0, math.nan)), ("schedule", ("linear", "")), ("average", (-0.1, 1.0, math.nan)),
+    ("weighting", ("v", "")), ("warm_up", (-1,)), ("weight_warm_up", (-1,)), ("weight_decay", (-0.1, math.nan)),
+    ("drop_text", (-0.1, 0.9, 1.5, math.nan)), ("clip", (0.0, -1.0, math.nan)), ("min_snr", (0.0, -5.0, math.nan))])
+def test_settings_that_cannot_be(name, values) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"training: {name} is {value}; it must be "):
+            TrainSettings(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["drop_image", "drop_both"])
+def test_the_other_dropouts_are_checked_too(name) -> None:
+    for value in (-0.1, 0.95, math.nan):
+        with pytest.raises(ValueError, match="drop_text"):
+            TrainSettings(**{name: value})
+
+
+def test_the_papers_run_is_the_default() -> None:
+    s = TrainSettings()
+    assert (s.steps, s.batch, s.rate, s.tower_rate, s.min_snr) == (100_000, 2, 1e-5, None, None)
+
+
+def test_rates_and_weights_over_the_steps() -> None:
+    s = TrainSettings(steps=110, schedule="cosine", warm_up=10, weight_warm_up=100)
+    assert [s.rate_at(i) for i in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert s.rate_at(10) == 1.0 and s.rate_at(60) == pytest.approx(0.51) and s.rate_at(110) == pytest.approx(0.02)
+    assert s.rate_at(10**6) == pytest.approx(0.02) and TrainSettings(steps=5).rate_at(10**6) == 1.0
+    assert [s.weight_at(i) for i in (0, 50, 100, 101)] == pytest.approx([0.01, 0.1, 1.0, 1.0]) and TrainSettings().weight_at(0) == 1.0
+    rates = [s.rate_at(i) for i in range(10, 111)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_without_pictures_there_is_nothing_to_train() -> None:
+    none = Examples(torch.zeros(0, 4, 3, 3), torch.zeros(0, 8, 8, 3, dtype=torch.uint8), [], [])
+    with pytest.raises(ValueError, match="there are no pictures"):
+        Trainer(fresh(), Denoise(), none, SETTINGS)
