@@ -19,6 +19,7 @@ from . import host
 
 LOAD, INJECT = "Concept Encoder Load", "Cross-Attn Detail Inject"
 AS_TRAINED = "as trained"
+LONGEST = 16  # times as long as wide
 log = logging.getLogger(__name__)
 
 
@@ -113,6 +114,20 @@ class ActiveConcept:
                           self.target(call, q) if self.target else None, self.config.merge)
 
 
+def plain_colours(image: Tensor) -> Tensor:
+    """IMAGE [b y x 1|3|4] -> [b y x 1|3], alpha laid over white; ValueError for what is no picture.
+
+    Of a strip the middle is kept: towers enlarge the whole picture before they cut its centre.
+    """
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or not image.numel() or not torch.isfinite(image).all():
+        raise ValueError(f"{INJECT}: the image is {list(image.shape)}"
+                         f"{'' if torch.isfinite(image).all() else ' and holds NaN or infinite values'}. Wire Load Image into it.")
+    most = LONGEST * min(image.shape[1:3])
+    top, left = (max(n - most, 0) // 2 for n in image.shape[1:3])
+    image = image[:, top:top + most, left:left + most]
+    return image if image.shape[-1] < 4 else image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
+
+
 class CrossAttnDetailInject(io.ComfyNode):
     """Paper A eq. (7)-(9): the concept's keys and values beside the text's, weighted inside the softmax."""
 
@@ -158,11 +173,9 @@ class CrossAttnDetailInject(io.ComfyNode):
         config = concept_encoder.encoder.config
         check_layers(config, family, layers, width, INJECT)
         wanted = select_blocks(blocks, [block for block, _ in layers], INJECT)
-        if not weight >= 0:
+        if not 0 <= weight < math.inf:
             raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as trained.")
-        if image.ndim != 4 or not len(image) or not torch.isfinite(image).all():
-            raise ValueError(f"{INJECT}: the image is {list(image.shape)}"
-                             f"{'' if torch.isfinite(image).all() else ' and holds NaN or infinite values'}. Wire Load Image into it.")
+        image = plain_colours(image)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         if weight == 0 or start_percent >= end_percent or (mask is not None and not (mask > 0.5).any()):
             return io.NodeOutput(model.clone())

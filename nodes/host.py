@@ -25,8 +25,7 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
-import torch.utils.checkpoint
-from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
@@ -35,10 +34,10 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.attention import product_attend
-from ..models.concept import ConceptEncoder, KeysValues, Preprocessing
+from ..models.concept import ConceptEncoder, KeysValues
 from ..models.injection import ActiveInjection, BlockSite, Merge, Part, Recorder, Role, Run
-from ..models.training import Learning, checkpointed
 from ..models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
+from ..models.training import Learning, checkpointed
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 SUBJECT, TEXT = "kindred_subject", "kindred_text"  # what Subject Prompts leaves inside CONDITIONING
@@ -227,6 +226,29 @@ def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
     return override
 
 
+class _Beside:
+    """A neighbour's replacement f of a block's cross-attention, with ours beside it: f + (ours - plain), which is ours where f is plain.
+
+    What f computes by itself stays its own, whether it hands its options on (the override would hear it) or not.
+    """
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        self.f = f
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        run: Run | None = options.get(KEY)
+        if not isinstance(run, Run) or run.pending is None:
+            return self.f(q, k, v, options)
+        call, run.pending, heads = run.pending, None, options["n_heads"]
+        out = self.f(q, k, v, options)
+        if run.recorder:
+            run.recorder.cross(call, q, k, heads)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+            return optimized_attention(q, k, v, heads, mask=mask, attn_precision=options["attn_precision"], transformer_options=options)
+        return out + (run.attend(call, attend, q, k, v, heads) - attend(q, k, v, heads)) if run.found(call, q) else out
+
+
 def install(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
     """A copy of the options with the run in it; last in every chain that matters, so the order of nodes does not."""
     options = comfy.model_patcher.create_model_options_clone(model_options)
@@ -235,6 +257,8 @@ def install(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
     patches = transformer.setdefault("patches", {})
     for name, patch in (("attn1_patch", _attn1_patch), ("attn2_patch", _attn2_patch)):
         patches[name] = [patch, *(p for p in patches.get(name, ()) if p is not patch)]  # first: it sees norm(x) as it is
+    replaced = transformer.get("patches_replace", {}).get("attn2", {})
+    replaced.update({block: f if isinstance(f, _Beside) else _Beside(f) for block, f in replaced.items()})
     previous = transformer.get("optimized_attention_override")
     transformer["optimized_attention_override"] = _override(getattr(previous, KEY, (previous,))[0])
     return options
@@ -420,6 +444,10 @@ def concept_path(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(CONCEPTS, name))
 
 
+def concept_folder() -> Path:  # where a new one is saved
+    return Path(folder_paths.get_folder_paths(CONCEPTS)[0])
+
+
 def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
     """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
     base = require_unet(model, node)
@@ -445,10 +473,6 @@ class ManagedEncoder:
                               name, vision)
 
     @staticmethod
-def concept_folder() -> Path:  # where a new one is saved
-    return Path(folder_paths.get_folder_paths(CONCEPTS)[0])
-
-
     def tower_of(vision: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A CLIP_VISION's configuration and weights in transformers' names, to train from; ValueError for towers of other kinds."""
         if vision.model_type != "clip_vision_model":
@@ -457,31 +481,34 @@ def concept_folder() -> Path:  # where a new one is saved
         config = {k: v for k, v in vision.config.items() if isinstance(v, (int, float, str)) and k not in ("model_type", "torch_dtype")}
         return config, {k: v.detach().float().cpu().clone() for k, v in vision.get_sd().items()}
 
+    def see(self, image: Tensor | None) -> Tensor:
+        """The wired CLIP Vision's penultimate tokens [1 m d] of a picture [Y X c]; None: of zero pixels, which no picture has."""
+        if image is not None:
+            return self.vision.encode_image(image[None])["penultimate_hidden_states"]
+        comfy.model_management.load_models_gpu([self.vision.patcher])
+        size, device = self.vision.image_size, self.vision.load_device
+        return self.vision.model(pixel_values=torch.zeros(1, 3, size, size, device=device), intermediate_output=-2)[1]
+
     def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
-        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of a zero image instead, b = 1."""
+        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero pixels instead, b = 1."""
         if self.vision is None:
-            comfy.model_management.load_models_gpu([self.patcher])
-            device, dtype = self.patcher.load_device, next(self.encoder.parameters()).dtype
-            pixels = [self.encoder.config.preprocessing(image[None].cpu()) for image in images]
-            pixels = [torch.zeros_like(pixels[0])] if empty else pixels
-            made = [self.encoder(p.to(device, dtype)) for p in pixels]
+            given = [self.encoder.config.preprocessing(image[None].cpu()) * (not empty) for image in images[:1 if empty else None]]
         else:
-            size = self.vision.image_size
-            given = [torch.ones(1, size, size, 3) * torch.tensor(Preprocessing().mean)] if empty else [i[None] for i in images]
-            tokens = [self.vision.encode_image(image[..., :3])["penultimate_hidden_states"] for image in given]
-            wanted = self.encoder.config.tower_width
-            if tokens[0].shape[-1] != wanted:
-                raise ValueError(f"{self.name}: the CLIP Vision given has tokens of width {tokens[0].shape[-1]}, but this concept encoder "
+            given = [self.see(None)] if empty else [self.see(image) for image in images]
+            if given[0].shape[-1] != (wanted := self.encoder.config.tower_width):
+                raise ValueError(f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, but this concept encoder "
                                  f"reads width {wanted}: {'ViT-H' if wanted == 1280 else 'ViT-L' if wanted == 1024 else 'another one'}. "
                                  "Connect that CLIP Vision to Concept Encoder Load.")
-            comfy.model_management.load_models_gpu([self.patcher])
-            device, dtype = self.patcher.load_device, next(self.encoder.parameters()).dtype
-            made = [self.encoder.keys_values(self.encoder.features(t.to(device, dtype))) for t in tokens]
+        comfy.model_management.load_models_gpu([self.patcher])
+        given = [x.to(self.patcher.load_device, next(self.encoder.parameters()).dtype) for x in given]
+        made = [self.encoder(x) if self.vision is None else self.encoder.keys_values(self.encoder.features(x)) for x in given]
         return {block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1)) for block in made[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 MOST_PROMPTS = 4096  # kept encoded
+SIDES = {"SDXL": 1024, "SD20": 768, "KindredMiniature": 128}  # pixels of a side a family was trained at; else 512
+Interrupted = comfy.model_management.InterruptProcessingException  # a BaseException: the user pressed cancel
 
 
 @contextmanager
@@ -525,8 +552,6 @@ class FrozenUNet:
     """
 
     def __init__(self, model: ModelPatcher, merge: Merge, prompts: Mapping[str, Conditioning], checkpointing: bool = False) -> None:
-SIDES = {"SDXL": 1024, "SD20": 768, "KindredMiniature": 128}  # pixels of a side a family was trained at; else 512
-Interrupted = comfy.model_management.InterruptProcessingException  # a BaseException: the user pressed cancel
         self.patcher = model
         self.load()
         self.model, self.merge, self.device = model.model.requires_grad_(False), merge, model.load_device

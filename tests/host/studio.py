@@ -17,12 +17,18 @@ import torch
 from networks import random_model, random_prompt
 from torch import Tensor
 
+from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing
+from kindred.models.injection import Merge
 from kindred.models.inversion import InversionTrajectory
 from kindred.models.reference import ReferenceBank, SubjectTokens
+from kindred.nodes.concept import CrossAttnDetailInject
+from kindred.nodes.host import ManagedEncoder, cross_layers
 from kindred.nodes.inversion import DDIMInvert
 from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
 
 STEPS, SIZE, SCHEDULER = 3, (8, 8), "ddim_uniform"
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 3, "image_size": 24, "patch_size": 8,
+         "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_channels": 3, "projection_dim": 16}
 CAT = SubjectTokens(("cat",), ((5,),))
 comfy.utils.set_progress_bar_enabled(False)
 
@@ -129,3 +135,45 @@ def of_model(model: Any) -> Any:
 def of_bank(bank: ReferenceBank) -> Any:
     return fingerprint([bank.features, bank.masks, bank.maps, bank.trajectory.latents, bank.trajectory.sigmas,
                         {half: [p.cross, dict(p.extras)] for half, p in bank.prompts.items()}])
+
+
+# concepts ------------------------------------------------------------------------------------------------------------------
+
+
+def subject(pictures: int = 1, seed: int = 7, size: tuple[int, int] = (48, 40), channels: int = 3) -> Tensor:
+    """An IMAGE as Load Image gives it, [b y x c]."""
+    return torch.rand(pictures, *size, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def fresh_encoder(family: str = "tiny", seed: int = 0, merge: str = "concat", tower: bool = True, model: Any = None) -> ConceptEncoder:
+    """A random concept encoder for a family: a tower of 2 layers over 3 x 3 patches, keys and values as loud as the text's."""
+    told = cross_layers(model or random_model(family), "a test")
+    config = ConceptConfig(*told, tower_width=TOWER["hidden_size"], tower=TOWER if tower else None,
+                           preprocessing=Preprocessing(TOWER["image_size"]), merge=Merge(merge))
+    made, generator = ConceptEncoder(config), torch.Generator().manual_seed(seed)
+    for name, p in made.named_parameters():
+        p.data = torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5 if p.ndim > 1 else torch.full(
+            p.shape, float(name.endswith("weight")))
+    return made
+
+
+def encoder_of(family: str = "tiny", seed: int = 0, merge: str = "concat") -> ManagedEncoder:
+    """A shared concept encoder as Concept Encoder Load gives it."""
+    return kept_encoder(family, seed, merge)
+
+
+@cache
+def kept_encoder(*told: Any) -> ManagedEncoder:
+    return ManagedEncoder.of(fresh_encoder(*told), f"{told[0]}.safetensors")
+
+
+@torch.inference_mode()
+def concept(model: Any, weight: float = 1.0, image: Tensor | None = None, encoder: ManagedEncoder | None = None, family: str = "tiny",
+            **more: Any) -> Any:
+    """Cross-Attn Detail Inject -> MODEL."""
+    return CrossAttnDetailInject.execute(model, encoder or encoder_of(family), subject() if image is None else image, weight,
+                                         **more).result[0]
+
+
+def of_encoder(encoder: ManagedEncoder) -> Any:
+    return fingerprint([dict(encoder.encoder.state_dict()), encoder.name, encoder.patcher.model_options])
