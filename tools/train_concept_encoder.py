@@ -3,8 +3,10 @@
   accelerate launch tools/train_concept_encoder.py --host COMFYUI --checkpoint sd15.safetensors --clip-vision vit-l.safetensors \\
       --images FOLDER --prompt "a photo of a face" --out RUN
 
-One process or many, GPUs or the CPU, as accelerate is told. The same command goes on from the newest state in --out after any
-kill. Pictures may lie in subfolders, one per subject: then the tower sees another picture of the subject than the UNet draws.
+One process, on a GPU or (--cpu) the CPU. Several GPUs: accelerate launch --multi_gpu --num_processes 4 tools/train_concept_encoder.py ...
+Several processes on a CPU, where accelerate launch starts but one: python -m torch.distributed.run --nproc_per_node 2 tools/... --cpu
+p processes with --batch b are one with --batch p * b. The same command goes on from the newest state in --out after any kill.
+Pictures may lie in subfolders, one per subject: then the tower sees another picture of the subject than the UNet draws.
 NAME.txt beside NAME.png is its prompt. Writes RUN/<name>.safetensors (put it into models/concept_encoders), log.csv, validation
 pictures and state.pt.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -155,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     except NoPictures as problem:
         raise SystemExit(f"train_concept_encoder: {problem}") from problem
     except OSError as problem:
-        raise SystemExit(f"train_concept_encoder: {problem}. What was saved is whole; make room and run the same command.") from problem
+        full = problem.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise SystemExit(f"train_concept_encoder: {problem}. What was saved is whole; {'make room and ' * full}run the same command."
+                         ) from problem
     except (ValueError, FloatingPointError) as problem:
         raise SystemExit(f"train_concept_encoder: {problem}") from problem
 
