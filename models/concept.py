@@ -128,10 +128,10 @@ def real(value: Any, lowest: float, highest: float, what: str) -> float:
 
 
 def check_tower(tower: Mapping[str, Any]) -> None:
-    """A description of a CLIP vision tower, before anything is built of it; KeyError, ValueError or AttributeError when it is none."""
+    """A description of a CLIP vision tower, before anything is built of it; ValueError or AttributeError when it is none."""
     for name, bounds in SIZES.items():
         if name in tower or name in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
-            number(tower[name], *bounds, name)
+            number(tower.get(name), *bounds, name)
     for name, limits in RATES.items():
         if name in tower:
             real(tower[name], *limits, name)

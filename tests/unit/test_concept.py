@@ -162,6 +162,14 @@ def test_penultimate_tokens_are_transformers_hidden_states(prefix) -> None:
         tower.load_clip(plain)
 
 
+def test_a_tower_asked_for_by_hand_is_checked_alike() -> None:
+    """The program's --new-tower."""
+    for wrong, word in (({"hidden_size": 8}, "num_hidden_layers is None"), (TOWER | {"patch_size": 99}, "no patches of 99"),
+                        (TOWER | {"num_attention_heads": 3}, "do not divide into 3 heads")):
+        with pytest.raises(ValueError, match=word):
+            VisionTower(wrong)
+
+
 # pixels ----------------------------------------------------------------------------------------------------------------------
 
 

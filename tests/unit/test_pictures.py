@@ -16,6 +16,7 @@ from PIL import Image
 from pictures import NoPictures, PictureFolder, load_examples, prepare, read_picture, square
 
 SIDE, SMALL = 32, Preprocessing(16)
+pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 
 
 class Vae:
