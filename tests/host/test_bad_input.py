@@ -216,7 +216,7 @@ def test_several_prompts_for_one_picture(act):
 @LAW("act", [lambda b: capture(MODEL, blocks=b), lambda b: inject(MODEL, bank_of(), blocks=b), lambda b: capture(MODEL, mask_blocks=b)],
      ids=["capture", "inject", "mask_blocks"])
 def test_an_unknown_block(act):
-    refuse(lambda: act("decoder, up_blocks 3"), "no self-attention block matches 'up_blocks 3'", "input 1, input 3, middle 0, output 0",
+    refuse(lambda: act("decoder, up_blocks 3"), "no attention block matches 'up_blocks 3'", "input 1, input 3, middle 0, output 0",
            "presets are all")
 
 

@@ -113,7 +113,7 @@ def test_a_block_is_found_by_its_name(block) -> None:
 
 @pytest.mark.parametrize("wanted", ["up 3", "input 3", "middle 0.1", "output", "input 4.5.6", "-1"])
 def test_an_unknown_block_is_refused_with_what_exists(wanted) -> None:
-    with pytest.raises(ValueError, match=r"Node: no self-attention block matches") as refused:
+    with pytest.raises(ValueError, match=r"Node: no attention block matches") as refused:
         select_blocks(f"decoder, {wanted}", SD15, "Node")
     said = str(refused.value)
     assert repr(wanted) in said and "input 1, input 2, input 4" in said and "masactrl" in said
