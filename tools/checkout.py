@@ -8,6 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def version() -> str:
+    """The pack's version, from pyproject.toml (tomllib came with Python 3.11)."""
+    lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
+    return next(line.split('"')[1] for line in lines if line.startswith("version"))
+
+
 def as_kindred() -> None:
     """`from kindred.models.masks import ...` works afterwards. Nothing of the pack is run, not even its __init__.py.
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 from boot import boot
 
-sys.path.append(str(Path(__file__).resolve().parent))  # tests import networks and studio from here
+sys.path.append(str(Path(__file__).resolve().parent))  # tests import studio from here
 
 HOST = os.environ.get("KINDRED_HOST")
 REASON = "no host: KINDRED_HOST names a ComfyUI folder (python3 dev.py test sets it)"
