@@ -15,13 +15,13 @@ import torch
 
 from .training import Run
 
-STEPS = {"autoencoder": 1600, "decoder": 3000, "reader": 1200, "unet": 4500}
+STEPS = {"autoencoder": 1600, "decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("renderings", "autoencoder", "decoder", "reader", "unet", "pack", "all"))
+    parser.add_argument("part", choices=("renderings", "autoencoder", "decoder", "reader", "tower", "unet", "pack", "all"))
     parser.add_argument("--folder", type=Path, required=True, help="work folder for renderings and checkpoints")
     parser.add_argument("--host", type=Path, help="a ComfyUI folder: the UNet's own class and the tokenizer come from there")
     parser.add_argument("--device", default="cpu")
@@ -51,7 +51,7 @@ def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
 
 
 def _train(run: Run, given: argparse.Namespace) -> None:
-    wanted = ("autoencoder", "unet", "decoder", "reader") if given.part == "all" else (given.part,)
+    wanted = ("autoencoder", "unet", "decoder", "reader", "tower") if given.part == "all" else (given.part,)
     if "renderings" in wanted:
         from .data import training_set
 
@@ -72,6 +72,10 @@ def _train(run: Run, given: argparse.Namespace) -> None:
         from .train_reader import train_reader
 
         train_reader(run, given.steps or STEPS["reader"])
+    if "tower" in wanted and run.rank == 0:
+        from .train_tower import train_tower
+
+        train_tower(run, given.steps or STEPS["tower"])
     if given.part in ("pack", "all") and run.rank == 0:
         from .pack import pack
 

@@ -2,7 +2,8 @@
 
 Without arguments it uses the miniature and a rendered subject that the miniature never saw, and measures the result.
 With --checkpoint and --reference the same job runs on your own SD1.5, SD2.x or SDXL checkpoint and photo.
-Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.json twice, with weight 0 and with weight.
+Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.json with self-attention injection, with the concept
+encoder, with both, and with both weights 0. A checkpoint of your own has a concept encoder only if you give one.
 """
 from __future__ import annotations
 
@@ -18,13 +19,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from checkout import ROOT, as_kindred
+from checkout import ROOT, as_kindred, version
 from client import HostError, HostServer, Progress
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
 LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES = "1", "2", "3", "5", "6", "7", "8", "10", "11", "13"
+ENCODER, CONCEPT = "15", "16"
 HELD_OUT, SCENE, CLASS, REST = 6, "meadow", "cat", ("beach", "snow", "forest")
 
 
@@ -78,9 +80,29 @@ def prepared(arguments: argparse.Namespace, photo: str, checkpoint: str, size: i
     for node in (CAPTURE, SAMPLER):
         graph[node]["inputs"]["steps"] = arguments.steps
     graph[SAMPLER]["inputs"] |= {"seed": arguments.seed, "cfg": arguments.cfg}
-    if arguments.weight is not None:
-        graph[INJECT]["inputs"]["weight"] = arguments.weight
+    for node, weight in ((INJECT, arguments.weight), (CONCEPT, arguments.concept_weight)):
+        if weight is not None:
+            graph[node]["inputs"]["weight"] = weight
+    if arguments.concept_encoder:
+        graph[ENCODER]["inputs"]["file"] = arguments.concept_encoder.name
+    elif arguments.checkpoint:
+        del graph[ENCODER], graph[CONCEPT]
+        graph[SAMPLER]["inputs"]["model"] = [INJECT, 0]
+    if arguments.clip_vision:
+        graph["17"] = {"class_type": "CLIPVisionLoader", "inputs": {"clip_name": arguments.clip_vision.name}}
+        graph[ENCODER]["inputs"]["clip_vision"] = ["17", 0]
     return graph
+
+
+def columns(graph: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The jobs of the sheet: both injections and neither, and each alone where there is a concept encoder."""
+    quiet = {"full": (), "self": (CONCEPT,), "cross": (INJECT,), "plain": (INJECT, CONCEPT)} if CONCEPT in graph else {
+        "self": (), "plain": (INJECT,)}
+    jobs = {name: copy.deepcopy(graph) for name in quiet}
+    for name, nodes in quiet.items():
+        for node in nodes:
+            jobs[name][node]["inputs"]["weight"] = 0.0
+    return jobs
 
 
 def round_trip(graph: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +125,7 @@ def round_trip(graph: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sheet(reference: Image.Image, columns: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], cell: int = 256) -> Image.Image:
-    """reference | plain | injected, a row per prompt, with the prompt under its row."""
+    """reference | plain | self | cross | full, a row per prompt, with the prompt under its row."""
     head, foot, gap = 26, 24, 8
     width = (1 + len(columns)) * (cell + gap) + gap
     page = Image.new("RGB", (width, head + len(prompts) * (cell + foot + gap) + gap), "white")
@@ -120,12 +142,14 @@ def sheet(reference: Image.Image, columns: Mapping[str, Sequence[Image.Image]], 
 
 def psnr_db(a: Image.Image, b: Image.Image) -> float:
     """PSNR of two 8-bit pictures in dB."""
+    as_kindred()
     import numpy as np
-    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) for p in (a, b))
-    return float(10 * np.log10(255 ** 2 / max(np.mean((x - y) ** 2), 1e-12)))
+    import torch
+    from kindred.models.metrics import psnr
+    return psnr(*(torch.from_numpy(np.array(p.convert("RGB"), dtype=np.float64)) for p in (a, b)), peak=255)
 
 
-def measured(plain: Sequence[Image.Image], injected: Sequence[Image.Image]) -> dict[str, float]:
+def measured(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
     """Identity and scene figures of the miniature's demo, by the attribute reader."""
     as_kindred()
     import numpy as np
@@ -139,7 +163,7 @@ def measured(plain: Sequence[Image.Image], injected: Sequence[Image.Image]) -> d
     floor, ceiling = floor_and_ceiling(
         reader, lambda images: autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1))
     figures = {"identity.floor": floor, "identity.ceiling": ceiling}
-    for name, pictures in (("plain", plain), ("self", injected)):
+    for name, pictures in made.items():
         reading = reader.read(torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).float() / 255)
         count = len(reading)
         figures[f"identity.{name}"] = sum(identity_similarity(reading, identity, i) for i in range(count)) / count
@@ -155,19 +179,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature")
     parser.add_argument("--reference", type=Path, help="a photo of the subject")
     parser.add_argument("--subject", help="the word for the subject, such as cat or woman")
+    parser.add_argument("--concept-encoder", type=Path, help="a concept encoder for your checkpoint; none: self-attention injection alone")
+    parser.add_argument("--clip-vision", type=Path, help="the CLIP Vision that IP-Adapter full-face weights need")
     parser.add_argument("--prompt", action="append", help="a prompt that contains the subject's word; repeat it for several pictures")
     parser.add_argument("--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
     parser.add_argument("--weight", type=float, help="W_S (default: the workflow's)")
+    parser.add_argument("--concept-weight", type=float, help="W_C (default: the workflow's)")
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     own = given.checkpoint is not None
+    if given.concept_encoder and not own:
+        parser.error("--concept-encoder needs the --checkpoint that it was trained for")
+    if given.clip_vision and not given.concept_encoder:
+        parser.error("--clip-vision needs --concept-encoder")
     for name in ("reference", "subject", "prompt"):
         if own and not getattr(given, name):
             parser.error(f"--checkpoint also needs --{name}")
-    for path in filter(None, (given.checkpoint, given.reference)):
+    for path in filter(None, (given.checkpoint, given.reference, given.concept_encoder, given.clip_vision)):
         if not path.is_file():
             parser.error(f"{path} is not a file")
     if not own:
@@ -199,19 +230,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     photo = given.reference.read_bytes() if own else given.photo
     size = given.size or (native_size(given.checkpoint) if own else 128)
     given.out.mkdir(parents=True, exist_ok=True)
-    with HostServer(given.host, models={"checkpoints": [given.checkpoint]} if own else None) as server:
+    models = {"checkpoints": given.checkpoint, "concept_encoders": given.concept_encoder, "clip_vision": given.clip_vision}
+    with HostServer(given.host, models={kind: [path] for kind, path in models.items() if path} or None) as server:
         client = server.client
         name = client.upload_image(photo, "kindred_reference.png")
         graph = prepared(given, name, given.checkpoint.name if own else "kindred_miniature.safetensors", size)
         titles = {key: node.get("_meta", {}).get("title", node["class_type"]) for key, node in graph.items()}
-        plain_graph = copy.deepcopy(graph)
-        plain_graph[INJECT]["inputs"]["weight"] = 0.0
-        watch, pictures = Stopwatch(titles), {}
-        for title, job in (("injected", graph), ("plain", plain_graph)):
+        watch, pictures, figures = Stopwatch(titles), {}, {}
+        for title, job in columns(graph).items():
             outputs = client.run(job, watch, timeout=24 * 3600)
             pictures[title] = [Image.open(BytesIO(client.view(image))) for image in outputs[PICTURES]["images"]]
             watch.stop()
-            if title == "injected":
+            if not figures:  # the first one reads the reference
                 figures = {"unet_calls.reference": watch.steps[CAPTURE], "seconds.inversion": watch.seconds[CAPTURE],
                            "seconds.sampling": watch.seconds[SAMPLER]}
         back = client.run(round_trip(graph), watch, timeout=24 * 3600)
@@ -219,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
     figures["inversion.psnr_db"] = psnr_db(*decoded)
     if not own and given.rendered:
-        figures |= measured(pictures["plain"], pictures["injected"]) | {"count.identities": 1}
+        figures |= measured(pictures) | {"count.identities": 1}
     figures["seconds.total"] = time.monotonic() - began
     write(given, pictures, Image.open(BytesIO(photo)), figures, graph)
     return 0
@@ -231,13 +261,13 @@ def write(given: argparse.Namespace, pictures: Mapping[str, Sequence[Image.Image
     photo = ImageOps.exif_transpose(photo)
     side = min(photo.size)
     square = photo.crop(((photo.width - side) // 2, (photo.height - side) // 2, (photo.width + side) // 2, (photo.height + side) // 2))
-    sheet(square, {title: pictures[title] for title in ("plain", "injected")}, given.prompt).save(given.out / "sheet.png")
+    shown = {title: pictures[title] for title in ("plain", "self", "cross", "full") if title in pictures}
+    sheet(square, shown, given.prompt).save(given.out / "sheet.png")
     for title, found in pictures.items():
         for i, picture in enumerate(found, 1):
             picture.save(given.out / f"{title}_{i}.png")
     (given.out / "workflow_api.json").write_text(json.dumps(graph, indent=2), "utf-8")
-    version = next(line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text("utf-8").splitlines() if line.startswith("version"))
-    report = {"command": "demo", "version": version, "seed": given.seed, "prompts": given.prompt, "figures": figures}
+    report = {"command": "demo", "version": version(), "seed": given.seed, "prompts": given.prompt, "figures": figures}
     for path in filter(None, (given.out / "report.json", given.json)):
         path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     for name, value in sorted(figures.items()):

@@ -1,8 +1,9 @@
 """Measures the methods on the miniature, where identity is exactly known.
 
---task personalize: held-out identities, each in scenes other than its reference's, plain and with the reference; the attribute
-reader judges. Every --variant adds a row: "name: input=value, ..." with inputs of Ref-UNet Feature Capture and Masked
-Self-Attn Inject (or mask=true, mask=none for the renderer's own mask and for no mask, inverted=yes for DDIM Invert first).
+--task personalize: held-out identities, each in scenes other than its reference's: plain, self-attention injection, the concept
+encoder, both; the attribute reader judges. --variant takes rows of your own instead: "name: input=value, ..." with inputs of
+Ref-UNet Feature Capture and Masked Self-Attn Inject, concept.INPUT for Cross-Attn Detail Inject, which is on where one is given,
+self=off, mask=true or none (the renderer's own mask, no mask), inverted=yes (DDIM Invert first).
 --task miniature: how good the miniature itself is.
 """
 from __future__ import annotations
@@ -15,16 +16,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from boot import boot
-from checkout import ROOT
+from checkout import version
 
 CAPTURE_INPUTS = {"mask_threshold": str, "mask_value": float, "mask_steps": int, "mask_blocks": str, "precision": str}
 INJECT_INPUTS = {"weight": float, "weight_mode": str, "blocks": str, "start_percent": float, "end_percent": float, "halves": str}
-OWN_INPUTS = {"mask": str, "inverted": str}
-CHECKPOINT = "kindred_miniature.safetensors"
+CONCEPT_INPUTS = {f"concept.{k}": kind for k, kind in ({"merge": str} | INJECT_INPUTS).items()}
+OWN_INPUTS = {"mask": str, "inverted": str, "self": str}
+CHECKPOINT, ENCODER = "kindred_miniature.safetensors", "kindred_miniature_concept.safetensors"
+ROWS = ("self", "cross: self=off, concept.weight=1", "full: concept.weight=1")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Variant:
     """One row of the table: how the subject is read and how it is injected."""
     name: str
     capture: tuple[tuple[str, Any], ...] = ()
-    inject: tuple[tuple[str, Any], ...] = ()
+    inject: tuple[tuple[str, Any], ...] | None = ()  # None: no self-attention injection
+    concept: tuple[tuple[str, Any], ...] = ()  # nothing: no concept encoder
     mask: str = "word"
     inverted: bool = False
 
@@ -40,13 +45,15 @@ class Variant:
     def parse(text: str) -> Variant:
         name, _, rest = text.partition(":")
         pairs = dict((p.partition("=")[0].strip(), p.partition("=")[2].strip()) for p in rest.split(",") if p.strip())
-        unknown = pairs.keys() - CAPTURE_INPUTS.keys() - INJECT_INPUTS.keys() - OWN_INPUTS.keys()
+        every = CAPTURE_INPUTS | INJECT_INPUTS | CONCEPT_INPUTS | OWN_INPUTS
+        unknown = pairs.keys() - every.keys()
         if unknown:
-            raise SystemExit(f"evaluate: variant {name!r} sets {', '.join(sorted(unknown))}; known are "
-                             f"{', '.join([*CAPTURE_INPUTS, *INJECT_INPUTS, *OWN_INPUTS])}.")
+            raise SystemExit(f"evaluate: variant {name!r} sets {', '.join(sorted(unknown))}; known are {', '.join(every)}.")
         def typed(known: Mapping[str, type]) -> tuple[tuple[str, Any], ...]:
             return tuple((k, known[k](v)) for k, v in sorted(pairs.items()) if k in known)
-        return Variant(name.strip(), typed(CAPTURE_INPUTS), typed(INJECT_INPUTS), pairs.get("mask", "word"), pairs.get("inverted") == "yes")
+        concept = tuple((k.removeprefix("concept."), v) for k, v in typed(CONCEPT_INPUTS))
+        return Variant(name.strip(), typed(CAPTURE_INPUTS), None if pairs.get("self") == "off" else typed(INJECT_INPUTS), concept,
+                       pairs.get("mask", "word"), pairs.get("inverted") == "yes")
 
 
 class Studio:
@@ -64,9 +71,17 @@ class Studio:
         with self.torch.inference_mode():
             return self.nodes.NODE_CLASS_MAPPINGS[node].execute(**inputs).result
 
+    @cached_property
+    def encoder(self) -> Any:
+        return self.run("KindredConceptEncoderLoad", file=ENCODER)[0]
+
     def encode(self, image: Any) -> dict[str, Any]:
         with self.torch.inference_mode():
-            return {"samples": self.vae.encode(self.torch.from_numpy(image).float().div(255)[None])}
+            return {"samples": self.vae.encode(self.picture(image))}
+
+    def picture(self, image: Any) -> Any:
+        """uint8 [y x 3] -> IMAGE."""
+        return self.torch.tensor(image).float().div(255)[None]
 
     def decode(self, samples: Any) -> Any:
         with self.torch.inference_mode():
@@ -106,12 +121,12 @@ class Scores:
 
 
 def personalize(given: argparse.Namespace) -> dict[str, float]:
-    """Paper A on held-out identities: prints a table, returns the figures (the first variant is "self")."""
+    """Paper A on held-out identities: prints a table, returns the figures."""
     began = time.monotonic()
     studio = Studio(given.host, given.steps, given.cfg)
     from kindred.miniature.reader import floor_and_ceiling, load_reader
     from kindred.miniature.world import CLASSES, SCENES, held_out_identity, prompt, render
-    variants = [Variant.parse(text) for text in given.variant or ["self"]]
+    variants = [Variant.parse(text) for text in given.variant or ROWS]
     scores = {name: Scores() for name in ("plain", *(v.name for v in variants))}
     reader, masks = load_reader(), []
     for i in range(given.first, given.first + given.count):
@@ -122,13 +137,17 @@ def personalize(given: argparse.Namespace) -> dict[str, float]:
         latent, banks = studio.encode(rendering.image), {}
         scores["plain"].add(reader.read(studio.sample(studio.model, lines, 2, i)), identity, scenes[1:], kind)
         for v in variants:
-            key = (v.capture, v.mask, v.inverted, dict(v.inject).get("halves") == "both")
-            if key not in banks:
-                banks[key] = captured(studio, v, latent, coarse, rendering.mask)
-                if v.mask == "word":
-                    masks.append(overlap(banks[key], rendering.mask))
-            settings = {"weight": 1.0} | dict(v.inject)
-            model = studio.run("KindredMaskedSelfAttnInject", model=studio.model, reference=banks[key], **settings)[0]
+            model = studio.model
+            if v.inject is not None:
+                key = (v.capture, v.mask, v.inverted, dict(v.inject).get("halves") == "both")
+                if key not in banks:
+                    banks[key] = captured(studio, v, latent, coarse, rendering.mask)
+                    if v.mask == "word":
+                        masks.append(overlap(banks[key], rendering.mask))
+                model = studio.run("KindredMaskedSelfAttnInject", model=model, reference=banks[key], **{"weight": 1.0} | dict(v.inject))[0]
+            if v.concept:
+                model = studio.run("KindredCrossAttnDetailInject", model=model, concept_encoder=studio.encoder,
+                                   image=studio.picture(rendering.image), **{"weight": 1.0} | dict(v.concept))[0]
             scores[v.name].add(reader.read(studio.sample(model, lines, 2, i)), identity, scenes[1:], kind)
         sys.stderr.write(f"\r\033[K  identity {i + 1 - given.first} of {given.count}, {time.monotonic() - began:.0f} s")
     sys.stderr.write("\n")
@@ -138,10 +157,9 @@ def personalize(given: argparse.Namespace) -> dict[str, float]:
                "seconds.total": time.monotonic() - began}
     if masks:
         figures["mask.iou"] = statistics.mean(masks)
-    for name, label in (("plain", "plain"), (variants[0].name, "self")):
-        found = scores[name]
-        figures |= {f"identity.{label}": statistics.mean(found.identity), f"scene_accuracy.{label}": statistics.mean(found.scene),
-                    f"class_accuracy.{label}": statistics.mean(found.kind)}
+    for name, found in scores.items():
+        figures |= {f"identity.{name}": statistics.mean(found.identity), f"scene_accuracy.{name}": statistics.mean(found.scene),
+                    f"class_accuracy.{name}": statistics.mean(found.kind)}
     return figures
 
 
@@ -209,9 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in sorted(figures.items()):
         print(f"  {name:28} {value:.3f}")
     if given.json:
-        lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
-        version = next(line.split('"')[1] for line in lines if line.startswith("version"))
-        report = {"command": f"evaluate --task {given.task}", "version": version, "seed": 0, "figures": figures}
+        report = {"command": f"evaluate --task {given.task}", "version": version(), "seed": 0, "figures": figures}
         given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return 0
 

@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from client import NodeFailed, Progress, PromptRefused
-from demo import CAPTURE, COARSE, INJECT, LOADER, PHOTO, PICTURES, PROMPTS, SAMPLER, WORKFLOW
+from demo import CAPTURE, COARSE, CONCEPT, ENCODER, INJECT, LOADER, PHOTO, PICTURES, PROMPTS, SAMPLER, WORKFLOW
 from PIL import Image
 
 STEPS = 5  # a divisor of 1000: ddim_uniform then has as many steps as asked for
@@ -50,13 +50,17 @@ def untouched(client) -> np.ndarray:
 
 
 def test_the_shipped_workflow_runs_as_it_is(client, untouched):
-    """Three pictures, another with weight 0, steps + 1 calls for the reference, and the mask's preview."""
+    """Three pictures, others with weight 0, steps + 1 calls for the reference, and the mask's preview."""
     seen: list[Progress] = []
     injected = pictures(client, shipped(), seen.append)
     assert len(injected) == 3 and all(p.shape == (128, 128, 3) for p in injected)
     assert max(p.maximum for p in seen if p.node == CAPTURE) == STEPS + 1
-    without = pictures(client, shipped(**{INJECT: {"weight": 0.0}}))
-    assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in zip(injected, without))
+    alone = [pictures(client, shipped(**{node: {"weight": 0.0}})) for node in (INJECT, CONCEPT)]
+    without = pictures(client, shipped(**{INJECT: {"weight": 0.0}, CONCEPT: {"weight": 0.0}}))
+    for one, other in ((injected, alone[0]), (injected, alone[1]), (alone[0], alone[1]), (alone[0], without), (alone[1], without)):
+        assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in zip(one, other))
+    bare = pictures(client, shipped(**{SAMPLER: {"model": [LOADER, 0]}, PICTURES: {"filename_prefix": "bare"}}))
+    assert all((a == b).all() for a, b in zip(bare, without))
     again = pictures(client, shipped(**{PICTURES: {"filename_prefix": "again"}}))
     assert all((a == b).all() for a, b in zip(injected, again))
     assert (pictures(client, plain(4) | {"9": plain(4)[PICTURES]})[0] == untouched).all()
@@ -85,6 +89,14 @@ def test_a_value_out_of_range_is_refused_before_anything_runs(client, inputs):
     with pytest.raises(PromptRefused) as refused:
         client.run(graph, timeout=60)
     assert INJECT in refused.value.nodes and next(iter(inputs)) in str(refused.value)
+
+
+def test_an_encoder_that_is_not_there_is_refused_by_name(client):
+    graph = shipped(**{ENCODER: {"file": "gone.safetensors"}})
+    del graph["14"]
+    with pytest.raises(PromptRefused) as refused:
+        client.run(graph, timeout=60)
+    assert ENCODER in refused.value.nodes and "gone.safetensors" in str(refused.value)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "LA", "1"])
