@@ -159,7 +159,7 @@ def measure(host: Path, count: int = 20, seed: int = 1000, path: Path = CHECKPOI
     rebuilt = model.decode(latents)
     figures = {
         "vae.psnr_db": float(psnr(rebuilt.permute(0, 3, 1, 2), images.permute(0, 3, 1, 2)).mean()),
-        "size.mib": sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) / 2**20,
+        "size.mib": sum(file.stat().st_size for file in path.parent.parent.rglob("*.safetensors")) / 2**20,
     }
     figures |= {f"reader.{name}": value for name, value in accuracy(reader, pictures).items()}
     figures["reader.accuracy"] = min(figures[f"reader.{name}"] for name in ("class", "scene", "pattern", "hat_presence"))

@@ -17,7 +17,7 @@ from .world import world_hash
 
 log = logging.getLogger(__name__)
 VERSION = "1"
-CHECKPOINT = READER.parent / "kindred_miniature.safetensors"
+CHECKPOINT = READER.parent / "checkpoints" / "kindred_miniature.safetensors"
 TABLE = 49_408  # rows of the standard token table
 
 
@@ -68,7 +68,7 @@ def checkpoint_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]
 
 def pack(folder: Path) -> None:
     """Writes into miniature/weights whatever `folder` holds: the checkpoint if the UNet has begun, the reader if it has."""
-    READER.parent.mkdir(exist_ok=True)
+    CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
     if (folder / "unet.pt").exists():
         weights, metadata = checkpoint_weights(folder)
         save_file(weights, CHECKPOINT, metadata)

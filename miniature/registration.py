@@ -70,4 +70,4 @@ def register() -> None:
     """Adds the architecture and the weights' folder to the host; calling it again, or from a reloaded pack, changes nothing more."""
     known = comfy.supported_models.models
     known[:] = [model for model in known if model.__name__ != KindredMiniature.__name__] + [KindredMiniature]
-    folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS))
+    folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS / "checkpoints"))

@@ -28,7 +28,8 @@ def test_it_is_registered_once():
     register()
     assert comfy.supported_models.models.count(KindredMiniature) == 1
     assert folder_paths.get_folder_paths("checkpoints").count(str(CHECKPOINT.parent)) == 1
-    assert "kindred_miniature.safetensors" in folder_paths.get_filename_list("checkpoints")
+    assert [n for n in folder_paths.get_filename_list("checkpoints") if "kindred" in n] == ["kindred_miniature.safetensors"]
+    assert folder_paths.get_filename_list("concept_encoders") == ["kindred_miniature_concept.safetensors"]
 
 
 def test_the_host_rebuilds_held_out_renderings(loaded):
