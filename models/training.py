@@ -264,7 +264,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip)
         if not math.isfinite(value) or not torch.isfinite(norm):
             raise FloatingPointError(f"training: the loss of step {self.step_number + 1} is {value} and its gradient {float(norm)}. "
-                                     f"Lower the learning rate (now {s.rate}) or use bf16 or no mixed precision.")
+                                     f"Lower the learning rate (now {s.rate}) or use no mixed precision; that is another run, so give it "
+                                     "another folder or name, and start it from the encoder saved last if you like.")
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * s.rate_at(self.step_number)
         self.optimizer.step()
@@ -294,18 +295,19 @@ class Trainer:
                 "step": self.step_number, "losses": list(self.losses), "settings": asdict(self.settings), "made_with": made_with}
 
     def save(self, encoder: Path, state: Path, made_with: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """The state and the averaged encoder, each whole or as it was. OSError where the disk says no."""
+        """The averaged encoder, then the state, each whole or as it was: a state is never ahead. OSError where the disk says no."""
         for stale in (p for file in (state, encoder) for p in file.parent.glob(f".{file.name}.*.partial")):
             stale.unlink(missing_ok=True)  # of a run that was killed while it saved
+        self.kept(**facts).save(encoder)
         with whole(state) as partial:
             torch.save(self.state(**made_with), partial)
-        self.kept(**facts).save(encoder)
 
     def resume(self, state: Mapping[str, Any], **made_with: Any) -> None:
-        """Continue from `state`; steps may differ. ValueError names a setting that would make it another run."""
+        """Continue from `state`; steps may differ under a constant rate. ValueError names a setting that would make it another run."""
         was = {**asdict(TrainSettings()), **state["settings"], **state.get("made_with", {})}  # a setting it does not know came later
         now = {**asdict(self.settings), **{k: v for k, v in made_with.items() if k in was}}
-        differ = [k for k, v in now.items() if k != "steps" and was.get(k) != v]
+        free = () if self.settings.schedule == "cosine" else ("steps",)  # a cosine ends where the run does
+        differ = [k for k, v in now.items() if k not in free and was.get(k) != v]
         if differ:
             raise ValueError("training: the checkpoint was made with " + ", ".join(f"{k} {was.get(k)}" for k in differ) + ", but "
                              + ", ".join(f"{k} {now[k]}" for k in differ) + " was asked for. Give the same settings, "

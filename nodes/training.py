@@ -63,8 +63,9 @@ class Order:
 
     @property
     def settings(self) -> TrainSettings:
-        same = ("steps", "batch", "accumulate", "tower_rate", "drop_text", "drop_image", "drop_both", "average", "seed")
-        return TrainSettings(rate=self.learning_rate, **{name: getattr(self, name) for name in same})
+        same = ("steps", "batch", "accumulate", "drop_text", "drop_image", "drop_both", "average", "seed")
+        tower = None if self.tower == SMALL else self.tower_rate  # a new tower has everything to learn, as the projections have
+        return TrainSettings(rate=self.learning_rate, tower_rate=tower, **{name: getattr(self, name) for name in same})
 
     def check_images(self) -> None:
         """ValueError for no pictures, a batch that is none, NaN."""
@@ -122,7 +123,7 @@ class Order:
         tower = None
         if self.clip_vision is not None:
             config, tower = self.with_tower(config, self.clip_vision)
-        torch.manual_seed(self.seed)  # inside host.training, which puts the global generator back
+        torch.default_generator.manual_seed(self.seed)  # the CPU's, which host.training puts back
         encoder = ConceptEncoder(config)
         if tower:
             encoder.tower.load_clip(tower)
@@ -241,7 +242,7 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
                  "drop": [settings.drop_text, settings.drop_image, settings.drop_both]}
         try:
             if order.resume and state.exists():
-                trainer.resume(read_state(state, device), **made_with)
+                trainer.resume(read_state(state), **made_with)
                 log.info("%s: going on from step %d of %s", NODE, trainer.step_number, path.name)
             run(trainer, order.save_every, Saving(trainer, path, state, made_with, facts))
         except (ValueError, FloatingPointError) as error:
@@ -260,7 +261,7 @@ class Saving:
     saved: int = 0
 
     def __post_init__(self) -> None:
-        self.saved = self.trainer.step_number
+        self.saved = self.trainer.step_number if self.path.exists() else 0
 
     def __call__(self) -> None:
         """OSError says what there still is."""

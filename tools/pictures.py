@@ -175,7 +175,11 @@ def read_chunk(files: Sequence[Path], rows: Sequence[int], arrays: Mapping[str, 
         try:
             picture = read_picture(files[row])
             seen, drawn = square(picture, small), square(picture, size)
-        except Exception:  # decoders raise whatever a broken file leads them to: struct.error, EOFError, IndexError, a bomb's
+        except MemoryError:
+            raise
+        except Exception as problem:  # decoders raise whatever a broken file leads them to: struct.error, EOFError, IndexError, a bomb's
+            if isinstance(problem, OSError) and problem.errno is not None and files[row].is_file():
+                raise  # the disk, not the picture
             arrays["done"][row] = BROKEN
             continue
         arrays["pixels"][row] = seen

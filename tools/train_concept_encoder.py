@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+MOST_PROMPTS = 4096  # kept encoded
 VALIDATION_DRAWS = 8  # micro-steps of the validation loss, always the same ones
 
 
@@ -62,7 +64,7 @@ class Prompts(Mapping):
     """CONDITIONING by text, encoded when first asked for."""
 
     def __init__(self, clip: Any) -> None:
-        @lru_cache(4096)
+        @lru_cache(MOST_PROMPTS)
         def encode(text: str) -> Any:
             with torch.no_grad():
                 return clip.encode_from_tokens_scheduled(clip.tokenize(text))
@@ -90,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tower.add_argument("--clip-vision", help="CLIP ViT-L or ViT-H .safetensors, or a name in models/clip_vision")
     tower.add_argument("--new-tower", help="JSON of a CLIPVisionConfig for a tower from nothing")
     parser.add_argument("--tower-weights", type=Path, help="weights for --new-tower, in transformers' names")
-    parser.add_argument("--start", type=Path, help="a concept encoder to start from")
+    tower.add_argument("--start", type=Path, help="a concept encoder with a tower of its own to go on from")
     parser.add_argument("--size", type=int, help="pixels of a side (default: what the model was trained at)")
     parser.add_argument("--merge", choices=("concat", "add"), default="concat")
     parser.add_argument("--held-out", type=int, default=8, help="subjects kept out for validation (default: %(default)s)")
@@ -118,24 +120,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return given
 
 
-def found(folder_paths: Any, kind: str, name: str) -> str:
-    """A path as given, or a name in one of the host's folders; SystemExit names both."""
-    path = name if Path(name).is_file() else folder_paths.get_full_path(kind, name)
+def found(folder_paths: Any, kind: str, name: str, host: Path) -> str:
+    """A path as given, or a name in models/ of the host or of the pack; SystemExit names both."""
+    for path in (Path(name), host / "models" / kind / name):
+        if path.is_file():
+            return str(path)
+    path = folder_paths.get_full_path(kind, name)
     if path is None:
-        raise SystemExit(f"train_concept_encoder: {name} is neither a file nor in models/{kind}.")
+        raise SystemExit(f"train_concept_encoder: {name} is neither a file nor in {host / 'models' / kind}.")
     return path
 
 
-def estimate(encoder: nn.Module, trained: int, unet: nn.Module, device: torch.device) -> str:
-    """What is held whatever the batch: the frozen UNet, the encoder, its gradients, averages and Adam's two moments."""
+def estimate(encoder: Any, settings: Any, unet: nn.Module, accelerator: Accelerator) -> str:
+    """What will be held whatever the batch: the frozen UNet, the encoder, its gradients, averages and Adam's two moments."""
+    device = accelerator.device
     frozen = sum(p.numel() * p.element_size() for p in unet.parameters())
-    held = sum(p.numel() for p in encoder.parameters()) * 4 + trained * 16
+    tower = sum(p.numel() for p in encoder.tower.parameters())
+    every = sum(p.numel() for p in encoder.parameters())
+    trained = every - (tower if settings.tower_rate == 0 else 0)
+    held = every * 4 + trained * (16 + 4 * (accelerator.num_processes > 1))
     text = (f"memory: UNet {frozen / 2**30:.2f} GiB + encoder, gradients, average and optimizer {held / 2**30:.2f} GiB, "
             "and the activations of a batch")
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         text += f"; {free / 2**30:.1f} of {whole / 2**30:.1f} GiB are free on {device}"
-        if frozen + held > free + frozen:
+        if frozen + held > free:
             text += ". That is more than there is: freeze the tower (--tower-rate 0)"
     return text
 
@@ -146,7 +155,11 @@ def main(argv: list[str] | None = None) -> int:
         PictureFolder(given.images, given.prompt).files()
     except NoPictures as problem:  # said before seconds of loading
         raise SystemExit(f"train_concept_encoder: {problem}") from problem
+    if given.tensorboard and find_spec("tensorboard") is None:
+        raise SystemExit("train_concept_encoder: --tensorboard needs the tensorboard package; log.csv is written in any case.")
     quiet = int(os.environ.get("RANK", "0")) != 0
+    if torch.cuda.is_available() and not given.cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before the host asks the first GPU for its memory
     boot(Path(given.host), cpu=given.cpu or not torch.cuda.is_available())
     from datetime import timedelta
     accelerator = Accelerator(mixed_precision=given.mixed_precision, cpu=given.cpu or not torch.cuda.is_available(),
@@ -172,7 +185,7 @@ class Training:
         import comfy.clip_vision
         import comfy.sd
         import folder_paths
-        from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing, load_concept_encoder
+        from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing, check_layers, load_concept_encoder
         from kindred.models.injection import Merge
         from kindred.models.training import Trainer, TrainSettings, read_state
         from kindred.nodes import host
@@ -180,14 +193,21 @@ class Training:
         self.name = given.name or given.out.resolve().name
         given.out.mkdir(parents=True, exist_ok=True)
         settings, node = TrainSettings(**given.settings), "train_concept_encoder"
-        checkpoint = found(folder_paths, "checkpoints", given.checkpoint)
+        checkpoint = found(folder_paths, "checkpoints", given.checkpoint, Path(given.host))
         self.model, clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=True, output_clip=True,
                                                                             model_options=self.precision())
         if clip is None or self.vae is None:
             raise ValueError(f"{Path(checkpoint).name} lacks its CLIP or its VAE. Give a whole checkpoint.")
         family, layers, width = host.cross_layers(self.model, node)
-        if given.clip_vision:
-            vision = comfy.clip_vision.load(found(folder_paths, "clip_vision", given.clip_vision))
+        if given.start:
+            config = load_concept_encoder(given.start).config
+            check_layers(config, family, layers, width, node)
+            if config.tower is None:
+                raise ValueError(f"{given.start.name} holds no CLIP tower. Start from one that does, or give --clip-vision.")
+            tower, weights, pixels = dict(config.tower), None, config.preprocessing
+            given.merge = config.merge.value
+        elif given.clip_vision:
+            vision = comfy.clip_vision.load(found(folder_paths, "clip_vision", given.clip_vision, Path(given.host)))
             if vision is None:
                 raise ValueError(f"{given.clip_vision} is no CLIP vision model.")
             tower, weights = host.ManagedEncoder.tower_of(vision)
@@ -205,6 +225,7 @@ class Training:
                                  for b, s in sites.items()})
         if given.start:
             encoder.load_state_dict(load_concept_encoder(given.start).state_dict())
+        self.say(estimate(encoder, settings, self.model.model.diffusion_model, accelerator))
         size = given.size or host.SIDES.get(family, 512)
         folder = PictureFolder(given.images, given.prompt)
         unreadable = prepare(folder, given.out / "cache", size, pixels, f"{Path(checkpoint).name} {host.model_key(self.model)}",
@@ -213,17 +234,17 @@ class Training:
             print(f"left out {len(unreadable)} unreadable files:", *unreadable, sep="\n  ", file=sys.stderr)
         self.examples, self.validation = load_examples(given.out / "cache", given.held_out)
         self.prompts = Prompts(clip)
+        for text in list(dict.fromkeys(("", *self.examples.prompts)))[:MOST_PROMPTS]:
+            self.prompts[text]  # before the UNet is loaded, which the text encoder would push aside
         self.denoise = host.FrozenUNet(self.model, config.merge, self.prompts, given.checkpointing)
         self.trainer = Trainer(encoder, self.denoise, self.examples, settings, Accelerated(accelerator))
         self.made_with = {"pictures": self.digest(), "size": size, "merge": given.merge, "tower": tower, "base": host.model_key(self.model),
-                          "processes": accelerator.num_processes}
+                          "processes": accelerator.num_processes, "precision": given.mixed_precision}
         if (given.out / "state.pt").is_file():
-            self.trainer.resume(read_state(given.out / "state.pt", accelerator.device), **self.made_with)
+            self.trainer.resume(read_state(given.out / "state.pt"), **self.made_with)
         self.facts = {"pictures": len(self.examples), "subjects": len(self.examples.groups), "batch": settings.batch * settings.accumulate
                       * accelerator.num_processes, "rate": settings.rate, "prompt": given.prompt, "seed": settings.seed,
                       "drop": [settings.drop_text, settings.drop_image, settings.drop_both], "base": host.model_key(self.model)}
-        self.say(estimate(encoder, sum(p.numel() for p in self.trainer.trained.values()), self.model.model.diffusion_model,
-                          accelerator.device))
 
     def digest(self) -> str:
         """Names, sizes and prompts of the pictures, in short."""
@@ -250,6 +271,8 @@ class Training:
         began, first, board = time.monotonic(), trainer.step_number, self.board()
         if first:
             self.say(f"going on from step {first}")
+            if not (given.out / f"{self.name}.safetensors").is_file():
+                self.save()
         bar = tqdm(total=s.steps, initial=first, disable=self.quiet, file=sys.stderr, mininterval=1.0)
         while trainer.step_number < s.steps:
             loss = trainer.step()
@@ -278,10 +301,7 @@ class Training:
     def board(self) -> Any:
         if not self.given.tensorboard or self.quiet:
             return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as problem:
-            raise ValueError("--tensorboard needs the tensorboard package; log.csv is written in any case") from problem
+        from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(self.given.out / "tensorboard")
 
     def save(self) -> None:
