@@ -112,7 +112,8 @@ class SubjectPrompts(io.ComfyNode):
             if isinstance(value, Tensor):
                 extras[key] = torch.cat([e[key] for _, e in encoded])
         extras[TEXT] = "\n".join(texts)
-        extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c, _ in encoded)
+        if any(c.shape[1] != cross.shape[1] for c, _ in encoded):
+            extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c, _ in encoded)
         if words:
             extras[SUBJECT] = SubjectTokens(tuple(words), positions)
         return io.NodeOutput([[cross, extras]], len(texts))

@@ -28,7 +28,7 @@ from kindred.models.injection import AttnCall, Role
 from kindred.models.masks import resize_user_mask
 from kindred.models.reference import Half, Halves, ReferenceBank, SubjectTokens
 from kindred.nodes.host import SUBJECT
-from kindred.nodes.reference import ActiveMaskedSelf, MaskedSelfInjection
+from kindred.nodes.reference import MaskedSelfInjection
 
 TIGHT = 1e-4  # float32 through a few UNet calls, relative to the picture's spread
 FELT = 1e-2  # an effect that cannot be rounding
@@ -311,7 +311,7 @@ class Seen:
         config = MaskedSelfInjection(bank_of(), 1.0, WeightMode.LOGIT_BIAS, frozenset(), 1e9, 0.0, Halves.COND, target)
         call = AttnCall(("middle", 0, 0), grid, (Role.COND,), (self.area,), self.latent)
         q = torch.zeros(1, grid[0] * grid[1], 8)
-        return ActiveMaskedSelf(config, None).query_mask(call, q)[0, 0].unflatten(0, grid)
+        return config.start_run(None).target(call, q)[0, 0].unflatten(0, grid)
 
 
 @LAW("area", [None, (6, 8, 2, 4)])
