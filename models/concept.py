@@ -76,11 +76,6 @@ class ConceptConfig:
     merge: Merge = Merge.CONCAT  # what it was trained with
     training: Mapping[str, Any] = field(default_factory=dict)  # facts: steps, data, rates, loss
 
-    @property
-    def tokens(self) -> int | None:
-        """Tokens of a picture: patches and the class token; None without a tower."""
-        return None if self.tower is None else (self.tower["image_size"] // self.tower["patch_size"]) ** 2 + 1
-
     def metadata(self) -> dict[str, str]:
         """One entry, since safetensors writes several in no fixed order."""
         told = {"version": VERSION, "family": self.family, "layers": [[*block, channels] for block, channels in self.layers],

@@ -26,7 +26,8 @@ from .injection import AttnCall, BlockSite, Merge, References, Role
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The paper's run is batch 2 on each of 4 GPUs, rate 1e-5, 100,000 steps, tower and projections updated (section 3.1)."""
+    """The paper's run is batch 2 (it does not say whether on each of its 4 GPUs), rate 1e-5, 100,000 steps, tower and projections
+    updated (section 3.1)."""
     steps: int = 100_000
     batch: int = 2  # per process and micro-step
     accumulate: int = 1  # micro-steps per step

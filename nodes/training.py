@@ -54,6 +54,8 @@ class Order:
     drop_image: float = 0.05
     drop_both: float = 0.05
     average: float = 0.999
+    weighting: str = "plain"
+    noise_from: float = 0.0
     merge: str = Merge.CONCAT.value
     mixed_precision: str = AUTO
     gradient_checkpointing: bool = False
@@ -63,7 +65,7 @@ class Order:
 
     @property
     def settings(self) -> TrainSettings:
-        same = ("steps", "batch", "accumulate", "drop_text", "drop_image", "drop_both", "average", "seed")
+        same = ("steps", "batch", "accumulate", "drop_text", "drop_image", "drop_both", "average", "weighting", "noise_from", "seed")
         tower = None if self.tower == SMALL else self.tower_rate  # a new tower has everything to learn, as the projections have
         return TrainSettings(rate=self.learning_rate, tower_rate=tower, **{name: getattr(self, name) for name in same})
 
@@ -158,9 +160,9 @@ class ConceptEncoderTrain(io.ComfyNode):
                                 tooltip="What the pictures show in general, such as 'a photo of a face'; or one line per picture."),
                 io.String.Input("save_name", default="my_subject", tooltip="Name of the file in models/concept_encoders."),
                 io.Int.Input("steps", default=1000, min=1, max=10_000_000,
-                             tooltip="The paper trains a domain in 100,000; a few subjects need some hundreds."),
+                             tooltip="The paper trains a domain in 100,000."),
                 io.Float.Input("learning_rate", default=1e-5, min=1e-8, max=0.1, step=1e-7, round=False,
-                               tooltip="Of the projections. 1e-5 is the paper's; a new small tower takes 1e-3."),
+                               tooltip="Of the projections, and of a new small tower. 1e-5 is the paper's; the miniature took 2e-3."),
                 io.Int.Input("batch", default=2, min=1, max=1024, tooltip="Pictures per step; more needs more memory."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="CLIP ViT-L or ViT-H: the tower to start from."),
                 host.Encoder.Input("concept_encoder", optional=True, tooltip="Instead of clip_vision: an encoder to train further."),
@@ -182,12 +184,16 @@ class ConceptEncoderTrain(io.ComfyNode):
                                tooltip="Share of pictures seen with neither. Guidance compares with these."),
                 io.Float.Input("average", default=0.999, min=0.0, max=0.99999, step=0.0001, round=False, advanced=True,
                                tooltip="Decay of the averaged weights, which are the ones kept; 0 keeps the last ones."),
+                io.Combo.Input("weighting", options=["plain", "velocity"], default="plain", advanced=True,
+                               tooltip="plain: the paper's loss. velocity: noisy levels count more, where colours are decided."),
+                io.Float.Input("noise_from", default=0.0, min=0.0, max=0.99, step=0.01, advanced=True,
+                               tooltip="0 trains on every noise level (the paper), 0.6 on the noisiest 40 % alone."),
                 io.Combo.Input("merge", options=[m.value for m in Merge], default=Merge.CONCAT.value, advanced=True,
                                tooltip="concat: one softmax over text and photo (the paper). add: beside it (IP-Adapter)."),
                 io.Combo.Input("mixed_precision", options=[AUTO, BF16, NO], default=AUTO, advanced=True,
                                tooltip="auto: bf16 on a GPU, none on a CPU."),
                 io.Boolean.Input("gradient_checkpointing", default=False, advanced=True,
-                                 tooltip="Compute the UNet twice instead of remembering it: much less memory, a third slower."),
+                                 tooltip="Compute the UNet twice instead of remembering it: less memory, slower."),
                 io.Int.Input("save_every", default=250, min=1, max=1_000_000, advanced=True, tooltip="Steps between two saves."),
                 io.Boolean.Input("resume", default=True, advanced=True,
                                  tooltip="Go on where an earlier run of the same settings stopped. Off: begin again and replace the file."),
