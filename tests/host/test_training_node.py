@@ -22,7 +22,7 @@ from kindred.models.concept import load_concept_encoder
 from kindred.models.training import Trainer, TrainSettings, draw
 from kindred.nodes import host, training
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
-from kindred.nodes.training import SMALL, ConceptEncoderTrain, draw_curve
+from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order, draw_curve
 
 SMALLER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
            "hidden_act": "quick_gelu"}
@@ -130,6 +130,12 @@ def test_it_trains_saves_and_feeds_the_injection_and_leaves_nothing_behind(world
     picture = sample(model, **asked)
     assert torch.isfinite(picture).all() and (picture - plain).abs().max() > 0.05
     assert (sample(again, **asked) - picture).abs().max() < 0.05 * (picture - plain).abs().max()
+
+
+def test_a_new_tower_learns_as_fast_as_the_projections():
+    given = {"model": None, "vae": None, "clip": None, "images": [], "prompt": ["x"], "save_name": "x", "learning_rate": 1e-3}
+    assert Order(**given, tower=SMALL).settings.tower_rate is None
+    assert Order(**given, tower_rate=1e-6, noise_from=0.5).settings.tower_rate == 1e-6
 
 
 def test_it_learns_two_pictures_by_heart(train, photos, monkeypatch):

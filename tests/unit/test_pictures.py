@@ -172,6 +172,17 @@ def test_a_bomb_is_a_broken_file(folder, monkeypatch) -> None:
     assert make(folder) == [str(folder / "bomb.png")]
 
 
+@pytest.mark.parametrize("problem", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_disk_or_memory_that_fails_is_no_broken_picture(folder, monkeypatch, problem) -> None:
+    """Named so, a picture would be left out of every later run."""
+    def fails(file: Path) -> None:
+        raise problem
+    with monkeypatch.context() as patched, pytest.raises(type(problem)):
+        patched.setattr(pictures, "read_picture", fails)
+        make(folder)
+    assert make(folder) == []
+
+
 def test_a_decoder_may_raise_anything(folder, monkeypatch) -> None:
     read = pictures.read_picture
 

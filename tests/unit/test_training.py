@@ -262,6 +262,17 @@ def test_more_steps_are_the_same_run() -> None:
     assert longer.step() == one.step()
 
 
+def test_a_cosine_ends_where_its_run_ends() -> None:
+    """Its rate hangs on the steps, so other steps are another run; a constant one may grow."""
+    cosine = replace(SETTINGS, schedule="cosine", warm_up=4)
+    assert cosine.rate_at(0) == 0.25 and cosine.rate_at(4) == 1.0 and cosine.rate_at(20) == pytest.approx(0.02)
+    one = trainer(cosine)
+    one.step()
+    trainer(cosine).resume(through_a_file(one.state()))
+    with pytest.raises(ValueError, match="steps 20, but steps 40"):
+        trainer(replace(cosine, steps=40)).resume(through_a_file(one.state()))
+
+
 def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch) -> None:
     one = trainer()
     one.step()
@@ -367,6 +378,17 @@ def test_levels_are_spread_and_uniform() -> None:
     counts = levels.flatten().bincount(minlength=12).float()
     assert len(counts) == 12 and (counts - 300).abs().max() < 5 * math.sqrt(300)
     assert (levels.float().mean(0) - 5.5).abs().max() < 0.7  # no row of the batch has levels of its own
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6])
+def test_noise_levels_are_drawn_from_their_share_up_and_all_alike(share) -> None:
+    """One of b equal strata each: with a picture per level, every level of the share comes once."""
+    first = round(share * 100)
+    settings = replace(SETTINGS, batch=100 - first, noise_from=share)
+    found = [sorted(draw(settings, examples(), 100, step).level.tolist()) for step in range(3)]
+    for levels in found:
+        assert min(levels) >= first and max(levels) <= 99
+        assert all(abs(level - (first + i)) <= 1 for i, level in enumerate(levels))
 
 
 def test_every_picture_is_drawn_alike() -> None:
