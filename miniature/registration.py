@@ -1,6 +1,6 @@
 """Tells the host what the miniature is, so that its own CheckpointLoaderSimple loads it.
 
-Beside nodes/host.py the only file that imports comfy.
+Beside nodes/host/ the only file that imports comfy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One engine for both papers (method.md section 4): which rows of an attention call read which reference, and what is recorded.
 
-Knows the host only by the plain values of a call; nodes/host.py translates. A `Run` is all that changes during a sampler run.
+Knows the host only by the plain values of a call; nodes/host/ translates. A `Run` is all that changes during a sampler run.
 Axes: b rows of a call = parts x pictures, n query tokens, m reference tokens, c channels, r reference pictures, y x grid.
 """
 from __future__ import annotations

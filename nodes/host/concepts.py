@@ -1,0 +1,87 @@
+"""Concept encoders: their folder, and one under the host's memory management."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...models.concept import ConceptEncoder, KeysValues
+
+CONCEPTS = "concept_encoders"  # their folder beside checkpoints and loras
+
+
+def register_folders(shipped: Path) -> None:
+    """models/concept_encoders, and the pack's own for the miniature's. Pickles are listed too, so that the node can say why not."""
+    paths, endings = folder_paths.folder_names_and_paths.setdefault(CONCEPTS, ([], set()))
+    endings.update((".safetensors", ".sft", ".bin", ".pt", ".ckpt"))
+    for folder in (Path(folder_paths.models_dir) / CONCEPTS, shipped):
+        folder_paths.add_model_folder_path(CONCEPTS, str(folder))
+
+
+def concept_files() -> list[str]:
+    return folder_paths.get_filename_list(CONCEPTS)
+
+
+def concept_path(name: str) -> Path:
+    """The file behind a name of the list; FileNotFoundError in the host's words where it is gone."""
+    return Path(folder_paths.get_full_path_or_raise(CONCEPTS, name))
+
+
+def concept_folder() -> Path:  # where a new one is saved
+    return Path(folder_paths.get_folder_paths(CONCEPTS)[0])
+
+
+@dataclass(frozen=True, eq=False)
+class ManagedEncoder:
+    """A concept encoder under the host's memory management; `vision` (CLIP_VISION) gives the tokens where it holds no tower."""
+    encoder: ConceptEncoder
+    patcher: ModelPatcher
+    name: str
+    vision: Any = None
+
+    @staticmethod
+    def of(encoder: ConceptEncoder, name: str, vision: Any = None) -> ManagedEncoder:
+        device = comfy.model_management.get_torch_device()
+        half = comfy.model_management.should_use_fp16(device)
+        encoder = encoder.to(torch.float16 if half else torch.float32).eval().requires_grad_(False)
+        return ManagedEncoder(encoder, comfy.model_patcher.ModelPatcher(encoder, device, comfy.model_management.unet_offload_device()),
+                              name, vision)
+
+    @staticmethod
+    def tower_of(vision: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A CLIP_VISION's configuration and weights in transformers' names, to train from; ValueError for towers of other kinds."""
+        if vision.model_type != "clip_vision_model":
+            raise ValueError(f"Kindred: a concept encoder is made from a CLIP vision model, but the one given is {vision.model_type}. "
+                             "Take CLIP ViT-L or ViT-H.")
+        config = {k: v for k, v in vision.config.items() if isinstance(v, (int, float, str)) and k not in ("model_type", "torch_dtype")}
+        return config, {k: v.detach().float().cpu().clone() for k, v in vision.get_sd().items()}
+
+    def see(self, image: Tensor | None) -> Tensor:
+        """The wired CLIP Vision's penultimate tokens [1 m d] of a picture [Y X c]; None: of zero pixels, which no picture has."""
+        if image is not None:
+            return self.vision.encode_image(image[None])["penultimate_hidden_states"]
+        comfy.model_management.load_models_gpu([self.vision.patcher])
+        size, device = self.vision.image_size, self.vision.load_device
+        return self.vision.model(pixel_values=torch.zeros(1, 3, size, size, device=device), intermediate_output=-2)[1]
+
+    def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
+        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero pixels instead, b = 1."""
+        if self.vision is None:
+            given = [self.encoder.config.preprocessing(image[None].cpu()) * (not empty) for image in images[:1 if empty else None]]
+        else:
+            given = [self.see(None)] if empty else [self.see(image) for image in images]
+            if given[0].shape[-1] != (wanted := self.encoder.config.tower_width):
+                raise ValueError(f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, but this concept encoder "
+                                 f"reads width {wanted}: {'ViT-H' if wanted == 1280 else 'ViT-L' if wanted == 1024 else 'another one'}. "
+                                 "Connect that CLIP Vision to Concept Encoder Load.")
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)  # plain layers cannot be loaded in part
+        given = [x.to(next(self.encoder.parameters())) for x in given]  # --novram leaves them on the CPU
+        made = [self.encoder(x) if self.vision is None else self.encoder.keys_values(self.encoder.features(x)) for x in given]
+        return {block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1)) for block in made[0]}

@@ -1,0 +1,145 @@
+"""The host's model: what it is, its attention layers, its schedule and its latents."""
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_sampling
+import comfy.samplers
+import folder_paths
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ...models.injection import BlockSite
+from ...models.reference import BlockId
+
+KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
+SUBJECT, TEXT = "kindred_subject", "kindred_text"  # what Subject Prompts leaves inside CONDITIONING
+SPECIAL = ("area", "mask", "control", "hooks", "gligen", "start_percent", "end_percent")
+Inversion, Reference = io.Custom("KINDRED_INVERSION"), io.Custom("KINDRED_REFERENCE")
+Encoder = io.Custom("KINDRED_CONCEPT_ENCODER")
+log = logging.getLogger(__name__)
+Conditioning = list[tuple[Tensor, dict[str, Any]]]
+
+
+def require_unet(model: ModelPatcher, node: str) -> BaseModel:
+    """The BaseModel behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
+    base = model.model
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(base.diffusion_model, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
+        raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
+                         f"{type(base.model_config).__name__} ({type(base.diffusion_model).__name__}, "
+                         f"{'flow' if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__}). "
+                         "Load an SD1.5, SD2.x or SDXL checkpoint.")
+    return base
+
+
+def attention_sites(unet: UNetModel) -> dict[BlockId, BlockSite]:
+    """Every transformer block in the order the UNet runs them."""
+    sites: dict[BlockId, BlockSite] = {}
+    divisor = 1
+    stages = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
+    for stage, blocks in stages:
+        for index, layers in enumerate(blocks):
+            depth = 0
+            for layer in layers:
+                if isinstance(layer, SpatialTransformer):
+                    for block in layer.transformer_blocks:
+                        sites[stage, index, depth] = BlockSite(block, divisor)
+                        depth += 1
+                elif isinstance(layer, Downsample):
+                    divisor *= 2
+                elif isinstance(layer, Upsample):
+                    divisor //= 2
+    return sites
+
+
+def model_key(model: ModelPatcher) -> str:
+    """A name for the weights and their LoRAs that is the same on every machine: "SD15 1a2b3c4d5e6f"."""
+    def tensors(value: object) -> Iterable[object]:
+        if isinstance(value, Tensor):
+            yield tuple(value.shape)
+            yield value.detach().flatten()[:4].float().tolist()
+        elif isinstance(value, (list, tuple)):
+            for v in value:
+                yield from tensors(v)
+        elif hasattr(value, "weights"):
+            yield from tensors(value.weights)
+        elif isinstance(value, (float, int, str)):
+            yield value
+    digest = hashlib.blake2b(digest_size=6)
+    for key, (original, *patches) in model.get_key_patches("diffusion_model.").items():
+        if patches or key.endswith(("attn1.to_k.weight", "attn2.to_v.weight")):
+            digest.update(repr((key, list(tensors(original[0])), [list(tensors(p)) for p in patches])).encode())
+    sampling = model.get_model_object("model_sampling")  # eps, v, zsnr: the same weights read otherwise
+    digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), sorted(model.injections))).encode())
+    return f"{type(model.model.model_config).__name__} {digest.hexdigest()}"
+
+
+def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
+    """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the CPU."""
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
+
+
+SCHEDULERS = list(comfy.samplers.SCHEDULER_NAMES)
+
+
+def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
+    """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
+    name = f"{scheduler}, {steps} steps" if sigmas is None else f"custom, {len(sigmas) - 1} steps"
+    sigmas = (schedule(model, scheduler, steps) if sigmas is None else sigmas).float().cpu()
+    if len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
+        raise ValueError(f"{node}: sigmas ({name}) must fall from step to step and end in 0, but "
+                         f"{[round(s, 4) for s in sigmas.tolist()[:6]]}... "
+                         f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
+                         "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, not flipped ones.")
+    return sigmas, name
+
+
+def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
+    """A LATENT's samples in model scale, checked: channels, finiteness, and not the empty latent."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(f"{node}: the latent is {list(samples.shape)}, but this model's latents have {channels} channels "
+                         "[b c y x]. Encode the photo with this checkpoint's VAE (VAE Encode).")
+    if not torch.isfinite(samples).all():
+        bad = (~torch.isfinite(samples)).sum().item()
+        raise ValueError(f"{node}: {bad} of {samples.numel()} latent values are NaN or infinite. A VAE in fp16 does this to "
+                         "some pictures: start ComfyUI with --fp32-vae or use another VAE.")
+    if not samples.any():
+        raise ValueError(f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, not Empty Latent Image.")
+    return model.model.process_latent_in(samples.float().cpu())  # --fp16-intermediates and --gpu-only give others
+
+
+def offer_example(picture: Path) -> None:
+    """Lay the shipped workflows' example photo into the host's temp folder, which the host itself empties at start and exit."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(picture, folder / "kindred_reference.png")
+
+
+def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
+    """Latents in model scale -> a LATENT's samples."""
+    return model.model.process_latent_out(samples)
+
+
+def percent_to_sigma(model: ModelPatcher, percent: float) -> float:
+    """Share of the model's own schedule (0 = all noise) as a sigma."""
+    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
+
+
+def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
+    """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
+    base = require_unet(model, node)
+    sites = attention_sites(base.diffusion_model)
+    width = next(iter(sites.values())).module.attn2.to_k.in_features
+    return type(base.model_config).__name__, tuple((b, s.module.attn2.to_k.out_features) for b, s in sites.items()), width

@@ -1,0 +1,132 @@
+"""Reference passes: the Ref-UNet inside the host's own sampling, captured, replayed or live."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import comfy.sampler_helpers
+import comfy.samplers
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...models.injection import Recorder, Run
+from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
+from .model import KEY, SPECIAL, SUBJECT, TEXT, Conditioning, log
+from .run import SamplerRun, install
+
+
+def read_prompt(conditioning: Conditioning, name: str, node: str, pictures: int) -> ReferencePrompt:
+    """The one plain prompt of a reference pass over r pictures; ValueError where several, masked or timed prompts are wired."""
+    special = sorted({k for _, extras in conditioning for k in SPECIAL if extras.get(k) is not None})
+    if len(conditioning) != 1 or special:
+        raise ValueError(f"{node}: {name} must be one plain prompt such as 'a photo of a cat', but {len(conditioning)} prompts were "
+                         f"given{' with ' + ', '.join(special) if special else ''}. Wire Subject Prompts straight into it.")
+    (cross, extras), = conditioning
+    if cross.shape[0] not in (1, pictures):
+        raise ValueError(f"{node}: {name} holds {cross.shape[0]} prompts for {pictures} reference picture{'s' * (pictures > 1)}. "
+                         "Write one line in Subject Prompts, or one line per picture.")
+    plain = {k: v for k, v in extras.items() if isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
+    return ReferencePrompt(str(extras.get(TEXT, "")), cross, plain, extras.get(SUBJECT))
+
+
+def _conditioning(prompt: ReferencePrompt) -> Conditioning:
+    return [(prompt.cross, dict(prompt.extras))]
+
+
+def _bare(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or split calls are not for it."""
+    kept = {k: v for k, v in model_options.get("transformer_options", {}).items() if k not in ("wrappers", "callbacks", KEY)}
+    return install({"transformer_options": kept}, run)
+
+
+class _ReferenceGuider(comfy.samplers.CFGGuider):
+    """Evaluates cond (and uncond, where its features are wanted) in one call and returns cond: guidance 1."""
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None) -> Tensor:
+        conds = [self.conds["positive"], self.conds.get("negative")]
+        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options or {})[0]
+
+
+Loop = Callable[[Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int, Tensor, Tensor], None]], Any]
+
+
+class _ReferenceSampler(comfy.samplers.Sampler):
+    """Hands a loop of models/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns."""
+    def __init__(self, loop: Loop, run: SamplerRun, total: int) -> None:
+        self.loop, self.run, self.total, self.result, self.checked = loop, run, total, None, False
+
+    def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
+               *args: Any, **kwargs: Any) -> Tensor:
+        self.run.begin(guider, extra_args["model_options"], noise.shape)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
+            if not self.checked and not torch.isfinite(denoised).all():
+                raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
+                                 "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
+            self.checked = True
+            return denoised
+
+        def progress(step: int, denoised: Tensor, x: Tensor) -> None:
+            callback(min(step, self.total - 1), denoised, x, self.total)
+        self.result = self.loop(denoise, noise.device, progress)
+        return noise
+
+
+def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, positive: ReferencePrompt, negative: ReferencePrompt | None,
+                   loop: Loop, recorder: Recorder | None = None, total: int | None = None) -> Any:
+    """Run `loop` inside the host's sampling (loading, casts, progress, interrupts) at guidance 1; returns the loop's result.
+
+    shape: [r c y x] of the reference latents; sigmas: descending [t+1], for nodes that look at the schedule; total: UNet
+    calls for the progress bar, where they are not one per step.
+    """
+    bare = model.clone()
+    bare.wrappers = {}
+    run = SamplerRun(recorder=recorder)
+    guider = _ReferenceGuider(bare)
+    guider.model_options = _bare(bare.model_options, run)
+    guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
+    total = total or len(sigmas) - 1
+    sampler = _ReferenceSampler(loop, run, total)
+    empty = torch.zeros(list(shape))
+    try:
+        guider.sample(empty, empty, sampler, sigmas, callback=latent_preview.prepare_callback(bare, total), seed=0)
+    finally:
+        run.close()
+    return sampler.result
+
+
+def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
+                     halves: frozenset[Half]) -> Mapping[Half, Mapping[BlockId, Tensor]]:
+    """The kept tokens [l c] of every block of the bank at this sigma: from the bank where it holds it (cached), else live.
+
+    Live is a Ref-UNet call on the interpolated trajectory at that very sigma. Remembered for the step, so that chained nodes
+    and repeated evaluations at one sigma share it.
+    """
+    key = (id(bank), sigma, halves)
+    if key not in run.step_tokens:
+        step = bank.step_of(sigma)
+        way = f"live, since it holds no sigma {sigma:.4g} (it was made with {bank.trajectory.schedule})" if step is None else "cached"
+        if way.split(",")[0] not in run.ways:
+            run.ways.add(way.split(",")[0])
+            log.info("Kindred: the reference is read %s.", way)
+        run.step_tokens = {key: _live_tokens(run, bank, sigma, halves) if step is None else
+                           {half: bank.tokens(half, step, *run.device_and_dtype) for half in halves}} | {
+                           k: v for k, v in run.step_tokens.items() if k[1] == sigma}
+    return run.step_tokens[key]
+
+
+def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half]) -> dict[Half, dict[BlockId, Tensor]]:
+    model, device = run.guider.inner_model, run.guider.model_patcher.load_device
+    x = bank.latent_at(sigma).to(device)
+    wanted = {"positive": Half.COND, "negative": Half.UNCOND}
+    conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
+    conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
+    recorder = Recorder(bank.blocks)
+    inner = Run(recorder=recorder, latent=tuple(x.shape[2:]))
+    inner.read_conds(conds)
+    comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
+                                   _bare(run.model_options, inner))
+    inner.close()
+    return {half: bank.keep(recorder.of(half)) for half in halves}

@@ -1,0 +1,168 @@
+"""A sampler run: the host's attention calls, its conds and its guider, translated for models/injection.py."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import comfy.model_patcher
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...models.injection import ActiveInjection, Run
+from ...models.reference import BlockId, Half
+from .model import KEY, attention_sites
+
+
+class Injection(Protocol):
+    """A frozen node configuration."""
+    def check(self, model: ModelPatcher) -> None: ...
+    def start_run(self, run: SamplerRun) -> ActiveInjection: ...
+
+
+@dataclass
+class SamplerRun(Run):
+    """A run under one of the host's guiders."""
+    injections: tuple[Injection, ...] = ()
+    guider: Any = None
+    model_options: dict[str, Any] = field(default_factory=dict)
+    step_tokens: dict[tuple[int, float, frozenset[Half]], Mapping[Half, Mapping[BlockId, Tensor]]] = field(default_factory=dict)
+    ways: set[str] = field(default_factory=set)  # cached, live: each is logged once
+
+    def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int]) -> None:
+        """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
+        self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
+        self.sites = attention_sites(guider.inner_model.diffusion_model)
+        self.read_conds(guider.conds)
+        self.active = [injection.start_run(self) for injection in self.injections]
+
+    @property
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in what the UNet computes."""
+        return self.guider.model_patcher.load_device, self.guider.inner_model.get_dtype_inference()
+
+    def close(self) -> None:
+        super().close()
+        self.guider, self.model_options, self.step_tokens = None, {}, {}
+
+
+@torch.compiler.disable
+def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    run: Run | None = options.get(KEY)
+    if isinstance(run, Run):
+        run.pending = run.call(options)
+        if run.recorder:
+            run.recorder.self_tokens(run.pending, n)
+    return n, context, value
+
+
+@torch.compiler.disable
+def _attn2_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    run: Run | None = options.get(KEY)
+    if isinstance(run, Run):
+        run.pending = run.call(options, context.shape[1])
+    return n, context, value
+
+
+def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """optimized_attention_override that asks its predecessor (sage, flash, another pack) with the longer keys."""
+    @torch.compiler.disable
+    def override(func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
+                 **kwargs: Any) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+            if previous is not None:
+                return previous(func, q, k, v, heads, mask=mask, **kwargs)
+            return func(q, k, v, heads, mask=mask, **kwargs)
+        run = (kwargs.get("transformer_options") or {}).get(KEY)
+        call = run.pending if isinstance(run, Run) else None
+        if call is None or mask is not None or kwargs.get("skip_reshape"):
+            return attend(q, k, v, heads, mask)
+        if call.cross and run.recorder:
+            run.recorder.cross(call, q, k, heads)
+        return run.attend(call, attend, q, k, v, heads)
+    setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
+    return override
+
+
+class _Beside:
+    """A neighbour's replacement f of a block's cross-attention, with ours beside it: f + (ours - plain), which is ours where f is plain.
+
+    What f computes by itself stays its own, whether it hands its options on (the override would hear it) or not.
+    """
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        self.f = f
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        run: Run | None = options.get(KEY)
+        if not isinstance(run, Run) or run.pending is None:
+            return self.f(q, k, v, options)
+        call, run.pending, heads = run.pending, None, options["n_heads"]
+        out = self.f(q, k, v, options)
+        if run.recorder:
+            run.recorder.cross(call, q, k, heads)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+            return optimized_attention(q, k, v, heads, mask=mask, attn_precision=options["attn_precision"], transformer_options=options)
+        return out + (run.attend(call, attend, q, k, v, heads) - attend(q, k, v, heads)) if run.found(call, q) else out
+
+
+def install(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
+    """A copy of the options with the run in it; last in every chain that matters, so the order of nodes does not."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    transformer = options.setdefault("transformer_options", {})
+    transformer[KEY] = run
+    patches = transformer.setdefault("patches", {})
+    for name, patch in (("attn1_patch", _attn1_patch), ("attn2_patch", _attn2_patch)):
+        patches[name] = [patch, *(p for p in patches.get(name, ()) if p is not patch)]  # first: it sees norm(x) as it is
+    replaced = transformer.get("patches_replace", {}).get("attn2", {})
+    replaced.update({block: f if isinstance(f, _Beside) else _Beside(f) for block, f in replaced.items()})
+    previous = transformer.get("optimized_attention_override")
+    transformer["optimized_attention_override"] = _override(getattr(previous, KEY, (previous,))[0])
+    return options
+
+
+def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    guider = executor.class_obj
+    original = guider.model_options
+    injections = original["transformer_options"].get(KEY, ())
+    if "multigpu_clones" in original:
+        raise ValueError("Kindred: MultiGPU Work Units split the rows that share a subject over several devices. Remove that node.")
+    for injection in injections:
+        injection.check(guider.model_patcher)
+    run = SamplerRun(injections=injections)
+    guider.model_options = install(original, run)
+    try:
+        return executor(noise, latent, *args, **kwargs)
+    finally:
+        run.close()
+        guider.model_options = original
+
+
+def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
+                    *args: Any, **kwargs: Any) -> Tensor:
+    extra_args["model_options"]["transformer_options"][KEY].begin(guider, extra_args["model_options"], noise.shape)
+    return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+
+def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None) -> Tensor:
+    sigma = float(timestep.flatten()[0])
+    for injection in model_options["transformer_options"][KEY].active:
+        injection.begin_step(sigma)
+    return executor(x, timestep, model_options, seed)
+
+
+def inject(model: ModelPatcher, injection: Injection) -> ModelPatcher:
+    """A clone of the MODEL with one more injection; the input MODEL is never changed."""
+    clone = model.clone()
+    transformer = clone.model_options.setdefault("transformer_options", {})
+    transformer[KEY] = (*transformer.get(KEY, ()), injection)
+    wrappers = ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
+                (WrappersMP.PREDICT_NOISE, _predict_noise))
+    for kind, wrapper in wrappers:
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
