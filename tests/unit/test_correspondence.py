@@ -1,0 +1,430 @@
+"""Laws of the correspondence: method invariants I22 (injection), I28-I31, against double loops and float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kindred.models import correspondence
+from kindred.models.correspondence import adain, correspond, inject, smooth
+from kindred.models.masks import otsu_threshold
+
+GRIDS = [(4, 6), (7, 3), (5, 5)]
+ALPHAS = [0.25, 0.5, 0.8, 1.0]
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def some(*shape: int, seed: int, share: float = 0.5) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def order(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def everywhere(b: int, n: int) -> Tensor:
+    return torch.ones(b, n, dtype=torch.bool)
+
+
+def all_of(sources: Tensor) -> Tensor:
+    return torch.arange(sources.shape[0] * sources.shape[1])
+
+
+def others(masks: Tensor) -> list[Tensor]:
+    """For each picture of masks [b n]: the subject tokens of all other pictures, flat."""
+    seen = [masks.clone() for _ in masks]
+    for i, mask in enumerate(seen):
+        mask[i] = False
+    return [mask.flatten().nonzero().flatten() for mask in seen]
+
+
+def distances(targets: Tensor, sources: Tensor) -> Tensor:
+    """Cosine distance of every target token to every source token, [b n (s n')] float64, pair by pair from the definition."""
+    rows, columns = targets.double().flatten(0, 1), sources.double().flatten(0, 1)
+    out = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    for p, u in enumerate(rows):
+        for q, v in enumerate(columns):
+            out[p, q] = 1 - (u @ v) / math.sqrt((u @ u) * (v @ v))
+    return out.unflatten(0, targets.shape[:2])
+
+
+class Watch(TorchDispatchMode):
+    """Records the sizes of all tensors made, and refuses whatever would make a device wait for its host or shape a result by data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal"), name
+        if name.startswith(("index", "_index")):
+            flat = [i for a in args[1:] for i in (a if isinstance(a, (list, tuple)) else [a])]
+            assert not any(isinstance(i, Tensor) and i.dtype == torch.bool for i in flat[:-1] or flat), f"{name} with a mask"
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+# smoothing: I30 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_smoothing_is_the_gaussian_written_out(grid) -> None:
+    y, x = grid
+    features = randn(2, 3, y, x, seed=1)
+    weight = {(i, j): math.exp(-(i * i + j * j) / 2) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    total = sum(weight.values())
+    want = torch.zeros(2, 3, y, x, dtype=torch.float64)
+    for at_y in range(y):
+        for at_x in range(x):
+            for (i, j), w in weight.items():
+                if 0 <= at_y + i < y and 0 <= at_x + j < x:
+                    want[..., at_y, at_x] += features[..., at_y + i, at_x + j].double() * w / total
+    torch.testing.assert_close(smooth(features).double(), want, rtol=0, atol=1e-6)
+
+
+def test_the_kernel_sums_to_one_and_stays_in_its_channel() -> None:
+    one = torch.zeros(1, 2, 5, 7)
+    one[0, 1, 2, 3] = 1
+    out = smooth(one)
+    assert abs(out[0, 1].double().sum() - 1) < 1e-6
+    assert torch.equal(out[0, 0], torch.zeros(5, 7)) and torch.equal(out[0, 1, 1:4, 2:5].T, out[0, 1, 1:4, 2:5])
+    assert (out[0, 1] > 0).sum() == 9
+
+
+def test_smoothing_leaves_the_interior_of_a_constant_and_darkens_its_border() -> None:
+    flat = torch.full((1, 2, 6, 9), -3.5)
+    out = smooth(flat)
+    torch.testing.assert_close(out[..., 1:-1, 1:-1], flat[..., 1:-1, 1:-1], rtol=0, atol=1e-6)
+    border = out.abs() < 3.5 - 0.5
+    assert border[..., [0, -1], :].all() and border[..., [0, -1]].all() and not border[..., 1:-1, 1:-1].any()
+    features = randn(5, seed=2)[None, :, None, None].expand(1, 5, 4, 6)
+    cosine = F.cosine_similarity(smooth(features), features, dim=1)  # darker, and yet in the same direction
+    torch.testing.assert_close(cosine, torch.ones(1, 4, 6), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_smoothing_is_done_in_single_precision_and_given_back_as_it_came(dtype) -> None:
+    features = randn(1, 3, 4, 5, seed=3, dtype=dtype)
+    before = features.clone()
+    out = smooth(features)
+    assert out.dtype == dtype and out.shape == features.shape and torch.equal(features, before)
+    assert torch.equal(out, smooth(features.float()).to(dtype))
+
+
+# matching: I29, eq. 5, 8, 9 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_match_is_the_best_of_all_sources(grid) -> None:
+    n = grid[0] * grid[1]
+    targets, sources = randn(2, n, 8, seed=1), randn(3, n + 5, 8, seed=2)
+    kept = [some(3 * (n + 5), seed=s, share=0.4).nonzero().flatten() for s in (3, 4)]
+    out = correspond(targets, everywhere(2, n), sources, kept)
+    brute = distances(targets, sources)
+    assert out.source.dtype == torch.int64 and out.distance.dtype == torch.float32 and out.keep.dtype == torch.bool
+    for b in range(2):
+        best, at = brute[b][:, kept[b]].min(-1)
+        assert torch.equal(out.source[b], kept[b][at])
+        torch.testing.assert_close(out.distance[b].double(), best, rtol=0, atol=1e-6)
+
+
+def test_a_picture_matches_only_what_it_may() -> None:
+    """The best token of all stands outside `kept`: the best within is taken. A source's place in `kept` is of no matter."""
+    targets = randn(1, 6, 8, seed=1)
+    sources = torch.cat([targets, randn(2, 6, 8, seed=2)])
+    kept = torch.tensor([17, 7, 9])
+    out = correspond(targets, everywhere(1, 6), sources, [kept])
+    assert torch.isin(out.source, kept).all() and (out.distance > 0.01).all()
+    again = correspond(targets, everywhere(1, 6), sources, [kept.flip(0)])
+    assert torch.equal(out.source, again.source) and torch.equal(out.distance, again.distance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_picture_corresponds_to_itself(dtype) -> None:
+    features = randn(1, 24, 8, seed=1, dtype=dtype)
+    out = correspond(features, everywhere(1, 24), features, [all_of(features)])
+    assert torch.equal(out.source[0], torch.arange(24)) and torch.equal(out.distance, torch.zeros(1, 24))
+    assert not out.keep.any()  # a constant map of distances
+
+
+def test_a_permuted_copy_corresponds_by_that_permutation() -> None:
+    features, to = randn(2, 24, 8, seed=1), order(24, seed=2)
+    out = correspond(features[:1], everywhere(1, 24), features[:, to], [torch.arange(24)])
+    assert torch.equal(to[out.source[0]], torch.arange(24)) and torch.equal(out.distance, torch.zeros(1, 24))
+    out = correspond(features[1:], everywhere(1, 24), features[:, to], [all_of(features)])
+    assert torch.equal(out.source[0], 24 + to.argsort())
+
+
+def test_a_shifted_window_corresponds_by_that_shift() -> None:
+    """Windows of different sizes on one field, smoothed apart: token (y, x) finds (y + 2, x - 1) wherever no border is near."""
+    field = randn(1, 6, 12, 14, seed=1)
+    (y, x), (p, q) = (6, 9), (9, 11)
+    target, source = smooth(field[..., 3:3 + y, 1:1 + x]), smooth(field[..., 1:1 + p, 2:2 + q])
+    tokens = [f.flatten(2).transpose(1, 2) for f in (target, source)]
+    found = correspond(tokens[0], everywhere(1, y * x), tokens[1], [torch.arange(p * q)]).source.view(y, x)
+    at_y, at_x = torch.meshgrid(torch.arange(y), torch.arange(x), indexing="ij")
+    want = (at_y + 2) * q + at_x - 1
+    assert torch.equal(found[1:-1, 2:-1], want[1:-1, 2:-1])
+
+
+def test_similarity_is_symmetric() -> None:
+    a, b = randn(1, 6, 8, seed=1), randn(1, 9, 8, seed=2)
+    there = torch.stack([correspond(a, everywhere(1, 6), b, [torch.tensor([q])]).distance[0] for q in range(9)], 1)
+    back = torch.stack([correspond(b, everywhere(1, 9), a, [torch.tensor([p])]).distance[0] for p in range(6)], 1)
+    assert torch.equal(there, back.T)
+    torch.testing.assert_close(there.double(), distances(a, b)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", [1, 20])
+def test_lengths_are_of_no_matter(reach) -> None:
+    targets, sources = randn(2, 20, 8, seed=1), randn(2, 15, 8, seed=2)
+    kept = [all_of(sources), torch.arange(3, 25)]
+    once = correspond(targets, everywhere(2, 20), sources, kept)
+    longer, shorter = (10 ** (reach * (2 * torch.rand(2, n, 1) - 1)) for n in (20, 15))
+    out = correspond(targets * longer, everywhere(2, 20), sources * shorter, kept)
+    assert torch.equal(out.source, once.source) and torch.equal(out.keep, once.keep)
+    torch.testing.assert_close(out.distance, once.distance, rtol=0, atol=1e-6)
+    mirrored = correspond(-targets, everywhere(2, 20), sources, kept)  # only positive factors
+    assert not torch.equal(mirrored.source, once.source)
+
+
+def test_distances_end_at_nothing_and_at_two() -> None:
+    a = randn(1, 50, 7, seed=1)
+    same, opposite = (torch.stack([correspond(a[:, [p]], everywhere(1, 1), sign * 3 * a, [torch.tensor([p])]).distance[0, 0]
+                                   for p in range(50)]) for sign in (1, -1))
+    torch.testing.assert_close(same, torch.zeros(50), rtol=0, atol=1e-6)
+    torch.testing.assert_close(opposite, torch.full((50,), 2.0), rtol=0, atol=1e-6)
+    assert same.min() >= 0 and opposite.max() <= 2
+
+
+def test_a_token_without_direction_is_at_distance_one() -> None:
+    a, b = randn(1, 5, 8, seed=1), randn(1, 6, 8, seed=2)
+    a[0, 2], b[0, 0] = 0, 0
+    out = correspond(a, everywhere(1, 5), b, [torch.arange(6)])
+    assert out.distance[0, 2] == 1 and out.distance.isfinite().all()
+    assert torch.equal(correspond(a, everywhere(1, 5), b, [torch.tensor([0])]).distance, torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 24, 1000])
+def test_chunks_of_any_size_give_the_same(chunk, monkeypatch) -> None:
+    targets, sources = randn(2, 25, 8, seed=1), randn(3, 30, 8, seed=2)
+    kept = [all_of(sources), torch.arange(40, 75)]
+    masks = some(2, 25, seed=3)
+    once = correspond(targets, masks, sources, kept)
+    monkeypatch.setattr(correspondence, "CHUNK", chunk)
+    out = correspond(targets, masks, sources, kept)
+    assert torch.equal(out.source, once.source) and torch.equal(out.keep, once.keep)
+    assert torch.equal(out.distance, once.distance)  # bit for bit: a pair's distance is not the product's rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_matched_in_single(dtype) -> None:
+    targets, sources = 100 * randn(2, 25, 40, seed=1, dtype=dtype), 100 * randn(2, 30, 40, seed=2, dtype=dtype)
+    masks, kept = some(2, 25, seed=3), [all_of(sources), torch.arange(20)]
+    out, want = correspond(targets, masks, sources, kept), correspond(targets.float(), masks, sources.float(), kept)
+    assert torch.equal(out.source, want.source) and torch.equal(out.keep, want.keep)
+    assert out.distance.dtype == torch.float32 and torch.equal(out.distance, want.distance)
+
+
+def test_matching_waits_for_no_device_and_holds_one_chunk(monkeypatch) -> None:
+    monkeypatch.setattr(correspondence, "CHUNK", 4)
+    targets, sources = randn(2, 60, 3, seed=1), randn(2, 50, 3, seed=2)
+    kept = [torch.arange(80), torch.arange(7, 77)]
+    with Watch() as watch:
+        correspond(targets, everywhere(2, 60), sources, kept)
+    histograms = 2 * 257  # Otsu's own
+    assert watch.largest <= max(4 * 80, 80 * 3, histograms)
+    with Watch():
+        x = randn(2, 60, 3, seed=3)
+        inject(x, x.flatten(0, 1), torch.arange(4), torch.arange(9, 13), 0.8)
+        adain(randn(1, 20, 6, seed=4), randn(2, 30, 6, seed=5))
+        smooth(randn(1, 3, 4, 6, seed=6))
+
+
+# the gate: I28 ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_is_otsu_over_every_token_of_the_picture() -> None:
+    """Not over the subject's tokens, not over the batch, and strictly below."""
+    features = randn(1, 60, 8, seed=1)
+    noise = torch.linspace(0.02, 4, 60)[None, :, None] * randn(2, 60, 8, seed=2)
+    targets, masks = features + noise * torch.tensor([1.0, 0.2])[:, None, None], some(2, 60, seed=3)
+    out = correspond(targets, masks, features, [all_of(features)] * 2)
+    for b in range(2):
+        near = out.distance[b].double() < otsu_threshold(out.distance[b], axes=1)
+        assert torch.equal(out.keep[b], near & masks[b])
+        alone = correspond(targets[b:b + 1], masks[b:b + 1], features, [all_of(features)])
+        assert torch.equal(alone.keep[0], out.keep[b]) and torch.equal(alone.distance[0], out.distance[b])
+        assert 0 < out.keep[b].sum() < masks[b].sum()  # the gate turns some of the subject away
+        within = out.distance[b][masks[b]].double()
+        assert (within < otsu_threshold(within, axes=1)).sum() != out.keep[b].sum()
+    pooled = out.distance.double() < otsu_threshold(out.distance)
+    assert not torch.equal(pooled & masks, out.keep)
+
+
+def test_two_distances_part_at_the_nearer() -> None:
+    """Ten tokens that match and ten that do not: the ten, not their complement."""
+    axes = torch.eye(3)
+    targets = torch.cat([axes[0].expand(10, 3), (axes[0] + axes[1]).expand(10, 3)])[None]
+    out = correspond(targets, everywhere(1, 20), axes[None, :1], [torch.tensor([0])])
+    assert torch.equal(out.keep[0], torch.arange(20) < 10)
+
+
+@pytest.mark.parametrize("source", [0, 1, 2])
+def test_equal_distances_keep_nothing(source) -> None:
+    axes = torch.eye(3)
+    out = correspond(axes[:1].expand(1, 7, 3), everywhere(1, 7), axes[None], [torch.tensor([source])])
+    assert not out.keep.any()
+
+
+def test_nothing_to_match_keeps_nothing() -> None:
+    targets, sources = randn(2, 12, 8, seed=1), randn(2, 10, 8, seed=2)
+    out = correspond(targets, everywhere(2, 12), sources, [torch.arange(0), torch.arange(20)])
+    assert torch.equal(out.distance[0], torch.full((12,), 2.0)) and torch.equal(out.source[0], torch.zeros(12, dtype=torch.int64))
+    assert not out.keep[0].any() and out.keep[1].any()
+    alone = correspond(targets[1:], everywhere(1, 12), sources, [torch.arange(20)])  # the empty one changes no neighbour
+    assert torch.equal(alone.source[0], out.source[1]) and torch.equal(alone.keep[0], out.keep[1])
+
+
+def test_no_subject_keeps_nothing() -> None:
+    targets = randn(1, 12, 8, seed=1)
+    out = correspond(targets, ~everywhere(1, 12), randn(1, 9, 8, seed=2), [torch.arange(9)])
+    assert not out.keep.any() and (out.distance < 2).all()
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_one_list_of_sources_per_picture(pictures) -> None:
+    with pytest.raises(ValueError, match=f"2 pictures.*{pictures}"):
+        correspond(randn(2, 4, 3, seed=1), everywhere(2, 4), randn(1, 4, 3, seed=2), [torch.arange(4)] * pictures)
+
+
+# injection: eq. 6, I28, I22 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_injection_moves_its_targets_and_no_other_bit(alpha, dtype) -> None:
+    x, snapshot = randn(2, 10, 6, seed=1, dtype=dtype), randn(15, 6, seed=2, dtype=dtype)
+    targets, rows = torch.tensor([3, 19, 0, 11]), torch.tensor([14, 2, 2, 7])
+    before, source = x.clone(), snapshot.clone()
+    out = inject(x, snapshot, rows, targets, alpha)
+    assert torch.equal(x, before) and torch.equal(snapshot, source) and out.data_ptr() != x.data_ptr()
+    assert out.dtype == dtype and out.shape == x.shape
+    moved = torch.zeros(20, dtype=torch.bool)
+    moved[targets] = True
+    moved = moved.view(2, 10)
+    assert torch.equal(out[~moved], x[~moved])
+    want = (1 - alpha) * before.flatten(0, 1)[targets].double() + alpha * source[rows].double()
+    torch.testing.assert_close(out.flatten(0, 1)[targets].double(), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+    assert alpha < 1 or torch.equal(out.flatten(0, 1)[targets], snapshot[rows])
+
+
+def test_injection_of_nothing_is_the_same_tensor() -> None:
+    x, none = randn(2, 10, 6, seed=1), torch.arange(0)
+    assert inject(x, x.flatten(0, 1), torch.arange(5), torch.arange(5), 0.0) is x
+    assert inject(x, x.flatten(0, 1), none, none, 0.8) is x
+    assert inject(x, x[0, :0], none, none, 0.8) is x
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_injection_of_oneself_is_the_identity(alpha) -> None:
+    x = randn(1, 24, 6, seed=1)
+    at = correspond(x, everywhere(1, 24), x, [all_of(x)]).source[0]
+    assert torch.equal(inject(x, x.flatten(0, 1), at, torch.arange(24), alpha), x)
+
+
+def test_injection_reads_a_bank_of_another_precision_and_layout() -> None:
+    x, bank = randn(2, 6, 10, seed=1).transpose(1, 2), randn(15, 6, seed=2).half()
+    at, rows = torch.tensor([3, 19]), torch.tensor([4, 9])
+    assert torch.equal(inject(x, bank, rows, at, 0.8), inject(x.contiguous(), bank.float(), rows, at, 0.8))
+
+
+def shared_injection(features: Tensor, x: Tensor, masks: Tensor, alpha: float) -> Tensor:
+    """One round all to all, as a layer does it: everyone reads a snapshot taken before anyone is written."""
+    match = correspond(features, masks, features, others(masks))
+    at = match.keep.flatten().nonzero().flatten()
+    return inject(x, x.flatten(0, 1), match.source.flatten()[at], at, alpha)
+
+
+def injection_one_by_one(features: Tensor, x: Tensor, masks: Tensor, alpha: float) -> Tensor:
+    """The same, but each picture reads what stands there by then (quirk Q1)."""
+    match = correspond(features, masks, features, others(masks))
+    for i, (keep, source) in enumerate(zip(match.keep, match.source, strict=True)):
+        at = keep.nonzero().flatten()
+        x = inject(x, x.flatten(0, 1), source[at], at + i * x.shape[1], alpha)
+    return x
+
+
+def test_permuting_the_batch_permutes_the_injection() -> None:
+    shape = randn(1, 40, 8, seed=1)
+    features, x, masks = shape + 0.5 * randn(4, 40, 8, seed=2), randn(4, 40, 6, seed=3), some(4, 40, seed=4)
+    out = shared_injection(features, x, masks, 0.8)
+    assert (out != x).any((1, 2)).all()  # every picture is written
+    written_first = injection_one_by_one(features, x, masks, 0.8)
+    assert not torch.equal(written_first, out)
+    for seed in (1, 2, 3):
+        to = order(4, seed=seed)
+        assert not torch.equal(to, torch.arange(4))
+        assert torch.equal(shared_injection(features[to], x[to], masks[to], 0.8), out[to])
+        assert not torch.equal(injection_one_by_one(features[to], x[to], masks[to], 0.8), written_first[to])
+
+
+# AdaIN of keys: I31 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift, scale", [(0, 1), (5, 0.1), (-2, 30)])
+def test_adain_to_oneself_is_the_identity(shift, scale) -> None:
+    x = shift + scale * randn(2, 40, 6, seed=1)
+    torch.testing.assert_close(adain(x, x), x, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 50.0])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_adain_takes_the_mean_and_the_spread_of_each_channel(rows, spread) -> None:
+    x = spread * (randn(rows, 25, 6, seed=1) * torch.arange(1, 7) + torch.arange(6))
+    like = randn(3, 40, 6, seed=2) * torch.arange(6, 0, -1) - 4
+    out = adain(x, like)
+    assert out.shape == (3, 25, 6)
+    for b in range(3):
+        for c in range(6):
+            assert abs(out[b, :, c].double().mean() - like[b, :, c].double().mean()) < 1e-4
+            assert abs(out[b, :, c].double().std(correction=0) - like[b, :, c].double().std(correction=0)) < 1e-4
+            order_in, order_out = x[b % rows, :, c].argsort(), out[b, :, c].argsort()
+            assert torch.equal(order_in, order_out)  # a stretch and a shift: no token overtakes another
+    torch.testing.assert_close(out, adain(x.expand(3, -1, -1), like))
+
+
+def test_adain_of_one_token_is_the_mean() -> None:
+    like = randn(3, 40, 6, seed=2)
+    out = adain(randn(1, 1, 6, seed=1), like)
+    torch.testing.assert_close(out, like.mean(1, keepdim=True), rtol=0, atol=1e-6)
+    still = adain(torch.full((1, 9, 6), 3.3), like)  # so is a channel that never changes, its rounding not blown up
+    torch.testing.assert_close(still, like.mean(1, keepdim=True).expand(3, 9, 6), rtol=0, atol=0.05)
+    assert torch.equal(adain(torch.zeros(1, 4, 6), like[:, :1]), like[:, :1].expand(3, 4, 6))
+
+
+def test_adain_of_or_to_no_token_is_no_failure() -> None:
+    x, like = randn(1, 5, 6, seed=1), randn(3, 4, 6, seed=2)
+    assert adain(x[:, :0], like).shape == (3, 0, 6)
+    assert torch.equal(adain(x, like[:, :0]), x.expand(3, 5, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adain_is_done_in_single_precision_and_given_back_as_it_came(dtype) -> None:
+    x, like = (300 * randn(2, 30, 6, seed=s, dtype=dtype) for s in (1, 2))  # squares overflow in float16
+    before = x.clone()
+    out = adain(x, like)
+    assert out.dtype == dtype and out.isfinite().all() and torch.equal(x, before)
+    assert torch.equal(out, adain(x.float(), like.float()).to(dtype))
+    assert torch.equal(out, adain(x, like.float()))
