@@ -124,6 +124,65 @@ def identity_similarity(reading: Reading, identity: Identity, index: int = 0) ->
     return sum(SHARES[name] * part for name, part in similarity_parts(reading, identity, index).items())
 
 
+def pairwise_similarity(one: Reading, other: Reading) -> Tensor:
+    """Identity similarity of every picture of one reading with every picture of another -> [a b], 1 = the same subject.
+
+    A reading tells an identity with some doubt, so this is the expectation of identity_similarity over the identities that the
+    other reading allows. Pattern: probability that both show the same. Hat: the same for its kind, times hue agreement where there
+    is one. Colours are read without doubt. Both directions give the same number, so it is their mean as well; a reading without
+    doubt is an identity and gives identity_similarity; a picture with itself gives 1 as far as the reader is sure of it.
+    """
+    mine, theirs = ({name: values.double() for name, values in r.colours.items()} for r in (one, other))
+    hue = {name: hue_agreement(mine[name][:, None], theirs[name]) for name in HUES}
+    tone = 1 - sum((mine[name][:, None] - theirs[name]).abs() for name in ("saturation", "value"))
+    same = {kind: one.probabilities[kind].double()[:, None] * other.probabilities[kind].double() for kind in ("pattern", "hat")}
+    bare = HATS.index("none")
+    worn = same["hat"].sum(2) - same["hat"][..., bare]
+    parts = {
+        "body": hue["hue"] * tone.clamp(min=0),
+        "second_hue": hue["second_hue"],
+        "pattern": same["pattern"].sum(2),
+        "hat": same["hat"][..., bare] + worn * hue["hat_hue"],
+    }
+    return sum(share * parts[name] for name, share in SHARES.items())
+
+
+def consistency(reading: Reading) -> float:
+    """Mean similarity of all pairs of b pictures, b at least 2: how far they show one subject."""
+    b = len(reading)
+    if b < 2:
+        raise ValueError(f"Consistency compares pictures with one another and takes at least 2; it got {b}.")
+    return float(pairwise_similarity(reading, reading)[tuple(torch.triu_indices(b, b, 1))].mean())
+
+
+def subject_boxes(reading: Reading) -> Tensor:
+    """Where the subject stands -> [b 4]: centre x, centre y, width, height in picture sizes; NaN where no subject is seen.
+
+    The box that has the first two moments of the mask's part above one half, exact for a filled rectangle of whole cells and
+    finer than a cell for the reader's soft edges.
+    """
+    weight = (2 * reading.mask.double() - 1).clamp(min=0)
+    weight = weight / weight.sum((1, 2), keepdim=True)  # 0 / 0 where nothing is above: NaN
+    centres, sizes = [], []
+    for along in (weight.sum(1), weight.sum(2)):  # x, y: [b n]
+        n = along.shape[1]
+        cells = torch.arange(n, dtype=torch.float64, device=along.device) + 0.5
+        centre = (along * cells).sum(1)
+        spread = (along * (cells - centre[:, None]) ** 2).sum(1)
+        centres.append(centre / n)
+        sizes.append((12 * spread + 1).sqrt() / n)  # m equal cells in a row have the variance (m^2 - 1) / 12
+    return torch.stack(centres + sizes, 1)
+
+
+def layout_spread(boxes: Tensor) -> float:
+    """How much boxes [b 4] differ: their standard deviation, averaged over the four numbers. 0 where all are equal.
+
+    Pictures without a subject (NaN) are left out; NaN where fewer than two are left.
+    """
+    seen = boxes[~boxes.isnan().any(1)]
+    return float(seen.std(0, correction=0).mean()) if len(seen) > 1 else float("nan")
+
+
 def floor_and_ceiling(reader: Reader, autoencode: Callable[[Tensor], Tensor] | None = None, count: int = 40) -> tuple[float, float]:
     """Identity similarity of a random other identity, and of the same one rendered again in another scene and pose.
 

@@ -4,6 +4,8 @@
 encoder, both; the attribute reader judges. --variant takes rows of your own instead: "name: input=value, ..." with inputs of
 Ref-UNet Feature Capture and Masked Self-Attn Inject, concept.INPUT for Cross-Attn Detail Inject, which is on where one is given,
 self=off, mask=true or none (the renderer's own mask, no mask), inverted=yes (DDIM Invert first).
+--task story: held-out sets of four scenes, each sampled as one batch: plain, ConsiStory Shared Attention, and it without each of its
+parts; how much the pictures of a set show one subject. See evaluate_story.py for its rows. Ctrl-C prints the sets done so far.
 --task miniature: how good the miniature itself is.
 """
 from __future__ import annotations
@@ -16,18 +18,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from boot import boot
 from checkout import version
+from evaluate_story import story
+from miniature_host import Studio
 
 CAPTURE_INPUTS = {"mask_threshold": str, "mask_value": float, "mask_steps": int, "mask_blocks": str, "precision": str}
 INJECT_INPUTS = {"weight": float, "weight_mode": str, "blocks": str, "start_percent": float, "end_percent": float, "halves": str}
 CONCEPT_INPUTS = {f"concept.{k}": kind for k, kind in ({"merge": str} | INJECT_INPUTS).items()}
 OWN_INPUTS = {"mask": str, "inverted": str, "self": str}
-CHECKPOINT, ENCODER = "kindred_miniature.safetensors", "kindred_miniature_concept.safetensors"
 ROWS = ("self", "cross: self=off, concept.weight=1", "full: concept.weight=1")
 
 
@@ -54,56 +56,6 @@ class Variant:
         concept = tuple((k.removeprefix("concept."), v) for k, v in typed(CONCEPT_INPUTS))
         return Variant(name.strip(), typed(CAPTURE_INPUTS), None if pairs.get("self") == "off" else typed(INJECT_INPUTS), concept,
                        pairs.get("mask", "word"), pairs.get("inverted") == "yes")
-
-
-class Studio:
-    """The miniature in the host of this process, driven through the very nodes that a workflow runs."""
-
-    def __init__(self, host: Path, steps: int, cfg: float) -> None:
-        import torch
-        self.torch, self.nodes, self.steps, self.cfg = torch, boot(host), steps, cfg
-        import comfy.utils
-        comfy.utils.set_progress_bar_enabled(False)
-        with torch.inference_mode():
-            self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)[:3]
-
-    def run(self, node: str, **inputs: Any) -> tuple[Any, ...]:
-        with self.torch.inference_mode():
-            return self.nodes.NODE_CLASS_MAPPINGS[node].execute(**inputs).result
-
-    @cached_property
-    def encoder(self) -> Any:
-        return self.run("KindredConceptEncoderLoad", file=ENCODER)[0]
-
-    def encode(self, image: Any) -> dict[str, Any]:
-        with self.torch.inference_mode():
-            return {"samples": self.vae.encode(self.picture(image))}
-
-    def picture(self, image: Any) -> Any:
-        """uint8 [y x 3] -> IMAGE."""
-        return self.torch.tensor(image).float().div(255)[None]
-
-    def decode(self, samples: Any) -> Any:
-        with self.torch.inference_mode():
-            return self.vae.decode(samples).clamp(0, 1)
-
-    def autoencode(self, images: Any) -> Any:
-        with self.torch.inference_mode():
-            return self.decode(self.vae.encode(images))
-
-    def prompts(self, lines: Sequence[str], subject: str = "") -> Any:
-        return self.run("KindredSubjectPrompts", clip=self.clip, prompts="\n".join(lines) or " ", subject=subject)[0]
-
-    def empty(self) -> Any:
-        with self.torch.inference_mode():
-            return self.nodes.CLIPTextEncode().encode(self.clip, "")[0]
-
-    def sample(self, model: Any, positive: Any, count: int, seed: int) -> Any:
-        latent = {"samples": self.torch.zeros(count, 4, 16, 16)}
-        with self.torch.inference_mode():
-            samples = self.nodes.common_ksampler(model, seed, self.steps, self.cfg, "euler", "ddim_uniform", positive, self.empty(),
-                                                 latent)[0]
-        return self.decode(samples["samples"])
 
 
 @dataclass
@@ -207,29 +159,36 @@ def miniature(given: argparse.Namespace) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dev.py evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("personalize", "miniature"), default="personalize")
-    parser.add_argument("--count", type=int, help="identities (default 40), or pictures per class and scene (default 20)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first held-out identity (choose defaults on others than the "
-                                                             "report's)")
+    parser.add_argument("--task", choices=("personalize", "story", "miniature"), default="personalize")
+    parser.add_argument("--count", type=int, help="identities (default 40), story sets (30), or pictures per class and scene (20)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first held-out identity or set (choose defaults on others than "
+                                                             "the report's)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--variant", action="append", help='"name: input=value, ..."; repeat for more rows')
+    parser.add_argument("--sheet", type=Path, help="story: draw the first sets into this .png")
+    parser.add_argument("--raw", type=Path, help="story: write what each set gave into this file")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="story: the table of several --raw files, without a run")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
-    given.count = given.count or (40 if given.task == "personalize" else 20)
+    given.count = given.count or {"personalize": 40, "story": 30, "miniature": 20}[given.task]
     if given.count < 2:
         parser.error(f"--count is {given.count}, but the floor compares every identity with another one: at least 2")
+    for option in ("sheet", "raw", "merge"):
+        if getattr(given, option) and given.task != "story":
+            parser.error(f"--{option} belongs to --task story")
+    given.stopped = False
     given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate"))
     import torch
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
-    figures = {"personalize": personalize, "miniature": miniature}[given.task](given)
+    figures = {"personalize": personalize, "story": story, "miniature": miniature}[given.task](given)
     for name, value in sorted(figures.items()):
         print(f"  {name:28} {value:.3f}")
     if given.json:
         report = {"command": f"evaluate --task {given.task}", "version": version(), "seed": 0, "figures": figures}
         given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    return 0
+    return 130 if given.stopped else 0
 
 
 if __name__ == "__main__":

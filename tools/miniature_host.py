@@ -1,0 +1,74 @@
+"""The miniature in the host of this process, for measurements that run nodes without a server."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from boot import boot
+
+CHECKPOINT, ENCODER = "kindred_miniature.safetensors", "kindred_miniature_concept.safetensors"
+
+
+class Studio:
+    """The miniature in the host of this process, driven through the very nodes that a workflow runs."""
+
+    def __init__(self, host: Path, steps: int, cfg: float) -> None:
+        import torch
+        self.torch, self.nodes, self.steps, self.cfg = torch, boot(host), steps, cfg
+        import comfy.utils
+        comfy.utils.set_progress_bar_enabled(False)
+        with torch.inference_mode():
+            self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)[:3]
+
+    def run(self, node: str, **inputs: Any) -> tuple[Any, ...]:
+        with self.torch.inference_mode():
+            return self.nodes.NODE_CLASS_MAPPINGS[node].execute(**inputs).result
+
+    @cached_property
+    def encoder(self) -> Any:
+        return self.run("KindredConceptEncoderLoad", file=ENCODER)[0]
+
+    def encode(self, image: Any) -> dict[str, Any]:
+        with self.torch.inference_mode():
+            return {"samples": self.vae.encode(self.picture(image))}
+
+    def picture(self, image: Any) -> Any:
+        """uint8 [y x 3] -> IMAGE."""
+        return self.torch.tensor(image).float().div(255)[None]
+
+    def decode(self, samples: Any) -> Any:
+        with self.torch.inference_mode():
+            return self.vae.decode(samples).clamp(0, 1)
+
+    def autoencode(self, images: Any) -> Any:
+        with self.torch.inference_mode():
+            return self.decode(self.vae.encode(images))
+
+    def prompts(self, lines: Sequence[str], subject: str = "") -> Any:
+        return self.run("KindredSubjectPrompts", clip=self.clip, prompts="\n".join(lines) or " ", subject=subject)[0]
+
+    def empty(self) -> Any:
+        with self.torch.inference_mode():
+            return self.nodes.CLIPTextEncode().encode(self.clip, "")[0]
+
+    def sample(self, model: Any, positive: Any, count: int, seed: int, cfg: float | None = None) -> Any:
+        """IMAGE [b y x 3] of `count` pictures from one latent batch."""
+        latent = {"samples": self.torch.zeros(count, 4, 16, 16)}
+        cfg = self.cfg if cfg is None else cfg
+        with self.torch.inference_mode():
+            samples = self.nodes.common_ksampler(model, seed, self.steps, cfg, "euler", "ddim_uniform", positive, self.empty(),
+                                                 latent)[0]
+        return self.decode(samples["samples"])
+
+    @contextmanager
+    def counted(self) -> Iterator[list[Any]]:
+        """A list that grows by one with every evaluation of the UNet, also one that a wrapper makes inside another."""
+        calls: list[Any] = []
+        hook = self.model.model.diffusion_model.time_embed.register_forward_hook(lambda *_: calls.append(None))
+        try:
+            yield calls
+        finally:
+            hook.remove()
