@@ -216,6 +216,17 @@ def test_a_token_without_direction_is_at_distance_one() -> None:
     assert torch.equal(correspond(a, everywhere(1, 5), b, [torch.tensor([0])]).distance, torch.ones(1, 5))
 
 
+def test_matches_nearer_than_half_precision_tells_apart() -> None:
+    """Pictures of one subject are all alike to a thousandth (quirk Q5)."""
+    alike = randn(1, 1, 8, seed=1)
+    targets, sources = (alike + 0.02 * randn(1, 40, 8, seed=s) for s in (2, 3))
+    out = correspond(targets, everywhere(1, 40), sources, [torch.arange(40)])
+    brute = distances(targets, sources)[0]
+    assert brute.max() < 5e-3
+    lost = brute.gather(1, out.source[0][:, None])[:, 0] - brute.min(1).values
+    assert lost.max() < 5e-7
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 24, 1000])
 def test_chunks_of_any_size_give_the_same(chunk, monkeypatch) -> None:
     targets, sources = randn(2, 25, 8, seed=1), randn(3, 30, 8, seed=2)
@@ -279,6 +290,14 @@ def test_two_distances_part_at_the_nearer() -> None:
     targets = torch.cat([axes[0].expand(10, 3), (axes[0] + axes[1]).expand(10, 3)])[None]
     out = correspond(targets, everywhere(1, 20), axes[None, :1], [torch.tensor([0])])
     assert torch.equal(out.keep[0], torch.arange(20) < 10)
+
+
+def test_the_gate_tells_apart_what_half_precision_does_not() -> None:
+    lean, axes = torch.cat([torch.full((20,), 2e-4), torch.linspace(0, 1e-4, 20)]), torch.eye(3)
+    targets = (lean[:, None] * axes[0] + axes[1])[None]
+    out = correspond(targets, everywhere(1, 40), axes[None, :1], [torch.tensor([0])])
+    assert out.distance.half().unique().numel() == 1
+    assert torch.equal(out.keep[0], torch.arange(40) < 20)
 
 
 @pytest.mark.parametrize("source", [0, 1, 2])
@@ -409,7 +428,8 @@ def test_adain_of_one_token_is_the_mean() -> None:
     like = randn(3, 40, 6, seed=2)
     out = adain(randn(1, 1, 6, seed=1), like)
     torch.testing.assert_close(out, like.mean(1, keepdim=True), rtol=0, atol=1e-6)
-    still = adain(torch.full((1, 9, 6), 3.3), like)  # so is a channel that never changes, its rounding not blown up
+    rounding = torch.tensor([1.0, 1 + 2**-23, 1 - 2**-24]).repeat(3)[None, :, None]
+    still = adain(3.3 * rounding.expand(1, 9, 6), like)  # so is a channel that never changes: its rounding is not blown up
     torch.testing.assert_close(still, like.mean(1, keepdim=True).expand(3, 9, 6), rtol=0, atol=0.05)
     assert torch.equal(adain(torch.zeros(1, 4, 6), like[:, :1]), like[:, :1].expand(3, 4, 6))
 
