@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import log
 from typing import Any, Protocol
 from uuid import uuid4
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 from .attention import Attend, ReferenceTokens, attend_with_references, blend_queries
 from .masks import resize_soft, resize_user_mask, token_map, token_weights
-from .reference import BlockId, Grid, Half, ReferencePrompt
+from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, select_blocks
 
-REPEATS = "kindred_repeats"  # what Subject Prompts leaves inside CONDITIONING: how many times each row's text stands in it
+SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
+REPEATS = "kindred_repeats"  # and how many times each row's text stands in it
+
+
+MASK_DIVISOR = 4  # method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
 
 
 class Role(str, Enum):
@@ -41,6 +45,23 @@ class BlockSite:
     divisor: int
 
 
+def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tuple[BlockId, ...]:
+    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is."""
+    if wanted.strip().lower() != "auto":
+        return select_blocks(wanted, tuple(sites), node)
+    divisor = map_divisor(sites)
+    return tuple(block for block, site in sites.items() if site.divisor == divisor)
+
+
+def map_divisor(sites: Mapping[BlockId, BlockSite]) -> int:
+    return min(MASK_DIVISOR, max(site.divisor for site in sites.values()))
+
+
+def grid_of(latent: Grid, divisor: int) -> Grid:
+    """Token grid of a block: every stride-2 convolution rounds up (host.md 1.3)."""
+    return -(-latent[0] // divisor), -(-latent[1] // divisor)
+
+
 @dataclass(frozen=True)
 class AttnCall:
     """One attention call of the host, translated: extra_options of BasicTransformerBlock.forward (host.md 1.3)."""
@@ -51,10 +72,16 @@ class AttnCall:
     latent: Grid  # size of the whole latent
     cross: bool = False  # cross-attention, whose keys are the text
     repeats: tuple[tuple[int, ...], ...] = ()  # per part, per row (cycled): how many times its text stands in the keys; () is once
+    texts: tuple[Part, ...] = ()  # per part: what is known of its text
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
         return x.chunk(len(self.roles))
+
+    def pictures(self, first: int, last: int) -> AttnCall:
+        """The same call with only the pictures first <= i < last of every part."""
+        picked = tuple(tuple(rows[i % len(rows)] for i in range(first, last)) for rows in self.repeats)
+        return replace(self, repeats=picked)
 
 
 class Merge(str, Enum):
@@ -69,6 +96,29 @@ class References:
     by_role: Mapping[Role, ReferenceTokens]
     query_mask: Tensor | None = None  # [parts 1|b n] in 0..1, 1 = may look
     merge: Merge = Merge.CONCAT
+    by_part: Mapping[int, ReferenceTokens] = field(default_factory=dict)  # for parts of one role that read different tokens
+    pictures: tuple[int, int] | None = None  # only the pictures first <= i < last of every part read them; None: all
+
+    def read_by(self, call: AttnCall, part: int) -> ReferenceTokens | None:
+        return self.by_part.get(part) or self.by_role.get(call.roles[part])
+
+    def covers(self, first: int, last: int) -> bool:
+        return self.pictures is None or self.pictures[0] <= first and last <= self.pictures[1]
+
+    def cut(self, first: int, last: int, rows: int) -> References:
+        """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as they are."""
+        def of(t: ReferenceTokens) -> ReferenceTokens:
+            if self.pictures is not None:  # made for these pictures alone
+                return t
+            def some(x: Tensor | float | None, axis: int = 0) -> Tensor | float | None:
+                return x.narrow(axis, first, last - first) if isinstance(x, Tensor) and x.ndim and x.shape[0] == rows > 1 else x
+            log_mask = some(t.log_mask) if t.log_mask is not None and t.log_mask.ndim > 1 else t.log_mask
+            return replace(t, k=some(t.k), v=some(t.v), weight=some(t.weight), log_mask=log_mask)
+        mask = self.query_mask
+        if mask is not None and mask.shape[1] == rows > 1:
+            mask = mask[:, first:last]
+        return replace(self, by_role={k: of(t) for k, t in self.by_role.items()}, by_part={k: of(t) for k, t in self.by_part.items()},
+                       query_mask=mask, pictures=None)
 
 
 @dataclass
@@ -98,25 +148,61 @@ class TargetMask:
 class ActiveInjection(Protocol):
     """An injection during one run: everything of it that changes."""
     def begin_step(self, sigma: float) -> None: ...
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None: ...
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> Iterable[References]: ...
 
 
-class Recorder:
-    """What a Ref-UNet call leaves: tokens [r n c] per (role, block), word maps [r n] of the mask blocks."""
+class Watcher:
+    """Sees what passes through the UNet, and may change what it is handed where it returns it."""
 
-    def __init__(self, blocks: Iterable[BlockId], map_blocks: Iterable[BlockId] = (), prompt: ReferencePrompt | None = None) -> None:
+    def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
+        """Normed tokens [b n c] before a self-attention's to_q (its keys and values keep what they were) -> what to_q reads."""
+        return n
+
+    def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
+        """Queries [b n (h d)] and text keys [b m (h d)] of a cross-attention."""
+
+    def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
+        """Outputs [b n c] of a self-attention after to_out, before the residual -> what is added."""
+        return out
+
+    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
+        """Features h [b c y x] that output block `index` is about to join with its skip."""
+
+
+class Recorder(Watcher):
+    """What a Ref-UNet call leaves: tokens [r n c] per (role, block), word maps [r n] of the mask blocks.
+
+    outputs: blocks whose self-attention outputs (cond) are kept too; features_at: the output block whose features h are.
+    """
+
+    def __init__(self, blocks: Iterable[BlockId], map_blocks: Iterable[BlockId] = (), prompt: ReferencePrompt | None = None,
+                 outputs: Iterable[BlockId] = (), features_at: int | None = None) -> None:
         self.blocks, self.map_blocks, self.prompt = frozenset(blocks), frozenset(map_blocks), prompt
+        self.output_blocks, self.features_at = frozenset(outputs), features_at
+        self.outputs: dict[BlockId, Tensor] = {}
+        self.features: Tensor | None = None
         self.tokens: dict[tuple[Half, BlockId], Tensor] = {}
         self.maps: dict[BlockId, Tensor] = {}
         self.grids: dict[BlockId, Grid] = {}
         self.weights: dict[tuple[int, torch.device], Tensor] = {}  # of the subject's positions, by text length
 
-    def self_tokens(self, call: AttnCall, n: Tensor) -> None:
+    def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
         self.grids[call.block] = call.grid
         if call.block in self.blocks:
             for role, part in zip(call.roles, call.parts(n)):
                 if role.half:
                     self.tokens[role.half, call.block] = part
+        return n
+
+    def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
+        if call.block in self.output_blocks and Role.COND in call.roles:
+            self.outputs[call.block] = call.parts(out)[call.roles.index(Role.COND)]
+        return out
+
+    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
+        roles = [p.role for p in parts]
+        if index == self.features_at and Role.COND in roles:
+            self.features = h.chunk(len(parts))[roles.index(Role.COND)].clone()  # the next block's patches may write into h
 
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
         if call.block in self.map_blocks and Role.COND in call.roles:
@@ -148,12 +234,13 @@ class Part:
     area: tuple[int, ...] | None = None
     text: int | None = None
     repeats: tuple[int, ...] = (1,)  # per row: how many times Subject Prompts already repeats it
+    subject: SubjectTokens | None = None
 
 
 @dataclass
 class Run:
     """Everything of ours that changes during one sampler run; a plain object, since the host copies dicts and lists."""
-    recorder: Recorder | None = None
+    watchers: list[Watcher] = field(default_factory=list)
     sites: dict[BlockId, BlockSite] = field(default_factory=dict)
     parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
     latent: Grid = (0, 0)
@@ -168,39 +255,57 @@ class Run:
                 entry["uuid"] = uuid4()
                 text = getattr(entry.get("model_conds", {}).get("c_crossattn"), "cond", None)
                 self.parts[entry["uuid"]] = Part(role, tuple(entry["area"]) if entry.get("area") else None,
-                                                 None if text is None else text.shape[1], entry.get(REPEATS, (1,)))
+                                                 None if text is None else text.shape[1], entry.get(REPEATS, (1,)), entry.get(SUBJECT))
+
+    def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
+        return [self.parts.get(u, Part()) for u in options.get("uuids") or (None,)]  # called past the sampler: nobody we know
 
     def call(self, options: Mapping[str, Any], text: int | None = None) -> AttnCall:
         """Translate extra_options; text: tokens of the context of a cross-attention, None in self-attention."""
-        parts = [self.parts.get(u, Part()) for u in options.get("uuids") or (None,)]  # called past the sampler: nobody we know
+        parts = self.parts_of(options)
         repeats = () if text is None else tuple(tuple(r * max(text // (p.text or text), 1) for r in p.repeats) for p in parts)
         return AttnCall((*options["block"], options["block_index"]), tuple(options["activations_shape"][2:]),
                         tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent, text is not None,
-                        repeats if any(r != 1 for part in repeats for r in part) else ())
+                        repeats if any(r != 1 for part in repeats for r in part) else (), tuple(parts))
 
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
-        self.active, self.sites, self.parts = [], {}, {}
-        self.recorder = self.pending = None
+        self.active, self.watchers, self.sites, self.parts = [], [], {}, {}
+        self.pending = None
 
-    def found(self, call: AttnCall, q: Tensor) -> list[References]:
+    def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         """What the parts of a call read of every active injection; empty where they read nothing."""
-        found = [r for i in self.active if (r := i.references(call, self.sites[call.block], q)) is not None]
-        return found if any(role in r.by_role for r in found for role in call.roles) else []
+        found = [r for i in self.active for r in i.references(call, self.sites[call.block], q, k, v)]
+        return found if any(r.read_by(call, p) for r in found for p in range(len(call.roles))) else []
 
     def attend(self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         """The host's attention with every active reference: concatenated ones in its softmax, added ones beside it.
 
         Parts that read nothing stay the host's own.
         """
-        found = self.found(call, q)
+        found = self.found(call, q, k, v)
         if not found:
             return attend(q, k, v, heads)
         if k.shape[0] != q.shape[0]:  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
             k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
+        rows = q.shape[0] // len(call.roles)
+        bounds = sorted({0, rows}.union(*(r.pictures for r in found if r.pictures)))
+        if len(bounds) == 2:
+            return self.attend_alike(call, attend, q, k, v, heads, found)
+        by_picture = [t.unflatten(0, (-1, rows)) for t in (q, k, v)]
+        out = []
+        for first, last in pairwise(bounds):  # pictures that read the same share a call: no mask, and no tokens that nobody reads
+            own = [t[:, first:last].flatten(0, 1) for t in by_picture]
+            reads = [r.cut(first, last, rows) for r in found if r.covers(first, last)]
+            out.append(self.attend_alike(call.pictures(first, last), attend, *own, heads, reads).unflatten(0, (-1, last - first)))
+        return torch.cat(out, 1).flatten(0, 1)
+
+    def attend_alike(self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int,
+                     found: Sequence[References]) -> Tensor:
+        """`attend` where all pictures of a part read the same references."""
         groups: dict[tuple[int | None, ...], list[int]] = {}  # parts that read equally many tokens of the same injections share a call
-        for part, role in enumerate(call.roles):
-            groups.setdefault(tuple(r.by_role[role].k.shape[1] if role in r.by_role else None for r in found), []).append(part)
+        for part in range(len(call.roles)):
+            groups.setdefault(tuple(t.k.shape[1] if (t := r.read_by(call, part)) else None for r in found), []).append(part)
         out: dict[int, Tensor] = {}
         for reads, parts in groups.items():
             own = [take_parts(call, t, parts) for t in (q, k, v)]
@@ -246,7 +351,7 @@ def gather_parts(references: References, call: AttnCall, parts: Sequence[int], r
 
     A text that stands r times in the keys weighs r times as much, so what stands beside it gets log r (method.md 2.3, I12).
     """
-    tokens = [references.by_role[call.roles[p]] for p in parts]
+    tokens = [references.read_by(call, p) for p in parts]
     first = tokens[0]
     if not all(t is first for t in tokens):
         masks = [torch.zeros_like(t.k[:1, :, 0]) if t.log_mask is None else torch.atleast_2d(t.log_mask) for t in tokens]

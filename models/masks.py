@@ -39,13 +39,16 @@ def token_map(q: Tensor, k: Tensor, positions: Sequence[Sequence[int]] | Tensor,
 
     Mean over heads of softmax(q k^T / sqrt(d)), summed over the row's positions (eq. 4; one sequence serves all rows).
     Where the host repeated the text, positions holds every repeat: the sum is then the unrepeated one (law I13). Positions
-    may be the [1|b m] of token_weights. A row without positions maps to 0. Holds [b h n m] float32, never a layer's past.
+    may be the [1|b m] of token_weights, or [1|b m w] of several words -> [b n w]. A row without positions maps to 0. Holds
+    [b h n m] float32, never a layer's past.
     """
     if not isinstance(positions, Tensor):
         positions = token_weights(positions, k.shape[1], q.device)
     q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     q = q * q.shape[-1] ** -0.5
     seen = torch.softmax(q @ k.transpose(-1, -2), -1)  # float32 throughout: half precision overflows in the logits
+    if positions.ndim == 3:
+        return (seen @ positions.to(seen)[:, None]).mean(1)
     return (seen @ positions.to(seen)[:, None, :, None]).squeeze(-1).mean(1)
 
 

@@ -49,6 +49,11 @@ class SubjectTokens:
     """Where the subject's words stand in an encoded prompt: one tuple of positions per row of the conditioning."""
     words: tuple[str, ...]
     positions: tuple[tuple[int, ...], ...]
+    by_word: tuple[tuple[tuple[int, ...], ...], ...] = ()  # the same for each word alone; (): there is but one
+
+    def of_words(self, rows: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Positions per word, per picture; the host repeats the rows of a conditioning to the size of the batch."""
+        return tuple(tuple(word[i % len(word)] for i in range(rows)) for word in self.by_word or (self.positions,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,22 +106,47 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
     return tuple(b for b in available if b in chosen)
 
 
+Kept = Mapping[Grid, Sequence[Tensor]]  # per grid, per row of features: flat positions [l] among r*y*x tokens
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorFeatures:
+    """What generated anchors leave beside the tokens of their last stage (ConsiStory, arXiv 2402.03286, 4.3 and 4.4).
+
+    Their masks run along and dropout is drawn anew at every step, so every row keeps other tokens. Rows are those of the
+    bank's features. Empty tensors stand where the first stage did not come, or outside of the injection's window.
+    """
+    kept: Kept
+    first: Mapping[Half, Sequence[Tensor]]  # [s] per row: tokens of the first stage, where the second differs from it
+    first_kept: Kept
+    outputs: Sequence[Tensor]  # [s] per row: self-attention outputs of the subject's tokens (cond) before injection
+    output_layers: tuple[Layer, ...]
+    features: Tensor | None  # [r n c] at the step nearest t = 261, smoothed; None: made without feature injection
+    subject: Tensor | None  # [l] flat positions of the subject among r*n there
+    settings: Mapping[str, float | int | str] = field(default_factory=dict)  # of the node that made them
+
+
 @dataclass(frozen=True, eq=False)
 class ReferenceBank:
     """Normed hidden tokens before to_k/to_v for every (layer, sigma, CFG half), in host memory, with their masks.
 
-    features[half]: [t s] - row i belongs to trajectory.sigmas[i + 1], and holds the kept tokens of every layer of
-    `layers` one after another; masks[grid]: bool [r y x]; maps: the subject words' map at every step [t r y x] fp32, None
-    where the user gave the mask.
+    features[half]: [t s], or t of [s_i] for anchors - row i belongs to trajectory.sigmas[i + 1], and holds the kept tokens of
+    every layer of `layers` one after another; masks[grid]: bool [r y x]; maps: the subject words' map at every step [t r y x]
+    fp32, None where the user gave the mask; anchors: None where the pictures were inverted, not generated.
     """
     trajectory: InversionTrajectory
     prompts: Mapping[Half, ReferencePrompt]
     layers: tuple[Layer, ...]
     masks: Mapping[Grid, Tensor]
-    features: Mapping[Half, Tensor]
+    features: Mapping[Half, Tensor | Sequence[Tensor]]
     model_key: str
     maps: Tensor | None = None
+    anchors: AnchorFeatures | None = None
     version: int = BANK_VERSION
+
+    @property
+    def pictures(self) -> int:
+        return self.trajectory.latents.shape[1]
 
     @cached_property
     def kept(self) -> dict[Grid, Tensor]:
@@ -130,7 +160,8 @@ class ReferenceBank:
     @property
     def bytes(self) -> int:
         """Bytes held by the features: steps x halves x sum over layers of l * c * itemsize (performance.md 1.3)."""
-        return sum(f.numel() * f.element_size() for f in self.features.values())
+        held = [*self.features.values(), *((*self.anchors.first.values(), self.anchors.outputs) if self.anchors else ())]
+        return sum(row.numel() * row.element_size() for rows in held for row in rows)
 
     def step_of(self, sigma: float) -> int | None:
         """The row of `features` captured at this sigma, or None when the Ref-UNet has to run at it (live)."""
@@ -149,11 +180,13 @@ class ReferenceBank:
         i = 1 + int((path.sigmas[1:] / sigma).log().abs().argmin())
         return path.latents[0] + (path.latents[i] - path.latents[0]) * (sigma / path.sigmas[i])
 
-    def tokens(self, half: Half, step: int, device: torch.device, dtype: torch.dtype) -> dict[BlockId, Tensor]:
-        """Kept tokens [l c] of every layer at one step: one copy to the device, then views."""
-        row = self.features[half][step].to(device=device, dtype=dtype)
-        sizes = [len(self.kept[layer.grid]) * layer.channels for layer in self.layers]
-        return {layer.block: part.view(-1, layer.channels) for layer, part in zip(self.layers, row.split(sizes))}
+    def tokens(self, half: Half, step: int, device: torch.device, dtype: torch.dtype, first: bool = False) -> dict[BlockId, Tensor]:
+        """Kept tokens [l c] of every layer at one step: one copy to the device, then views. first: of the anchors' first stage."""
+        a = self.anchors
+        first = first and a is not None and a.first[half][step].numel() > 0
+        kept = {grid: (a.first_kept if first else a.kept)[grid][step] for grid in a.kept} if a else self.kept
+        row = (a.first if first else self.features)[half][step].to(device=device, dtype=dtype)
+        return split_row(row, self.layers, {grid: len(positions) for grid, positions in kept.items()})
 
     def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:
         """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of this bank's layers."""
@@ -164,6 +197,12 @@ class ReferenceBank:
                                  "changes the grid (Deep Shrink, token merging) is on the model: remove it.")
         return {layer.block: gather(tokens[layer.block], self.kept[layer.grid].to(tokens[layer.block].device))
                 for layer in self.layers}
+
+
+def split_row(row: Tensor, layers: Sequence[Layer], lengths: Mapping[Grid, int]) -> dict[BlockId, Tensor]:
+    """A row [s] of kept tokens -> views [l c] per layer."""
+    parts = row.split([lengths[layer.grid] * layer.channels for layer in layers])
+    return {layer.block: part.view(-1, layer.channels) for layer, part in zip(layers, parts)}
 
 
 def gather(tokens: Tensor, kept: Tensor) -> Tensor:

@@ -88,11 +88,11 @@ class Learning:
 
     def begin_step(self, sigma: float) -> None: ...
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         if not call.cross:
-            return None
+            return []
         k, v = self.keys_values[call.block]
-        return References({Role.COND: ReferenceTokens(k.to(q), v.to(q), self.weight)}, merge=self.merge)
+        return [References({Role.COND: ReferenceTokens(k.to(q), v.to(q), self.weight)}, merge=self.merge)]
 
 
 def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,8 +7,11 @@ from pathlib import Path
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .concept import ConceptEncoderLoad, CrossAttnDetailInject
-from .host import offer_example, register_folders
+from .consistory import AnchorSampler, ConsiStory
+from .host import offer_example, register_folders, register_references
 from .inversion import DDIMInvert
+from .library import LoadReference, SaveReference
+from .preview import ReferencePreview
 from .prompts import SubjectPrompts
 from .reference import MaskedSelfAttnInject, RefUNetCapture
 from .training import ConceptEncoderTrain
@@ -18,12 +21,14 @@ class KindredExtension(ComfyExtension):
     """The pack's nodes in the order of the menu."""
 
     async def on_load(self) -> None:
-        """The example photo is a courtesy: a full disk is no reason to have no nodes."""
+        """The example photos are a courtesy: a full disk is no reason to have no nodes."""
         miniature = Path(__file__).parent.parent / "miniature"
         register_folders(miniature / "weights" / "concept_encoders")
+        register_references(miniature / "weights" / "references")
         with suppress(OSError):
-            offer_example(miniature / "reference.png")
+            for name in ("reference.png", "reference_2.png"):
+                offer_example(miniature / name)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
-                ConceptEncoderTrain]
+                ConceptEncoderTrain, ConsiStory, AnchorSampler, SaveReference, LoadReference, ReferencePreview]

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from comfy_api.v0_0_2 import io
@@ -76,6 +76,7 @@ class ConceptInjection:
     end: float
     halves: Halves
     target_mask: Tensor | None = None  # [1|b y x] at its own size
+    watches: ClassVar[bool] = False
 
     def check(self, model: Any) -> None:
         """Nothing can have become wrong: the tokens do not depend on the model's weights, and its layers cannot change."""
@@ -105,13 +106,13 @@ class ActiveConcept:
     def begin_step(self, sigma: float) -> None:
         self.inside = self.config.end <= sigma <= self.config.start
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         if not (call.cross and self.inside) or (Half.COND, call.block) not in self.tokens:
-            return None
+            return []
         halves = self.config.halves
         source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := halves.source(role.half))}
-        return References({role: self.tokens[half, call.block] for role, half in source.items()},
-                          self.target(call, q) if self.target else None, self.config.merge)
+        return [References({role: self.tokens[half, call.block] for role, half in source.items()},
+                           self.target(call, q) if self.target else None, self.config.merge)]
 
 
 def plain_colours(image: Tensor) -> Tensor:

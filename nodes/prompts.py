@@ -9,9 +9,9 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.injection import REPEATS
+from ..models.injection import REPEATS, SUBJECT
 from ..models.reference import SubjectTokens
-from .host import SUBJECT, TEXT
+from .host import TEXT
 
 NODE = "Subject Prompts"
 MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common multiple
@@ -92,7 +92,7 @@ class SubjectPrompts(io.ComfyNode):
         words = [word.strip() for word in subject.split(",") if word.strip()]
         texts = [f"{style.strip()} {line}".strip() for line in lines]
         pieces = [word_ids(tokens_of(clip, word)) for word in words]
-        positions, seen = [], set()
+        positions, each, seen = [], [], set()
         for number, text in enumerate(texts, 1):
             chunks = tokens_of(clip, text)
             here = {word for word, ids in zip(words, pieces) if ids and subject_positions(chunks, [ids])}
@@ -101,12 +101,14 @@ class SubjectPrompts(io.ComfyNode):
                                  "Write the subject word in every line exactly as in the subject field.")
             seen |= here
             positions.append(subject_positions(chunks, pieces))
+            each.append(tuple(subject_positions(chunks, [ids]) for ids in pieces))
         for word in words:
             if word not in seen:
                 raise ValueError(f"{NODE}: no line contains the subject {word!r}; the lines are {texts}. "
                                  "Correct the word or take it out of the subject field.")
         encoded = [encode(clip, text) for text in texts]
-        cross, positions = batch_rows([c for c, _ in encoded], positions)
+        rows = [c for c, _ in encoded]
+        cross, positions = batch_rows(rows, positions)
         extras = dict(encoded[0][1])
         for key, value in extras.items():  # pooled_output and other per-prompt tensors become rows of the batch too
             if isinstance(value, Tensor):
@@ -115,7 +117,8 @@ class SubjectPrompts(io.ComfyNode):
         if any(c.shape[1] != cross.shape[1] for c, _ in encoded):
             extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c, _ in encoded)
         if words:
-            extras[SUBJECT] = SubjectTokens(tuple(words), positions)
+            by_word = tuple(batch_rows(rows, [row[i] for row in each])[1] for i in range(len(words))) if len(words) > 1 else ()
+            extras[SUBJECT] = SubjectTokens(tuple(words), positions, by_word)
         return io.NodeOutput([[cross, extras]], len(texts))
 
 

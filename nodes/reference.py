@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from comfy_api.v0_0_2 import io
@@ -12,31 +12,17 @@ from torch import Tensor
 
 from ..models import inversion as method
 from ..models.attention import ReferenceTokens, WeightMode
-from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask
+from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask, grid_of, map_blocks
 from ..models.inversion import InversionTrajectory
 from ..models.masks import resize_user_mask, union_of_first
 from ..models.reference import (
-    BANK_VERSION, BankBuilder, BlockId, Grid, Half, Halves, ReferenceBank, block_name, select_blocks,
+    BankBuilder, BlockId, Grid, Half, Halves, ReferenceBank, block_name, select_blocks,
 )
 from . import host
 
 CAPTURE, INJECT = "Ref-UNet Feature Capture", "Masked Self-Attn Inject"
 OTSU, VALUE = "otsu", "value"
-MASK_DIVISOR = 4  # method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
 log = logging.getLogger(__name__)
-
-
-def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite]) -> tuple[BlockId, ...]:
-    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is."""
-    if wanted.strip().lower() != "auto":
-        return select_blocks(wanted, tuple(sites), CAPTURE)
-    divisor = min(MASK_DIVISOR, max(site.divisor for site in sites.values()))
-    return tuple(block for block, site in sites.items() if site.divisor == divisor)
-
-
-def grid_of(latent: Grid, divisor: int) -> Grid:
-    """Token grid of a block: every stride-2 convolution rounds up (host.md 1.3)."""
-    return -(-latent[0] // divisor), -(-latent[1] // divisor)
 
 
 def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], None]) -> host.Loop:
@@ -126,7 +112,7 @@ class RefUNetCapture(io.ComfyNode):
                              "wired. Wire exactly one: the photo's latent, or the result of DDIM Invert.")
         key = host.model_key(model)
         if inversion is not None:
-            check_same_model(CAPTURE, "inversion", inversion.model_key, key)
+            host.require_same_model(CAPTURE, "inversion", inversion.model_key, key)
             shape, down = inversion.latents.shape[1:], inversion.sigmas.flip(0)
         else:
             down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
@@ -142,7 +128,7 @@ class RefUNetCapture(io.ComfyNode):
         whole = tuple(shape[2:])
         grids = {block: grid_of(whole, sites[block].divisor) for block in wanted}
         masks = None if mask is None else user_masks(mask, shape[0], {*grids.values(), whole})
-        recorder = Recorder(wanted, () if masks else map_blocks(mask_blocks, sites), prompts[Half.COND])
+        recorder = Recorder(wanted, () if masks else map_blocks(mask_blocks, sites, CAPTURE), prompts[Half.COND])
         builder, maps = BankBuilder(torch.float16 if precision == "float16" else None), {}
 
         def keep(i: int) -> None:
@@ -192,13 +178,6 @@ def check_masks(found: Tensor, why: str) -> None:
             raise ValueError(f"{CAPTURE}: no subject in picture {i} of {len(found)}: {why}")
 
 
-def check_same_model(node: str, what: str, made_with: str, given: str) -> None:
-    """Features of one set of weights mean nothing to another."""
-    if made_with != given:
-        raise ValueError(f"{node}: the {what} was made with model {made_with}, but the model given is {given} (weights and LoRAs count). "
-                         f"Wire the same MODEL, LoRAs included, into the node that made the {what}.")
-
-
 @dataclass(frozen=True)
 class MaskedSelfInjection:
     """Configuration of one Masked Self-Attn Inject node."""
@@ -210,6 +189,7 @@ class MaskedSelfInjection:
     end: float
     halves: Halves
     target_mask: Tensor | None = None  # [1|b y x] at the mask's own size
+    watches: ClassVar[bool] = False
 
     @property
     def sources(self) -> frozenset[Half]:
@@ -217,7 +197,7 @@ class MaskedSelfInjection:
 
     def check(self, model: Any) -> None:
         """Called when a sampler starts: a LoRA may have been added behind this node."""
-        check_same_model(INJECT, "reference", self.bank.model_key, host.model_key(model))
+        host.require_same_model(INJECT, "reference", self.bank.model_key, host.model_key(model))
 
     def start_run(self, run: host.SamplerRun) -> ActiveMaskedSelf:
         return ActiveMaskedSelf(self, run, target=None if self.target_mask is None else TargetMask(self.target_mask, INJECT))
@@ -236,19 +216,19 @@ class ActiveMaskedSelf:
         inside = c.end <= sigma <= c.start
         self.tokens = host.reference_tokens(self.run, c.bank, sigma, c.sources) if inside else None
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         """Keys and values of the reference, projected once per call and not once per row (performance.md 1.2)."""
         c = self.config
         if call.cross or self.tokens is None or call.block not in c.blocks:
-            return None
+            return []
         source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := c.halves.source(role.half))}
         halves = list(dict.fromkeys(source.values()))
         if not halves or not len(self.tokens[halves[0]][call.block]):
-            return None
+            return []
         tokens = torch.stack([self.tokens[half][call.block] for half in halves]).to(q)
         k, v = site.module.attn1.to_k(tokens), site.module.attn1.to_v(tokens)
         made = {half: ReferenceTokens(k[i:i + 1], v[i:i + 1], c.weight, c.mode) for i, half in enumerate(halves)}
-        return References({role: made[half] for role, half in source.items()}, self.target(call, q) if self.target else None)
+        return [References({role: made[half] for role, half in source.items()}, self.target(call, q) if self.target else None)]
 
 
 class MaskedSelfAttnInject(io.ComfyNode):
@@ -293,10 +273,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0, halves: str = Halves.COND.value,
                 target_mask: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, INJECT).diffusion_model)
-        if reference.version != BANK_VERSION:
-            raise ValueError(f"{INJECT}: the reference is of version {reference.version}, but this Kindred reads version {BANK_VERSION}. "
-                             "Make it again with Ref-UNet Feature Capture, or use the Kindred that made it.")
-        check_same_model(INJECT, "reference", reference.model_key, host.model_key(model))
+        host.require_reference(INJECT, reference, model)
         wanted = select_blocks(blocks, tuple(sites), INJECT)
         missing = [block_name(b) for b in wanted if b not in reference.blocks]
         if missing and blocks.strip().lower() != "all":

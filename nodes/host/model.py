@@ -20,10 +20,10 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...models.injection import BlockSite
-from ...models.reference import BlockId
+from ...models.reference import BANK_VERSION, BlockId, ReferenceBank
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
-SUBJECT, TEXT = "kindred_subject", "kindred_text"  # what Subject Prompts leaves inside CONDITIONING
+TEXT = "kindred_text"  # what Subject Prompts leaves inside CONDITIONING, beside SUBJECT and REPEATS
 SPECIAL = ("area", "mask", "control", "hooks", "gligen", "start_percent", "end_percent")
 Inversion, Reference = io.Custom("KINDRED_INVERSION"), io.Custom("KINDRED_REFERENCE")
 Encoder = io.Custom("KINDRED_CONCEPT_ENCODER")
@@ -63,6 +63,17 @@ def attention_sites(unet: UNetModel) -> dict[BlockId, BlockSite]:
     return sites
 
 
+def feature_tap(unet: UNetModel, divisor: int) -> int:
+    """The first output block whose incoming features have this divisor: DIFT's up block 0 of SDXL, 1 of SD1.x and 2.x."""
+    here = 2 ** sum(isinstance(layer, Downsample) for layers in unet.input_blocks for layer in layers)
+    for index, layers in enumerate(unet.output_blocks):
+        if here == divisor:
+            return index
+        here //= 2 ** sum(isinstance(layer, Upsample) for layer in layers)
+    raise ValueError(f"Kindred: this UNet has no output block at a {divisor}th of the latent's size. Load an SD1.5, SD2.x or SDXL "
+                     "checkpoint.")
+
+
 def model_key(model: ModelPatcher) -> str:
     """A name for the weights and their LoRAs that is the same on every machine: "SD15 1a2b3c4d5e6f"."""
     def tensors(value: object) -> Iterable[object]:
@@ -85,12 +96,28 @@ def model_key(model: ModelPatcher) -> str:
     return f"{type(model.model.model_config).__name__} {digest.hexdigest()}"
 
 
+def require_same_model(node: str, what: str, made_with: str, given: str) -> None:
+    """Features of one set of weights mean nothing to another."""
+    if made_with != given:
+        raise ValueError(f"{node}: the {what} was made with model {made_with}, but the model given is {given} (weights and LoRAs count). "
+                         f"Wire the same MODEL, LoRAs included, into the node that made the {what}.")
+
+
+def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
+    """A REFERENCE that this pack and this model can read; ValueError names both versions or both models."""
+    if bank.version != BANK_VERSION:
+        raise ValueError(f"{node}: the reference is of version {bank.version}, but this Kindred reads version {BANK_VERSION}. "
+                         "Make it again, or use the Kindred that made it.")
+    require_same_model(node, "reference", bank.model_key, model_key(model))
+
+
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
     """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the CPU."""
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
 
 
 SCHEDULERS = list(comfy.samplers.SCHEDULER_NAMES)
+SAMPLERS = list(comfy.samplers.SAMPLER_NAMES)
 
 
 def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
@@ -117,14 +144,19 @@ def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
                          "some pictures: start ComfyUI with --fp32-vae or use another VAE.")
     if not samples.any():
         raise ValueError(f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, not Empty Latent Image.")
-    return model.model.process_latent_in(samples.float().cpu())  # --fp16-intermediates and --gpu-only give others
+    return to_model_scale(model, samples)
 
 
 def offer_example(picture: Path) -> None:
-    """Lay the shipped workflows' example photo into the host's temp folder, which the host itself empties at start and exit."""
+    """Lay an example photo of the shipped workflows into the host's temp folder, which the host itself empties at start and exit."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(picture, folder / "kindred_reference.png")
+    shutil.copyfile(picture, folder / f"kindred_{picture.name}")
+
+
+def to_model_scale(model: ModelPatcher, samples: Tensor) -> Tensor:
+    """A LATENT's samples in model scale, on the CPU."""
+    return model.model.process_latent_in(samples.float().cpu())  # --fp16-intermediates and --gpu-only give others
 
 
 def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.injection import Recorder, Run
+from ...models.injection import SUBJECT, Recorder, Run
 from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
-from .model import KEY, SPECIAL, SUBJECT, TEXT, Conditioning, log
+from .model import KEY, SPECIAL, TEXT, Conditioning, log
 from .run import SamplerRun, install
 
 
@@ -31,14 +31,22 @@ def read_prompt(conditioning: Conditioning, name: str, node: str, pictures: int)
     return ReferencePrompt(str(extras.get(TEXT, "")), cross, plain, extras.get(SUBJECT))
 
 
+def first_rows(conditioning: Conditioning, rows: int) -> ReferencePrompt:
+    """What the first pictures of a batch were asked for; of several prompts the first, without what is not a prompt."""
+    cross, extras = conditioning[0]
+    plain = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in extras.items()
+             if isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
+    return ReferencePrompt("\n".join(str(extras.get(TEXT, "")).splitlines()[:rows]), cross[:rows], plain, extras.get(SUBJECT))
+
+
 def _conditioning(prompt: ReferencePrompt) -> Conditioning:
     return [(prompt.cross, dict(prompt.extras))]
 
 
-def _bare(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
+def _bare(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
     """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or split calls are not for it."""
     kept = {k: v for k, v in model_options.get("transformer_options", {}).items() if k not in ("wrappers", "callbacks", KEY)}
-    return install({"transformer_options": kept}, run)
+    return install({"transformer_options": kept}, run, watched)
 
 
 class _ReferenceGuider(comfy.samplers.CFGGuider):
@@ -58,7 +66,7 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
     def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
                *args: Any, **kwargs: Any) -> Tensor:
-        self.run.begin(guider, extra_args["model_options"], noise.shape)
+        self.run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
@@ -83,7 +91,7 @@ def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, po
     """
     bare = model.clone()
     bare.wrappers = {}
-    run = SamplerRun(recorder=recorder)
+    run = SamplerRun(watchers=[recorder] if recorder else [])
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run)
     guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
@@ -118,15 +126,20 @@ def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
 
 
 def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half]) -> dict[Half, dict[BlockId, Tensor]]:
+    recorder = Recorder(bank.blocks)
+    watch_reference(run, bank, sigma, halves, recorder)
+    return {half: bank.keep(recorder.of(half)) for half in halves}
+
+
+def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half], recorder: Recorder) -> None:
+    """One Ref-UNet call on the trajectory at this very sigma, seen by `recorder`."""
     model, device = run.guider.inner_model, run.guider.model_patcher.load_device
     x = bank.latent_at(sigma).to(device)
     wanted = {"positive": Half.COND, "negative": Half.UNCOND}
     conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
     conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
-    recorder = Recorder(bank.blocks)
-    inner = Run(recorder=recorder, latent=tuple(x.shape[2:]))
+    inner = Run(watchers=[recorder], latent=tuple(x.shape[2:]))
     inner.read_conds(conds)
     comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
-                                   _bare(run.model_options, inner))
+                                   _bare(run.model_options, inner, watched=True))
     inner.close()
-    return {half: bank.keep(recorder.of(half)) for half in halves}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import comfy.model_patcher
+import nodes
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
@@ -14,30 +15,47 @@ from torch import Tensor
 
 from ...models.injection import ActiveInjection, Run
 from ...models.reference import BlockId, Half
-from .model import KEY, attention_sites
+from ...models.story import QueryRecorder, Story
+from .model import KEY, Conditioning, attention_sites
+from .stages import Stages
 
 
 class Injection(Protocol):
-    """A frozen node configuration."""
+    """A frozen node configuration; watches: it needs more of the UNet than its attention calls."""
+    watches: bool
     def check(self, model: ModelPatcher) -> None: ...
-    def start_run(self, run: SamplerRun) -> ActiveInjection: ...
+    def start_run(self, run: SamplerRun) -> ActiveInjection | None: ...
 
 
 @dataclass
 class SamplerRun(Run):
     """A run under one of the host's guiders."""
     injections: tuple[Injection, ...] = ()
+    stages: Stages | None = None  # of a story that needs two
     guider: Any = None
     model_options: dict[str, Any] = field(default_factory=dict)
     step_tokens: dict[tuple[int, float, frozenset[Half]], Mapping[Half, Mapping[BlockId, Tensor]]] = field(default_factory=dict)
     ways: set[str] = field(default_factory=set)  # cached, live: each is logged once
+    pictures: int = 0  # in the sampled batch
+    sigmas: tuple[float, ...] = ()  # of this sampler run, descending, without the last 0
+    story: Story | None = None
 
-    def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int]) -> None:
+    def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
+        self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.tolist() if s > 0)
         self.sites = attention_sites(guider.inner_model.diffusion_model)
         self.read_conds(guider.conds)
-        self.active = [injection.start_run(self) for injection in self.injections]
+        self.active = [active for injection in self.injections if (active := injection.start_run(self)) is not None]
+        stories = [active for active in self.active if isinstance(active, Story)]
+        self.watchers += stories
+        self.story = next(iter(stories), None)
+        if self.story:
+            self.stages = Stages(self.story)
+
+    def timesteps(self) -> tuple[float, ...]:
+        """The model's own timestep at each of the run's sigmas."""
+        return tuple(self.guider.inner_model.model_sampling.timestep(torch.tensor(self.sigmas)).float().tolist())
 
     @property
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -47,6 +65,7 @@ class SamplerRun(Run):
     def close(self) -> None:
         super().close()
         self.guider, self.model_options, self.step_tokens = None, {}, {}
+        self.story = self.stages = None
 
 
 @torch.compiler.disable
@@ -54,9 +73,27 @@ def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, A
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
         run.pending = run.call(options)
-        if run.recorder:
-            run.recorder.self_tokens(run.pending, n)
+        for watcher in run.watchers:
+            n = watcher.self_tokens(run.pending, n)
     return n, context, value
+
+
+@torch.compiler.disable
+def _attn1_output_patch(out: Tensor, options: dict[str, Any]) -> Tensor:
+    run: Run | None = options.get(KEY)
+    if isinstance(run, Run) and run.pending is not None:
+        for watcher in run.watchers:
+            out = watcher.self_output(run.pending, out)
+    return out
+
+
+@torch.compiler.disable
+def _output_block_patch(h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    run: Run | None = options.get(KEY)
+    if isinstance(run, Run):
+        for watcher in run.watchers:
+            watcher.output_block(options["block"][1], h, run.parts_of(options))
+    return h, skip
 
 
 @torch.compiler.disable
@@ -80,8 +117,8 @@ def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
         call = run.pending if isinstance(run, Run) else None
         if call is None or mask is not None or kwargs.get("skip_reshape"):
             return attend(q, k, v, heads, mask)
-        if call.cross and run.recorder:
-            run.recorder.cross(call, q, k, heads)
+        for watcher in run.watchers if call.cross else ():
+            watcher.cross(call, q, k, heads)
         return run.attend(call, attend, q, k, v, heads)
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
@@ -102,21 +139,27 @@ class _Beside:
             return self.f(q, k, v, options)
         call, run.pending, heads = run.pending, None, options["n_heads"]
         out = self.f(q, k, v, options)
-        if run.recorder:
-            run.recorder.cross(call, q, k, heads)
+        for watcher in run.watchers:
+            watcher.cross(call, q, k, heads)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
             return optimized_attention(q, k, v, heads, mask=mask, attn_precision=options["attn_precision"], transformer_options=options)
-        return out + (run.attend(call, attend, q, k, v, heads) - attend(q, k, v, heads)) if run.found(call, q) else out
+        return out + (run.attend(call, attend, q, k, v, heads) - attend(q, k, v, heads)) if run.found(call, q, k, v) else out
 
 
-def install(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
-    """A copy of the options with the run in it; last in every chain that matters, so the order of nodes does not."""
+def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
+    """A copy of the options with the run in it; last in every chain that matters, so the order of nodes does not.
+
+    watched: also hand outputs of self-attentions and of blocks to the run's watchers.
+    """
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = options.setdefault("transformer_options", {})
     transformer[KEY] = run
     patches = transformer.setdefault("patches", {})
-    for name, patch in (("attn1_patch", _attn1_patch), ("attn2_patch", _attn2_patch)):
+    ours = {"attn1_patch": _attn1_patch, "attn2_patch": _attn2_patch}
+    if watched:
+        ours |= {"attn1_output_patch": _attn1_output_patch, "output_block_patch": _output_block_patch}
+    for name, patch in ours.items():
         patches[name] = [patch, *(p for p in patches.get(name, ()) if p is not patch)]  # first: it sees norm(x) as it is
     replaced = transformer.get("patches_replace", {}).get("attn2", {})
     replaced.update({block: f if isinstance(f, _Beside) else _Beside(f) for block, f in replaced.items()})
@@ -134,7 +177,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kw
     for injection in injections:
         injection.check(guider.model_patcher)
     run = SamplerRun(injections=injections)
-    guider.model_options = install(original, run)
+    guider.model_options = install(original, run, watched=any(injection.watches for injection in injections))
     try:
         return executor(noise, latent, *args, **kwargs)
     finally:
@@ -144,25 +187,67 @@ def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kw
 
 def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
                     *args: Any, **kwargs: Any) -> Tensor:
-    extra_args["model_options"]["transformer_options"][KEY].begin(guider, extra_args["model_options"], noise.shape)
-    return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    run = extra_args["model_options"]["transformer_options"][KEY]
+    run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
+    sample = run.stages.sample if run.stages else _in_one_stage
+    return sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+
+def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return executor(*args, **kwargs)
 
 
 def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None) -> Tensor:
-    sigma = float(timestep.flatten()[0])
-    for injection in model_options["transformer_options"][KEY].active:
+    sigma, run = float(timestep.flatten()[0]), model_options["transformer_options"][KEY]
+    if run.stages and (known := run.stages.replayed(sigma, x)) is not None:
+        return known
+    for injection in run.active:
         injection.begin_step(sigma)
-    return executor(x, timestep, model_options, seed)
+    denoised = executor(x, timestep, model_options, seed)
+    if run.stages:
+        run.stages.answered(sigma, x, denoised)
+    return denoised
 
 
-def inject(model: ModelPatcher, injection: Injection) -> ModelPatcher:
-    """A clone of the MODEL with one more injection; the input MODEL is never changed."""
+def _apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = None, c_crossattn: Tensor | None = None,
+                 control: dict[str, Any] | None = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
+    """ConsiStory eq. (4): where the story asks for it, a pass without sharing comes first, on the same input."""
+    options = transformer_options or {}
+    run = options.get(KEY)
+    story = run.story if isinstance(run, SamplerRun) else None
+    if story is None or not story.wants_vanilla(run.parts_of(options)):
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    plain, active, watchers = QueryRecorder(story.settings.blocks), run.active, run.watchers
+    try:
+        run.active, run.watchers = [a for a in active if a is not story], [plain]
+        kept = control and {k: list(v) if isinstance(v, list) else v for k, v in control.items()}  # the UNet empties the lists
+        executor(x, t, c_concat, c_crossattn, kept, options, **kwargs)
+        run.active, run.watchers, story.vanilla = active, watchers, plain.tokens
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    finally:
+        run.active, run.watchers, story.vanilla = active, watchers, {}
+
+
+def injected(model: ModelPatcher) -> tuple[Injection, ...]:
+    """The injections on a MODEL, in the order of their nodes."""
+    return model.model_options.get("transformer_options", {}).get(KEY, ())
+
+
+def inject(model: ModelPatcher, injection: Injection, instead_of: Injection | None = None) -> ModelPatcher:
+    """A clone of the MODEL with one more injection, or with one exchanged; the input MODEL is never changed."""
     clone = model.clone()
     transformer = clone.model_options.setdefault("transformer_options", {})
-    transformer[KEY] = (*transformer.get(KEY, ()), injection)
+    known = transformer.get(KEY, ())
+    transformer[KEY] = tuple(injection if i is instead_of else i for i in known) if instead_of else (*known, injection)
     wrappers = ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
-                (WrappersMP.PREDICT_NOISE, _predict_noise))
+                (WrappersMP.PREDICT_NOISE, _predict_noise), (WrappersMP.APPLY_MODEL, _apply_model))
     for kind, wrapper in wrappers:
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
+
+
+def sample(model: ModelPatcher, seed: int, steps: int, cfg: float, sampler: str, scheduler: str, positive: Conditioning,
+           negative: Conditioning, latent: dict[str, Any], denoise: float) -> dict[str, Any]:
+    """The host's KSampler: LATENT in, LATENT out."""
+    return nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=denoise)[0]

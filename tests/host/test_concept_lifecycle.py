@@ -193,9 +193,9 @@ def test_tokens_come_to_the_device_once_per_run(monkeypatch):
     held = []
     ask = ActiveConcept.references
 
-    def references(self, call, site, q):
-        found = ask(self, call, site, q)
-        for role, tokens in found.by_role.items() if found else ():
+    def references(self, call, site, q, k, v):
+        found = ask(self, call, site, q, k, v)
+        for role, tokens in found[0].by_role.items() if found else ():
             held.append(tokens)
             read.setdefault((role, call.block), set()).add(tokens.k.data_ptr())
         return found

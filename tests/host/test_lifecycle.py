@@ -133,7 +133,7 @@ def test_an_abandoned_run_holds_no_tensors():
     model.set_model_attn1_patch(patch)
     sample(model)
     assert {type(run) for run in kept} == {Run, SamplerRun}  # the live pass and the sampler's own
-    assert not any(run.recorder or run.active or run.sites or run.parts or run.pending for run in kept)
+    assert not any(run.watchers or run.active or run.sites or run.parts or run.pending for run in kept)
     assert not any(run.step_tokens or run.guider or run.model_options for run in kept if isinstance(run, SamplerRun))
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kindred.models.reference import SubjectTokens
-from kindred.nodes.host import SUBJECT, TEXT
+from kindred.models.injection import SUBJECT
+from kindred.nodes.host import TEXT
 from kindred.nodes.prompts import SubjectPrompts, batch_rows, subject_positions, tokens_of, word_ids
 
 WIDTH = 32
@@ -200,7 +201,7 @@ def test_without_a_subject_nothing_is_marked():
 
 def test_each_line_may_hold_another_of_the_subjects():
     _, extras, _ = encode("a cat on a mat\na dog on a mat", "cat, dog")
-    assert extras[SUBJECT] == SubjectTokens(("cat", "dog"), ((2,), (2,)))
+    assert extras[SUBJECT] == SubjectTokens(("cat", "dog"), ((2,), (2,)), (((2,), ()), ((), (2,))))
 
 
 # bad input ---------------------------------------------------------------------------------------------------------------------

@@ -24,10 +24,9 @@ from studio import (
 )
 
 from kindred.models.attention import WeightMode
-from kindred.models.injection import AttnCall, Role
+from kindred.models.injection import SUBJECT, AttnCall, Role
 from kindred.models.masks import resize_user_mask
 from kindred.models.reference import Half, Halves, ReferenceBank, SubjectTokens
-from kindred.nodes.host import SUBJECT
 from kindred.nodes.reference import MaskedSelfInjection
 
 TIGHT = 1e-4  # float32 through a few UNet calls, relative to the picture's spread

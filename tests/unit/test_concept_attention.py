@@ -53,10 +53,10 @@ class Reads:
     def begin_step(self, sigma: float) -> None:
         pass
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         if call.cross is not self.cross:
-            return None
-        return References(self.by_role, self.mask(call, q) if isinstance(self.mask, TargetMask) else self.mask, self.merge)
+            return []
+        return [References(self.by_role, self.mask(call, q) if isinstance(self.mask, TargetMask) else self.mask, self.merge)]
 
 
 def cross_call(*roles: Role, repeats: tuple = (), cross: bool = True, areas: tuple | None = None) -> AttnCall:

@@ -44,8 +44,8 @@ class Reads:
     def begin_step(self, sigma: float) -> None:
         pass
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor) -> References | None:
-        return self.given
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
+        return [self.given] if self.given else []
 
 
 class Counted:
@@ -316,9 +316,9 @@ def test_conds_get_names_of_their_own() -> None:
 
 
 def test_a_closed_run_holds_nothing() -> None:
-    run = Run(Recorder([BLOCK]), {BLOCK: BlockSite(nn.Identity(), 2)}, {1: (COND, None)}, (4, 6), [Reads(None)], call(COND))
+    run = Run([Recorder([BLOCK])], {BLOCK: BlockSite(nn.Identity(), 2)}, {1: (COND, None)}, (4, 6), [Reads(None)], call(COND))
     run.close()
-    assert not (run.recorder or run.sites or run.parts or run.active or run.pending)
+    assert not (run.watchers or run.sites or run.parts or run.active or run.pending)
 
 
 # recording -----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""Anchors as they are generated: what later pictures of the same subject will read (ConsiStory, arXiv 2402.03286, 4.4).
+
+Axes: r anchors, n tokens of a grid, l kept tokens of all anchors, c channels, y x grid.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .inversion import InversionTrajectory
+from .reference import AnchorFeatures, BlockId, Grid, Half, Layer, ReferenceBank, ReferencePrompt
+
+Row = tuple[int, float]  # stage (0 where there is but one, else 1 or 2), sigma
+
+
+@dataclass
+class AnchorRecorder:
+    """Copies the anchors of a running story to host memory; `finish` makes their REFERENCE. Asked again, a row is replaced."""
+    precision: torch.dtype | None = None  # None keeps the dtype the model computes in
+    count: int = 0  # r; set when the run begins
+    layers: dict[BlockId, Layer] = field(default_factory=dict)
+    output_layers: dict[BlockId, Layer] = field(default_factory=dict)
+    latents: dict[float, Tensor] = field(default_factory=dict)
+    masks: dict[Grid, Tensor] = field(default_factory=dict)  # of the last step, bool [r y x]
+    maps: Tensor | None = None  # [t r y x]
+    _tokens: dict[tuple[Row, Half], dict[BlockId, Tensor]] = field(default_factory=dict)
+    _kept: dict[Row, dict[Grid, Tensor]] = field(default_factory=dict)
+    _outputs: dict[float, dict[BlockId, Tensor]] = field(default_factory=dict)
+    _features: Tensor | None = None
+    _subject: Tensor | None = None
+
+    def latent(self, sigma: float, x: Tensor) -> None:
+        """x [b c y x] as the model is asked at this noise level."""
+        self.latents[sigma] = x[:self.count].float().to("cpu", copy=True)
+
+    def tokens(self, stage: int, sigma: float, block: BlockId, grid: Grid, half: Half, tokens: Tensor, kept: Tensor) -> None:
+        """Normed tokens [l c] of all anchors at their flat positions [l] among r*n."""
+        self.layers.setdefault(block, Layer(block, grid, tokens.shape[-1]))
+        self._tokens.setdefault(((stage, sigma), half), {})[block] = self._stored(tokens)
+        self._kept.setdefault((stage, sigma), {})[grid] = kept
+
+    def output(self, sigma: float, block: BlockId, grid: Grid, x: Tensor) -> None:
+        """Self-attention outputs [b n c] before injection; the subject's are kept."""
+        self.output_layers.setdefault(block, Layer(block, grid, x.shape[-1]))
+        rows = x[:self.count].flatten(0, 1).index_select(0, self._subject.to(x.device))
+        self._outputs.setdefault(sigma, {})[block] = self._stored(rows)
+
+    def matched(self, features: Tensor, subject: Tensor) -> None:
+        """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the first stage."""
+        self._features, self._subject = features.half().to("cpu", copy=True), subject
+
+    def finish(self, final: Tensor, prompts: Mapping[Half, ReferencePrompt], model_key: str, schedule: str,
+               settings: Mapping[str, float | int | str]) -> ReferenceBank:
+        """final: the finished latents [r c y x] in model scale."""
+        sigmas = sorted(self.latents)
+        text = prompts[Half.COND].text
+        path = torch.stack([final.float().cpu(), *(self.latents[s] for s in sigmas)])
+        trajectory = InversionTrajectory(torch.tensor([0.0, *sigmas]), path, "generated anchors", text, model_key, schedule)
+        halves = tuple(dict.fromkeys(half for _, half in self._tokens))
+        last = [self._row(s) for s in sigmas]
+        first = [(1, s) if row == (2, s) and (1, s) in self._kept else None for row, s in zip(last, sigmas)]
+        nothing = torch.zeros(0)
+        grids = {layer.grid for layer in self.layers.values()}
+        none = torch.zeros(0, dtype=torch.long)
+        output_rows = [torch.cat([self._outputs[s][b].flatten() for b in self.output_layers]) if s in self._outputs else nothing
+                       for s in sigmas]
+        anchors = AnchorFeatures(
+            kept={grid: tuple(self._kept[row][grid] for row in last) for grid in grids},
+            first={half: tuple(nothing if row is None else self._joined(row, half) for row in first) for half in halves},
+            first_kept={grid: tuple(none if row is None else self._kept[row][grid] for row in first) for grid in grids},
+            outputs=tuple(output_rows), output_layers=tuple(self.output_layers.values()),
+            features=self._features, subject=self._subject, settings=settings)
+        features = {half: tuple(self._joined(row, half) for row in last) for half in halves}
+        return ReferenceBank(trajectory, prompts, tuple(self.layers.values()), self.masks, features, model_key, self.maps,
+                             anchors)
+
+    def _stored(self, x: Tensor) -> Tensor:
+        return x.to("cpu", self.precision or x.dtype, copy=True)
+
+    def _row(self, sigma: float) -> Row:
+        return next((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept)
+
+    def _joined(self, row: Row, half: Half) -> Tensor:
+        return torch.cat([self._tokens[row, half][block].flatten() for block in self.layers])

@@ -1,0 +1,153 @@
+"""ConsiStory's schedule, subject masks, dropout and share matrix (arXiv 2402.03286); models/story.py puts them to work.
+
+Axes: b pictures, w subject words, n tokens of a grid (y x, row by row), l kept tokens.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masks import Threshold, binarise, resize_soft
+from .reference import BlockId, Grid, Halves
+
+SLACK = 1e-4  # relative: what a sigma loses between a schedule in float64 and a sampler in float32
+DIFT_TIMESTEP = 261  # where diffusion features correspond best (arXiv 2306.03881); ConsiStory, appendix B
+LAST_STEPS = 20  # the masks' running mean reaches this far back (method.md 3.2)
+
+
+@dataclass(frozen=True)
+class StorySettings:
+    """The hyper-parameters, with the paper's values (method.md 3.2, section 5). Windows are sigmas, both ends inside."""
+    blocks: frozenset[BlockId]  # whose self-attention is shared: the decoder
+    map_blocks: tuple[BlockId, ...]  # whose cross-attention locates the subject
+    anchors: int = 2  # the first so many pictures are read by all; 0: all pictures by all
+    seed: int = 0  # of the dropout
+    weight: float = 1.0  # 0: no sharing
+    dropout: float = 0.5
+    blend: tuple[float, float] = (0.9, 0.818)  # nu at the first and last step of its window
+    blend_until: float = 0.0
+    injection: float = 0.8  # alpha
+    inject: tuple[float, float] = (0.0, 0.0)  # from the greater sigma until the smaller
+    halves: Halves = Halves.BOTH
+    official: bool = False  # the first stage runs to its end, and the masks of its last step are used
+    align_keys: bool = True  # of inverted photos, appendix E
+    threshold: Threshold = "otsu"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens at which noise level of one sampler run. sigmas: descending, without the last 0; timesteps: theirs."""
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    settings: StorySettings
+
+    def step(self, sigma: float) -> int:
+        """The step a sigma belongs to: samplers also ask between two of them."""
+        return max(sum(s >= sigma * (1 - SLACK) for s in self.sigmas) - 1, 0)
+
+    def blend(self, sigma: float) -> float:
+        """nu of eq. (4), linear over the steps of its window; 0 outside."""
+        first, last = self.settings.blend
+        count = sum(s >= self.settings.blend_until * (1 - SLACK) for s in self.sigmas)
+        if sigma < self.settings.blend_until * (1 - SLACK) or not count or not first:
+            return 0.0
+        return first + (last - first) * min(self.step(sigma), count - 1) / max(count - 1, 1)
+
+    def injects(self, sigma: float) -> bool:
+        high, low = self.settings.inject
+        return self.settings.injection > 0 and low * (1 - SLACK) <= sigma <= high * (1 + SLACK)
+
+    @cached_property
+    def features_at(self) -> float:
+        """The sigma nearest t = 261 in this run."""
+        return min(zip(self.sigmas, self.timesteps), key=lambda s: abs(s[1] - DIFT_TIMESTEP))[0]
+
+    @cached_property
+    def first_injection(self) -> float | None:
+        """Where the second stage leaves the first; None: one stage is enough."""
+        inside = [s for s in self.sigmas if self.injects(s)]
+        return inside[0] if inside and inside[0] > self.features_at else None
+
+
+def dropped(seed: int, picture: int, step: int, grid: Grid, share: float) -> Tensor:
+    """Which tokens of a picture nobody else sees at a step: bool [n], True with probability `share`, without rescaling (Q10).
+
+    A function of its arguments alone (I45): neither the batch nor the halves nor any other draw changes it.
+    """
+    digest = hashlib.blake2b(repr((seed, picture, step, tuple(grid))).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.rand(grid[0] * grid[1], generator=generator) < share
+
+
+def shared_groups(pictures: int, anchors: int) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
+    """((first, last + 1), the pictures they read) for neighbours that read the same: anchors one another, the others all anchors.
+
+    anchors 0, or as many as there are pictures: all read all. Nobody reads the others (I23, I24).
+    """
+    k = min(anchors or pictures, pictures)
+    alone = [((i, i + 1), tuple(j for j in range(k) if j != i)) for i in range(k)]
+    return alone + ([((k, pictures), tuple(range(k)))] if pictures > k else [])
+
+
+def subject_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Tensor:
+    """Soft maps [b w y x] -> bool [b y' x'] at a grid: resized soft, binarised there, united over the words (eq. 7, 4.5)."""
+    b, w = soft.shape[:2]
+    return binarise(resize_soft(soft.flatten(0, 1), grid), threshold).unflatten(0, (b, w)).any(1)
+
+
+@dataclass
+class SubjectMaps:
+    """The words' cross-attention maps of every noise level so far, each kept once however often it is asked (I37)."""
+    _raw: dict[float, dict[tuple[BlockId, object], Tensor]] = field(default_factory=dict)
+    _mean: dict[float, Tensor] = field(default_factory=dict)
+
+    def begin(self, sigma: float) -> None:
+        """The model is about to be asked at this noise level: what it said there before no longer counts."""
+        for held in (self._raw, self._mean):
+            held.pop(sigma, None)
+
+    def add(self, sigma: float, block: BlockId, part: object, maps: Tensor) -> None:
+        """maps [b w y x] of one cross-attention of one part of the batch. The first counts: others' extra passes come after."""
+        self._raw.setdefault(sigma, {}).setdefault((block, part), maps)
+
+    def forget(self, sigma: float) -> None:
+        """Drop this noise level and all below it."""
+        for held in (self._raw, self._mean):
+            for s in [s for s in held if s <= sigma]:
+                del held[s]
+
+    def at(self, sigma: float) -> Tensor:
+        """Mean over blocks and parts [b w y x], at the finest of their grids, where it was computed."""
+        if sigma in self._raw:
+            self._mean[sigma] = _mean_map(list(self._raw.pop(sigma).values()))
+        return self._mean[sigma]
+
+    @property
+    def sigmas(self) -> list[float]:
+        return sorted({*self._raw, *self._mean}, reverse=True)
+
+    def mean(self, sigma: float, inclusive: bool = False) -> Tensor | None:
+        """Running mean [b w y x] in host memory of the last 20 noise levels above `sigma`; None: there are none."""
+        before = [s for s in self.sigmas if s > sigma or (inclusive and s == sigma)][-LAST_STEPS:]
+        if not before:
+            return None
+        return _mean_map([self.at(s) for s in before]).cpu()
+
+
+def _mean_map(maps: Sequence[Tensor]) -> Tensor:
+    """Maps [b w y x] of unlike grids and numbers of words -> their mean at the finest grid; a word is 0 where it is not named."""
+    finest, w = max(tuple(m.shape[-2:]) for m in maps), max(m.shape[1] for m in maps)
+    resized = [resize_soft(m.flatten(0, 1), finest).unflatten(0, m.shape[:2]) for m in maps]
+    return torch.stack([F.pad(m, (0, 0, 0, 0, 0, w - m.shape[1])) for m in resized]).mean(0)
+
+
+def positions_of(masks: Tensor, pictures: Sequence[int]) -> list[Tensor]:
+    """bool [b y x] in host memory -> per listed picture, the flat positions [l] of its subject among b*n."""
+    n = masks.shape[-2] * masks.shape[-1]
+    return [masks[i].flatten().nonzero().squeeze(1) + i * n for i in pictures]

@@ -1,0 +1,29 @@
+"""Latents of a reference back to pictures, where there is a VAE but no MODEL."""
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.supported_models
+from torch import Tensor
+
+
+def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
+    """Latents [b c y x] in model scale -> pictures [b Y X 3] float32 in 0..1 on the CPU.
+
+    made_with: a model_key, whose first word is the family; the family knows the scale of its latents. ValueError where the family
+    is unknown, the VAE reads other channels, or what it gives is not finite.
+    """
+    name = made_with.split(" ")[0]
+    family = next((kind for kind in comfy.supported_models.models if kind.__name__ == name), None)
+    if family is None:
+        raise ValueError(f"{node}: the reference was made with a model of the kind {name}, which this ComfyUI does not know. Update "
+                         "ComfyUI, or install the pack that brings this kind.")
+    channels = getattr(vae, "latent_channels", latents.shape[1])
+    if channels != latents.shape[1]:
+        raise ValueError(f"{node}: the reference has latents of {latents.shape[1]} channels, but the VAE reads {channels}. Wire the VAE "
+                         f"of the checkpoint that made the reference ({made_with}).")
+    pictures = vae.decode(family.latent_format().process_out(latents)).float().cpu()
+    if not pictures.isfinite().all():
+        raise ValueError(f"{node}: the VAE gave NaN or infinite pixels. A VAE in fp16 does this to some pictures: start ComfyUI with "
+                         "--fp32-vae or use another VAE.")
+    return pictures[..., :3].clamp(0, 1)

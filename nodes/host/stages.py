@@ -1,0 +1,79 @@
+"""ConsiStory's two stages inside one sampler run: one progress bar, no UNet call twice (performance.md 1.5)."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.story import Story
+
+
+class _FirstStageDone(Exception):
+    """Leaves the host's sampler where the first stage needs no more of it."""
+
+
+@dataclass
+class Stages:
+    """The sampler runs again from the same noise; until the first injection it is handed the first stage's answers.
+
+    So every sampler may be used, those with memory and those with noise of their own too. Where it asks something else than
+    the first time, the model answers.
+    """
+    story: Story
+    _answers: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)  # sigma, x, denoised: before the first injection
+    _replaying: bool = False
+    _done: bool = False  # the first injection's noise level was reached: what follows differs in the second stage
+
+    def sample(self, executor: Callable[..., Tensor], guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any,
+               noise: Tensor, latent_image: Tensor | None = None, denoise_mask: Tensor | None = None, disable_pbar: bool = False,
+               **kwargs: Any) -> Tensor:
+        story, second = self.story, len(sigmas) - 1
+        if not story.stage:
+            out = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar, **kwargs)
+            story.finish()
+            return out
+        first = second if story.settings.official else story.schedule.step(story.schedule.features_at) + 1
+
+        def told(done: int) -> Callable[..., Any] | None:
+            return callback and (lambda step, denoised, x, total: callback(done + min(step, second - 1), denoised, x, first + second))
+        devices = [noise.device] if noise.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            try:
+                executor(guider, sigmas, dict(extra_args), told(0), noise.clone(), latent_image, denoise_mask, True, **kwargs)
+            except _FirstStageDone:
+                pass
+        story.begin_second_stage()
+        self._replaying = True
+        out = executor(guider, sigmas, extra_args, told(first), noise, latent_image, denoise_mask, disable_pbar, **kwargs)
+        story.finish()
+        return out
+
+    def replayed(self, sigma: float, x: Tensor) -> Tensor | None:
+        """What the first stage answered to this very question, in its order; None: the model has to be asked."""
+        if not (self._replaying and self._answers):
+            return None
+        asked, seen, answer = self._answers.pop(0)
+        if asked == sigma and torch.equal(seen, x):
+            self._record(sigma, x)
+            return answer
+        self._answers.clear()
+        self.story.maps.forget(sigma)
+        return None
+
+    def answered(self, sigma: float, x: Tensor, denoised: Tensor) -> None:
+        self._record(sigma, x)
+        if self.story.stage != 1:
+            return
+        if sigma > self.story.schedule.first_injection * (1 + 1e-6) and not self._done:
+            self._answers.append((sigma, x.clone(), denoised.clone()))
+        else:
+            self._done = True
+        if self.story.first_stage_ends:
+            raise _FirstStageDone
+
+    def _record(self, sigma: float, x: Tensor) -> None:
+        if self.story.recorder:
+            self.story.recorder.latent(sigma, x)

@@ -1,0 +1,80 @@
+"""Save Reference and Load Reference: a subject, once read or made, for other days and other machines."""
+from __future__ import annotations
+
+import logging
+
+from comfy_api.v0_0_2 import io, ui
+
+from ..models.bank_file import load_reference, save_reference
+from ..models.reference import ReferenceBank
+from . import host
+
+SAVE, LOAD = "Save Reference", "Load Reference"
+log = logging.getLogger(__name__)
+
+
+class SaveReference(io.ComfyNode):
+    """A REFERENCE into one .safetensors of the output folder, numbered as SaveImage numbers pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredSaveReference", display_name=SAVE, category="Kindred",
+            description="Writes a reference into one file of the output folder, to be read again by Load Reference, on this machine or "
+                        "another one. Nothing is ever overwritten.",
+            search_aliases=["save subject", "save anchors", "reusable subject", "export reference", "subject library"],
+            inputs=[
+                host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture, or anchors of a story."),
+                io.String.Input("filename_prefix", default="kindred/reference",
+                                tooltip="Name in the output folder; a number is added. Load Reference lists its kindred folder."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, reference: ReferenceBank, filename_prefix: str = "kindred/reference") -> io.NodeOutput:
+        path, name = host.new_reference_path(filename_prefix)
+        try:
+            save_reference(reference, path)
+        except ValueError as error:
+            raise ValueError(f"{SAVE}: {error}") from error
+        except OSError as error:
+            raise OSError(f"{SAVE}: {name} could not be written ({error}). Nothing of it is left; make room and queue it again.") from error
+        shown = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
+        if not host.is_listed(path):
+            shown += f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder and output/kindred"
+        log.info("%s: %s", SAVE, shown)
+        return io.NodeOutput(ui=ui.PreviewText(shown))
+
+
+class LoadReference(io.ComfyNode):
+    """A REFERENCE as Save Reference wrote it, bit for bit."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredLoadReference", display_name=LOAD, category="Kindred",
+            description="Reads a reference that Save Reference wrote. It does exactly what the unsaved one did, with the same model and "
+                        "LoRAs. Files of other machines belong into models/kindred_references.",
+            search_aliases=["load subject", "load anchors", "reusable subject", "import reference", "subject library"],
+            inputs=[io.Combo.Input("file", options=host.reference_files(),
+                                   tooltip="A .safetensors in the output folder's kindred folder, or in models/kindred_references.")],
+            outputs=[host.Reference.Output(display_name="reference", tooltip="As it was saved, for every node that takes a reference.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        try:
+            bank = load_reference(host.reference_path(file))
+        except ValueError as error:
+            raise ValueError(f"{LOAD}: {error}") from error
+        log.info("%s: %s, %d picture%s, %s, made with model %s, %.1f MB", LOAD, file, bank.pictures, "s" * (bank.pictures > 1),
+                 bank.trajectory.schedule, bank.model_key, bank.bytes / 1e6)
+        return io.NodeOutput(bank)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        """Another file under the same name is another reference."""
+        stat = host.reference_path(file).stat()
+        return f"{stat.st_mtime_ns} {stat.st_size}"
