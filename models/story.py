@@ -247,8 +247,8 @@ class Story(Watcher):
         rows, columns = self._grid(self.layout.divisors[call.block])
         if x.shape[1] != rows * columns or call.grid != (rows, columns):
             raise ValueError(f"{NODE}: block {block_name(call.block)} has {x.shape[1]} tokens ({call.grid[0]}x{call.grid[1]}) where the "
-                             f"latent's size makes {rows}x{columns}. A node that changes the grid (Deep Shrink), merges or tiles tokens is on the "
-                             "model: remove it.")
+                             f"latent's size makes {rows}x{columns}. A node that changes the grid (Deep Shrink), merges or tiles tokens is "
+                             "on the model: remove it.")
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
         if call.block not in self.settings.blocks:
