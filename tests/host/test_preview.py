@@ -62,7 +62,10 @@ def anchored(bank: ReferenceBank, features: torch.Tensor | None, subject: torch.
 
 
 def moved(bank: ReferenceBank, grid: tuple[int, int], seed: int = 0) -> tuple[ReferenceBank, torch.Tensor, torch.Tensor]:
-    """Two anchors on `grid` whose subjects (its upper left part) are alike but for the order of their tokens: bank, mask [n], where."""
+    """Two anchors on `grid` whose subjects (its upper left part) are alike but for the order of their tokens: bank, mask [n], where.
+
+    Behind the first one's subject stands what looks still more like the second's.
+    """
     n = grid[0] * grid[1]
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(grid, dtype=torch.bool)
@@ -71,7 +74,9 @@ def moved(bank: ReferenceBank, grid: tuple[int, int], seed: int = 0) -> tuple[Re
     source = torch.arange(n)
     source[at] = at[torch.randperm(len(at), generator=generator)]
     first = torch.randn(n, 24, generator=generator)
-    second = torch.where(mask.view(-1, 1), first[source], torch.randn(n, 24, generator=generator))
+    second = torch.where(mask.view(-1, 1), first[source] + 1e-2, torch.randn(n, 24, generator=generator))
+    behind = (~mask.flatten()).nonzero().squeeze(1)[:len(at)]
+    first[behind] = second[at[:len(behind)]]
     return anchored(bank, torch.stack([first, second]), torch.cat([at, n + at])), mask.flatten(), source
 
 
