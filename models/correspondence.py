@@ -107,18 +107,26 @@ def inject(x: Tensor, snapshot: Tensor, matches_source: Tensor, targets: Tensor,
     return flat.index_copy(0, targets, mixed).view_as(x)
 
 
-def adain(x: Tensor, like: Tensor, eps: float = 1e-5) -> Tensor:
+def adain(x: Tensor, like: Tensor, eps: float = 1e-5, where: Tensor | None = None) -> Tensor:
     """Keys x [1|b l c] -> [b l c] with the mean and standard deviation of like [b n c], channel by channel over tokens.
 
-    Appendix E, of the keys of inverted photos; heads are not split, so a channel is a head-channel. A channel whose spread is
-    below eps times its largest value counts as constant and takes the mean of `like` (so does l = 1). No token on either side:
-    x as it is. float32 inside; the result has x's dtype.
+    Appendix E, of the keys of inverted photos; heads are not split, so a channel is a head-channel. where: bool [b n], the
+    tokens of `like` that count (its subject, as x is the photo's); a picture without any leaves x as it is. A channel whose
+    spread is below eps times its largest value counts as constant and takes the mean of `like` (so does l = 1). No token on
+    either side: x as it is. float32 inside; the result has x's dtype.
     """
     shape = (like.shape[0], *x.shape[1:])
     if x.shape[1] == 0 or like.shape[1] == 0:
         return x.expand(shape)
     own, other = x.float(), like.float()
     own_spread, own_mean = torch.std_mean(own, 1, correction=0, keepdim=True)  # of a population: one token has a spread, 0
-    spread, mean = torch.std_mean(other, 1, correction=0, keepdim=True)
+    if where is None:
+        spread, mean = torch.std_mean(other, 1, correction=0, keepdim=True)
+    else:
+        counted = where.to(other)[..., None]
+        total = counted.sum(1, keepdim=True)
+        mean = (other * counted).sum(1, keepdim=True) / total.clamp(min=1)
+        spread = (((other - mean).square() * counted).sum(1, keepdim=True) / total.clamp(min=1)).sqrt()
+        spread, mean = (torch.where(total > 0, a, b) for a, b in ((spread, own_spread), (mean, own_mean)))
     floor = (eps * own.abs().amax(1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
     return ((own - own_mean) / own_spread.maximum(floor) * spread + mean).to(x.dtype)

@@ -83,6 +83,7 @@ class Story(Watcher):
     _masks: dict[Grid, Tensor | None] = field(default_factory=dict)
     _shared: dict[Grid, list[tuple[tuple[int, int], Tensor]]] = field(default_factory=dict)
     _kept: dict[Grid, list[Tensor]] = field(default_factory=dict)
+    _subject: dict[Grid, Tensor | None] = field(default_factory=dict)  # the masks [b n] on the device
     _read: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     _weights: dict[tuple[SubjectTokens, int, int], Tensor] = field(default_factory=dict)
     _told: bool = False
@@ -96,7 +97,7 @@ class Story(Watcher):
         self.sigma, self._read = sigma, None
         if self.stage == 1 and self.tapped is None and sigma <= self.schedule.features_at * (1 + SLACK):
             self.tapped = sigma  # some samplers never ask at the schedule's own levels
-        for held in (self._masks, self._shared, self._kept):
+        for held in (self._masks, self._shared, self._kept, self._subject):
             held.clear()
         self.maps.begin(sigma)
         self._soft = None if self.user_masks is not None else self.maps.mean(sigma)  # the one wait for the device in a step
@@ -298,10 +299,18 @@ class Story(Watcher):
                 projected[half] = site.module.attn1.to_k(tokens), site.module.attn1.to_v(tokens)
             keys, values = projected[half]
             if self.anchors.aligned and self.settings.align_keys:
-                keys = adain(keys, call.parts(k)[i])
+                keys = self._aligned(keys, call.parts(k)[i], call.grid)
                 values = values.expand(len(keys), -1, -1)
             made[i] = ReferenceTokens(keys, values, self.settings.weight)
         return [References({}, by_part=made)]
+
+    def _aligned(self, keys: Tensor, own: Tensor, grid: Grid) -> Tensor:
+        """Keys [1 l c] of the photo's subject with the statistics of this picture's subject, own [b n c] -> [1|b l c] (appendix E)."""
+        if grid not in self._subject:
+            masks = self.masks(grid)
+            self._subject[grid] = None if masks is None else masks.flatten(1).to(self.device)
+        where = self._subject[grid]
+        return keys if where is None else adain(keys, own, where=where)
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
         """Eq. (6): outputs after to_out, cond half, from a snapshot of all pictures, so that their order does not matter (Q1)."""
