@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--port", type=int, help="default: a free one")
     command.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     command.add_argument("--base", type=Path, metavar="DIR", help="keep models, inputs and outputs in this folder")
-    for name, text in (("demo", "personalized pictures from a reference: [--json FILE] [--out DIR] [--checkpoint FILE --reference "
-                                "PICTURE --subject WORD --prompt TEXT] ..."),
+    for name, text in (("demo", "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
+                                "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ..."),
                        ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
                        ("bench", "costs against the plain host: [--json FILE] ...")):
         commands.add_parser(name, parents=[own], help=text, description=text, allow_abbrev=False,

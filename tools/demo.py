@@ -4,6 +4,7 @@ Without arguments it uses the miniature and a rendered subject that the miniatur
 With --checkpoint and --reference the same job runs on your own SD1.5, SD2.x or SDXL checkpoint and photo.
 Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.json with self-attention injection, with the concept
 encoder, with both, and with both weights 0. A checkpoint of your own has a concept encoder only if you give one.
+With --story the pictures share a subject of their own instead: tools/demo.py --story --help.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from checkout import ROOT, as_kindred, version
-from client import HostError, HostServer, Progress
+from client import Client, HostError, HostServer, Progress
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
@@ -53,6 +54,13 @@ class Stopwatch:
     def stop(self) -> None:
         self(Progress("", 0, 0))
         sys.stderr.write("\r\033[K")
+
+
+def with_progress(client: Client, graph: Mapping[str, Any], watch: Stopwatch) -> dict[str, Any]:
+    """Outputs by node; a job may take a day."""
+    outputs = client.run(graph, watch, timeout=24 * 3600)
+    watch.stop()
+    return outputs
 
 
 def native_size(checkpoint: Path) -> int:
@@ -188,6 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
     parser.add_argument("--weight", type=float, help="W_S (default: the workflow's)")
     parser.add_argument("--concept-weight", type=float, help="W_C (default: the workflow's)")
+    parser.add_argument("--story", action="store_true", help="a story instead; tools/demo.py --story --help tells its options")
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     own = given.checkpoint is not None
@@ -224,6 +233,10 @@ def png(array: Any) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--story" in argv:
+        from demo_story import main as story
+        return story([word for word in argv if word != "--story"])
     given = parse(argv)
     own = given.checkpoint is not None
     began = time.monotonic()
@@ -238,14 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         titles = {key: node.get("_meta", {}).get("title", node["class_type"]) for key, node in graph.items()}
         watch, pictures, figures = Stopwatch(titles), {}, {}
         for title, job in columns(graph).items():
-            outputs = client.run(job, watch, timeout=24 * 3600)
+            outputs = with_progress(client, job, watch)
             pictures[title] = [Image.open(BytesIO(client.view(image))) for image in outputs[PICTURES]["images"]]
-            watch.stop()
             if not figures:  # the first one reads the reference
                 figures = {"unet_calls.reference": watch.steps[CAPTURE], "seconds.inversion": watch.seconds[CAPTURE],
                            "seconds.sampling": watch.seconds[SAMPLER]}
-        back = client.run(round_trip(graph), watch, timeout=24 * 3600)
-        watch.stop()
+        back = with_progress(client, round_trip(graph), watch)
         decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
     figures["inversion.psnr_db"] = psnr_db(*decoded)
     if not own and given.rendered:
@@ -267,9 +278,14 @@ def write(given: argparse.Namespace, pictures: Mapping[str, Sequence[Image.Image
         for i, picture in enumerate(found, 1):
             picture.save(given.out / f"{title}_{i}.png")
     (given.out / "workflow_api.json").write_text(json.dumps(graph, indent=2), "utf-8")
-    report = {"command": "demo", "version": version(), "seed": given.seed, "prompts": given.prompt, "figures": figures}
+    report(given, "demo", {"prompts": given.prompt}, figures)
+
+
+def report(given: argparse.Namespace, command: str, asked: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+    """report.json, a copy of it where --json says, and the figures on the terminal."""
+    content = {"command": command, "version": version(), "seed": given.seed, **asked, "figures": figures}
     for path in filter(None, (given.out / "report.json", given.json)):
-        path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for name, value in sorted(figures.items()):
         print(f"  {name:24} {value:.3f}")
     print(f"  {given.out / 'sheet.png'}")

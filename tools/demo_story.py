@@ -1,0 +1,270 @@
+"""One subject in several pictures, without training: dev.py demo --story, through the API of a real ComfyUI.
+
+Without further arguments it uses the miniature and measures the result. Three stories: four scenes of one class, plain and with
+ConsiStory Shared Attention; a subject made by ConsiStory Anchor Sampler, saved, loaded, and asked for in further pictures; a
+subject read from two pictures of it. With --checkpoint it tells your own story instead; --more and --reference add the other two.
+Runs the graphs of workflows/api/story*.json; writes sheet.png, the pictures, the graphs and report.json.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from checkout import ROOT
+from client import Client, HostServer, link
+from demo import Stopwatch, native_size, report, with_progress
+from PIL import Image, ImageDraw, ImageFont
+from story_figures import PHOTO_SCENES, SCENES, SECOND, SUBJECT, figures_of, photos
+
+WORKFLOWS = {name: ROOT / "workflows" / "api" / f"{name}.json" for name in ("story", "story_more_pictures", "story_from_photo")}
+# node ids of the shipped workflows, by what they do; 1 to 8 are the same in all three
+LOADER, PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES = "1", "2", "3", "4", "5", "6", "7", "8"
+LOAD = "9"  # story_more_pictures
+PHOTO, SCALED, BATCH, COARSE, CAPTURE, PREVIEW = ("9", "10"), ("11", "12"), "13", "15", "16", "17"  # story_from_photo
+SAVE = "20"  # beside the anchors
+Graph = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one job of the host gave."""
+    graph: Graph
+    outputs: Mapping[str, Any]
+    pictures: list[Image.Image]
+    seconds: Mapping[str, float]  # by node
+    unet_calls: int
+
+
+@dataclass
+class Teller:
+    """Runs graphs one after another, on a server that counts the UNet's evaluations."""
+    client: Client
+    told: dict[str, Told] = field(default_factory=dict)
+
+    def run(self, name: str, graph: Graph, shown: str = PICTURES) -> Told:
+        """shown: the node whose pictures count."""
+        watch = Stopwatch({key: f"{name}: {node.get('_meta', {}).get('title', node['class_type'])}" for key, node in graph.items()})
+        self.client.json("/kindred_calls")
+        outputs = with_progress(self.client, graph, watch)
+        pictures = [Image.open(BytesIO(self.client.view(image))) for image in outputs[shown]["images"]]
+        self.told[name] = Told(graph, outputs, pictures, watch.seconds, self.client.json("/kindred_calls"))
+        return self.told[name]
+
+
+def graph_of(workflow: str, given: argparse.Namespace, lines: Sequence[str], subject: str) -> Graph:
+    """A shipped workflow with this job's inputs."""
+    graph = json.loads(WORKFLOWS[workflow].read_text("utf-8"))
+    graph[LOADER]["inputs"]["ckpt_name"] = given.checkpoint.name if given.checkpoint else "kindred_miniature.safetensors"
+    graph[PROMPTS]["inputs"] |= {"prompts": "\n".join(lines), "subject": subject, "style": given.style}
+    graph[SIZE]["inputs"] |= {"width": given.size, "height": given.size}
+    graph[SAMPLER]["inputs"] |= {"seed": given.seed, "steps": given.steps, "cfg": given.cfg, "sampler_name": "ddim",
+                                 "scheduler": "ddim_uniform"}
+    return graph
+
+
+def plain(graph: Graph) -> Graph:
+    """The same pictures with no node of ours on the model."""
+    graph = copy.deepcopy(graph)
+    graph[SAMPLER]["inputs"]["model"] = [LOADER, 0]
+    del graph[STORY]
+    return graph
+
+
+def anchors(graph: Graph) -> Graph:
+    """The same pictures, sampled so that their subject can be saved."""
+    graph = copy.deepcopy(graph)
+    graph[SAMPLER] |= {"class_type": "KindredAnchorSampler", "_meta": {"title": "Sample the anchors"}}
+    graph[SAMPLER]["inputs"]["precision"] = "as computed"
+    graph[SAVE] = {"class_type": "KindredSaveReference", "inputs": {"reference": [SAMPLER, 1], "filename_prefix": "kindred/subject"},
+                   "_meta": {"title": "Save the subject"}}
+    return graph
+
+
+def from_photos(graph: Graph, names: Sequence[str], given: argparse.Namespace) -> Graph:
+    """The photo story of any number of uploaded photos."""
+    graph = copy.deepcopy(graph)
+    load, scale = graph[PHOTO[0]], graph[SCALED[0]]
+    for key in (*PHOTO, *SCALED):
+        del graph[key]
+    scale["inputs"] |= {"width": given.size, "height": given.size}
+    for i, name in enumerate(names):
+        graph[f"photo {i + 1}"] = load | {"inputs": {"image": name}}
+        graph[f"scaled {i + 1}"] = scale | {"inputs": scale["inputs"] | {"image": [f"photo {i + 1}", 0]}}
+    graph[BATCH]["inputs"] = {f"images.image{i}": [f"scaled {i + 1}", 0] for i in range(len(names))}
+    graph[COARSE]["inputs"] |= {"prompts": f"a photo of a {given.subject}", "subject": given.subject, "style": ""}
+    graph[CAPTURE]["inputs"]["steps"] = given.steps
+    return graph
+
+
+def only_read(graph: Graph) -> Graph:
+    """A photo story as far as its reference; the host keeps it for the pictures."""
+    return {key: node for key, node in graph.items() if key not in (PROMPTS, SIZE, STORY, SAMPLER, DECODE, PICTURES)}
+
+
+def saved_name(told: Told) -> str:
+    """The name under which Load Reference lists what Save Reference wrote: "kindred/subject_00001_.safetensors, 2.9 MB"."""
+    return told.outputs[SAVE]["text"][0].partition(",")[0].removeprefix("kindred/")
+
+
+@contextmanager
+def counting_server(given: argparse.Namespace) -> Iterator[HostServer]:
+    """A host with the pack and tools/count_calls.py."""
+    with tempfile.TemporaryDirectory(prefix="kindred-", ignore_cleanup_errors=True) as base:
+        (Path(base) / "custom_nodes").mkdir()
+        link(ROOT / "tools" / "count_calls.py", Path(base) / "custom_nodes" / "count_calls.py")
+        models = {"checkpoints": [given.checkpoint]} if given.checkpoint else None
+        with HostServer(given.host, base=Path(base), models=models) as server:
+            yield server
+
+
+def tell(given: argparse.Namespace, client: Client) -> dict[str, Told]:
+    """Every story asked for, by name; `anchors` and `reading` are the first halves of two of them."""
+    teller = Teller(client)
+    graph = graph_of("story", given, given.prompt, given.subject)
+    teller.run("plain", plain(graph))
+    teller.run("story", graph)
+    if given.more:
+        made = teller.run("anchors", anchors(graph_of("story", given, given.anchors, given.second)))
+        graph = graph_of("story_more_pictures", given, given.more, given.second)
+        graph[LOAD]["inputs"]["file"] = saved_name(made)
+        graph[SAMPLER]["inputs"]["seed"] = given.seed + 1
+        teller.run("more_pictures", graph)
+    if given.reference:
+        names = [client.upload_image(photo, f"kindred_photo_{i}.png") for i, photo in enumerate(given.reference, 1)]
+        graph = from_photos(graph_of("story_from_photo", given, given.prompt, given.subject), names, given)
+        teller.run("reading", only_read(graph), PREVIEW)
+        teller.run("photo_story", graph)
+    return teller.told
+
+
+Row = tuple[str, Sequence[tuple[Image.Image, str]]]
+
+
+def rows(given: argparse.Namespace, told: Mapping[str, Told]) -> list[Row]:
+    """The sheet's rows: a title, and pictures with what was asked for."""
+    def captioned(name: str, lines: Sequence[str]) -> list[tuple[Image.Image, str]]:
+        return list(zip(told[name].pictures, lines, strict=True))
+    made: list[Row] = [("plain: the prompts by themselves", captioned("plain", given.prompt)),
+                       ("story: the same noise, with ConsiStory Shared Attention", captioned("story", given.prompt))]
+    if "more_pictures" in told:
+        made.append(("more pictures of a saved subject: its two anchors, then what was made from the file",
+                     captioned("anchors", [f"anchor: {line}" for line in given.anchors]) + captioned("more_pictures", given.more)))
+    if "photo_story" in told:
+        photos = [(Image.open(BytesIO(photo)), f"photo {i}") for i, photo in enumerate(given.reference, 1)]
+        made.append(("from photos: what was inverted, then the first row's noise", photos + captioned("photo_story", given.prompt)))
+    return made
+
+
+def sheet(rows: Sequence[Row], cell: int = 192) -> Image.Image:
+    """A row per story: its title, its pictures, the prompt under each."""
+    head, foot, gap = 30, 26, 8
+    tall = head + cell + foot + gap
+    page = Image.new("RGB", (gap + max(len(pictures) for _, pictures in rows) * (cell + gap), len(rows) * tall), "white")
+    draw, title_font, font = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(13)
+    for row, (title, pictures) in enumerate(rows):
+        draw.text((gap, row * tall + 7), title, "black", title_font)
+        for i, (picture, prompt) in enumerate(pictures):
+            left, top = gap + i * (cell + gap), row * tall + head
+            page.paste(square(picture).resize((cell, cell), Image.LANCZOS), (left, top))
+            while draw.textlength(prompt, font) > cell:
+                prompt = prompt[:-2] + "…"
+            draw.text((left, top + cell + 4), prompt, "black", font)
+    return page
+
+
+def square(picture: Image.Image) -> Image.Image:
+    """The middle of a picture, as the workflow crops a photo."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.convert("RGB").crop((left, top, left + side, top + side))
+
+
+def costs(told: Mapping[str, Told]) -> dict[str, float]:
+    """Evaluations of the UNet and seconds of the sampler (of the capture, for `reading`), by story."""
+    figures: dict[str, float] = {f"unet_calls.{name}": job.unet_calls for name, job in told.items()}
+    timed = {name: CAPTURE if name == "reading" else SAMPLER for name in told}
+    return figures | {f"seconds.{name}": told[name].seconds[node] for name, node in timed.items() if node in told[name].seconds}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dev.py demo --story", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("kindred-story"), help="folder for the pictures (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument("--checkpoint", type=Path, help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature")
+    parser.add_argument("--subject", help="the word for the subject, which every prompt contains, such as cat or woman")
+    parser.add_argument("--style", help="put before every prompt, such as: a watercolour of a")
+    parser.add_argument("--prompt", action="append", help="a picture of the story; repeat it, twice at least")
+    parser.add_argument("--more", action="append", help="a further picture of the first two prompts' subject, once it is saved and loaded")
+    parser.add_argument("--reference", type=Path, action="append", help="a photo of the subject; repeat it: the paper takes two")
+    parser.add_argument("--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 5 for a checkpoint)")
+    parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
+    given = parser.parse_args(argv)
+    own = ("subject", "style", "prompt", "more", "reference")
+    for path in filter(None, (given.checkpoint, *(given.reference or ()))):
+        if not path.is_file():
+            parser.error(f"{path} is not a file")
+    if given.checkpoint is None and any(getattr(given, name) for name in own):
+        parser.error(f"--{', --'.join(own)} tell a story of your own and need --checkpoint; the miniature tells one that it can measure")
+    if given.checkpoint and (not given.subject or len(given.prompt or ()) < 2):
+        parser.error("--checkpoint also needs --subject, and --prompt twice at least")
+    given.measured = given.checkpoint is None
+    if given.measured:
+        from_world(given)
+    else:
+        given.style, given.second, given.anchors = given.style or "", given.subject, given.prompt[:2]
+        given.reference = [path.read_bytes() for path in given.reference or ()]
+    given.size = given.size or (native_size(given.checkpoint) if given.checkpoint else 128)
+    given.cfg = given.cfg if given.cfg is not None else 5.0 if given.checkpoint else 4.0
+    return given
+
+
+def from_world(given: argparse.Namespace) -> None:
+    """The miniature's own stories."""
+    from checkout import as_kindred
+    as_kindred()
+    from kindred.miniature.world import PLACES
+    given.style, given.subject, given.second = "a photo of a", SUBJECT, SECOND
+    given.prompt = [f"{SUBJECT} {PLACES[scene]}" for scene in SCENES["story"]]
+    given.anchors, given.more = ([f"{SECOND} {PLACES[scene]}" for scene in SCENES[name]] for name in ("anchors", "more_pictures"))
+    given.reference = photos(PHOTO_SCENES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse(argv)
+    began = time.monotonic()
+    given.out.mkdir(parents=True, exist_ok=True)
+    with counting_server(given) as server:
+        told = tell(given, server.client)
+    figures = costs(told)
+    if given.measured:
+        figures |= figures_of({name: job.pictures for name, job in told.items() if name != "reading"})
+    figures["seconds.total"] = time.monotonic() - began
+    write(given, told, figures)
+    return 0
+
+
+def write(given: argparse.Namespace, told: Mapping[str, Told], figures: dict[str, float]) -> None:
+    """sheet.png, the single pictures, the graphs that were run, report.json."""
+    sheet(rows(given, told)).save(given.out / "sheet.png")
+    for name, job in told.items():
+        for i, picture in enumerate(job.pictures, 1):
+            picture.save(given.out / f"{name}_{i}.png")
+        (given.out / f"{name}_api.json").write_text(json.dumps(job.graph, indent=2), "utf-8")
+    report(given, "demo --story", {"prompts": given.prompt, "more": given.more or []}, figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
