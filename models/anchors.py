@@ -81,7 +81,11 @@ class AnchorRecorder:
         return x.to("cpu", self.precision or x.dtype, copy=True)
 
     def _row(self, sigma: float) -> Row:
-        return next((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept)
+        row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
+        if row is None:
+            raise ValueError(f"ConsiStory Anchor Sampler: at sigma {sigma:.4g} no whole picture passed through the model, so there is "
+                             "nothing to keep of the anchors. Remove what crops or skips its calls (area prompts alone, EasyCache).")
+        return row
 
     def _joined(self, row: Row, half: Half) -> Tensor:
         return torch.cat([self._tokens[row, half][block].flatten() for block in self.layers])

@@ -185,7 +185,7 @@ class ReferenceBank:
         a = self.anchors
         first = first and a is not None and a.first[half][step].numel() > 0
         kept = {grid: (a.first_kept if first else a.kept)[grid][step] for grid in a.kept} if a else self.kept
-        row = (a.first if first else self.features)[half][step].to(device=device, dtype=dtype)
+        row = (a.first if first else self.features)[half][step].to(device=device, dtype=dtype, non_blocking=True)
         return split_row(row, self.layers, {grid: len(positions) for grid, positions in kept.items()})
 
     def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:

@@ -80,11 +80,13 @@ class Story(Watcher):
     features: Tensor | None = None  # [b n c]
     targets: Tensor | None = None  # [k] flat positions among b*n that are injected
     sources: Tensor | None = None  # [k] rows that they are injected from
+    _soft: Tensor | None = None  # the running mean of the words' maps [b w y x] in host memory; None: nothing is known yet
     _masks: dict[Grid, Tensor | None] = field(default_factory=dict)
     _shared: dict[Grid, list[tuple[tuple[int, int], Tensor]]] = field(default_factory=dict)
     _kept: dict[Grid, list[Tensor]] = field(default_factory=dict)
     _subject: dict[Grid, Tensor | None] = field(default_factory=dict)  # the masks [b n] on the device
     _read: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
+    _outputs: Mapping[BlockId, Tensor] | None = None
     _weights: dict[tuple[SubjectTokens, int, int], Tensor] = field(default_factory=dict)
     _told: bool = False
 
@@ -94,7 +96,7 @@ class Story(Watcher):
     # steps -----------------------------------------------------------------------------------------------------------
 
     def begin_step(self, sigma: float) -> None:
-        self.sigma, self._read = sigma, None
+        self.sigma, self._read, self._outputs = sigma, None, None
         if self.stage == 1 and self.tapped is None and sigma <= self.schedule.features_at * (1 + SLACK):
             self.tapped = sigma  # some samplers never ask at the schedule's own levels
         for held in (self._masks, self._shared, self._kept, self._subject):
@@ -113,7 +115,7 @@ class Story(Watcher):
         self._masks.clear()
         self._soft = None if self.user_masks is not None else self.maps.mean(last, inclusive=True)
         self._match()
-        self.maps.forget(self.schedule.first_injection)
+        self.maps.forget(self.settings.inject[0] * (1 + SLACK))
         self.stage, self.features = 2, None
 
     def _match(self) -> None:
@@ -133,7 +135,7 @@ class Story(Watcher):
             kept = [torch.cat([per_picture[j] for j in read]) if read else torch.zeros(0, dtype=torch.long)
                     for (first, last), read in shared_groups(self.pictures, self.settings.anchors) for _ in range(first, last)]
         found = correspond(self.features, masks.flatten(1).to(self.device), sources, [i.to(self.device) for i in kept])
-        targets = found.keep.flatten().cpu().nonzero().squeeze(1)  # the stage's one wait
+        targets = found.keep.flatten().cpu().nonzero().squeeze(1)  # once for the whole run
         rows = found.source.flatten().cpu()[targets]
         if self.anchors:  # flat positions among r*n -> rows of the stored outputs
             rows = torch.searchsorted(subject, rows)
@@ -194,7 +196,7 @@ class Story(Watcher):
             kept = self.kept(grid)
             groups = shared_groups(self.pictures, self.settings.anchors)
             reads = [(who, torch.cat([kept[j] for j in read])) for who, read in groups if read]
-            self._shared[grid] = [(who, index.to(self.device)) for who, index in reads if len(index)]
+            self._shared[grid] = [(who, index.to(self.device, non_blocking=True)) for who, index in reads if len(index)]
         return self._shared[grid]
 
     def read(self) -> Mapping[Half, Mapping[BlockId, Tensor]]:
@@ -202,6 +204,12 @@ class Story(Watcher):
         if self._read is None:
             self._read = self.anchors.tokens(self.sigma, self.schedule.step(self.sigma), self.stage == 1)
         return self._read
+
+    def outputs(self) -> Mapping[BlockId, Tensor]:
+        """This step's self-attention outputs of anchors that are not in the batch."""
+        if self._outputs is None:
+            self._outputs = self.anchors.outputs(self.sigma)
+        return self._outputs
 
     @property
     def shares(self) -> bool:
@@ -308,7 +316,7 @@ class Story(Watcher):
         """Keys [1 l c] of the photo's subject with the statistics of this picture's subject, own [b n c] -> [1|b l c] (appendix E)."""
         if grid not in self._subject:
             masks = self.masks(grid)
-            self._subject[grid] = None if masks is None else masks.flatten(1).to(self.device)
+            self._subject[grid] = None if masks is None else masks.flatten(1).to(self.device, non_blocking=True)
         where = self._subject[grid]
         return keys if where is None else adain(keys, own, where=where)
 
@@ -324,7 +332,7 @@ class Story(Watcher):
             if self.recorder and self.targets is not None:  # None: the pictures could not be compared
                 self.recorder.output(self.sigma, call.block, call.grid, x)
             if self.targets is not None and len(self.targets):
-                snapshot = self.anchors.outputs(self.sigma)[call.block].to(x) if self.anchors else x.flatten(0, 1)
+                snapshot = self.outputs()[call.block].to(x) if self.anchors else x.flatten(0, 1)
                 mixed[i] = inject(x, snapshot, self.sources, self.targets, self.settings.injection)
         return torch.cat(mixed) if parts and self.targets is not None and len(self.targets) else out
 

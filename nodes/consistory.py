@@ -228,7 +228,8 @@ class ConsiStory(io.ComfyNode):
             raise ValueError(f"{STORY}: the model already comes from {STORY}. Use one; several subjects are words of Subject Prompts, "
                              "separated by commas.")
         wanted = frozenset(select_blocks(blocks, tuple(sites), STORY))
-        for name, value in (("dropout", dropout), ("query_blend", query_blend), ("feature_injection", feature_injection)):
+        for name, value in (("dropout", dropout), ("query_blend", query_blend), ("query_blend_end", query_blend_end),
+                            ("feature_injection", feature_injection)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{STORY}: {name} is {value}. Give a number from 0 to 1.")
         if not weight >= 0 or anchors < 0:
@@ -260,7 +261,8 @@ class ConsiStory(io.ComfyNode):
             raise ValueError(f"{STORY}: blocks is {blocks!r}, but the reference does not hold {', '.join(missing)}; it holds "
                              f"{', '.join(map(block_name, reference.blocks))}. Choose the same blocks where the reference is made.")
         if halves is Halves.BOTH and Half.UNCOND not in reference.features:
-            remedy = "Make the anchors with a CFG above 1" if reference.anchors else "Wire the negative into Ref-UNet Feature Capture"
+            remedy = (f"Make the anchors with halves {Halves.BOTH.value!r} and a CFG above 1" if reference.anchors
+                      else "Wire the negative into Ref-UNet Feature Capture")
             raise ValueError(f"{STORY}: halves is {halves.value!r}, but the reference holds only the cond half. {remedy}, or choose "
                              f"{Halves.COND.value!r}.")
         return wanted

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.consistory import SLACK
 from ...models.story import Story
 
 
@@ -67,7 +68,7 @@ class Stages:
         self._record(sigma, x)
         if self.story.stage != 1:
             return
-        if sigma > self.story.schedule.first_injection * (1 + 1e-6) and not self._done:
+        if sigma > self.story.settings.inject[0] * (1 + SLACK) and not self._done:  # a sampler may ask between two steps
             self._answers.append((sigma, x.clone(), denoised.clone()))
         else:
             self._done = True
