@@ -6,7 +6,7 @@ photo's bank, a plain picture) is made once and shared, as the host's own cache 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from kindred.models.injection import Merge
 from kindred.models.inversion import InversionTrajectory
 from kindred.models.reference import ReferenceBank, SubjectTokens
 from kindred.nodes.concept import CrossAttnDetailInject
+from kindred.nodes.consistory import AnchorSampler, ConsiStory
 from kindred.nodes.host import ManagedEncoder, cross_layers
 from kindred.nodes.inversion import DDIMInvert
 from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
@@ -177,3 +178,62 @@ def concept(model: Any, weight: float = 1.0, image: Tensor | None = None, encode
 
 def of_encoder(encoder: ManagedEncoder) -> Any:
     return fingerprint([dict(encoder.encoder.state_dict()), encoder.name, encoder.patcher.model_options])
+
+
+# stories -------------------------------------------------------------------------------------------------------------------
+
+MOMENTS = 5  # steps at 0.2, 0.4, 0.6, 0.8 and 1 of the schedule; DIFT's is the fourth
+WINDOWS = {"blend_end_percent": 0.5, "injection_start_percent": 0.3, "injection_end_percent": 0.9}  # blend 2 steps, inject from the second
+
+
+@torch.inference_mode()
+def story(model: Any, **inputs: Any) -> Any:
+    """ConsiStory Shared Attention, its windows wide enough for MOMENTS steps -> MODEL."""
+    return ConsiStory.execute(model, **WINDOWS | inputs).result[0]
+
+
+def prompts_of(pictures: int | Sequence[int], family: str = "tiny", tokens: int = 77, by_word: Sequence[int] = (5,)) -> list:
+    """Subject Prompts' CONDITIONING of so many pictures, or of these: picture i has the same row in every batch."""
+    who = range(pictures) if isinstance(pictures, int) else pictures
+    each = tuple(((p,),) * len(who) for p in by_word)
+    subject = SubjectTokens(("cat", "dog", "bird")[:len(each)], (tuple(by_word),) * len(who), each)
+    rows = [random_prompt(family, 50 + i, tokens)[0] for i in who]
+    extras = {"kindred_text": "\n".join(f"a cat in scene {i}" for i in who), "kindred_subject": subject}
+    if "pooled_output" in rows[0][1]:
+        extras["pooled_output"] = torch.cat([more["pooled_output"] for _, more in rows])
+    return [[torch.cat([cross for cross, _ in rows]), extras]]
+
+
+def noise_of(who: Sequence[int], size: tuple[int, int] = SIZE) -> dict[str, Any]:
+    """An empty LATENT whose picture i gets the same noise in every batch."""
+    return {"samples": torch.zeros(len(who), 4, *size), "batch_index": list(who)}
+
+
+@torch.inference_mode()
+def pictures(model: Any, who: Sequence[int] = (0, 1, 2), steps: int = MOMENTS, cfg: float = 4.0, sampler: str = "euler",
+             size: tuple[int, int] = SIZE, positive: list | None = None, uncond: list | None = None, seed: int = 1,
+             scheduler: str = SCHEDULER, family: str = "tiny", latent: dict | None = None, **more: Any) -> Tensor:
+    """KSampler over the pictures `who` of the endless story that prompts_of and noise_of tell -> [b c y x]."""
+    return nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive or prompts_of(who, family),
+                                 uncond or negative(family), noise_of(who, size) | (latent or {}), **more)[0]["samples"]
+
+
+@torch.inference_mode()
+def anchors(model: Any, who: Sequence[int] = (0, 1, 2), steps: int = MOMENTS, cfg: float = 4.0, sampler: str = "euler",
+            size: tuple[int, int] = SIZE, positive: list | None = None, scheduler: str = SCHEDULER, family: str = "tiny",
+            ) -> tuple[Tensor, ReferenceBank]:
+    """ConsiStory Anchor Sampler over the same pictures -> [b c y x], bank."""
+    out, bank = AnchorSampler.execute(model, 1, steps, cfg, sampler, scheduler, positive or prompts_of(who, family), negative(family),
+                                      noise_of(who, size)).result
+    return out["samples"], bank
+
+
+@contextmanager
+def passes(model: Any) -> Iterator[list[int]]:
+    """The rows of every pass through the UNet inside; two may come in one call of the model."""
+    rows: list[int] = []
+    hook = model.model.diffusion_model.time_embed.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    try:
+        yield rows
+    finally:
+        hook.remove()
