@@ -188,8 +188,8 @@ WINDOWS = {"blend_end_percent": 0.5, "injection_start_percent": 0.3, "injection_
 
 @torch.inference_mode()
 def story(model: Any, **inputs: Any) -> Any:
-    """ConsiStory Shared Attention, its windows wide enough for MOMENTS steps -> MODEL."""
-    return ConsiStory.execute(model, **WINDOWS | inputs).result[0]
+    """ConsiStory Shared Attention of 2 anchors, its windows wide enough for MOMENTS steps -> MODEL."""
+    return ConsiStory.execute(model, **{"anchors": 2} | WINDOWS | inputs).result[0]
 
 
 def prompts_of(pictures: int | Sequence[int], family: str = "tiny", tokens: int = 77, by_word: Sequence[int] = (5,)) -> list:
