@@ -18,7 +18,7 @@ Row = tuple[int, float]  # stage (0 where there is but one, else 1 or 2), sigma
 
 @dataclass
 class AnchorRecorder:
-    """Copies the anchors of a running story to host memory; `finish` makes their REFERENCE. Asked again, a row is replaced."""
+    """Copies the anchors of a running story to host memory; `finish` makes their REFERENCE."""
     precision: torch.dtype | None = None  # None keeps the dtype the model computes in
     count: int = 0  # r; set when the run begins
     layers: dict[BlockId, Layer] = field(default_factory=dict)
@@ -36,21 +36,28 @@ class AnchorRecorder:
         """x [b c y x] as the model is asked at this noise level."""
         self.latents[sigma] = x[:self.count].float().to("cpu", copy=True)
 
+    def begin(self, stage: int, sigma: float) -> None:
+        """The model is about to be asked at this noise level: what was kept of it no longer counts. Then the first part counts."""
+        for half in Half:
+            self._tokens.pop(((stage, sigma), half), None)
+        self._kept.pop((stage, sigma), None)
+        self._outputs.pop(sigma, None)
+
     def tokens(self, stage: int, sigma: float, block: BlockId, grid: Grid, half: Half, tokens: Tensor, kept: Tensor) -> None:
         """Normed tokens [l c] of all anchors at their flat positions [l] among r*n."""
         self.layers.setdefault(block, Layer(block, grid, tokens.shape[-1]))
-        self._tokens.setdefault(((stage, sigma), half), {})[block] = self._stored(tokens)
+        self._tokens.setdefault(((stage, sigma), half), {}).setdefault(block, self._stored(tokens))
         self._kept.setdefault((stage, sigma), {})[grid] = kept
 
     def output(self, sigma: float, block: BlockId, grid: Grid, x: Tensor) -> None:
         """Self-attention outputs [b n c] before injection; the subject's are kept."""
         self.output_layers.setdefault(block, Layer(block, grid, x.shape[-1]))
         rows = x[:self.count].flatten(0, 1).index_select(0, self._subject.to(x.device))
-        self._outputs.setdefault(sigma, {})[block] = self._stored(rows)
+        self._outputs.setdefault(sigma, {}).setdefault(block, self._stored(rows))
 
     def matched(self, features: Tensor, subject: Tensor) -> None:
         """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the first stage."""
-        self._features, self._subject = features.half().to("cpu", copy=True), subject
+        self._features, self._subject = self._stored(features), subject
 
     def finish(self, final: Tensor, prompts: Mapping[Half, ReferencePrompt], model_key: str, schedule: str,
                settings: Mapping[str, float | int | str]) -> ReferenceBank:
@@ -62,6 +69,8 @@ class AnchorRecorder:
         halves = tuple(dict.fromkeys(half for _, half in self._tokens))
         last = [self._row(s) for s in sigmas]
         first = [(1, s) if row == (2, s) and (1, s) in self._kept else None for row, s in zip(last, sigmas)]
+        staged = [s for s, row in zip(sigmas, first) if row]
+        settings = {**settings, "first_from": max(staged), "first_until": min(staged)} if staged else settings
         nothing = torch.zeros(0)
         grids = {layer.grid for layer in self.layers.values()}
         none = torch.zeros(0, dtype=torch.long)

@@ -70,9 +70,9 @@ class Schedule:
 
     @cached_property
     def first_injection(self) -> float | None:
-        """Where the second stage leaves the first; None: one stage is enough."""
+        """Where the second stage leaves the first; None: one stage is enough, or the run ends before features can be compared."""
         inside = [s for s in self.sigmas if self.injects(s)]
-        return inside[0] if inside and inside[0] > self.features_at else None
+        return inside[0] if inside and inside[-1] > self.features_at else None
 
 
 def dropped(seed: int, picture: int, step: int, grid: Grid, share: float) -> Tensor:

@@ -107,9 +107,14 @@ class References:
 
     def cut(self, first: int, last: int, rows: int) -> References:
         """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as they are."""
+        made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
+
         def of(t: ReferenceTokens) -> ReferenceTokens:
-            if self.pictures is not None:  # made for these pictures alone
-                return t
+            if id(t) not in made:
+                made[id(t)] = t if self.pictures is not None else row_of(t)  # else made for these pictures alone
+            return made[id(t)]
+
+        def row_of(t: ReferenceTokens) -> ReferenceTokens:
             def some(x: Tensor | float | None, axis: int = 0) -> Tensor | float | None:
                 return x.narrow(axis, first, last - first) if isinstance(x, Tensor) and x.ndim and x.shape[0] == rows > 1 else x
             log_mask = some(t.log_mask) if t.log_mask is not None and t.log_mask.ndim > 1 else t.log_mask

@@ -114,7 +114,8 @@ class AnchorFeatures:
     """What generated anchors leave beside the tokens of their last stage (ConsiStory, arXiv 2402.03286, 4.3 and 4.4).
 
     Their masks run along and dropout is drawn anew at every step, so every row keeps other tokens. Rows are those of the
-    bank's features. Empty tensors stand where the first stage did not come, or outside of the injection's window.
+    bank's features. Empty tensors stand where the first stage did not come, or outside of the injection's window; the first
+    stage differs from the second at the sigmas from settings["first_from"] down to settings["first_until"].
     """
     kept: Kept
     first: Mapping[Half, Sequence[Tensor]]  # [s] per row: tokens of the first stage, where the second differs from it
@@ -124,6 +125,10 @@ class AnchorFeatures:
     features: Tensor | None  # [r n c] at the step nearest t = 261, smoothed; None: made without feature injection
     subject: Tensor | None  # [l] flat positions of the subject among r*n there
     settings: Mapping[str, float | int | str] = field(default_factory=dict)  # of the node that made them
+
+    def in_first_stage(self, sigma: float) -> bool:
+        slack = 1 + LOG_SIGMA_TOLERANCE
+        return self.settings.get("first_until", 1.0) / slack <= sigma <= self.settings.get("first_from", 0.0) * slack
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +188,7 @@ class ReferenceBank:
     def tokens(self, half: Half, step: int, device: torch.device, dtype: torch.dtype, first: bool = False) -> dict[BlockId, Tensor]:
         """Kept tokens [l c] of every layer at one step: one copy to the device, then views. first: of the anchors' first stage."""
         a = self.anchors
-        first = first and a is not None and a.first[half][step].numel() > 0
+        first = first and a is not None and a.in_first_stage(float(self.trajectory.sigmas[step + 1]))
         kept = {grid: (a.first_kept if first else a.kept)[grid][step] for grid in a.kept} if a else self.kept
         row = (a.first if first else self.features)[half][step].to(device=device, dtype=dtype, non_blocking=True)
         return split_row(row, self.layers, {grid: len(positions) for grid, positions in kept.items()})

@@ -102,6 +102,8 @@ class Story(Watcher):
         for held in (self._masks, self._shared, self._kept, self._subject):
             held.clear()
         self.maps.begin(sigma)
+        if self.recorder:
+            self.recorder.begin(self.stage, sigma)
         self._soft = None if self.user_masks is not None else self.maps.mean(sigma)  # the one wait for the device in a step
 
     @property

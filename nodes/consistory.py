@@ -129,6 +129,8 @@ class StoryInjection:
         if k > run.pictures and self.bank is None:
             log.warning("%s: %d anchors were asked for, but the batch has %d pictures: each of them is an anchor.", STORY, k, run.pictures)
         schedule = Schedule(run.sigmas, run.timesteps(), s)
+        if schedule.first_injection is None and any(map(schedule.injects, run.sigmas)):
+            log.warning("%s: this sampler run ends before the pictures can be compared, so no features are injected.", STORY)
         story = Story(s, schedule, self.layout, run.pictures, run.latent, run.device_and_dtype[0], self.source(run, schedule),
                       None if self.masks is None else self.masks.cpu(), self.recorder)
         if self.recorder:
