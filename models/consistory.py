@@ -57,7 +57,7 @@ class Schedule:
         count = sum(s >= self.settings.blend_until * (1 - SLACK) for s in self.sigmas)
         if sigma < self.settings.blend_until * (1 - SLACK) or not count or not first:
             return 0.0
-        return first + (last - first) * min(self.step(sigma), count - 1) / max(count - 1, 1)
+        return first + (last - first) * self.step(sigma) / max(count - 1, 1)
 
     def injects(self, sigma: float) -> bool:
         high, low = self.settings.inject

@@ -346,12 +346,12 @@ def test_prompts_that_do_not_tell(parts) -> None:
 
 
 def test_a_step_evaluated_twice_counts_once() -> None:
-    """I37."""
+    """I37; the last answer counts, as samplers ask again with another input."""
     story, once = told(), told()
     for seed, sigma in ((1, 10.0), (2, 5.0)):
         look(once, UNCOND, COND, seed=seed, sigma=sigma)
-        for _ in range(2):
-            look(story, UNCOND, COND, seed=seed, sigma=sigma)
+        for again in (seed + 7, seed):
+            look(story, UNCOND, COND, seed=again, sigma=sigma)
     once.begin_step(2.0)
     out = attend(once, (UNCOND, COND), own(3, 2))
     for _ in range(2):
