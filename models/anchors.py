@@ -33,8 +33,10 @@ class AnchorRecorder:
     _subject: Tensor | None = None
 
     def latent(self, sigma: float, x: Tensor) -> None:
-        """x [b c y x] as the model is asked at this noise level."""
+        """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to host memory."""
         self.latents[sigma] = x[:self.count].float().to("cpu", copy=True)
+        for held in (*(t for (row, _), t in self._tokens.items() if row[1] == sigma), self._outputs.get(sigma, {})):
+            held.update({block: t.to("cpu", self.precision or t.dtype) for block, t in held.items()})  # after the call, not within it
 
     def begin(self, stage: int, sigma: float) -> None:
         """The model is about to be asked at this noise level: what was kept of it no longer counts. Then the first part counts."""
@@ -46,18 +48,18 @@ class AnchorRecorder:
     def tokens(self, stage: int, sigma: float, block: BlockId, grid: Grid, half: Half, tokens: Tensor, kept: Tensor) -> None:
         """Normed tokens [l c] of all anchors at their flat positions [l] among r*n."""
         self.layers.setdefault(block, Layer(block, grid, tokens.shape[-1]))
-        self._tokens.setdefault(((stage, sigma), half), {}).setdefault(block, self._stored(tokens))
+        self._tokens.setdefault(((stage, sigma), half), {}).setdefault(block, tokens)
         self._kept.setdefault((stage, sigma), {})[grid] = kept
 
     def output(self, sigma: float, block: BlockId, grid: Grid, x: Tensor) -> None:
         """Self-attention outputs [b n c] before injection; the subject's are kept."""
         self.output_layers.setdefault(block, Layer(block, grid, x.shape[-1]))
         rows = x[:self.count].flatten(0, 1).index_select(0, self._subject.to(x.device))
-        self._outputs.setdefault(sigma, {}).setdefault(block, self._stored(rows))
+        self._outputs.setdefault(sigma, {}).setdefault(block, rows)
 
     def matched(self, features: Tensor, subject: Tensor) -> None:
         """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the first stage."""
-        self._features, self._subject = self._stored(features), subject
+        self._features, self._subject = features.to("cpu", self.precision or features.dtype, copy=True), subject
 
     def finish(self, final: Tensor, prompts: Mapping[Half, ReferencePrompt], model_key: str, schedule: str,
                settings: Mapping[str, float | int | str]) -> ReferenceBank:
@@ -66,8 +68,12 @@ class AnchorRecorder:
         text = prompts[Half.COND].text
         path = torch.stack([final.float().cpu(), *(self.latents[s] for s in sigmas)])
         trajectory = InversionTrajectory(torch.tensor([0.0, *sigmas]), path, "generated anchors", text, model_key, schedule)
-        halves = tuple(dict.fromkeys(half for _, half in self._tokens))
         last = [self._row(s) for s in sigmas]
+        halves = tuple(half for half in Half if all((row, half) in self._tokens for row in last))
+        if Half.COND not in halves:
+            at = next(row[1] for row in last if (row, Half.COND) not in self._tokens)
+            raise ValueError(f"ConsiStory Anchor Sampler: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
+                             "kept whole. Remove the timestep range of the positive prompt.")
         first = [(1, s) if row == (2, s) and (1, s) in self._kept else None for row, s in zip(last, sigmas)]
         staged = [s for s, row in zip(sigmas, first) if row]
         settings = {**settings, "first_from": max(staged), "first_until": min(staged)} if staged else settings
@@ -86,9 +92,6 @@ class AnchorRecorder:
         return ReferenceBank(trajectory, prompts, tuple(self.layers.values()), self.masks, features, model_key, self.maps,
                              anchors)
 
-    def _stored(self, x: Tensor) -> Tensor:
-        return x.to("cpu", self.precision or x.dtype, copy=True)
-
     def _row(self, sigma: float) -> Row:
         row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
         if row is None:
@@ -97,4 +100,5 @@ class AnchorRecorder:
         return row
 
     def _joined(self, row: Row, half: Half) -> Tensor:
-        return torch.cat([self._tokens[row, half][block].flatten() for block in self.layers])
+        tokens = self._tokens.pop((row, half))
+        return torch.cat([tokens[block].flatten() for block in self.layers])

@@ -282,12 +282,17 @@ def check(bank: ReferenceBank) -> None:
             for grid, rows in held.items():
                 for positions in rows:
                     check_positions(f"the kept tokens of {grid[0]}x{grid[1]}", positions, bank.pictures * grid[0] * grid[1])
+        if "first_from" in a.settings and a.first.keys() != bank.features.keys():
+            raise ValueError(f"the first stage holds {sorted(h.value for h in a.first)}, but the features hold "
+                             f"{sorted(h.value for h in bank.features)}")
         for half, rows in a.first.items():
             if any(row.numel() for row in rows):
                 check_tokens(f"the first stage of the {half.value} half", rows, bank.layers, a.first_kept, t, may_lack=True)
         if a.features is not None and a.subject is not None:
             check_finite("the anchors' correspondence features", [a.features])
             check_positions("the anchors' subject", a.subject, a.features.shape[:-1].numel())
+            if (a.subject.diff() <= 0).any():
+                raise ValueError("the anchors' subject is not in ascending order")
         if any(row.numel() for row in a.outputs):
             subject = {} if a.subject is None else {layer.grid: [a.subject] * t for layer in a.output_layers}
             check_tokens("the anchors' outputs", a.outputs, a.output_layers, subject, t, may_lack=True)

@@ -70,7 +70,7 @@ def correspond(targets: Tensor, target_masks: Tensor, sources: Tensor, kept: Seq
     of the pictures that are read; kept[i]: int64 [l_i], the flat positions among s*n' that picture i may match. The gate
     keeps subject tokens whose distance is strictly below Otsu's threshold over all n tokens of their picture; equal distances
     keep none, and so does a picture without sources (law I28: source 0, distance 2). float32 throughout (the official code
-    compares in half precision). All on one device, nothing read back from it; holds [CHUNK l_i] similarities, never [n n'].
+    compares in half precision). All on one device; only the distances are read back, once; holds [CHUNK l_i] similarities, never [n n'].
     Raises ValueError unless there is one `kept` per picture.
     """
     if len(kept) != len(targets):
@@ -88,8 +88,9 @@ def correspond(targets: Tensor, target_masks: Tensor, sources: Tensor, kept: Seq
             best = (here @ there.T).argmax(-1)
             places[i, rows] = positions.index_select(0, best)
             distance[i, rows] = _cosine_distance(here, there.index_select(0, best))
-    gate = otsu_threshold(distance, axes=1)[:, None]
-    return Matches(places, distance, target_masks & (distance.double() < gate))
+    told = distance.cpu().double()  # some devices have no float64
+    near = told < otsu_threshold(told, axes=1)[:, None]
+    return Matches(places, distance, target_masks & near.to(target_masks.device))
 
 
 def inject(x: Tensor, snapshot: Tensor, matches_source: Tensor, targets: Tensor, alpha: float) -> Tensor:

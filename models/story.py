@@ -84,6 +84,9 @@ class Story(Watcher):
     _masks: dict[Grid, Tensor | None] = field(default_factory=dict)
     _shared: dict[Grid, list[tuple[tuple[int, int], Tensor]]] = field(default_factory=dict)
     _kept: dict[Grid, list[Tensor]] = field(default_factory=dict)
+    _all_kept: dict[Grid, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _seen: bool = False  # the model ran its attention in this step
+    _missed: bool = False
     _subject: dict[Grid, Tensor | None] = field(default_factory=dict)  # the masks [b n] on the device
     _read: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     _outputs: Mapping[BlockId, Tensor] | None = None
@@ -97,14 +100,25 @@ class Story(Watcher):
 
     def begin_step(self, sigma: float) -> None:
         self.sigma, self._read, self._outputs = sigma, None, None
-        if self.stage == 1 and self.tapped is None and sigma <= self.schedule.features_at * (1 + SLACK):
-            self.tapped = sigma  # some samplers never ask at the schedule's own levels
-        for held in (self._masks, self._shared, self._kept, self._subject):
+        self._seen = False
+        for held in (self._masks, self._shared, self._kept, self._all_kept, self._subject):
             held.clear()
         self.maps.begin(sigma)
         if self.recorder:
             self.recorder.begin(self.stage, sigma)
         self._soft = None if self.user_masks is not None else self.maps.mean(sigma)  # the one wait for the device in a step
+        if self.anchors and self.settings.weight and self.settings.dropout < 1:  # here: inside a call of the UNet no other may run
+            self.read()
+        if self.anchors and self.stage == 2 and self.schedule.injects(sigma):
+            self.outputs()
+
+    def end_step(self) -> None:
+        """Say once where the model answered without its attention: then nothing was shared, whatever the settings."""
+        if not self._seen and not self._missed:
+            self._missed = True
+            log.warning("%s: at sigma %.4g the model answered without running its attention, so nothing was shared there. A node that "
+                        "skips calls (EasyCache, LazyCache) does this, or a model compiled before this node: remove the one, put the "
+                        "other behind this node.", NODE, self.sigma)
 
     @property
     def first_stage_ends(self) -> bool:
@@ -216,7 +230,7 @@ class Story(Watcher):
     @property
     def shares(self) -> bool:
         """Whether anyone reads anything at this step; else it is the host's own."""
-        if not self.settings.weight:
+        if not self.settings.weight or self.settings.dropout == 1:
             return False
         if self.anchors:
             return any(len(t) for tokens in self.read().values() for t in tokens.values())
@@ -262,12 +276,12 @@ class Story(Watcher):
                              "on the model: remove it.")
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
+        self._seen = True
         if call.block not in self.settings.blocks:
             return n
         parts = self.sharing_parts(call.texts)
         if self.recorder and parts:
-            kept = torch.cat(self.kept(call.grid))
-            index = kept.to(n.device)
+            kept, index = self._recorded(call.grid)
             for i in parts:
                 part = call.parts(n)[i]
                 self.require_whole(call, part)
@@ -282,10 +296,18 @@ class Story(Watcher):
         pairs = zip(call.parts(n), call.parts(vanilla))
         return torch.cat([torch.lerp(a, b, nu) if i in parts else a for i, (a, b) in enumerate(pairs)])
 
+    def _recorded(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Flat positions [l] of what all anchors of the batch show at this step, in host memory and on the device."""
+        if grid not in self._all_kept:
+            kept = torch.cat(self.kept(grid))
+            self._all_kept[grid] = kept, kept.to(self.device, non_blocking=True)
+        return self._all_kept[grid]
+
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         """Eq. (2), (3): gathered tokens beside a picture's own, never a mask over b*n keys."""
         s = self.settings
-        parts = () if call.cross or call.block not in s.blocks or not s.weight else self.sharing_parts(call.texts)
+        silent = call.cross or call.block not in s.blocks or not s.weight or s.dropout == 1
+        parts = () if silent else self.sharing_parts(call.texts)
         if not parts:
             return []
         self.require_whole(call, call.parts(q)[0])
@@ -339,9 +361,10 @@ class Story(Watcher):
         return torch.cat(mixed) if parts and self.targets is not None and len(self.targets) else out
 
     def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
-        if index != self.layout.tap or self.stage != 1 or self.sigma != self.tapped:
+        if index != self.layout.tap or self.stage != 1 or self.sigma > self.schedule.features_at * (1 + SLACK):
             return
         for i in self.sharing_parts(parts):
-            if parts[i].role is Role.COND:
+            if parts[i].role is Role.COND and self.features is None:  # the first: others' extra passes come after
+                self.tapped = self.sigma
                 self.features = smooth(h.chunk(len(parts))[i].float()).flatten(2).movedim(1, 2)
                 return

@@ -129,8 +129,13 @@ class StoryInjection:
         if k > run.pictures and self.bank is None:
             log.warning("%s: %d anchors were asked for, but the batch has %d pictures: each of them is an anchor.", STORY, k, run.pictures)
         schedule = Schedule(run.sigmas, run.timesteps(), s)
-        if schedule.first_injection is None and any(map(schedule.injects, run.sigmas)):
-            log.warning("%s: this sampler run ends before the pictures can be compared, so no features are injected.", STORY)
+        if s.injection and schedule.first_injection is None:
+            why = ("ends before the pictures can be compared" if any(map(schedule.injects, run.sigmas)) else
+                   "has no step between injection_start_percent and injection_end_percent")
+            log.warning("%s: this sampler run %s, so no features are injected.", STORY, why)
+        if not any(p.role is Role.COND and p.area is None for p in run.parts.values()):
+            log.warning("%s: every positive prompt has an area of its own, so no whole picture can share. Add one prompt without an area.",
+                        STORY)
         story = Story(s, schedule, self.layout, run.pictures, run.latent, run.device_and_dtype[0], self.source(run, schedule),
                       None if self.masks is None else self.masks.cpu(), self.recorder)
         if self.recorder:
@@ -309,12 +314,17 @@ class AnchorSampler(io.ComfyNode):
                 precision: str = "as computed") -> io.NodeOutput:
         story = next((i for i in host.injected(model) if isinstance(i, StoryInjection)), None)
         if story is None or story.bank is not None:
-            why = "does not come from ConsiStory Shared Attention" if story is None else "already reads a reference, so it makes no anchors"
+            why = ("does not come from ConsiStory Shared Attention, or its settings share nothing (weight 0 or dropout 1, with "
+                   "feature_injection 0; black masks)") if story is None else "already reads a reference, so it makes no anchors"
             raise ValueError(f"{SAMPLER}: the model given {why}. Wire ConsiStory Shared Attention{' without a reference' * bool(story)} "
                              "before it.")
         recorder = AnchorRecorder(torch.float16 if precision == "float16" else None)
         recording = host.inject(model, replace(story, recorder=recorder), instead_of=story)
         out = host.sample(recording, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise)
+        if not torch.isfinite(out["samples"]).all():
+            bad = (~torch.isfinite(out["samples"])).sum().item()
+            raise ValueError(f"{SAMPLER}: {bad} of {out['samples'].numel()} values of the pictures are NaN or infinite, so nothing of them "
+                             "can be kept. Start ComfyUI with --fp32-unet or --force-upcast-attention, or sample with KSampler.")
         s = story.settings
         prompts = {half: host.first_rows(prompt, recorder.count) for half, prompt in ((Half.COND, positive), (Half.UNCOND, negative))}
         settings = {"anchors": s.anchors, "seed": s.seed, "weight": s.weight, "dropout": s.dropout, "query_blend": s.blend[0],

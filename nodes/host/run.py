@@ -1,11 +1,13 @@
 """A sampler run: the host's attention calls, its conds and its guider, translated for models/injection.py."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import comfy.model_patcher
+import comfy.model_sampling
 import nodes
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -54,8 +56,12 @@ class SamplerRun(Run):
             self.stages = Stages(self.story)
 
     def timesteps(self) -> tuple[float, ...]:
-        """The model's own timestep at each of the run's sigmas."""
-        return tuple(self.guider.inner_model.model_sampling.timestep(torch.tensor(self.sigmas)).float().tolist())
+        """The model's own timestep, 0 to 999, at each of the run's sigmas."""
+        sampling, sigmas = self.guider.inner_model.model_sampling, torch.tensor(self.sigmas)
+        if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):  # its own timesteps are log sigma / 4
+            low, high = (math.log(float(s)) for s in (sampling.sigma_min, sampling.sigma_max))
+            return tuple(((sigmas.log() - low) / (high - low) * 999).tolist())
+        return tuple(sampling.timestep(sigmas).float().tolist())
 
     @property
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -199,8 +205,10 @@ def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None) -> Tensor:
     sigma, run = float(timestep.flatten()[0]), model_options["transformer_options"][KEY]
-    if run.stages and (known := run.stages.replayed(sigma, x)) is not None:
-        return known
+    if run.stages:
+        told = [len(o.get("sampler_post_cfg_function", ())) for o in (model_options, run.model_options)]
+        if told[0] == told[1] and (known := run.stages.replayed(sigma, x)) is not None:  # CFG++ samplers listen to each call
+            return known
     for injection in run.active:
         injection.begin_step(sigma)
     denoised = executor(x, timestep, model_options, seed)

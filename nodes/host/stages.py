@@ -47,6 +47,9 @@ class Stages:
             except _FirstStageDone:
                 pass
         story.begin_second_stage()
+        for cond in (cond for conds in guider.conds.values() for cond in conds if cond.get("hooks")):
+            for hook in cond["hooks"].hooks:  # their keyframes only move forward, and the first stage has moved them
+                hook.initialize_timesteps(guider.inner_model)
         self._replaying = True
         out = executor(guider, sigmas, extra_args, told(first), noise, latent_image, denoise_mask, disable_pbar, **kwargs)
         story.finish()
@@ -66,6 +69,7 @@ class Stages:
 
     def answered(self, sigma: float, x: Tensor, denoised: Tensor) -> None:
         self._record(sigma, x)
+        self.story.end_step()
         if self.story.stage != 1:
             return
         if sigma > self.story.settings.inject[0] * (1 + SLACK) and not self._done:  # a sampler may ask between two steps

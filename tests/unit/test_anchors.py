@@ -64,7 +64,7 @@ def test_the_bank_holds_what_was_seen_and_where() -> None:
     bank = recorder.finish(out[:2], prompts, "key", "toy", {"seed": 0})
     sigmas, a = sorted(SIGMAS), bank.anchors
     assert [layer.block for layer in bank.layers] == [COARSE, FINE] and [layer.grid for layer in bank.layers] == [(2, 3), GRID]
-    assert [layer.block for layer in a.output_layers] == [ENCODER, FINE] and list(bank.features) == [Half.UNCOND, Half.COND]
+    assert [layer.block for layer in a.output_layers] == [ENCODER, FINE] and list(bank.features) == [Half.COND, Half.UNCOND]
     assert [len(row) > 0 for row in a.outputs] == [2.5 <= s <= 6.0 for s in sigmas]
     assert [len(a.first[Half.COND][i]) > 0 for i in range(7)] == [1.5 <= s <= 6.0 for s in sigmas]  # 0.8 and 0.3 never came before
     for i, sigma in enumerate(sigmas):
@@ -110,3 +110,32 @@ def test_keys_of_photos_take_the_statistics_of_who_reads_them(align) -> None:
             if aligned and align:
                 keys = adain(keys, k.chunk(2)[i], where=spots(3).bool().flatten(1))
             assert torch.equal(found.by_part[i].k, keys) and torch.equal(found.by_part[i].v, module.to_v(tokens).expand(len(keys), -1, -1))
+
+
+def kept_of(*asked: tuple[float, Half]) -> AnchorRecorder:
+    recorder = AnchorRecorder(count=1)
+    for i, (sigma, half) in enumerate(asked):
+        recorder.begin(0, sigma) if half is Half.UNCOND else None
+        recorder.tokens(0, sigma, FINE, (1, 2), half, torch.full((2, C), float(i)), torch.arange(2))
+        recorder.latent(sigma, torch.zeros(1, 4, 1, 2))
+    return recorder
+
+
+def finished(recorder: AnchorRecorder):
+    return recorder.finish(torch.zeros(1, 4, 1, 2), {half: ReferencePrompt("", torch.zeros(1, 5, C)) for half in Half}, "key", "toy", {})
+
+
+def test_the_first_answer_of_a_step_counts_until_it_is_asked_again() -> None:
+    """Extra passes of other nodes (PAG, SAG) come after the sampler's own."""
+    recorder = kept_of((1.0, Half.UNCOND), (1.0, Half.COND), (1.0, Half.COND))
+    assert (finished(recorder).features[Half.COND][0] == 1).all()
+    recorder = kept_of((1.0, Half.UNCOND), (1.0, Half.COND), (1.0, Half.UNCOND), (1.0, Half.COND))
+    assert (finished(recorder).features[Half.COND][0] == 3).all()
+
+
+def test_a_half_that_is_not_always_there_is_left_out() -> None:
+    """CFG 1 for a part of the run has no uncond half there; without the cond half there are no anchors."""
+    bank = finished(kept_of((2.0, Half.UNCOND), (2.0, Half.COND), (1.0, Half.COND)))
+    assert list(bank.features) == list(bank.anchors.first) == [Half.COND]
+    with pytest.raises(ValueError, match="sigma 1 the positive prompt was not sampled.*timestep range"):
+        finished(kept_of((2.0, Half.UNCOND), (2.0, Half.COND), (1.0, Half.UNCOND)))

@@ -109,11 +109,12 @@ def test_features_are_read_once_from_the_cond_half(parts, mine) -> None:
     story.begin_step(1.5)
     story.output_block(0, h, parts)
     story.output_block(1, h[:3], (UNCOND,))
-    assert story.features is None and story.tapped == 1.5
+    assert story.features is None and story.tapped is None
     story.output_block(1, h, parts)
     assert story.first_stage_ends
     wanted = smooth(h.chunk(len(parts))[mine].float()).flatten(2).mT
     h.zero_()
+    story.output_block(1, h + 1, parts)  # another node's extra pass at the same level
     assert torch.equal(story.features, wanted) and story.features.dtype == torch.float32
     at(story, 0.8, h, parts)
     assert torch.equal(story.features, wanted) and story.tapped == 1.5
@@ -220,3 +221,16 @@ def test_a_run_that_cannot_compare_goes_on_without_injection(caplog) -> None:
     story.begin_step(4.0)
     with pytest.raises(ValueError, match=r"\b12 tokens .*\b4x6\b"):
         story.self_output(attn(), out[:, :12])
+
+
+def test_a_model_that_answers_without_its_attention_is_told_once(caplog) -> None:
+    """Nodes that skip calls, and models compiled before this node."""
+    story = told(3)
+    story.begin_step(10.0)
+    story.self_tokens(attn(parts=(COND,)), rand(3, 24, C, seed=1))
+    story.end_step()
+    assert not caplog.messages
+    for sigma in (6.0, 4.0):
+        story.begin_step(sigma)
+        story.end_step()
+    assert len(caplog.messages) == 1 and "at sigma 6 the model answered without" in caplog.text and "behind this node" in caplog.text
