@@ -183,7 +183,7 @@ def of_encoder(encoder: ManagedEncoder) -> Any:
 # stories -------------------------------------------------------------------------------------------------------------------
 
 MOMENTS = 5  # steps at 0.2, 0.4, 0.6, 0.8 and 1 of the schedule; DIFT's is the fourth
-WINDOWS = {"blend_end_percent": 0.5, "injection_start_percent": 0.3, "injection_end_percent": 0.9}  # blend 2 steps, inject from the second
+WINDOWS = {"blend_end_percent": 0.5, "injection_start_percent": 0.3, "injection_end_percent": 0.7}  # blend steps 1 and 2, inject 2 and 3
 
 
 @torch.inference_mode()
