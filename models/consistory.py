@@ -72,7 +72,10 @@ class Schedule:
     def first_injection(self) -> float | None:
         """Where the second stage leaves the first; None: one stage is enough, or the run ends before features can be compared."""
         inside = [s for s in self.sigmas if self.injects(s)]
-        return inside[0] if inside and inside[-1] > self.features_at else None
+        i = self.sigmas.index(self.features_at)
+        gap = self.timesteps[i - 1] - self.timesteps[i] if i else 0.0
+        reached = self.timesteps[i] - DIFT_TIMESTEP <= gap  # a run that stops before is still noise where it stops
+        return inside[0] if inside and inside[0] > self.features_at and reached else None
 
 
 def dropped(seed: int, picture: int, step: int, grid: Grid, share: float) -> Tensor:
