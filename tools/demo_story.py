@@ -108,7 +108,7 @@ def from_photos(graph: Graph, names: Sequence[str], given: argparse.Namespace) -
 
 def only_read(graph: Graph) -> Graph:
     """A photo story as far as its reference; the host keeps it for the pictures."""
-    return {key: node for key, node in graph.items() if key not in (PROMPTS, SIZE, STORY, SAMPLER, DECODE, PICTURES)}
+    return {key: node for key, node in graph.items() if key not in (PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES)}
 
 
 def saved_name(told: Told) -> str:

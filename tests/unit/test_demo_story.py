@@ -6,11 +6,13 @@ import json
 
 import demo
 import pytest
+import story_figures
 from checkout import ROOT
 from demo_story import (
     BATCH, CAPTURE, LOADER, PICTURES, PREVIEW, PROMPTS, SAMPLER, SAVE, STORY, WORKFLOWS, Told, anchors, costs, from_photos, graph_of,
     only_read, parse, plain, rows, saved_name, sheet, write,
 )
+from kindred.miniature import reader
 from kindred.miniature.world import PLACES, held_out_identity, render
 from PIL import Image
 from story_figures import HELD_OUT, PHOTO_SCENES, SCENES, SECOND, SUBJECT, figures_of, photos
@@ -112,8 +114,11 @@ def test_a_checkpoint_of_ones_own_tells_what_is_asked_for():
     assert given.anchors == ["a cat here", "a cat there"] and given.second == "cat" and len(given.reference) == 1
 
 
-def test_figures_tell_one_subject_from_many():
+def test_figures_tell_one_subject_from_many(monkeypatch):
     """Renderings of one identity beside renderings of four; the subject of the photos beside another one."""
+    few, limits = reader.floor_and_ceiling, story_figures.limits  # of fewer renderings: the autoencoder takes its time
+    monkeypatch.setattr(reader, "floor_and_ceiling", lambda *given: few(*given, count=10))
+    monkeypatch.setattr(story_figures, "limits", lambda *given: limits(*given, count=4))
     scenes, more = SCENES["story"], SCENES["anchors"] + SCENES["more_pictures"]
     many = [drawn(i + 20, SUBJECT, scenes[i:i + 1])[0] for i in range(4)]
     saved = drawn(9, SECOND, more)
