@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from networks import build_model
-from studio import capture, coarse, counted, differs, inject, negative, photo, prompt, sample
+from studio import anchors, capture, coarse, counted, differs, inject, negative, passes, photo, pictures, prompt, sample, story
 
 from kindred.models.reference import Half, ReferenceBank
 from kindred.nodes.host import attention_sites
@@ -48,3 +48,25 @@ def test_capture_and_injection(model, family, blocks, grids, monkeypatch):
     assert differs(cached, plain) > 1e-3
     monkeypatch.setattr(ReferenceBank, "step_of", lambda self, sigma: None)
     assert differs(sample(injected, **how), cached) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "family", "blocks", "grids", "at"), [
+    ("sd15", "sd15", 9, {(8, 12), (4, 6), (2, 3)}, (4, 6)),
+    ("sd21", "sd21", 9, {(8, 12), (4, 6), (2, 3)}, (4, 6)),
+    ("sdxl", "sdxl", 36, {(4, 6), (2, 3)}, (4, 6)),
+], indirect=["model"], ids=["sd15", "sd21", "sdxl"])
+def test_a_story(model, family, blocks, grids, at):
+    """Both stages, the blend and injection; I25: the second picture read alone is what it was beside its anchor."""
+    how = {"steps": 4, "size": (8, 12), "family": family}
+    inputs = {"anchors": 1, "blend_end_percent": 0.6, "injection_end_percent": 0.6}
+    with passes(model) as rows:
+        both, bank = anchors(story(model, **inputs), (0, 1), **how)
+    assert rows == [4] * 8  # to the features 3, from the first injection 3, and one more where each of them blends
+    assert len(bank.layers) == blocks and {layer.grid for layer in bank.layers} == grids and bank.maps.shape[2:] == (2, 3)
+    assert {layer.grid for layer in bank.anchors.output_layers} == {at} and bank.anchors.features.shape[:2] == (1, at[0] * at[1])
+    assert len(bank.anchors.subject) and [len(o) > 0 for o in bank.anchors.outputs] == [False, False, True, False]
+
+    alone = pictures(story(model, reference=bank, **inputs), (1,), **how)
+    assert differs(alone, both[1:]) < 1e-3
+    assert differs(alone, pictures(model, (1,), **how)) > 1e-3
