@@ -60,9 +60,11 @@ def test_a_story(model, family, blocks, grids, at):
     """Both stages, the blend and injection; I25: the second picture read alone is what it was beside its anchor."""
     how = {"steps": 4, "size": (8, 12), "family": family}
     inputs = {"anchors": 1, "blend_end_percent": 0.6, "injection_end_percent": 0.6}
+    if family == "sdxl":  # one half of CFG is half of two minutes
+        how, inputs = how | {"cfg": 1.0}, inputs | {"halves": "cond only"}
     with passes(model) as rows:
         both, bank = anchors(story(model, **inputs), (0, 1), **how)
-    assert rows == [4] * 8  # to the features 3, from the first injection 3, and one more where each of them blends
+    assert rows == [2 if family == "sdxl" else 4] * 8  # to the features 3, from the first injection 3, one more where each blends
     assert len(bank.layers) == blocks and {layer.grid for layer in bank.layers} == grids and bank.maps.shape[2:] == (2, 3)
     assert {layer.grid for layer in bank.anchors.output_layers} == {at} and bank.anchors.features.shape[:2] == (1, at[0] * at[1])
     assert len(bank.anchors.subject) and [len(o) > 0 for o in bank.anchors.outputs] == [False, False, True, False]
