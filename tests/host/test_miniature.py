@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from kindred.miniature import measure
-from kindred.miniature.autoencoder import psnr
+from kindred.miniature.autoencoder import Autoencoder, psnr
 from kindred.miniature.data import held_out
-from kindred.miniature.pack import CHECKPOINT
+from kindred.miniature.pack import CHECKPOINT, load_autoencoder
 from kindred.miniature.registration import KindredMiniature, register
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no weights: python -m miniature.train pack writes them")
@@ -69,3 +69,20 @@ def test_measuring_without_the_loader_is_the_same_model(host, loaded):
         theirs = core(latents, torch.tensor([500, 20]), context=context.float().expand(2, -1, -1))
         ours = direct.unet(latents, torch.tensor([500, 20]), context=context.float().expand(2, -1, -1))
         assert torch.allclose(ours, theirs.float(), atol=2e-3)
+
+
+def test_the_autoencoder_rebuilds_held_out_renderings():
+    model = load_autoencoder()
+    parts = torch.from_numpy(held_out(64).images).permute(0, 3, 1, 2).float().div(255).split(16)
+    assert float(torch.cat([psnr(model.decode(model.encode(part)), part) for part in parts]).mean()) >= 26
+
+
+def test_the_autoencoder_starts_as_principal_components():
+    """The encoder's start is linear: eight channels of unit variance and no correlation."""
+    pictures = torch.from_numpy(held_out(24).images).permute(0, 3, 1, 2).float() / 255
+    model = Autoencoder()
+    model.start_from_principal_components(pictures)
+    latents = model.encode(pictures).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.cov(latents), torch.eye(8), atol=1e-2)
+    full, short = model.encode(pictures[:2]), model.coarse(pictures[:2], torch.zeros(()))[0]
+    assert torch.allclose(full, short, atol=1e-5)

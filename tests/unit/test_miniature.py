@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 from kindred.miniature import reader as reading_room
-from kindred.miniature.autoencoder import Autoencoder, psnr
 from kindred.miniature.data import held_out
 from kindred.miniature.muon import orthogonalise
-from kindred.miniature.pack import CHECKPOINT, load_autoencoder
+from kindred.miniature.pack import CHECKPOINT
 from kindred.miniature.reader import Reading, floor_and_ceiling, hue_agreement, identity_similarity, load_reader, similarity_parts
 from kindred.miniature.train_reader import accuracy
 from kindred.miniature.world import (
@@ -114,17 +113,6 @@ def test_hues_agree_by_a_quarter_at_random():
     assert float(hue_agreement(hues[:, 0], hues[:, 1]).mean()) == pytest.approx(0.25, abs=0.01)
 
 
-def test_the_autoencoder_starts_as_principal_components():
-    """The encoder's start is linear: eight channels of unit variance and no correlation."""
-    pictures = torch.from_numpy(held_out(24).images).permute(0, 3, 1, 2).float() / 255
-    model = Autoencoder()
-    model.start_from_principal_components(pictures)
-    latents = model.encode(pictures).transpose(0, 1).flatten(1)
-    assert torch.allclose(torch.cov(latents), torch.eye(8), atol=1e-2)
-    full, short = model.encode(pictures[:2]), model.coarse(pictures[:2], torch.zeros(()))[0]
-    assert torch.allclose(full, short, atol=1e-5)
-
-
 def test_orthogonalised_matrices_have_singular_values_near_one():
     for shape in ((64, 16), (16, 64), (32, 288)):
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
@@ -140,13 +128,6 @@ def test_the_reader_reads_held_out_renderings():
     assert figures["hue_error"] < 0.03 and figures["second_hue_error"] < 0.04, figures
     floor, ceiling = floor_and_ceiling(reader, count=24)
     assert floor < 0.35 and ceiling > 0.8
-
-
-@pytest.mark.skipif(not CHECKPOINT.exists(), reason="no weights: python -m miniature.train pack writes them")
-def test_the_autoencoder_rebuilds_held_out_renderings():
-    model = load_autoencoder()
-    parts = torch.from_numpy(held_out(64).images).permute(0, 3, 1, 2).float().div(255).split(16)
-    assert float(torch.cat([psnr(model.decode(model.encode(part)), part) for part in parts]).mean()) >= 26
 
 
 def test_the_weights_are_small():
