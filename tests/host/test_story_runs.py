@@ -118,6 +118,13 @@ def test_any_sampler(sampler, monkeypatch):
     assert len(asked) > len(handed)
 
 
+@LAW("sampler", ["euler_cfg_pp", "dpmpp_2m_cfg_pp"])
+def test_samplers_that_listen_to_every_call_are_asked_anew(sampler):
+    """CFG++ takes the uncond answer from the call itself, which a replayed answer does not make."""
+    out = pictures(story(MODEL, **LATE), sampler=sampler, steps=6)
+    assert torch.isfinite(out).all() and differs(out, pictures(MODEL, sampler=sampler, steps=6)) > 1e-2
+
+
 @LAW("sampler", ["dpm_2", "uni_pc", "dpmpp_2m"])
 def test_anchors_of_other_samplers_serve_them(sampler):
     """Of every sampler that asks once at each noise level and draws no noise of its own, which it draws for a whole batch."""
