@@ -1,6 +1,8 @@
 """Host laws of a story's run: the Anchor Sampler, how the host calls, what is left, and what is changed (I36-I40)."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import gc
 import weakref
 from functools import cache
@@ -123,6 +125,16 @@ def test_samplers_that_listen_to_every_call_are_asked_anew(sampler):
     """CFG++ takes the uncond answer from the call itself, which a replayed answer does not make."""
     out = pictures(story(MODEL, **LATE), sampler=sampler, steps=6)
     assert torch.isfinite(out).all() and differs(out, pictures(MODEL, sampler=sampler, steps=6)) > 1e-2
+
+
+def test_keyframes_of_hooks_begin_again_with_the_second_stage():
+    """They only move forward, and the host sets them back before a sampler begins, not within it."""
+    order, model = [], object()
+    hook = SimpleNamespace(initialize_timesteps=lambda given: order.append(("keyframes", given is model)))
+    guider = SimpleNamespace(inner_model=model, conds={"positive": [{"hooks": SimpleNamespace(hooks=[hook])}, {}]})
+    told = SimpleNamespace(stage=1, settings=SimpleNamespace(official=True), begin_second_stage=lambda: None, finish=lambda: None)
+    Stages(told).sample(lambda *_, **__: order.append("sampler"), guider, torch.linspace(3, 0, 4), {}, None, torch.zeros(1))
+    assert order == ["sampler", ("keyframes", True), "sampler"]
 
 
 @LAW("sampler", ["dpm_2", "uni_pc", "dpmpp_2m"])
