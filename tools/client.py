@@ -7,12 +7,12 @@ with HostServer(Path("ComfyUI"), models={"checkpoints": [Path("sd15.safetensors"
 """
 from __future__ import annotations
 
-import base64
 import contextlib
+import http.client
+import io
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -30,12 +30,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from web_socket import WebSocket
+
 ROOT = Path(__file__).resolve().parent.parent
 Prompt = Mapping[str, Any]  # API JSON: node id -> {"class_type", "inputs"}
 
 
 class HostError(RuntimeError):
     """The host did not start, went away, or answered with an error."""
+
+
+class Unreachable(HostError):
+    """Nothing answers there, or the line was cut: it may be worth another try."""
+
+
+@dataclass(eq=False)
+class Answered(HostError):
+    """The host answered with an HTTP error."""
+    url: str
+    code: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.url} answered {self.code}: {self.text}"
 
 
 class Interrupted(HostError):
@@ -72,83 +89,22 @@ class Progress:
     maximum: int
 
 
-class WebSocket:
-    """The reading half of RFC 6455, enough for the host: text frames come out, pings are answered, pictures are skipped."""
-
-    def __init__(self, host: str, port: int, path: str, timeout: float) -> None:
-        self.socket, self.buffer, self.text = socket.create_connection((host, port), timeout), b"", b""
-        key = base64.b64encode(secrets.token_bytes(16)).decode()
-        self.socket.sendall((f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n").encode())
-        while b"\r\n\r\n" not in self.buffer:
-            self._more()
-        head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
-        if b" 101 " not in head.split(b"\r\n")[0]:
-            raise ConnectionError(f"no websocket: {head[:80]!r}")
-
-    def _more(self) -> None:
-        data = self.socket.recv(1 << 16)
-        if not data:
-            raise ConnectionError("the host closed the websocket")
-        self.buffer += data
-
-    def _frame(self) -> tuple[bool, int, bytes] | None:
-        """(last, opcode, payload) of the frame at the buffer's front, or None while it is incomplete."""
-        if len(self.buffer) < 2:
-            return None
-        length, start = self.buffer[1] & 0x7F, 2
-        if length > 125:
-            start = 4 if length == 126 else 10
-            if len(self.buffer) < start:
-                return None
-            length = int.from_bytes(self.buffer[2:start], "big")
-        if len(self.buffer) < start + length:
-            return None
-        first, payload = self.buffer[0], self.buffer[start:start + length]
-        self.buffer = self.buffer[start + length:]
-        return bool(first & 0x80), first & 0x0F, payload
-
-    def receive(self, timeout: float) -> dict[str, Any] | None:
-        """The next JSON message, or None after `timeout` seconds of silence. ConnectionError when the line is cut."""
-        end = time.monotonic() + timeout
-        kind = 1
-        while True:
-            frame = self._frame()
-            if frame is None:
-                left = end - time.monotonic()
-                if left <= 0:
-                    return None
-                self.socket.settimeout(left)
-                try:
-                    self._more()
-                except TimeoutError:
-                    return None
-                continue
-            last, opcode, payload = frame
-            if opcode == 8:
-                raise ConnectionError("the host closed the websocket")
-            if opcode == 9:  # ping; a client's frames are masked, here with zeros
-                self.socket.sendall(bytes([0x8A, 0x80 | len(payload)]) + bytes(4) + payload)
-            if opcode in (1, 2):
-                kind, self.text = opcode, b""
-            if opcode in (0, 1, 2):
-                self.text += payload
-                if last and kind == 1:
-                    return json.loads(self.text)
-
-    def close(self) -> None:
-        self.socket.close()
-
-
 class Client:
-    """One user of a running host at `url`, for instance http://127.0.0.1:8188."""
+    """One user of a running host at `url`, for instance http://127.0.0.1:8188; headers go with every request."""
 
-    def __init__(self, url: str) -> None:
-        self.url, self.id = url.rstrip("/"), uuid.uuid4().hex
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        self.url, self.headers, self.id = url.rstrip("/"), dict(headers or {}), uuid.uuid4().hex
 
-    def request(self, path: str, body: bytes | None = None, kind: str = "application/json", timeout: float = 60) -> bytes:
-        """GET, or POST when there is a body. HostError names the address; a refused prompt is PromptRefused."""
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind} if body is not None else {})
+    def request(self, path: str, body: bytes | Iterable[bytes] | None = None, kind: str = "application/json", timeout: float = 60,
+                length: int | None = None) -> bytes:
+        """GET, or POST when there is a body; in pieces it needs its `length`.
+
+        Raises Unreachable where nothing answers, Answered for an error, PromptRefused for a refused prompt.
+        """
+        headers = self.headers | ({"Content-Type": kind} if body is not None else {})
+        if length is not None:
+            headers["Content-Length"] = str(length)
+        request = urllib.request.Request(self.url + path, body, headers)
         try:
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as answer:
                 return answer.read()
@@ -156,9 +112,11 @@ class Client:
             text = error.read().decode("utf-8", "replace")
             if path == "/prompt" and error.code == 400:
                 raise refusal(text) from None
-            raise HostError(f"{self.url}{path} answered {error.code}: {text[:500]}") from None
-        except OSError as error:
-            raise HostError(f"{self.url} does not answer: {error}") from None
+            if error.code in (502, 503, 504):  # a proxy whose host is away
+                raise Unreachable(f"{self.url} answers {error.code}: nothing is behind it") from None
+            raise Answered(self.url + path, error.code, text[:500]) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"{self.url} does not answer: {getattr(error, 'reason', error) or type(error).__name__}") from None
 
     def json(self, path: str, body: Any = None) -> Any:
         answer = self.request(path, None if body is None else json.dumps(body).encode())
@@ -167,30 +125,73 @@ class Client:
     def object_info(self, node: str | None = None) -> dict[str, Any]:
         return self.json("/object_info" + (f"/{node}" if node else ""))
 
-    def upload_image(self, image: Path | bytes, name: str | None = None) -> str:
-        """Put a picture into the host's input folder. Returns the name that LoadImage takes."""
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
-        name = (name or (f"{uuid.uuid4().hex}.png" if isinstance(image, bytes) else Path(image).name)).replace('"', "_")
+    def websocket(self, timeout: float = 10) -> WebSocket:
+        """The line on which the host tells how this client's prompts fare; OSError where there is none."""
+        return WebSocket(f"{self.url}/ws?clientId={self.id}", timeout, self.headers)
+
+    def upload(self, file: Path | bytes, name: str, *, folder: str = "input", subfolder: str = "", overwrite: bool = False) -> str:
+        """Put a file of any kind into the host's input, output or temp folder. Returns its name below that folder.
+
+        Unless `overwrite`, a name that is taken by other contents gets a number, and by the same contents is used as it is.
+        """
+        size, name = len(file) if isinstance(file, bytes) else file.stat().st_size, re.sub(r'[\r\n"]', "_", name)
         border = uuid.uuid4().hex
-        head = f'--{border}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'.encode()
-        tail = f'\r\n--{border}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n--{border}--\r\n'.encode()
-        answer = json.loads(self.request("/upload/image", head + data + tail, f"multipart/form-data; boundary={border}"))
+        fields = {"type": folder, "subfolder": subfolder, "overwrite": "true" if overwrite else "false"}
+        head = "".join(f'--{border}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
+        head = f'{head}--{border}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'.encode()
+        tail = f"\r\n--{border}--\r\n".encode()
+
+        def pieces() -> Iterator[bytes]:
+            yield head
+            with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as source:
+                yield from iter(lambda: source.read(1 << 20), b"")
+            yield tail
+        answer = json.loads(self.request("/upload/image", pieces(), f"multipart/form-data; boundary={border}", 600,
+                                         len(head) + size + len(tail)))
         return "/".join(filter(None, (answer["subfolder"], answer["name"])))
 
-    def view(self, picture: Mapping[str, str]) -> bytes:
-        """The file behind one entry of an output's `images`."""
-        keys = {key: picture[key] for key in ("filename", "subfolder", "type") if key in picture}
+    def upload_image(self, image: Path | bytes, name: str | None = None) -> str:
+        """Put a picture into the host's input folder, over one of its name. Returns the name that LoadImage takes."""
+        return self.upload(image, name or (f"{uuid.uuid4().hex}.png" if isinstance(image, bytes) else Path(image).name), overwrite=True)
+
+    def view(self, file: Mapping[str, str]) -> bytes:
+        """The file behind one entry of an output's `images`, or any file {"filename", "subfolder", "type"} of output, input or temp."""
+        keys = {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
         return self.request("/view?" + urllib.parse.urlencode(keys))
 
-    def queue(self, prompt: Prompt) -> str:
-        """Hand a prompt over; returns its id. PromptRefused when the host finds it invalid."""
-        return self.json("/prompt", {"prompt": prompt, "client_id": self.id})["prompt_id"]
+    def queue(self, prompt: Prompt, prompt_id: str | None = None) -> str:
+        """Hand a prompt over, under an id (a UUID) of the caller's if wanted; returns its id. PromptRefused when the host finds it invalid.
+
+        The host does not look whether an id is taken: ask `state` before handing the same prompt over again.
+        """
+        named = {} if prompt_id is None else {"prompt_id": prompt_id}
+        return self.json("/prompt", {"prompt": prompt, "client_id": self.id, **named})["prompt_id"]
+
+    def state(self, prompt_id: str) -> str:
+        """pending, in_progress, completed, failed or cancelled; unknown if the host never had it or forgot it."""
+        try:
+            return self.json(f"/api/jobs/{prompt_id}")["status"]
+        except Answered as error:
+            if error.code == 404:
+                return "unknown"
+            raise
+
+    def cancel(self, prompt_id: str, wait: float = 30) -> str:
+        """Interrupt or dequeue exactly this prompt, and wait until it is gone. Returns its state then."""
+        end = time.monotonic() + wait
+        while True:  # again and again: the host drops an interrupt that comes just before the prompt's first node
+            self.request(f"/api/jobs/{prompt_id}/cancel", b"{}")
+            state = self.state(prompt_id)
+            if state not in ("pending", "in_progress") or time.monotonic() > end:
+                return state
+            time.sleep(0.2)
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """What the host keeps of a finished prompt, or None while it waits or runs."""
         return self.json(f"/history/{prompt_id}").get(prompt_id)
 
     def interrupt(self) -> None:
+        """Stop whatever runs, whoever asked for it; `cancel` stops one prompt."""
         self.request("/interrupt", b"{}")
 
     def free(self) -> None:
@@ -201,8 +202,7 @@ class Client:
         """Queue, follow to the end and return node id -> outputs. NodeFailed, PromptRefused, Interrupted, HostError."""
         with contextlib.ExitStack() as stack:
             try:  # listen before queueing, or the first messages are lost
-                address = urllib.parse.urlsplit(self.url)
-                line = WebSocket(address.hostname, address.port or 80, f"/ws?clientId={self.id}", timeout=10)
+                line = self.websocket()
                 stack.callback(line.close)
             except OSError:
                 line = None
@@ -215,7 +215,7 @@ class Client:
                     on_progress(Progress(str(data["node"]), int(data["value"]), int(data["max"])))
                 elif kind == "executing" and data.get("node") is not None:
                     on_progress(Progress(str(data["node"]), 0, 0))
-        return self._outcome(self.history(prompt_id))
+        return outcome(self.history(prompt_id))
 
     def _messages(self, line: WebSocket | None, prompt_id: str, timeout: float) -> Iterator[dict[str, Any]]:
         """The websocket's messages until the prompt is in the history; without a websocket, or in silence, it polls."""
@@ -240,18 +240,19 @@ class Client:
                             yield from iter(lambda: line.receive(0.1), None)
                     return
                 time.sleep(0.05 if final else 0)
-        self.interrupt()
+        self.cancel(prompt_id)
         raise HostError(f"The prompt was not finished after {timeout:.0f} s; it was interrupted.")
 
-    @staticmethod
-    def _outcome(history: Mapping[str, Any] | None) -> dict[str, Any]:
-        for kind, data in (history or {}).get("status", {}).get("messages", []):
-            if kind == "execution_error":
-                raise NodeFailed(str(data["node_id"]), data["node_type"], data["exception_type"].split(".")[-1],
-                                 data["exception_message"].strip())
-            if kind == "execution_interrupted":
-                raise Interrupted("The run was interrupted.")
-        return (history or {}).get("outputs", {})
+
+def outcome(history: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Node id -> outputs, from what the host keeps of a finished prompt. NodeFailed, Interrupted."""
+    for kind, data in ((history or {}).get("status") or {}).get("messages", []):
+        if kind == "execution_error":
+            raise NodeFailed(str(data["node_id"]), data["node_type"], data["exception_type"].split(".")[-1],
+                             data["exception_message"].strip())
+        if kind == "execution_interrupted":
+            raise Interrupted("The run was interrupted.")
+    return (history or {}).get("outputs", {})
 
 
 def refusal(text: str) -> PromptRefused:
