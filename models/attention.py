@@ -25,6 +25,7 @@ BiasVia = Literal["mask", "channel"]
 # Stands for log 0: fits float16, exp() of it is exactly 0 even in float64, and a row of nothing else is still no NaN.
 LOG_ZERO = -1e4
 CHANNEL_MULTIPLE = 8  # head widths of the fused kernels
+SELF_ODDS, CONCEPT_ODDS, STORY_ODDS = 2.0, 280.0, 2.0  # of dial, provisional
 
 
 class WeightMode(str, Enum):
@@ -34,6 +35,18 @@ class WeightMode(str, Enum):
     POST_SOFTMAX = "post softmax"  # the same without renormalising; done as W * v_ref, which is equal
     KEY_SCALE = "key scale"  # W * k_ref: a temperature on the reference's logits
     OUTPUT_BLEND = "output blend"  # (1 - W) * attention without the reference + W * attention with it
+
+
+def dial(strength: float, node: str, odds: float = 0.0) -> float:
+    """A node's `strength` 0..1 -> the share of its weight that is heard: 0 -> 0, 1 -> 1, rising, so that likeness rises evenly.
+
+    In a softmax whose weight-1 reference stands to the own tokens as `odds` to 1, a weight W gives it the part W odds / (1 + W odds)
+    of the whole; this is that solved for W, as a share of the part at weight 1. Odds 0, for what is added or blended, are the
+    straight line. ValueError for a strength outside 0..1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all of the likeness).")
+    return strength / (1 + odds * (1 - strength))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.attention import ReferenceTokens, WeightMode
+from ..models.attention import CONCEPT_ODDS, ReferenceTokens, WeightMode, dial
 from ..models.concept import KeysValues, check_layers, load_concept_encoder
 from ..models.injection import AttnCall, BlockSite, Merge, References, Role, TargetMask
 from ..models.reference import BlockId, Half, Halves, select_blocks
@@ -143,9 +143,12 @@ class CrossAttnDetailInject(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model the encoder was trained for, with any LoRA."),
                 host.Encoder.Input("concept_encoder", tooltip="From Concept Encoder Load or Concept Encoder Train."),
                 io.Image.Input("image", tooltip="The subject. Several pictures of it describe it together."),
-                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05,
-                               tooltip="W_C: 0 is the plain picture, 1 as it was trained, more is more identity until the prompt is no "
-                                       "longer heard."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.05, display_mode=io.NumberDisplay.slider,
+                               tooltip="How much of the photo's subject comes through: 0 is the plain picture, 1 all of it. Start with 1 "
+                                       "and turn it down where the prompt is no longer heard."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True,
+                               tooltip="W_C at full strength: 1 as it was trained, more is more identity until the prompt is no longer "
+                                       "heard."),
                 io.Combo.Input("weight_mode", options=[m.value for m in WeightMode], default=WeightMode.LOGIT_BIAS.value, advanced=True,
                                tooltip="How the weight acts when concatenated. logit bias: renormalised inside the softmax. post softmax: "
                                        "on its output. key scale: on the keys. output blend: between plain and concatenated."),
@@ -167,7 +170,7 @@ class CrossAttnDetailInject(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, concept_encoder: host.ManagedEncoder, image: Tensor, weight: float,
+    def execute(cls, model: Any, concept_encoder: host.ManagedEncoder, image: Tensor, strength: float = 1.0, weight: float = 1.0,
                 weight_mode: str = WeightMode.LOGIT_BIAS.value, merge: str = AS_TRAINED, blocks: str = "all", start_percent: float = 0.0,
                 end_percent: float = 1.0, halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
         family, layers, width = host.cross_layers(model, INJECT)
@@ -176,6 +179,8 @@ class CrossAttnDetailInject(io.ComfyNode):
         wanted = select_blocks(blocks, [block for block, _ in layers], INJECT)
         if not 0 <= weight < math.inf:
             raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as trained.")
+        how, mode = config.merge if merge == AS_TRAINED else Merge(merge), WeightMode(weight_mode)
+        weight *= dial(strength, INJECT, CONCEPT_ODDS if how is Merge.CONCAT and mode is WeightMode.LOGIT_BIAS else 0.0)
         image = plain_colours(image)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         if weight == 0 or start_percent >= end_percent or (mask is not None and not (mask > 0.5).any()):
@@ -186,6 +191,5 @@ class CrossAttnDetailInject(io.ComfyNode):
             made[Half.UNCOND] = concept_encoder.encode(image, empty=True)
         tokens = {half: {b: tuple(t.flatten(0, 1)[None] for t in kv[b]) for b in wanted} for half, kv in made.items()}
         window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
-        how = config.merge if merge == AS_TRAINED else Merge(merge)
-        injection = ConceptInjection(tokens, len(image), weight, WeightMode(weight_mode), how, *window, chosen, mask)
+        injection = ConceptInjection(tokens, len(image), weight, mode, how, *window, chosen, mask)
         return io.NodeOutput(host.inject(model, injection))

@@ -11,6 +11,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.anchors import AnchorRecorder
+from ..models.attention import STORY_ODDS, dial
 from ..models.consistory import Schedule, StorySettings, dropped
 from ..models.correspondence import smooth
 from ..models.injection import Recorder, Role, grid_of, map_blocks, map_divisor
@@ -181,13 +182,17 @@ class ConsiStory(io.ComfyNode):
             search_aliases=["consistory", "consistent character", "story", "shared attention", "same subject", "consistent subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.05, display_mode=io.NumberDisplay.slider,
+                               tooltip="How alike the subjects become: 0 leaves the plain pictures, 1 all that sharing and feature "
+                                       "injection give. Start with 1."),
                 io.Int.Input("anchors", default=0, min=0, max=64,
                              tooltip="0: all pictures read all, the most alike. Else only the first so many are read by all; they see one "
                                      "another, never the others, so more pictures do not change them. The paper finds 2 enough."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False,
                              tooltip="Of the dropout alone; the sampler has its own."),
-                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05,
-                               tooltip="How loudly the others' subject speaks: 0 shares nothing, 1 as if it were the picture's own."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True,
+                               tooltip="How loudly the others' subject speaks at full strength: 0 shares nothing, 1 as if it were the "
+                                       "picture's own."),
                 io.Float.Input("dropout", default=0.5, min=0.0, max=1.0, step=0.05,
                                tooltip="Share of the others' subject that is hidden at each step, so that poses stay free: 0 alike, 1 "
                                        "shares nothing. With ControlNet the paper takes 0.7."),
@@ -224,8 +229,8 @@ class ConsiStory(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, anchors: int = 0, seed: int = 0, weight: float = 1.0, dropout: float = 0.5, query_blend: float = 0.9,
-                feature_injection: float = 0.8, query_blend_end: float = 0.818, blend_end_percent: float = 0.12,
+    def execute(cls, model: Any, strength: float = 1.0, anchors: int = 0, seed: int = 0, weight: float = 1.0, dropout: float = 0.5,
+                query_blend: float = 0.9, feature_injection: float = 0.8, query_blend_end: float = 0.818, blend_end_percent: float = 0.12,
                 injection_start_percent: float = 0.1, injection_end_percent: float = 0.32, blocks: str = "decoder",
                 mask_blocks: str = "auto", halves: str = Halves.BOTH.value, order: str = FAST, align_keys: bool = True,
                 reference: ReferenceBank | None = None, masks: Tensor | None = None) -> io.NodeOutput:
@@ -241,6 +246,7 @@ class ConsiStory(io.ComfyNode):
                 raise ValueError(f"{STORY}: {name} is {value}. Give a number from 0 to 1.")
         if not weight >= 0 or anchors < 0:
             raise ValueError(f"{STORY}: weight is {weight} and anchors is {anchors}. Give 0 or more.")
+        weight, feature_injection = weight * dial(strength, STORY, STORY_ODDS), feature_injection * strength
         if reference is not None:
             wanted = cls.require_readable(model, reference, wanted, blocks, Halves(halves))
         divisor = max(map_divisor(sites) // 2, 1)
@@ -314,8 +320,9 @@ class AnchorSampler(io.ComfyNode):
                 precision: str = "as computed") -> io.NodeOutput:
         story = next((i for i in host.injected(model) if isinstance(i, StoryInjection)), None)
         if story is None or story.bank is not None:
-            why = ("does not come from ConsiStory Shared Attention, or its settings share nothing (weight 0 or dropout 1, with "
-                   "feature_injection 0; black masks)") if story is None else "already reads a reference, so it makes no anchors"
+            why = "already reads a reference, so it makes no anchors" if story else (
+                "does not come from ConsiStory Shared Attention, or its settings share nothing (strength 0; weight 0 or dropout 1, with "
+                "feature_injection 0; black masks)")
             raise ValueError(f"{SAMPLER}: the model given {why}. Wire ConsiStory Shared Attention{' without a reference' * bool(story)} "
                              "before it.")
         recorder = AnchorRecorder(torch.float16 if precision == "float16" else None)

@@ -11,7 +11,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models import inversion as method
-from ..models.attention import ReferenceTokens, WeightMode
+from ..models.attention import SELF_ODDS, ReferenceTokens, WeightMode, dial
 from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask, grid_of, map_blocks
 from ..models.inversion import InversionTrajectory
 from ..models.masks import resize_user_mask, union_of_first
@@ -244,9 +244,12 @@ class MaskedSelfAttnInject(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model the reference was read with."),
                 host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture."),
-                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05,
-                               tooltip="W_S: 0 is the plain picture, 1 the reference beside the picture's own features, more is more "
-                                       "identity until shapes break."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.05, display_mode=io.NumberDisplay.slider,
+                               tooltip="How much of the reference's subject comes through: 0 is the plain picture, 1 all of it. Start with "
+                                       "1 and turn it down where the picture copies too much."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True,
+                               tooltip="W_S at full strength: 1 is the reference beside the picture's own features, more is more identity "
+                                       "until shapes break."),
                 io.Combo.Input("weight_mode", options=[m.value for m in WeightMode], default=WeightMode.LOGIT_BIAS.value, advanced=True,
                                tooltip="How the weight acts. logit bias: renormalised inside the softmax. post softmax: on its output. key "
                                        "scale: on the keys. "
@@ -269,9 +272,9 @@ class MaskedSelfAttnInject(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, reference: ReferenceBank, weight: float, weight_mode: str = WeightMode.LOGIT_BIAS.value,
-                blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0, halves: str = Halves.COND.value,
-                target_mask: Tensor | None = None) -> io.NodeOutput:
+    def execute(cls, model: Any, reference: ReferenceBank, strength: float = 1.0, weight: float = 1.0,
+                weight_mode: str = WeightMode.LOGIT_BIAS.value, blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0,
+                halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, INJECT).diffusion_model)
         host.require_reference(INJECT, reference, model)
         wanted = select_blocks(blocks, tuple(sites), INJECT)
@@ -282,9 +285,11 @@ class MaskedSelfAttnInject(io.ComfyNode):
                              "Choose the same blocks in Ref-UNet Feature Capture.")
         if not weight >= 0:
             raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the plain concatenation.")
+        mode = WeightMode(weight_mode)
+        weight *= dial(strength, INJECT, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
         window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
-        injection = MaskedSelfInjection(reference, weight, WeightMode(weight_mode), frozenset(wanted) & frozenset(reference.blocks),
+        injection = MaskedSelfInjection(reference, weight, mode, frozenset(wanted) & frozenset(reference.blocks),
                                         *window, Halves(halves), mask)
         if not injection.sources <= reference.features.keys():
             raise ValueError(f"{INJECT}: halves is {halves!r}, but the reference holds only the "

@@ -3,7 +3,7 @@
 Without arguments it uses the miniature and a rendered subject that the miniature never saw, and measures the result.
 With --checkpoint and --reference the same job runs on your own SD1.5, SD2.x or SDXL checkpoint and photo.
 Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.json with self-attention injection, with the concept
-encoder, with both, and with both weights 0. A checkpoint of your own has a concept encoder only if you give one.
+encoder, with both, and with both strengths 0. A checkpoint of your own has a concept encoder only if you give one.
 With --story the pictures share a subject of their own instead: tools/demo.py --story --help.
 """
 from __future__ import annotations
@@ -89,8 +89,7 @@ def prepared(arguments: argparse.Namespace, photo: str, checkpoint: str, size: i
         graph[node]["inputs"]["steps"] = arguments.steps
     graph[SAMPLER]["inputs"] |= {"seed": arguments.seed, "cfg": arguments.cfg}
     for node, weight in ((INJECT, arguments.weight), (CONCEPT, arguments.concept_weight)):
-        if weight is not None:
-            graph[node]["inputs"]["weight"] = weight
+        graph[node]["inputs"] |= {"strength": arguments.strength} | ({} if weight is None else {"weight": weight})
     if arguments.concept_encoder:
         graph[ENCODER]["inputs"]["file"] = arguments.concept_encoder.name
     elif arguments.checkpoint:
@@ -109,7 +108,7 @@ def columns(graph: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     jobs = {name: copy.deepcopy(graph) for name in quiet}
     for name, nodes in quiet.items():
         for node in nodes:
-            jobs[name][node]["inputs"]["weight"] = 0.0
+            jobs[name][node]["inputs"]["strength"] = 0.0
     return jobs
 
 
@@ -194,8 +193,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
-    parser.add_argument("--weight", type=float, help="W_S (default: the workflow's)")
-    parser.add_argument("--concept-weight", type=float, help="W_C (default: the workflow's)")
+    parser.add_argument("--strength", type=float, default=1.0, help="how much of the subject comes through, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--weight", type=float, help="W_S at full strength (default: the workflow's)")
+    parser.add_argument("--concept-weight", type=float, help="W_C at full strength (default: the workflow's)")
     parser.add_argument("--story", action="store_true", help="a story instead; tools/demo.py --story --help tells its options")
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)

@@ -67,6 +67,7 @@ def graph_of(workflow: str, given: argparse.Namespace, lines: Sequence[str], sub
     graph[LOADER]["inputs"]["ckpt_name"] = given.checkpoint.name if given.checkpoint else "kindred_miniature.safetensors"
     graph[PROMPTS]["inputs"] |= {"prompts": "\n".join(lines), "subject": subject, "style": given.style}
     graph[SIZE]["inputs"] |= {"width": given.size, "height": given.size}
+    graph[STORY]["inputs"]["strength"] = given.strength
     graph[SAMPLER]["inputs"] |= {"seed": given.seed, "steps": given.steps, "cfg": given.cfg, "sampler_name": "ddim",
                                  "scheduler": "ddim_uniform"}
     return graph
@@ -210,6 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 5 for a checkpoint)")
+    parser.add_argument("--strength", type=float, default=1.0, help="how alike the subjects become, 0 to 1 (default: %(default)s)")
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     own = ("subject", "style", "prompt", "more", "reference")

@@ -27,7 +27,8 @@ from evaluate_story import story
 from miniature_host import Studio
 
 CAPTURE_INPUTS = {"mask_threshold": str, "mask_value": float, "mask_steps": int, "mask_blocks": str, "precision": str}
-INJECT_INPUTS = {"weight": float, "weight_mode": str, "blocks": str, "start_percent": float, "end_percent": float, "halves": str}
+INJECT_INPUTS = {"strength": float, "weight": float, "weight_mode": str, "blocks": str, "start_percent": float, "end_percent": float,
+                 "halves": str}
 CONCEPT_INPUTS = {f"concept.{k}": kind for k, kind in ({"merge": str} | INJECT_INPUTS).items()}
 OWN_INPUTS = {"mask": str, "inverted": str, "self": str}
 ROWS = ("self", "cross: self=off, concept.weight=1", "full: concept.weight=1")
@@ -96,10 +97,10 @@ def personalize(given: argparse.Namespace) -> dict[str, float]:
                     banks[key] = captured(studio, v, latent, coarse, rendering.mask)
                     if v.mask == "word":
                         masks.append(overlap(banks[key], rendering.mask))
-                model = studio.run("KindredMaskedSelfAttnInject", model=model, reference=banks[key], **{"weight": 1.0} | dict(v.inject))[0]
+                model = studio.run("KindredMaskedSelfAttnInject", model=model, reference=banks[key], **dict(v.inject))[0]
             if v.concept:
                 model = studio.run("KindredCrossAttnDetailInject", model=model, concept_encoder=studio.encoder,
-                                   image=studio.picture(rendering.image), **{"weight": 1.0} | dict(v.concept))[0]
+                                   image=studio.picture(rendering.image), **dict(v.concept))[0]
             scores[v.name].add(reader.read(studio.sample(model, lines, 2, i)), identity, scenes[1:], kind)
         sys.stderr.write(f"\r\033[K  identity {i + 1 - given.first} of {given.count}, {time.monotonic() - began:.0f} s")
     sys.stderr.write("\n")

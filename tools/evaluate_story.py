@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PICTURES = 4  # of a set
 SHEET_SETS = 3
 NODE_INPUTS: dict[str, type] = {
-    "anchors": int, "seed": int, "weight": float, "dropout": float, "query_blend": float, "feature_injection": float,
+    "strength": float, "anchors": int, "seed": int, "weight": float, "dropout": float, "query_blend": float, "feature_injection": float,
     "query_blend_end": float, "blend_end_percent": float, "injection_start_percent": float, "injection_end_percent": float,
     "blocks": str, "mask_blocks": str, "halves": str, "order": str, "align_keys": bool}
 OWN_INPUTS: dict[str, type] = {"mask": str, "cfg": float, "seed_offset": int}

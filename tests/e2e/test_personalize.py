@@ -82,7 +82,8 @@ def test_bad_input_is_a_sentence_and_the_server_lives_on(client, untouched, chan
     assert (pictures(client, graph)[0] == untouched).all()
 
 
-@pytest.mark.parametrize("inputs", [{"weight": -1.0}, {"weight": "much"}, {"start_percent": 2.0}, {"weight_mode": "loud"}])
+@pytest.mark.parametrize("inputs", [{"strength": 2.0}, {"weight": -1.0}, {"weight": "much"}, {"start_percent": 2.0},
+                                    {"weight_mode": "loud"}])
 def test_a_value_out_of_range_is_refused_before_anything_runs(client, inputs):
     graph = shipped(**{INJECT: inputs})
     del graph["14"]  # the mask's preview does not depend on the node, so the host would still run that much

@@ -72,7 +72,7 @@ def capture(model: Any, latent: dict | None = None, positive: list | None = None
 @torch.inference_mode()
 def inject(model: Any, bank: ReferenceBank, weight: float = 1.0, **more: Any) -> Any:
     """Masked Self-Attn Inject -> MODEL."""
-    return MaskedSelfAttnInject.execute(model, bank, weight, **more).result[0]
+    return MaskedSelfAttnInject.execute(model, bank, weight=weight, **more).result[0]
 
 
 @torch.inference_mode()
@@ -172,8 +172,8 @@ def kept_encoder(*told: Any) -> ManagedEncoder:
 def concept(model: Any, weight: float = 1.0, image: Tensor | None = None, encoder: ManagedEncoder | None = None, family: str = "tiny",
             **more: Any) -> Any:
     """Cross-Attn Detail Inject -> MODEL."""
-    return CrossAttnDetailInject.execute(model, encoder or encoder_of(family), subject() if image is None else image, weight,
-                                         **more).result[0]
+    return CrossAttnDetailInject.execute(model, encoder or encoder_of(family), subject() if image is None else image,
+                                         weight=weight, **more).result[0]
 
 
 def of_encoder(encoder: ManagedEncoder) -> Any:

@@ -239,6 +239,12 @@ def test_a_bank_of_another_version(version):
            f"this Kindred reads version {BANK_VERSION}", "Make it again")
 
 
+@LAW("strength", [-0.1, 1.5, float("nan")])
+def test_a_strength_that_is_none(strength):
+    refuse(lambda: inject(MODEL, bank_of(), strength=strength), f"Masked Self-Attn Inject: strength is {strength}.", "Give a number from 0",
+           "to 1")
+
+
 @LAW("weight", [-1.0, float("nan")])
 def test_a_weight_that_is_none(weight):
     refuse(lambda: inject(MODEL, bank_of(), weight), f"Masked Self-Attn Inject: the weight is {weight}", "Give 0", "or more")

@@ -23,7 +23,7 @@ from studio import (
     subject,
 )
 
-from kindred.models.attention import WeightMode
+from kindred.models.attention import CONCEPT_ODDS, WeightMode, dial
 from kindred.models.injection import Merge
 from kindred.models.reference import Halves
 from kindred.nodes.host import KEY
@@ -39,8 +39,8 @@ MERGES = [m.value for m in Merge]
 
 
 @LAW("merge", MERGES)
-@LAW("nothing", [{"weight": 0.0}, {"target_mask": torch.zeros(1, 64, 64)}, {"start_percent": 1.0}, {"end_percent": 0.0},
-                 {"start_percent": 0.6, "end_percent": 0.6}])
+@LAW("nothing", [{"weight": 0.0}, {"strength": 0.0}, {"strength": 0.0, "weight": 9.0}, {"target_mask": torch.zeros(1, 64, 64)},
+                 {"start_percent": 1.0}, {"end_percent": 0.0}, {"start_percent": 0.6, "end_percent": 0.6}])
 def test_no_weight_no_mask_or_no_window_is_no_injection(nothing, merge):
     model = concept(MODEL, merge=merge, **nothing)
     assert model is not MODEL and KEY not in model.model_options["transformer_options"] and not model.wrappers
@@ -107,6 +107,15 @@ def test_as_trained_is_what_the_file_says():
         own = sample(concept(MODEL, encoder=encoder_of(merge=merge)))
         assert torch.equal(own, sample(concept(MODEL, merge=merge)))
     assert differs(sample(concept(MODEL, merge="add")), sample(concept(MODEL, merge="concat"))) > 1e-3
+
+
+@LAW("merge", MERGES)
+@LAW("mode", [m.value for m in WeightMode])
+def test_the_dial_turns_the_weight_and_nothing_else(mode, merge):
+    odds = CONCEPT_ODDS if mode == "logit bias" and merge == "concat" else 0.0
+    for strength in (1.0, 0.5):
+        turned = sample(concept(MODEL, 2.0, strength=strength, weight_mode=mode, merge=merge))
+        assert torch.equal(turned, sample(concept(MODEL, 2.0 * dial(strength, "", odds), weight_mode=mode, merge=merge)))
 
 
 @LAW("mode", [m.value for m in WeightMode])

@@ -212,6 +212,11 @@ def test_a_weight_of_zero_does_not_hide_the_wrong_encoder():
 # values ------------------------------------------------------------------------------------------------------------------------
 
 
+@LAW("strength", [-0.1, 1.5, float("nan")])
+def test_a_strength_that_is_none(strength):
+    refuse(lambda: concept(MODEL, strength=strength), f"Cross-Attn Detail Inject: strength is {strength}.", "Give a number from 0", "to 1")
+
+
 @LAW("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none(weight):
     refuse(lambda: concept(MODEL, weight), f"Cross-Attn Detail Inject: the weight is {weight}", "Give 0", "or more")

@@ -23,7 +23,7 @@ from studio import (
     sample,
 )
 
-from kindred.models.attention import WeightMode
+from kindred.models.attention import SELF_ODDS, WeightMode, dial
 from kindred.models.injection import SUBJECT, AttnCall, Role
 from kindred.models.masks import resize_user_mask
 from kindred.models.reference import Half, Halves, ReferenceBank, SubjectTokens
@@ -38,8 +38,9 @@ LAW = pytest.mark.parametrize
 # I1: nothing is exactly nothing --------------------------------------------------------------------------------------------
 
 
-@LAW("nothing", [{"weight": 0.0}, {"target_mask": torch.zeros(1, 64, 64)}, {"start_percent": 1.0}, {"end_percent": 0.0},
-                 {"start_percent": 0.6, "end_percent": 0.6}, {"start_percent": 0.4, "end_percent": 0.6}])
+@LAW("nothing", [{"weight": 0.0}, {"strength": 0.0}, {"strength": 0.0, "weight": 9.0}, {"target_mask": torch.zeros(1, 64, 64)},
+                 {"start_percent": 1.0}, {"end_percent": 0.0}, {"start_percent": 0.6, "end_percent": 0.6},
+                 {"start_percent": 0.4, "end_percent": 0.6}])
 def test_no_weight_no_mask_or_no_step_is_the_plain_picture_bit_for_bit(nothing):
     """The last window lies between two steps: 3 uniform steps are at 0.33, 0.67 and 1 of the schedule."""
     assert torch.equal(sample(inject(MODEL, bank_of(), **nothing)), plain())
@@ -47,6 +48,19 @@ def test_no_weight_no_mask_or_no_step_is_the_plain_picture_bit_for_bit(nothing):
 
 def test_the_reference_is_felt():
     assert differs(sample(inject(MODEL, bank_of())), plain()) > FELT
+
+
+@LAW("mode", [m.value for m in WeightMode])
+@LAW("strength", [1.0, 0.5, 0.05])
+def test_the_dial_turns_the_weight_and_nothing_else(strength, mode):
+    turned = sample(inject(MODEL, bank_of(), 2.0, strength=strength, weight_mode=mode))
+    share = dial(strength, "", SELF_ODDS if mode == "logit bias" else 0.0)
+    assert torch.equal(turned, sample(inject(MODEL, bank_of(), 2.0 * share, weight_mode=mode)))
+
+
+def test_every_turn_of_the_dial_is_felt():
+    turns = [sample(inject(MODEL, bank_of(), strength=i / 4)) for i in range(5)]
+    assert min(differs(a, b) for a, b in zip(turns, turns[1:])) > 1e-3
 
 
 def test_a_window_is_the_steps_it_holds():

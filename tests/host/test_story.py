@@ -9,7 +9,9 @@ import torch
 from networks import random_model
 from studio import MOMENTS, anchors, differs, passes, pictures, story
 
+from kindred.models.attention import STORY_ODDS, dial
 from kindred.models.reference import Halves
+from kindred.nodes.host import KEY
 
 MODEL = random_model("tiny")
 TIGHT, FELT = 1e-4, 1e-2  # float32 through a run, relative to the pictures' spread; an effect that cannot be rounding
@@ -50,6 +52,21 @@ def test_one_picture_stays_plain_bit_for_bit_and_the_log_says_why(cfg, halves, c
         alone = pictures(story(MODEL, halves=halves), (1,), cfg=cfg)
     assert len(rows) == MOMENTS and torch.equal(alone, plain((1,), cfg=cfg))
     assert "one picture has nobody to share with, so it stays plain. Raise the batch size, or wire a reference" in caplog.text
+
+
+@LAW("how", [{}, {"weight": 3.0}, {"dropout": 0.0, "feature_injection": 1.0}, {"query_blend": 1.0}], ids=str)
+def test_strength_0_is_plain_bit_for_bit(how):
+    model = story(MODEL, strength=0.0, **how)
+    assert model is not MODEL and KEY not in model.model_options["transformer_options"] and not model.wrappers
+    with passes(MODEL) as rows:
+        out = pictures(model)
+    assert len(rows) == MOMENTS and torch.equal(out, plain())
+
+
+def test_the_dial_turns_sharing_and_injection_and_nothing_else():
+    assert torch.equal(told(strength=1.0), told())
+    assert torch.equal(told(strength=0.5), told(weight=dial(0.5, "", STORY_ODDS), feature_injection=0.4))
+    assert min(differs(told(strength=0.5), other) for other in (told(), plain())) > 1e-3
 
 
 @LAW("nothing", [{"dropout": 1.0}, {"weight": 0.0}, {"masks": torch.zeros(1, 64, 64)}], ids=["dropout", "weight", "masks"])

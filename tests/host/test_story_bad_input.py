@@ -98,6 +98,11 @@ def test_a_share_that_is_none(name, value):
     refuse(lambda: story(MODEL, **{name: value}), NODE, f"{name} is {value}.", "Give a number from 0 to 1")
 
 
+@LAW("strength", [-0.1, 1.5, float("nan")])
+def test_a_strength_that_is_none(strength):
+    refuse(lambda: story(MODEL, strength=strength), NODE, f"strength is {strength}.", "Give a number from 0", "to 1")
+
+
 @LAW("how", [{"weight": -1.0}, {"weight": float("nan")}, {"anchors": -1}], ids=str)
 def test_a_weight_or_a_count_that_is_none(how):
     refuse(lambda: story(MODEL, **how), NODE, str(*how.values()), "Give 0 or more")

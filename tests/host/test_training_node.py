@@ -125,8 +125,8 @@ def test_it_trains_saves_and_feeds_the_injection_and_leaves_nothing_behind(world
     facts = loaded.encoder.config.training
     assert facts["steps"] == 3 and facts["pictures"] == 2 and facts["base"] == host.model_key(world["model"])
     with torch.inference_mode():
-        model = CrossAttnDetailInject.execute(world["model"], encoder, photos[:1], 1.0).result[0]
-        again = CrossAttnDetailInject.execute(world["model"], loaded, photos[:1], 1.0).result[0]
+        model = CrossAttnDetailInject.execute(world["model"], encoder, photos[:1]).result[0]
+        again = CrossAttnDetailInject.execute(world["model"], loaded, photos[:1]).result[0]
     picture = sample(model, **asked)
     assert torch.isfinite(picture).all() and (picture - plain).abs().max() > 0.05
     assert (sample(again, **asked) - picture).abs().max() < 0.05 * (picture - plain).abs().max()

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from kindred.models.attention import (
+    CONCEPT_ODDS,
     LOG_ZERO,
+    SELF_ODDS,
+    STORY_ODDS,
     ReferenceTokens,
     WeightMode,
     attend_with_references,
     biased_by_channel,
     blend_queries,
     concat_references,
+    dial,
     reference_attention,
     sdpa_attend,
     without_channel,
@@ -456,3 +460,38 @@ def test_refusals_name_both_values(own, ref) -> None:
 
 def test_log_zero_fits_half_precision() -> None:
     assert torch.tensor(LOG_ZERO, dtype=torch.float16).isfinite() and torch.tensor(LOG_ZERO, dtype=torch.float64).exp() == 0
+
+
+# the dial ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odds", [0.0, SELF_ODDS, STORY_ODDS, CONCEPT_ODDS])
+def test_the_dial_goes_from_nothing_to_all_and_never_back(odds):
+    turned = [dial(i / 100, "a node", odds) for i in range(101)]
+    assert turned[0] == dial(0, "a node", odds) == 0 and turned[100] == dial(1, "a node", odds) == 1
+    assert all(a < b for a, b in zip(turned, turned[1:]))
+
+
+def test_without_odds_the_dial_is_the_strength_itself():
+    assert [dial(s, "a node") for s in (0.1, 0.35, 0.8)] == [0.1, 0.35, 0.8]
+
+
+@pytest.mark.parametrize("odds", [0.5, 2.0, 280.0])
+def test_half_the_dial_is_half_of_what_the_softmax_gives(own, odds):
+    """Equal logits, as many tokens, each counted `odds` times: the reference stands to the own tokens as odds to 1."""
+    q, k, v = own
+    ref = torch.zeros(1, k.shape[1], C, dtype=k.dtype)
+    log_mask = torch.full((k.shape[1],), log(odds), dtype=k.dtype)
+
+    def heard(strength):
+        weight = dial(strength, "a node", odds)
+        return reference_attention(sdpa_attend, q, 0 * k, 0 * v, ref, ref + 1, H, weight=weight, mode=WeightMode.LOGIT_BIAS,
+                                   log_mask=log_mask)
+    for strength in (0.25, 0.5, 0.75):
+        torch.testing.assert_close(heard(strength), strength * heard(1.0), **TIGHT)
+
+
+@pytest.mark.parametrize("strength", [-0.01, 1.01, float("nan"), float("inf")])
+def test_the_dial_has_two_ends(strength):
+    with pytest.raises(ValueError, match=f"a node: strength is {strength}. Give a number from 0 .* to 1"):
+        dial(strength, "a node")

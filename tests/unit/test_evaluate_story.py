@@ -168,7 +168,7 @@ def test_the_tables_own_rows():
 
 
 @pytest.mark.parametrize("text, said", [
-    ("x: wieght=2", "'x' sets wieght; known are anchors"), ("x: weight=much", "'x' sets weight to 'much', which is not a number"),
+    ("x: wieght=2", "'x' sets wieght; known are strength"), ("x: weight=much", "'x' sets weight to 'much', which is not a number"),
     ("x: anchors=2.5", "anchors to '2.5', which is not a whole number"),
     ("x: align_keys=perhaps", "align_keys to 'perhaps', .*true or false"),
     ("x: mask=true", "mask to 'true'; it is word"), ("x: weight", "'weight' without a value"), ("x: dropout=, weight=1", "dropout to ''"),
