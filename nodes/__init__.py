@@ -8,6 +8,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .concept import ConceptEncoderLoad, CrossAttnDetailInject
 from .consistory import AnchorSampler, ConsiStory
+from .evaluation import ComparisonGrid, ConsistencyScore
 from .host import offer_example, register_folders, register_references
 from .inversion import DDIMInvert
 from .library import LoadReference, SaveReference
@@ -31,4 +32,5 @@ class KindredExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
-                ConceptEncoderTrain, ConsiStory, AnchorSampler, SaveReference, LoadReference, ReferencePreview]
+                ConceptEncoderTrain, ConsiStory, AnchorSampler, SaveReference, LoadReference, ReferencePreview,
+                ConsistencyScore, ComparisonGrid]

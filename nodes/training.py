@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io, ui
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..models.concept import ConceptConfig, ConceptEncoder, Preprocessing, check_layers
 from ..models.injection import Merge
 from ..models.training import Examples, OneProcess, Trainer, TrainSettings, read_state
 from . import host
+from .drawing import as_image, typeface
 
 NODE = "Concept Encoder Train"
 WIRED, SMALL = "as wired", "new, small"
@@ -211,7 +212,7 @@ class ConceptEncoderTrain(io.ComfyNode):
         order = Order(images=images, prompt=prompt, **{name: value[0] for name, value in given.items()})
         encoder, losses = train(order)
         curve = draw_curve(losses, order.steps)
-        image = torch.from_numpy(np.asarray(curve).copy()).float()[None] / 255
+        image = as_image(curve)
         shown = ui.ImageSaveHelper.save_images(image, "kindred_loss", io.FolderType.temp, cls, compress_level=1)
         managed = host.ManagedEncoder.of(encoder, order.save_name)
         return io.NodeOutput(managed, image, ui=ui.SavedImages(shown))
@@ -391,10 +392,3 @@ def ticks(low: float, high: float, logarithmic: bool) -> list[float]:
     step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / 4))
     step *= next(n for n in (1, 2, 5, 10) if (high - low) / (n * step) <= 6)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def typeface() -> Any:
-    try:
-        return ImageFont.load_default(14)
-    except TypeError:  # Pillow before 10.1 has one size
-        return ImageFont.load_default()

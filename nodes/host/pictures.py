@@ -27,3 +27,19 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
         raise ValueError(f"{node}: the VAE gave NaN or infinite pixels. A VAE in fp16 does this to some pictures: start ComfyUI with "
                          "--fp32-vae or use another VAE.")
     return pictures[..., :3].clamp(0, 1)
+
+
+def pictures_in(images: Any, node: str, name: str) -> Tensor:
+    """An IMAGE [b Y X 1|3|4] -> [b Y X 3] float32 in 0..1 on the CPU, alpha laid over white; ValueError for what is no picture."""
+    shape = list(getattr(images, "shape", ()))
+    if len(shape) != 4 or shape[-1] not in (1, 3, 4) or 0 in shape:
+        raise ValueError(f"{node}: {name} is {shape or type(images).__name__}; pictures are [b y x 3], one of them at least. Wire an IMAGE "
+                         "into it.")
+    images = images.detach().float().cpu()
+    if not (fine := images.isfinite()).all():
+        raise ValueError(f"{node}: {int((~fine).sum())} values of {name} are NaN or infinite. Look at it with Preview Image; a VAE in fp16 "
+                         "does this to some pictures: start ComfyUI with --fp32-vae or use another VAE.")
+    images = images.clamp(0, 1)
+    if shape[-1] == 4:
+        return images[..., :3] * images[..., 3:] + (1 - images[..., 3:])
+    return images.expand(*shape[:3], 3)

@@ -84,8 +84,10 @@ def breach(name: str, level: int, module: str) -> str | None:
         return f"only {' and '.join(sorted(HOST_DOORS))} touch the host: take {module} through them"
     if room == "nodes" and level == 0 and top not in MODELS | STDLIB | HOST | {"comfy_api", "PIL"}:
         return f"{module} is not what the host brings"
-    if room == "nodes" and level == 1 and name != "nodes/__init__.py" and top not in ("host", "sockets", ""):
-        return f"a family of nodes does not import another one ({module}): put what they share into models/, host.py or sockets.py"
+    if room == "nodes" and level == 1 and name != "nodes/__init__.py" and top not in ("host", "drawing", "sockets", ""):
+        return f"a family of nodes does not import another one ({module}): put what they share into models/, host.py or drawing.py"
+    if room == "nodes" and level == 2 and (parts := module.split("."))[0] == "miniature" and parts[1:2] not in (["reader"], ["world"]):
+        return f"of the miniature a node takes the reader and the world that pictures are judged by, not {module}"
     return None
 
 
@@ -98,7 +100,8 @@ def test_who_imports_whom():
 @pytest.mark.parametrize("name, level, module", [
     ("models/masks.py", 0, "comfy.utils"), ("models/masks.py", 2, "nodes.host"), ("models/masks.py", 0, "models.attention"),
     ("nodes/host/run.py", 2, "concept"), ("nodes/host/run.py", 0, "cv2"), ("nodes/hosts/run.py", 0, "comfy.samplers"),
-    ("nodes/reference.py", 0, "comfy.samplers"), ("nodes/reference.py", 1, "inversion"), ("miniature/world.py", 0, "folder_paths"),
+    ("nodes/reference.py", 0, "comfy.samplers"), ("nodes/reference.py", 1, "inversion"), ("nodes/evaluation.py", 2, "miniature.training"),
+    ("nodes/evaluation.py", 2, "miniature"), ("miniature/world.py", 0, "folder_paths"),
     ("nodes/reference.py", 0, "cv2")])
 def test_the_rule_bites(name, level, module):
     assert breach(name, level, module)
@@ -108,6 +111,7 @@ def test_the_rule_bites(name, level, module):
     ("models/masks.py", 1, "attention"), ("models/masks.py", 0, "torch.nn"), ("nodes/host.py", 0, "comfy.samplers"),
     ("nodes/host/run.py", 0, "comfy.samplers"), ("nodes/host/run.py", 1, "model"), ("nodes/host/run.py", 3, "models.injection"),
     ("nodes/reference.py", 2, "models.reference"), ("nodes/reference.py", 1, "host"), ("nodes/reference.py", 0, "comfy_api.v0_0_2"),
+    ("nodes/evaluation.py", 1, "drawing"), ("nodes/evaluation.py", 2, "miniature.reader"),
     ("miniature/registration.py", 0, "comfy.supported_models"), ("miniature/train.py", 0, "comfy.model_base")])
 def test_the_rule_lets_through(name, level, module):
     assert breach(name, level, module) is None

@@ -1,0 +1,394 @@
+"""Host laws of Consistency Score and Comparison Grid: what they say of pictures whose subjects are known, and what they refuse."""
+from __future__ import annotations
+
+import logging
+import random
+import re
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.clip_vision
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
+import comfy.supported_models_base
+import folder_paths
+import pytest
+import torch
+from kindred.miniature.world import held_out_identity, prompt, render
+from PIL import Image
+from studio import TOWER
+from torch import Tensor
+
+from kindred.nodes import drawing
+from kindred.nodes.evaluation import ComparisonGrid, ConsistencyScore
+
+LAW = pytest.mark.parametrize
+SCENES = ("beach", "snow", "forest", "night")
+LINES = "\n".join(prompt("cat", scene) for scene in SCENES)
+NAN = float("nan")
+
+
+@cache
+def world(*who: int, kind: str = "cat", seed: int = 7) -> Tensor:
+    """IMAGE of these held-out identities, each in the next scene."""
+    drawn = [render(held_out_identity(w), kind, SCENES[i % 4], seed + i).image for i, w in enumerate(who)]
+    return torch.stack([torch.tensor(image) for image in drawn]).float() / 255
+
+
+def noise(pictures: int = 3, y: int = 40, x: int = 56, channels: int = 3, seed: int = 0) -> Tensor:
+    return torch.rand(pictures, y, x, channels, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def score(images: Tensor, **more) -> SimpleNamespace:
+    out = ConsistencyScore.execute(images, **more)
+    return SimpleNamespace(**dict(zip(("consistency", "identity", "text", "table", "picture"), out.result, strict=True)), ui=out.ui)
+
+
+@torch.inference_mode()
+def grid(*batches: Tensor, **more) -> Tensor:
+    return ComparisonGrid.execute({f"image{i}": batch for i, batch in enumerate(batches)}, **more).result[0]
+
+
+def randomized(module: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        drawn = torch.randn(p.shape, generator=generator)
+        p.data = drawn / p[0].numel() ** 0.5 if p.ndim > 1 else torch.full(p.shape, float("weight" in name))
+
+
+@cache
+def vision(**more) -> comfy.clip_vision.ClipVisionModel:
+    """A random CLIP_VISION of the host's own class, 24 pixels, into a common space of 16 numbers unless told otherwise."""
+    made = comfy.clip_vision.ClipVisionModel(TOWER | {"model_type": "clip_vision_model"} | more)
+    randomized(made.model, 1)
+    return made
+
+
+@cache
+def clip(width: int = 16, kind: str = "sd") -> comfy.sd.CLIP:
+    """A random CLIP of the host's own classes: SD1.5's one encoder or SDXL's two, the second of 24 numbers."""
+    def told(n: int) -> dict:
+        return {"hidden_size": n, "intermediate_size": 2 * n, "num_hidden_layers": 3, "num_attention_heads": 2}
+    target = comfy.supported_models_base.ClipTarget(
+        *((comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel) if kind == "sd" else
+          (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)))
+    target.params["model_options"] = {"clip_l_model_config": told(width), "clip_g_model_config": told(24)}
+    made = comfy.sd.CLIP(target, model_options=target.params["model_options"])
+    randomized(made.cond_stage_model, 2)
+    return made
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+# the miniature's reader ----------------------------------------------------------------------------------------------------
+
+
+def test_one_identity_scores_near_the_ceiling_and_different_ones_near_the_floor():
+    same = [score(world(w, w, w, w)).consistency for w in (3, 8, 12)]
+    other = [score(world(w, w + 1, w + 2, w + 3)).consistency for w in (3, 8, 12)]
+    assert min(same) > 0.8 and max(other) < 0.4
+
+
+def test_the_reference_decides_identity():
+    reference = world(3, kind="cat", seed=60)
+    own, other = (score(world(w, w), reference=reference).identity for w in (3, 9))
+    assert own > 0.8 and other < 0.4
+
+
+def test_one_stranger_in_a_batch_is_seen_in_the_table():
+    others = [float(n) for n in re.findall(r"^\| \d \| ([\d.]+)", score(world(3, 3, 9, 3)).table, re.M)]
+    assert len(others) == 4 and others.index(min(others)) == 2
+
+
+@LAW("lines, share", [
+    (LINES, 1.0), (LINES.replace("night", "the desert"), 0.75), (LINES.replace("cat", "dog"), 0.0), ("a (cat:1.2), oil on canvas", 1.0),
+    ("Cats\n\nfish\ncats\nFISH", 0.5), ("nothing that it knows", 0.0), ("a cat\nsomebody\nsomebody\nsomebody", 1.0)])
+def test_text_is_the_share_of_pictures_with_the_class_and_scene_that_were_asked_for(lines, share):
+    assert score(world(3, 3, 3, 3), prompts=lines).text == share
+
+
+def test_a_line_that_names_nothing_of_the_world_is_not_judged_and_the_table_says_so():
+    told = score(world(3, 3), prompts="a cat\nsomebody").table
+    assert "(1 of 2)" in told and "no prompt names a class" in score(world(3, 3), prompts="somebody").table
+
+
+def test_what_was_not_measured_is_zero_and_the_table_says_why():
+    plain = score(world(3, 3))
+    assert (plain.identity, plain.text) == (0.0, 0.0) and "| identity | - | no reference |" in plain.table and "no prompts" in plain.table
+    single = score(world(3), reference=world(3, seed=60))
+    assert single.consistency == 0.0 and single.identity > 0.8 and "one picture" in single.table
+
+
+def test_the_order_of_the_batch_does_not_count():
+    images = world(3, 9, 3, 4)
+    here, there = score(images), score(images[[2, 0, 3, 1]])
+    assert there.consistency == pytest.approx(here.consistency, abs=1e-6)
+
+
+# CLIP ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_clip_gives_the_hosts_own_cosines():
+    images, reference = noise(), noise(2, 30, 30, seed=5)
+    found = score(images, reference=reference, prompts="a cat\na dog\na cat", clip_vision=vision(), clip=clip())
+    seen, known = ([vision().encode_image(image[None])["image_embeds"] for image in batch] for batch in (images, reference))
+    pairs = [cosine(seen[i], seen[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert found.consistency == pytest.approx(sum(pairs) / 3, abs=1e-5)
+    assert found.identity == pytest.approx(sum(cosine(a, b) for a in seen for b in known) / 6, abs=1e-5)
+    text = clip().cond_stage_model.clip_l
+    told = []
+    for line in ("a cat", "a dog", "a cat"):
+        text.set_clip_options({"projected_pooled": True})
+        told.append(text.encode_token_weights(clip().tokenize(line)["l"])[1])
+    clip().cond_stage_model.reset_clip_options()
+    assert found.text == pytest.approx(sum(map(cosine, seen, told)) / 3, abs=1e-5)
+    assert "CLIP of width 32, 24 px" in found.table
+
+
+def test_identical_pictures_are_one_under_clip():
+    found = score(noise(1).expand(3, -1, -1, -1), reference=noise(1), clip_vision=vision())
+    assert found.consistency == pytest.approx(1, abs=1e-6) and found.identity == pytest.approx(1, abs=1e-6)
+
+
+@torch.inference_mode()
+def test_of_sdxls_two_encoders_the_one_that_fits_reads_the_prompt():
+    image, two = noise(1), clip(16, "xl")
+    own = {24: two.encode_from_tokens(two.tokenize("a cat"), return_pooled=True)[1],
+           16: two.cond_stage_model.clip_l.encode_token_weights(two.tokenize("a cat")["l"])[1]}
+    for width, text in own.items():
+        seen = vision(projection_dim=width).encode_image(image)["image_embeds"]
+        found = score(image, prompts="a cat", clip_vision=vision(projection_dim=width), clip=two).text
+        assert found == pytest.approx(cosine(seen, text), abs=1e-5)
+
+
+def test_encoding_for_the_score_leaves_the_clip_as_it_was():
+    @torch.inference_mode()
+    def conditioning():
+        return clip().encode_from_tokens(clip().tokenize("a cat"), return_pooled=True)
+    before = conditioning()
+    score(noise(2), prompts="a dog", clip_vision=vision(), clip=clip())
+    text = clip().cond_stage_model.clip_l
+    assert (text.layer, text.layer_idx, text.return_projected_pooled) == text.options_default
+    assert all(torch.equal(a, b) for a, b in zip(before, conditioning()))
+
+
+def test_masks_take_the_surroundings_and_the_place_out_of_the_score():
+    """One subject on three grounds, in three places: one once it is cut out."""
+    images, masks = noise(3, 64, 64), torch.zeros(3, 64, 64)
+    for i, (y, x) in enumerate(((4, 4), (30, 12), (38, 38))):
+        images[i, y:y + 20, x:x + 16] = noise(1, 20, 16, seed=9)[0]
+        masks[i, y:y + 20, x:x + 16] = 1
+    plain = score(images, clip_vision=vision(), prompts="a cat", clip=clip())
+    cut = score(images, clip_vision=vision(), prompts="a cat", clip=clip(), masks=masks, reference=images[:1], reference_masks=masks[:1])
+    assert cut.consistency == pytest.approx(1, abs=1e-6) and cut.identity == pytest.approx(1, abs=1e-6) and plain.consistency < 0.999
+    assert cut.text == pytest.approx(plain.text, abs=1e-6) and "cut out" in cut.table
+
+
+def test_the_judge_can_be_chosen_and_what_it_does_not_need_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        read = score(world(3, 3), judge="miniature reader", clip_vision=vision(), masks=torch.ones(1, 8, 8))
+    assert read.consistency == score(world(3, 3)).consistency and "clip_vision and masks is not used" in caplog.text
+    assert "CLIP" in score(world(3, 3), judge="CLIP", clip_vision=vision()).table
+
+
+def test_a_strip_does_not_fill_the_memory():
+    assert score(torch.cat([noise(2, 1, 9000)]), clip_vision=vision()).consistency <= 1
+
+
+# pictures of every kind ----------------------------------------------------------------------------------------------------
+
+
+@LAW("more", [{}, {"clip": True}])
+@LAW("channels", [1, 3, 4])
+@LAW("pictures, reference", [(2, None), (2, 3), (1, 1), (13, 2)])
+def test_any_size_and_channels_give_numbers_and_a_picture(more, channels, pictures, reference):
+    more = {"clip_vision": vision(), "clip": clip(), "prompts": "a cat"} if more else {}
+    known = None if reference is None else noise(reference, 100, 20, 4)
+    found = score(noise(pictures, 33, 57, channels), reference=known, **more)
+    assert all(-1 <= n <= 1 for n in (found.consistency, found.identity, found.text))
+    assert found.picture.ndim == 4 and found.picture.shape[0] == 1 and found.picture.shape[-1] == 3
+    assert 0 <= found.picture.min() and found.picture.max() <= 1 and found.picture.std() > 0
+
+
+def test_alpha_is_laid_over_white():
+    clear = torch.cat([noise(3), torch.zeros(3, 40, 56, 1)], 3)
+    assert score(clear, clip_vision=vision()).consistency == pytest.approx(1, abs=1e-6)
+    assert torch.equal(grid(clear), grid(torch.ones(3, 40, 56, 3)))
+
+
+def test_nothing_that_is_wired_changes_and_a_second_look_is_the_same():
+    images, masks = world(3, 9).clone(), torch.ones(2, 128, 128)
+    states = torch.get_rng_state(), random.getstate()
+    for more in ({}, {"clip_vision": vision(), "masks": masks}):
+        first, second = (score(images, reference=images, prompts="a cat | b", **more) for _ in range(2))
+        assert first.table == second.table and torch.equal(first.picture, second.picture)
+    assert torch.equal(images, world(3, 9)) and torch.equal(masks, torch.ones(2, 128, 128))
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+
+
+def test_the_table_survives_any_prompt():
+    told = score(world(3, 3), prompts="a cat | \\ \u732b\na `dog`").table.splitlines()[-2:]
+    assert told[0].endswith("| a cat \\| \\\\ \u732b |") and len({len(re.findall(r"(?<!\\)\|", line)) for line in told}) == 1
+
+
+# what is refused -----------------------------------------------------------------------------------------------------------
+
+
+@LAW("images, more, words", [
+    (noise(1), {}, "takes 2 at least, but images has 1.*reference"),
+    (torch.full((2, 8, 8, 3), NAN), {}, "384 values of images are NaN.*--fp32-vae"),
+    (noise(2), {"reference": torch.full((1, 8, 8, 3), NAN)}, "192 values of reference are NaN"),
+    (noise(2)[..., :2], {}, r"images is \[2, 40, 56, 2\]"), (noise(0), {}, r"images is \[0, 40, 56, 3\]"),
+    (noise(2)[0], {}, r"images is \[40, 56, 3\].*Wire an IMAGE"), (None, {}, "images is NoneType"),
+    (noise(3), {"prompts": "a\nb"}, "prompts has 2 lines for 3 pictures.*one for all"),
+    (noise(2), {"judge": "CLIP"}, "judge is CLIP, but no clip_vision.*choose auto"),
+    (noise(2), {"reference_masks": torch.ones(1, 8, 8)}, "reference_masks is wired, but reference is not"),
+    (noise(3), {"clip_vision": 1, "masks": torch.ones(2, 8, 8)}, "masks has 2 masks for 3 pictures"),
+    (noise(2), {"clip_vision": 1, "masks": torch.zeros(1, 8, 8)}, "mask 1 of masks is empty.*Preview Mask"),
+    (noise(2), {"clip_vision": 1, "clip": 24, "prompts": "a cat"}, "pictures as 16 numbers, but the CLIP.* texts as 24.*Load CLIP"),
+    (noise(2), {"clip_vision": 1, "clip": 0, "prompts": "a cat"}, "no text projection.*SD1.5.*clip_l.safetensors"),
+])
+def test_what_cannot_be_judged_names_both_values_and_the_remedy(images, more, words):
+    if "clip_vision" in more:
+        more = more | {"clip_vision": vision()}
+    if "clip" in more:
+        text = clip(more["clip"] or 32)
+        if not more["clip"]:
+            text.cond_stage_model.clip_l.transformer.text_projection.weight.data.zero_()
+        more = more | {"clip": text, "clip_vision": vision() if more["clip"] else vision(projection_dim=32)}
+    with pytest.raises(ValueError, match="Consistency Score: .*" + words):
+        score(images, **more)
+
+
+def test_a_tower_that_is_no_judge_is_named():
+    broken = SimpleNamespace(config={"hidden_size": 1152}, model_type="siglip_vision_model", image_size=384, image_mean=[0.5] * 3)
+    broken.encode_image = lambda image: {"image_embeds": torch.ones(1, 729, 1152)}
+    with pytest.raises(ValueError, match=r"siglip_vision_model, 384 px gives \[729, 1152\].*ViT-L"):
+        score(noise(2), clip_vision=broken)
+    broken.encode_image = lambda image: {"image_embeds": torch.full((1, 8), NAN)}
+    with pytest.raises(ValueError, match="NaN or infinite values for picture 1 of 2.*--fp32-text-enc"):
+        score(noise(2), clip_vision=broken)
+
+
+# the comparison grid -------------------------------------------------------------------------------------------------------
+
+
+def flat(*greys: int, y: int = 20, x: int = 20) -> Tensor:
+    return torch.tensor(greys).view(-1, 1, 1, 1).expand(-1, y, x, 3) / 255
+
+
+def painted(sheet: Tensor, grey: int) -> Tensor:
+    """Pixels of one grey -> [n 2], y and x."""
+    return ((255 * sheet[0]).round() == grey).all(2).nonzero().double()
+
+
+def cells(sheet: Tensor, greys: list[int]) -> list[tuple[float, float]]:
+    """Where the flat pictures of these greys lie: middle y, x."""
+    found = []
+    for grey in greys:
+        at = painted(sheet, grey)
+        assert len(at), grey
+        found.append(tuple(at.mean(0).tolist()))
+    return found
+
+
+def test_every_batch_is_a_row_and_every_picture_a_column():
+    a, b, c, d, e = values = [130, 140, 150, 160, 170]
+    at = dict(zip(values, cells(grid(flat(a, b), flat(c, d, e), cell=64), values)))
+    assert at[a][0] == at[b][0] < at[c][0] == at[d][0] == at[e][0]
+    assert at[a][1] == at[c][1] < at[b][1] == at[d][1] < at[e][1]
+    turned = dict(zip(values, cells(grid(flat(a, b), flat(c, d, e), cell=64, batches_as="columns"), values)))
+    assert turned[a][0] == turned[c][0] < turned[b][0] == turned[d][0] < turned[e][0] and turned[a][1] == turned[b][1] < turned[c][1]
+
+
+def test_sockets_count_and_not_the_order_they_come_in():
+    wired = {f"image{i}": flat(130 + i) for i in range(12)}
+    with torch.inference_mode():
+        one, other = (ComparisonGrid.execute(dict(order), cell=32).result[0] for order in (wired.items(), reversed(wired.items())))
+    assert torch.equal(one, other)
+    at = cells(one, [130 + i for i in range(12)])
+    assert at == sorted(at)
+
+
+def test_pictures_of_any_shape_stand_whole_in_the_middle_of_their_cells():
+    sheet = grid(flat(130, y=40, x=20), flat(140, y=10, x=40), cell=80)
+    tall, wide = painted(sheet, 130), painted(sheet, 140)
+    assert [(at.amax(0) - at.amin(0) + 1).tolist() for at in (tall, wide)] == [[80, 40], [20, 80]]
+    assert abs(float(tall[:, 1].mean() - wide[:, 1].mean())) <= 1
+
+
+def test_pictures_of_one_portrait_shape_stand_close():
+    assert grid(flat(130, 140, y=60, x=30), cell=120).shape[2] < 2 * 60 + 60
+
+
+def test_the_reference_stands_first_and_many_of_them_fit():
+    at = cells(grid(flat(130, 140), flat(150, 160), reference=flat(170), cell=64), [170, 130, 150])
+    assert at[0][1] < at[1][1] and at[0][0] == pytest.approx((at[1][0] + at[2][0]) / 2, abs=1)
+    many = cells(grid(flat(200), reference=flat(*range(130, 137)), cell=64), [*range(130, 137)])
+    assert many == sorted(many)
+
+
+def test_words_take_room_and_are_drawn():
+    bare = grid(flat(128, 128), flat(128, 128), cell=128)
+    labelled = grid(flat(128, 128), flat(128, 128), cell=128, labels="plain\n" + "a very long name of a setting " * 20)
+    captioned = grid(flat(128, 128), flat(128, 128), cell=128, captions="\n\u732b \u00e9 \u043a\u043e\u0442")
+    assert labelled.shape[2] > bare.shape[2] and labelled.shape[1] == bare.shape[1]
+    assert captioned.shape[1] > bare.shape[1] and captioned.shape[2] == bare.shape[2]
+    assert labelled.min() < 0.3 and captioned.min() < 0.3 and bare.min() > 0.4
+    assert torch.equal(grid(flat(128), labels="\n", captions=" "), grid(flat(128)))
+
+
+@LAW("batches, more, words", [
+    ([], {}, "no batch is wired.*image0"), ([None], {}, "no batch is wired"),
+    ([noise(2), noise(1)], {"labels": "a\nb\nc"}, "labels has 3 lines, but the sheet has 2 batches.*Take 1 of them out"),
+    ([noise(2), noise(1)], {"captions": "a\nb\n\nc"}, "captions has 4 lines, but the sheet has 2 pictures"),
+    ([noise(2), torch.full((1, 4, 4, 3), NAN)], {}, "48 values of image1 are NaN"),
+    ([noise(1)[0]], {}, r"image0 is \[40, 56, 3\]"), ([noise(1)], {"reference": noise(0)}, r"reference is \[0, 40, 56, 3\]"),
+    ([noise(1, 2, 2).expand(40, -1, -1, -1)] * 2, {"cell": 2048}, "2 batches of up to 40 pictures at 2048.*64 million.*cell to 888"),
+])
+def test_what_cannot_be_laid_out_names_both_values_and_the_remedy(batches, more, words):
+    with pytest.raises(ValueError, match="Comparison Grid: .*" + words):
+        grid(*batches, **more)
+
+
+# words ---------------------------------------------------------------------------------------------------------------------
+
+
+@LAW("text", ["a few words that do not fit on one line", "oneverylongwordwithoutanyspaceinit", "\u732b" * 40, "", "a"])
+def test_wrapped_words_stay_within_their_width(text):
+    font = drawing.typeface(14, text)
+    made = drawing.wrapped(text, font, 90, 3)
+    assert len(made) <= 3 and all(font.getlength(line) <= 90 for line in made)
+    everything = drawing.wrapped(text, font, 90, 99)
+    assert "".join(everything).replace(" ", "") == text.replace(" ", "") and (made == everything) == (len(everything) <= 3)
+
+
+def test_a_picture_is_fitted_whole_and_never_vanishes():
+    assert drawing.fitted(Image.new("RGB", (4000, 1)), 64, 64).size == (64, 1)
+
+
+# the nodes on the canvas ---------------------------------------------------------------------------------------------------
+
+
+@LAW("name", ["KindredConsistencyScore", "KindredComparisonGrid"])
+def test_the_nodes_explain_themselves(node, root, name):
+    schema = node(name).GET_SCHEMA()
+    assert schema.category == "Kindred" and schema.is_output_node and schema.description and len(schema.search_aliases) > 3
+    assert all(told.tooltip for told in (*schema.inputs, *schema.outputs))
+    page = (root / "web" / "docs" / f"{name}.md").read_text("utf-8")
+    assert all(f"**{told.id}**" in page for told in schema.inputs) and all(f"**{told.display_name}**" in page for told in schema.outputs)
+
+
+def test_the_canvas_gets_a_picture_and_a_table():
+    found = score(world(3, 9))
+    assert found.ui["text"] == (found.table,)
+    with torch.inference_mode():
+        sheet = ComparisonGrid.execute({"image0": world(3, 9)}).ui.as_dict()["images"]
+    for shown in (*found.ui["images"], *sheet):
+        assert shown["type"] == "temp" and (Path(folder_paths.get_temp_directory()) / shown["subfolder"] / shown["filename"]).is_file()
