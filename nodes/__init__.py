@@ -1,7 +1,6 @@
 """The nodes, one family per file; the host looks at them through KindredExtension."""
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from comfy_api.v0_0_2 import ComfyExtension, io
@@ -9,9 +8,10 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from .concept import ConceptEncoderLoad, CrossAttnDetailInject
 from .consistory import AnchorSampler, ConsiStory
 from .evaluation import ComparisonGrid, ConsistencyScore
-from .host import offer_example, register_folders, register_references
+from .host import register_folders, register_references
 from .inversion import DDIMInvert
 from .library import LoadReference, SaveReference
+from .photos import LoadPhoto, offer_examples
 from .preview import ReferencePreview
 from .prompts import SubjectPrompts
 from .reference import MaskedSelfAttnInject, RefUNetCapture
@@ -22,15 +22,12 @@ class KindredExtension(ComfyExtension):
     """The pack's nodes in the order of the menu."""
 
     async def on_load(self) -> None:
-        """The example photos are a courtesy: a full disk is no reason to have no nodes."""
         miniature = Path(__file__).parent.parent / "miniature"
         register_folders(miniature / "weights" / "concept_encoders")
         register_references(miniature / "weights" / "references")
-        with suppress(OSError):
-            for name in ("reference.png", "reference_2.png"):
-                offer_example(miniature / name)
+        offer_examples()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
+        return [LoadPhoto, SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
                 ConceptEncoderTrain, ConsiStory, AnchorSampler, SaveReference, LoadReference, ReferencePreview,
                 ConsistencyScore, ComparisonGrid]

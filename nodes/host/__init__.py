@@ -8,20 +8,22 @@ from .judging import picture_embeddings, text_embeddings, tower_title
 from .learning import SIDES, FrozenUNet, Interrupted, progress, training
 from .model import (
     KEY, SAMPLERS, SCHEDULERS, TEXT, Conditioning, Encoder, Inversion, Reference, attention_sites, chosen_sigmas, cross_layers,
-    feature_tap, latent_in, latent_out, model_key, offer_example, percent_to_sigma, require_reference, require_same_model, require_unet,
+    feature_tap, latent_in, latent_out, model_key, percent_to_sigma, require_reference, require_same_model, require_unet,
     to_model_scale,
 )
-from .pictures import decode, pictures_in
+from .photos import example_name, input_pictures, load_picture, offer_example, picture_exists, picture_fingerprint
+from .pictures import decode, pictures_in, rough_pictures
 from .ref_unet import Loop, first_rows, read_prompt, reference_pass, reference_tokens, watch_reference
 from .references import REFERENCES, is_listed, new_reference_path, reference_files, reference_path, register_references
 from .run import Injection, SamplerRun, inject, injected, install, sample
 
 __all__ = [
     "CONCEPTS", "Conditioning", "Encoder", "FrozenUNet", "Injection", "Interrupted", "Inversion", "KEY", "Loop", "ManagedEncoder",
-    "REFERENCES", "Reference", "SAMPLERS", "SCHEDULERS", "SIDES", "SamplerRun", "TEXT", "attention_sites", "chosen_sigmas",
-    "concept_files", "concept_folder", "concept_path", "cross_layers", "decode", "feature_tap", "first_rows", "inject", "injected",
-    "install", "is_listed", "latent_in", "latent_out", "model_key", "new_reference_path", "offer_example", "percent_to_sigma",
-    "picture_embeddings", "pictures_in", "progress", "read_prompt", "reference_files", "reference_pass", "reference_path",
-    "reference_tokens", "register_folders", "register_references", "require_reference", "require_same_model", "require_unet", "sample",
-    "text_embeddings", "to_model_scale", "tower_title", "training", "watch_reference",
+    "REFERENCES", "Reference", "SAMPLERS", "SCHEDULERS", "SIDES", "SamplerRun", "TEXT", "attention_sites", "chosen_sigmas", "concept_files",
+    "concept_folder", "concept_path", "cross_layers", "decode", "example_name", "feature_tap", "first_rows", "inject", "injected",
+    "input_pictures", "install", "is_listed", "latent_in", "latent_out", "load_picture", "model_key", "new_reference_path", "offer_example",
+    "percent_to_sigma", "picture_embeddings", "picture_exists", "picture_fingerprint", "pictures_in", "progress", "read_prompt",
+    "reference_files", "reference_pass", "reference_path", "reference_tokens", "register_folders", "register_references",
+    "require_reference", "require_same_model", "require_unet", "rough_pictures", "sample", "text_embeddings", "to_model_scale", "tower_title", "training",
+    "watch_reference",
 ]

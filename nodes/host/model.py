@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -145,13 +144,6 @@ def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
     if not samples.any():
         raise ValueError(f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, not Empty Latent Image.")
     return to_model_scale(model, samples)
-
-
-def offer_example(picture: Path) -> None:
-    """Lay an example photo of the shipped workflows into the host's temp folder, which the host itself empties at start and exit."""
-    folder = Path(folder_paths.get_temp_directory())
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(picture, folder / f"kindred_{picture.name}")
 
 
 def to_model_scale(model: ModelPatcher, samples: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Latents of a reference back to pictures, where there is a VAE but no MODEL."""
+"""Latents of a reference back to pictures: where there is a VAE but no MODEL, and roughly where it is the other way round."""
 from __future__ import annotations
 
 from typing import Any
 
 import comfy.supported_models
+import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 
@@ -27,6 +29,16 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
         raise ValueError(f"{node}: the VAE gave NaN or infinite pixels. A VAE in fp16 does this to some pictures: start ComfyUI with "
                          "--fp32-vae or use another VAE.")
     return pictures[..., :3].clamp(0, 1)
+
+
+def rough_pictures(model: ModelPatcher, latents: Tensor) -> Tensor | None:
+    """Latents in model scale [b c y x] -> [b y x 3] in 0..1, in the colours of the host's fast previews; None for a family without."""
+    family = model.get_model_object("latent_format")
+    if family.latent_rgb_factors is None or family.latent_rgb_factors_reshape is not None:  # reshaped ones have another grid
+        return None
+    factors, bias = torch.tensor(family.latent_rgb_factors), family.latent_rgb_factors_bias
+    colours = latents.float().cpu().movedim(1, -1) @ factors + (0 if bias is None else torch.tensor(bias))
+    return ((colours + 1) / 2).clamp(0, 1)
 
 
 def pictures_in(images: Any, node: str, name: str) -> Tensor:

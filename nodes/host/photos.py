@@ -1,0 +1,47 @@
+"""Pictures from the host's folders: the input folder as Load Image lists it, and the pack's examples in the temp folder."""
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import folder_paths
+import nodes
+from torch import Tensor
+
+
+def example_name(picture: Path) -> str:
+    """The name under which the host finds an offered example."""
+    return f"kindred_{picture.name} [temp]"
+
+
+def offer_example(picture: Path) -> None:
+    """Lay an example of the shipped workflows into the host's temp folder, which the host itself empties at start and exit."""
+    target = Path(folder_paths.get_temp_directory(), f"kindred_{picture.name}")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")  # another thread may read the name meanwhile
+        shutil.copyfile(picture, part)
+        os.replace(part, target)
+
+
+def input_pictures() -> list[str]:
+    """What Load Image lists."""
+    folder = Path(folder_paths.get_input_directory())
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return sorted(folder_paths.filter_files_content_types(names, ["image"]))
+
+
+def picture_exists(name: str) -> bool:
+    """Also no for a folder, which the host's own question takes for a picture."""
+    return bool(folder_paths.exists_annotated_filepath(name)) and Path(folder_paths.get_annotated_filepath(name)).is_file()
+
+
+def load_picture(name: str) -> tuple[Tensor, Tensor]:
+    """IMAGE [1 y x 3|4] and MASK [1 y x], by the host's own loader."""
+    return nodes.LoadImage().load_image(name)
+
+
+def picture_fingerprint(name: str) -> str:
+    """Changes with the file's content."""
+    return nodes.LoadImage.IS_CHANGED(name)
