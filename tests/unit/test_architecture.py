@@ -1,14 +1,13 @@
 """The pack's own laws of structure: who imports whom, what is shipped, what never stands in a shipped file."""
 import ast
-import fnmatch
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
-from checkout import ROOT
+from archive import ROOT, files, ignored, shipped
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,30 +26,7 @@ FLAGGED_SCRIPT = FLAGGED[:7] + [".connect(", ".bind("]
 BUILTIN = re.compile(r"(?<![\w.])(?:eval|exec)\(")
 
 
-def files(*suffixes: str) -> list[str]:
-    """Paths, relative to the root, of what git tracks or would track."""
-    told = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                          capture_output=True, text=True)
-    if told.returncode == 0:
-        names = [name for name in told.stdout.split("\0") if name and (ROOT / name).is_file()]
-    else:  # an unpacked archive, no git
-        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
-        names = [name for name in names if not any(part.startswith(".") or part == "__pycache__" for part in Path(name).parts)]
-    return sorted(name for name in names if not suffixes or name.endswith(suffixes))
-
-
-def ignored(name: str) -> bool:
-    """Whether .comfyignore keeps `name` out of the archive; of gitignore's syntax: folders, stars, exceptions, last rule wins."""
-    out = False
-    for line in (ROOT / ".comfyignore").read_text("utf-8").splitlines():
-        pattern = line.split("#")[0].strip()
-        rule = pattern.removeprefix("!")
-        if rule and (name.startswith(rule) if rule.endswith("/") else fnmatch.fnmatch(name, rule)):
-            out = rule == pattern
-    return out
-
-
-SHIPPED = [name for name in files() if not ignored(name)]
+SHIPPED = shipped()
 PACK = [name for name in files(".py") if PurePosixPath(name).parts[0] in ("nodes", "models", "miniature") or name == "__init__.py"]
 
 
@@ -127,13 +103,6 @@ def test_no_shipped_file_trips_the_registrys_scanner():
                 trips += [f"{name}:{number}: {word}" for word in words if word in line]
                 trips += [f"{name}:{number}: eval or exec"] * bool(BUILTIN.search(line))
     assert not trips, "\n".join(trips)
-
-
-def test_the_archive_holds_the_pack_and_nothing_else():
-    allowed = re.compile(r"(nodes|models|miniature|web|workflows|locales|subgraphs|docs)/|"
-                         r"(__init__\.py|pyproject\.toml|requirements\.txt|README\.md|LICENSE|CHANGELOG\.md|\.comfyignore|\.gitattributes)$")
-    assert not [name for name in SHIPPED if not allowed.match(name)]
-    assert {"__init__.py", "pyproject.toml", "LICENSE"} <= set(SHIPPED)
 
 
 def test_no_file_is_longer_than_400_lines():
