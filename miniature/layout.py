@@ -32,3 +32,14 @@ TEXT = {  # both for transformers' CLIPTextConfig and for the host's textmodel_j
     "layer_norm_eps": 1e-5,
     "eos_token_id": 49407,
 }
+PREVIEW = [  # of each latent channel, for the host's live previews: `python -m miniature.preview`
+    [0.3260, 0.2917, 0.3742],  # red, green, blue in -1..1
+    [0.2757, 0.0308, -0.2547],
+    [-0.1201, 0.2794, -0.0946],
+    [0.0158, -0.0255, 0.0322],
+    [-0.0047, -0.0088, -0.0218],
+    [-0.0197, -0.0179, 0.0245],
+    [-0.0004, 0.0015, 0.0122],
+    [-0.0147, -0.0122, -0.0120],
+]
+PREVIEW_BIAS = [0.0090, 0.0647, 0.0028]

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +75,20 @@ def open_miniature(host: Path, path: Path = CHECKPOINT) -> Miniature:
     return Miniature(unet.eval(), text.eval(), load_tokenizer(host), load_autoencoder(path), spread)
 
 
-def sample(model: Miniature, prompts: list[str], seed: int, steps: int = STEPS, cfg: float = CFG, batch: int = 40) -> Tensor:
-    """One picture per prompt [b y x 3], picture i from noise seed + i, so that batches change nothing."""
+def sample(
+    model: Miniature,
+    prompts: list[str],
+    seed: int,
+    steps: int = STEPS,
+    cfg: float = CFG,
+    batch: int = 40,
+    control: Callable[[slice, Tensor, Tensor, Tensor], dict] | None = None,
+) -> Tensor:
+    """One picture per prompt [b y x 3], picture i from noise seed + i, so that batches change nothing.
+
+    control: (pictures, their latents at unit spread, timestep, context) -> what a ControlNet adds; both of the last have the negative's
+    rows behind the positive's.
+    """
     times = torch.linspace(999, 0, steps).round().long()
     alphas = schedule()
     sigmas = torch.cat((((1 - alphas) / alphas).sqrt()[times], torch.zeros(1)))
@@ -89,7 +102,8 @@ def sample(model: Miniature, prompts: list[str], seed: int, steps: int = STEPS, 
         for index, t in enumerate(times):
             scaled = (x / (1 + sigmas[index] ** 2).sqrt()).repeat(2, 1, 1, 1)
             with torch.autocast("cpu", torch.bfloat16):
-                eps = model.unet(scaled, t.expand(len(scaled)), context=context, transformer_options=options).float()
+                added = None if control is None else control(slice(first, first + batch), scaled, t.expand(len(scaled)), context)
+                eps = model.unet(scaled, t.expand(len(scaled)), context=context, control=added, transformer_options=options).float()
             positive, negative = eps.chunk(2)
             x = x + (negative + cfg * (positive - negative)) * (sigmas[index + 1] - sigmas[index])
         pictures.append(model.decode(x))

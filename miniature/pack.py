@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import Autoencoder
+from .control import WEIGHTS as CONTROL
+from .control import packed
 from .layout import CONTEXT
 from .reader import WEIGHTS as READER
 from .training import load
@@ -78,3 +80,14 @@ def pack(folder: Path) -> None:
         metadata = {"kindred.reader": VERSION, "kindred.world": world_hash(), "kindred.steps": str(reader["step"])}
         save_file({name: value.half().contiguous() for name, value in reader["model"].items()}, READER, metadata)
         log.info("%s %.2f MiB", READER.name, READER.stat().st_size / 2**20)
+    pack_control(folder)
+
+
+def pack_control(folder: Path) -> None:
+    """Writes the Control-LoRA if its training has begun in `folder`."""
+    state = load(folder / "control.pt", torch.device("cpu"))
+    if state is not None:
+        CONTROL.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"kindred.control": VERSION, "kindred.world": world_hash(), "kindred.steps": str(state["step"])}
+        save_file(packed(state["model"]), CONTROL, metadata)
+        log.info("%s %.2f MiB", CONTROL.name, CONTROL.stat().st_size / 2**20)

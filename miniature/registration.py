@@ -14,7 +14,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import folder_paths
 
-from .layout import CONTEXT, LATENT_CHANNELS, LAYOUT, TEXT
+from .layout import CONTEXT, LATENT_CHANNELS, LAYOUT, PREVIEW, PREVIEW_BIAS, TEXT
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -24,6 +24,8 @@ class MiniatureLatent(comfy.latent_formats.LatentFormat):
 
     latent_channels = LATENT_CHANNELS
     scale_factor = 1.0
+    latent_rgb_factors = PREVIEW
+    latent_rgb_factors_bias = PREVIEW_BIAS
 
 
 class MiniatureTokenizer(comfy.sd1_clip.SD1Tokenizer):
@@ -67,7 +69,8 @@ class KindredMiniature(comfy.supported_models.SD15):
 
 
 def register() -> None:
-    """Adds the architecture and the weights' folder to the host; calling it again, or from a reloaded pack, changes nothing more."""
+    """Adds the architecture and the weights' folders to the host; calling it again, or from a reloaded pack, changes nothing more."""
     known = comfy.supported_models.models
     known[:] = [model for model in known if model.__name__ != KindredMiniature.__name__] + [KindredMiniature]
-    folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS / "checkpoints"))
+    for kind in ("checkpoints", "controlnet"):
+        folder_paths.add_model_folder_path(kind, str(WEIGHTS / kind))

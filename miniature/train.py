@@ -15,13 +15,13 @@ import torch
 
 from .training import Run
 
-STEPS = {"autoencoder": 1600, "decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
+STEPS = {"autoencoder": 1600, "control": 1000, "decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("renderings", "autoencoder", "decoder", "reader", "tower", "unet", "pack", "all"))
+    parser.add_argument("part", choices=("renderings", "autoencoder", "decoder", "reader", "tower", "unet", "pack", "control", "all"))
     parser.add_argument("--folder", type=Path, required=True, help="work folder for renderings and checkpoints")
     parser.add_argument("--host", type=Path, help="a ComfyUI folder: the UNet's own class and the tokenizer come from there")
     parser.add_argument("--device", default="cpu")
@@ -80,6 +80,12 @@ def _train(run: Run, given: argparse.Namespace) -> None:
         from .pack import pack
 
         pack(run.folder)
+    if given.part in ("control", "all") and run.rank == 0:  # learns on the packed checkpoint
+        from .pack import pack_control
+        from .train_control import train_control
+
+        train_control(replace(run, workers=1), given.host, given.steps or STEPS["control"])
+        pack_control(run.folder)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def test_it_is_registered_once():
     assert folder_paths.get_folder_paths("checkpoints").count(str(CHECKPOINT.parent)) == 1
     assert [n for n in folder_paths.get_filename_list("checkpoints") if "kindred" in n] == ["kindred_miniature.safetensors"]
     assert folder_paths.get_filename_list("concept_encoders") == ["kindred_miniature_concept.safetensors"]
+    assert folder_paths.get_filename_list("controlnet") == ["kindred_miniature_silhouette.safetensors"]
 
 
 def test_the_host_rebuilds_held_out_renderings(loaded):

@@ -132,5 +132,5 @@ def test_the_reader_reads_held_out_renderings():
 
 def test_the_weights_are_small():
     files = list(CHECKPOINT.parent.parent.rglob("*.safetensors"))
-    assert len(files) == 4 and sum(file.stat().st_size for file in files) <= 24 * 2**20
+    assert len(files) == 5 and sum(file.stat().st_size for file in files) <= 24 * 2**20
     assert sum(file.stat().st_size for file in files if file.parent.name == "concept_encoders") <= 8e6
