@@ -110,7 +110,8 @@ class Shelf:
 
     def keep(self, job: Job, name: str, index: int, suffix: str, data: bytes) -> str:
         """Write one file under a name that was free. OSError where it could not be written; then nothing is left of it."""
-        stem = f"{self.first + job.number - 1:05}_{re.sub(r'[^0-9A-Za-z]+', '_', name).strip('_')[:60] or 'output'}"
+        words = re.sub(r"\W+", "_", name).strip("_")[:60]
+        stem = f"{self.first + job.number - 1:05}_{words or 'output'}"
         with self.lock:
             path = self.folder / f"{stem}_{index}{suffix}"
             while path.exists():

@@ -120,7 +120,10 @@ class Client:
 
     def json(self, path: str, body: Any = None) -> Any:
         answer = self.request(path, None if body is None else json.dumps(body).encode())
-        return json.loads(answer) if answer else None
+        try:
+            return json.loads(answer) if answer else None
+        except ValueError:
+            raise HostError(f"{self.url}{path} answered with something that is not JSON; is it ComfyUI?") from None
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
         return self.json("/object_info" + (f"/{node}" if node else ""))
@@ -269,8 +272,7 @@ def refusal(text: str) -> PromptRefused:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
 
 

@@ -211,10 +211,10 @@ class Runner:
             if unclear and self.client.state(job.prompt_id) != "unknown":
                 return
             unclear = True
-            job.posts += 1
             self.client.queue(graph, job.prompt_id)
         unclear = False
         self.patiently(post)
+        job.posts += 1
         self.lost = False
 
     def _follow(self, job: Job) -> Mapping[str, Any] | None:
@@ -283,7 +283,7 @@ class Runner:
         """Take back our own prompt and nothing else, and say how that went."""
         try:
             before = self.client.state(job.prompt_id)
-            after = self.client.cancel(job.prompt_id) if job.posts else before
+            after = self.client.cancel(job.prompt_id)  # even where it is unknown: a post may still be on its way
         except HostError as error:
             self.voice.say(self.host, f"job {job.number} ({job.prompt_id}) could not be cancelled: {error}")
             return

@@ -90,6 +90,7 @@ def test_a_fault_on_the_line_costs_nothing_and_queues_nothing_twice(host, automa
     code, report, said = automated(host)
     assert code == 0, said
     [job] = report["jobs"]
+    assert job["posts"] == len(host.posts)
     assert set(host.posts) == {job["prompt_id"]} and job["files"]
     assert len(host.posts) == (3 if fault == "forget" else 1) and getattr(host, fault) == 0
 
@@ -119,6 +120,12 @@ def test_no_host_is_an_end(automated):
     code, report, said = automated(f"http://127.0.0.1:{free_port()}", patience=0.3)
     assert code == 3 and time.monotonic() - began < 5 and "given up" in said
     assert [job["state"] for job in report["jobs"]] == ["not run"]
+
+
+def test_what_is_no_comfyui_is_a_sentence(host, automated, monkeypatch):
+    monkeypatch.setattr(FakeHost, "get", lambda self, handler: self.answer(handler, b"<html>"))
+    code, _, said = automated(host)
+    assert code == 3 and "not JSON; is it ComfyUI?" in said and "Traceback" not in said
 
 
 def test_a_host_that_always_forgets_is_an_end(host, automated):
