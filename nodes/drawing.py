@@ -18,6 +18,8 @@ from ..models.overlay import oklch
 SYSTEM = ("DejaVuSans.ttf", "segoeui.ttf", "arial.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc",
           "Hiragino Sans GB.ttc", "Arial Unicode.ttf")
 PAPER, INK, GREY, FAINT, WRONG = "#ffffff", "#1c2530", "#66717e", "#dfe3e8", "#b8452c"
+SMALLEST = 24  # pixels of a cell that words and numbers still fit
+SHADES = 256
 RAMP = ((0.97, 0.02, 235.0), (0.42, 0.11, 255.0))  # least to most, OKLCH: pale to deep blue
 
 
@@ -180,16 +182,22 @@ def stack(page: Image.Image, pictures: Sequence[Image.Image], left: int, top: in
 
 def shade(share: float) -> tuple[str, str]:
     """A share 0..1 -> colour of a cell, and of what is written on it."""
+    step = round(min(max(share, 0.0), 1.0) * (SHADES - 1))
+    return shades()[step], "white" if share > 0.5 else INK
+
+
+@cache
+def shades() -> list[str]:
+    """The ramp's colours, all at once: a large table has thousands of cells."""
     low, high = torch.tensor(RAMP)
-    share = min(max(share, 0.0), 1.0)
-    red, green, blue = (oklch(torch.lerp(low, high, share)) * 255).round().int().tolist()
-    return f"#{red:02x}{green:02x}{blue:02x}", "white" if share > 0.5 else INK
+    colours = oklch(torch.lerp(low, high, torch.linspace(0, 1, SHADES)[:, None])) * 255
+    return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in colours.round().int().tolist()]
 
 
 def score_card(card: Card) -> Image.Image:
     """The pictures with a table of their similarities, the numbers above it and what each picture shows beside it."""
     b, r = len(card.pictures), len(card.references)
-    cell = max(28, min(104, 1100 // (b + r + 1)))
+    cell = max(4, min(104, max(28, 1100 // (b + r + 1)), 2400 // (b + r + 1)))
     gap, margin, top, size = max(2, cell // 26), 36, 244, min(14, max(10, cell // 4))
     digits, apart = max(9, min(round(0.23 * cell), 22)), 6 * gap
     left = margin + cell + 2 * gap
@@ -199,14 +207,15 @@ def score_card(card: Card) -> Image.Image:
                 for x, picture in enumerate(card.references)]
     said = (columns[-1][0] + cell if columns else margin + cell) + 6 * gap
     longest = max(typeface(size, text).getlength(text) for line in card.lines for text in (line.prompt, line.found))
-    room = min(340, int(longest) + 1)
+    room = min(340, int(longest) + 1) if cell >= SMALLEST else 0
     page = Image.new("RGB", (max(said + room + margin, 800), top + (b + 1) * (cell + gap) + gap + 74), PAPER)
     pen = ImageDraw.Draw(page)
     write(pen, margin, 28, card.title, 30)
     write(pen, margin, 68, card.judge, 15, GREY, width=page.width - 2 * margin)
     tiles(pen, card.figures, margin, 112, page.width - 2 * margin)
     for x, name, picture in columns:
-        write(pen, x + cell / 2, top - 5, name, min(14, max(9, cell // 6)), GREY, "md")
+        if cell >= SMALLEST:
+            write(pen, x + cell / 2, top - 5, name, min(14, max(9, cell // 6)), GREY, "md")
         paste(page, picture, x, top, cell, cell)
     values = torch.cat([part for part in (card.pairs if b > 1 else None, card.known) if part is not None] or [card.pairs[:, :0]], 1)
     low, high = card.scale
@@ -220,7 +229,10 @@ def score_card(card: Card) -> Image.Image:
                 continue
             ground, ink = shade((value - low) / (high - low))
             pen.rectangle(box, ground)
-            write(pen, x + cell / 2, above + cell / 2, f"{value:.2f}", digits, ink, "mm")
+            if cell >= SMALLEST:
+                write(pen, x + cell / 2, above + cell / 2, f"{round(value, 2) + 0.0:.2f}", digits, ink, "mm")  # + 0: no -0.00
+        if cell < SMALLEST:
+            continue
         most = max(1, int(cell / (1.3 * size)) - bool(line.found))
         prompt = wrapped(line.prompt, typeface(size, line.prompt), room, most)
         middle = above + cell / 2 - 0.65 * size * (len(prompt) + bool(line.found))
@@ -239,7 +251,7 @@ def tiles(pen: ImageDraw.ImageDraw, figures: Sequence[tuple[str, float | None, s
         if value is None:
             write(pen, x, top + 22, told, 15, GREY, width=each - 20, lines=2)
         else:
-            write(pen, x, top + 16, f"{value:.2f}", 44)
+            write(pen, x, top + 16, f"{round(value, 3) + 0.0:.3f}", 44)
             write(pen, x, top + 68, told, 13, GREY, width=each - 20, lines=1)
 
 

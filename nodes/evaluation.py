@@ -156,7 +156,7 @@ def markdown(scores: Scores, prompts: Sequence[str]) -> str:
 
 
 def digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0: no -0.000
 
 
 def card_of(scores: Scores, images: Tensor, reference: Tensor | None, prompts: Sequence[str]) -> Card:

@@ -22,7 +22,7 @@ from studio import TOWER
 from torch import Tensor
 
 from kindred.nodes import drawing
-from kindred.nodes.evaluation import ComparisonGrid, ConsistencyScore
+from kindred.nodes.evaluation import ComparisonGrid, ConsistencyScore, digits
 
 LAW = pytest.mark.parametrize
 SCENES = ("beach", "snow", "forest", "night")
@@ -214,6 +214,15 @@ def test_any_size_and_channels_give_numbers_and_a_picture(more, channels, pictur
     assert all(-1 <= n <= 1 for n in (found.consistency, found.identity, found.text))
     assert found.picture.ndim == 4 and found.picture.shape[0] == 1 and found.picture.shape[-1] == 3
     assert 0 <= found.picture.min() and found.picture.max() <= 1 and found.picture.std() > 0
+
+
+def test_a_large_batch_makes_no_larger_picture():
+    many = score(noise(4).repeat(40, 1, 1, 1), clip_vision=vision())
+    assert many.consistency <= 1 and max(many.picture.shape) < 3000 and "| 160 |" in many.table
+
+
+def test_no_number_is_less_than_nothing():
+    assert digits(-0.0004) == "0.000" and digits(-0.0006) == "-0.001" and digits(None) == "-"
 
 
 def test_alpha_is_laid_over_white():
