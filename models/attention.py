@@ -25,7 +25,7 @@ BiasVia = Literal["mask", "channel"]
 # Stands for log 0: fits float16, exp() of it is exactly 0 even in float64, and a row of nothing else is still no NaN.
 LOG_ZERO = -1e4
 CHANNEL_MULTIPLE = 8  # head widths of the fused kernels
-SELF_ODDS, CONCEPT_ODDS, STORY_ODDS = 2.0, 280.0, 2.0  # of dial, provisional
+SELF_ODDS, CONCEPT_ODDS, STORY_ODDS = 2.0, 800.0, 2.0  # of dial, provisional
 
 
 class WeightMode(str, Enum):

@@ -49,9 +49,10 @@ def save_reference(bank: ReferenceBank, path: Path) -> None:
         save_file(parcel.tensors, partial, {FORMAT: json.dumps(told)})
 
 
-def load_reference(path: Path) -> ReferenceBank:
+def load_reference(path: Path, progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None) -> ReferenceBank:
     """What save_reference wrote, bit for bit, in memory of its own: the file may be replaced or deleted afterwards.
 
+    progress: given the number of tensors, returns what is told how many were read.
     Raises ValueError that names the file, what it holds, what was needed and what to do: another format or version, a torn
     file, a missing tensor, NaN; FileNotFoundError where there is none.
     """
@@ -59,13 +60,17 @@ def load_reference(path: Path) -> ReferenceBank:
     try:
         with safe_open(path, "pt") as file:
             told, names = read_metadata(path, file.metadata() or {}), set(file.keys())
+            tell, read = progress(len(names)), set()
 
             def tensor(name: str) -> Tensor:
                 if name not in names:
                     raise ValueError(f"the tensor {name!r:.80} is missing among its {len(names)}")
+                tell(len(read))
+                read.add(name)
                 return file.get_tensor(name).clone()  # out of the mapped file
             bank = read_bank(told, tensor)
             check(bank)
+            tell(len(names))
     except (SafetensorError, OSError) as error:
         raise torn(path, error) from error
     except Refused:

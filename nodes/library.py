@@ -66,7 +66,7 @@ class LoadReference(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         try:
-            bank = load_reference(host.reference_path(file))
+            bank = load_reference(host.reference_path(file), host.progress)
         except ValueError as error:
             raise ValueError(f"{LOAD}: {error}") from error
         log.info("%s: %s, %d picture%s, %s, made with model %s, %.1f MB", LOAD, file, bank.pictures, "s" * (bank.pictures > 1),

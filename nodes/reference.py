@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..models import inversion as method
@@ -15,6 +15,7 @@ from ..models.attention import SELF_ODDS, ReferenceTokens, WeightMode, dial
 from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask, grid_of, map_blocks
 from ..models.inversion import InversionTrajectory
 from ..models.masks import resize_user_mask, union_of_first
+from ..models.overlay import draw_masks
 from ..models.reference import (
     BankBuilder, BlockId, Grid, Half, Halves, ReferenceBank, block_name, select_blocks,
 )
@@ -97,6 +98,7 @@ class RefUNetCapture(io.ComfyNode):
                 host.Reference.Output(display_name="reference", tooltip="Features, masks and the trajectory of the photo."),
                 io.Mask.Output(display_name="mask", tooltip="Where the subject was found."),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -157,7 +159,16 @@ class RefUNetCapture(io.ComfyNode):
         log.info("%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject", CAPTURE, trajectory.schedule, len(bank.layers),
                  bank.bytes / 1e6, 100 * masks[whole].float().mean())
         picture = masks[whole].float().repeat_interleave(8, 1).repeat_interleave(8, 2)
-        return io.NodeOutput(bank, picture)
+        drawn = found_picture(host.rough_pictures(model, trajectory.latents[0]), masks[whole], picture)
+        shown = ui.ImageSaveHelper.save_images(drawn, "kindred_subject", io.FolderType.temp, cls, compress_level=1)
+        return io.NodeOutput(bank, picture, ui=ui.SavedImages(shown))
+
+
+def found_picture(rough: Tensor | None, masks: Tensor, picture: Tensor) -> Tensor:
+    """What the node shows: masks bool [r y x] over the rough pictures [r y x 3], at the size of picture [r Y X]; without them, it alone."""
+    if rough is None:
+        return picture[..., None].expand(-1, -1, -1, 3)
+    return draw_masks(torch.nn.functional.interpolate(rough.movedim(-1, 1), picture.shape[1:], mode="bilinear").movedim(1, -1), masks)
 
 
 def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:

@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.concept import ConceptEncoder, KeysValues
+from .learning import progress
 
 CONCEPTS = "concept_encoders"  # their folder beside checkpoints and loras
 
@@ -73,15 +74,21 @@ class ManagedEncoder:
 
     def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
         """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero pixels instead, b = 1."""
-        if self.vision is None:
-            given = [self.encoder.config.preprocessing(image[None].cpu()) * (not empty) for image in images[:1 if empty else None]]
-        else:
-            given = [self.see(None)] if empty else [self.see(image) for image in images]
+        images = images[:1] if empty else images
+        tell, given, made = progress(2 * len(images)), [], []
+        for i, image in enumerate(images):
+            tell(i)
+            given.append(self.encoder.config.preprocessing(image[None].cpu()) * (not empty) if self.vision is None else
+                         self.see(None if empty else image))
+        if self.vision is not None:
             if given[0].shape[-1] != (wanted := self.encoder.config.tower_width):
                 raise ValueError(f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, but this concept encoder "
                                  f"reads width {wanted}: {'ViT-H' if wanted == 1280 else 'ViT-L' if wanted == 1024 else 'another one'}. "
                                  "Connect that CLIP Vision to Concept Encoder Load.")
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)  # plain layers cannot be loaded in part
         given = [x.to(next(self.encoder.parameters())) for x in given]  # --novram leaves them on the CPU
-        made = [self.encoder(x) if self.vision is None else self.encoder.keys_values(self.encoder.features(x)) for x in given]
+        for i, x in enumerate(given):
+            tell(len(given) + i)
+            made.append(self.encoder(x) if self.vision is None else self.encoder.keys_values(self.encoder.features(x)))
+        tell(2 * len(given))
         return {block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1)) for block in made[0]}
