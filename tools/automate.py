@@ -128,9 +128,9 @@ class Shelf:
 
 def files_of(graph: Graph, outputs: Mapping[str, Any]) -> Iterator[tuple[str, int, Mapping[str, str] | str]]:
     """(title, index, file or text) of all that the nodes gave; a saved subject is a file too."""
-    for node, given in outputs.items():
+    for node in sorted(outputs, key=[*graph, *outputs].index):  # as the workflow has them, whichever came first
         name, index = title(graph, node), 0
-        for things in given.values():
+        for things in outputs[node].values():
             for thing in things if isinstance(things, list) else ():
                 if isinstance(thing, str) or (isinstance(thing, dict) and "filename" in thing):
                     index += 1
