@@ -9,7 +9,8 @@ from comfy_api.v0_0_2 import io
 from . import host
 
 NODE = "Load Photo"
-EXAMPLES = tuple(Path(__file__).parent.parent / "miniature" / name for name in ("reference.png", "reference_2.png", "dog.png", "silhouette.png"))
+EXAMPLES = tuple(Path(__file__).parent.parent / "miniature" / name
+                 for name in ("reference.png", "reference_2.png", "dog.png", "silhouette.png"))
 
 
 class LoadPhoto(io.ComfyNode):
@@ -29,7 +30,7 @@ class LoadPhoto(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The photo as it is; scale it to the model's size before VAE Encode."),
-                io.Mask.Output(display_name="mask", tooltip="Its transparent parts, as painted in the mask editor; black where it has none."),
+                io.Mask.Output(display_name="mask", tooltip="Its transparent parts, as painted in the mask editor; else black."),
             ],
         )
 

@@ -24,6 +24,6 @@ __all__ = [
     "input_pictures", "install", "is_listed", "latent_in", "latent_out", "load_picture", "model_key", "new_reference_path", "offer_example",
     "percent_to_sigma", "picture_embeddings", "picture_exists", "picture_fingerprint", "pictures_in", "progress", "read_prompt",
     "reference_files", "reference_pass", "reference_path", "reference_tokens", "register_folders", "register_references",
-    "require_reference", "require_same_model", "require_unet", "rough_pictures", "sample", "text_embeddings", "to_model_scale", "tower_title", "training",
-    "watch_reference",
+    "require_reference", "require_same_model", "require_unet", "rough_pictures", "sample", "text_embeddings", "to_model_scale", "tower_title",
+    "training", "watch_reference",
 ]
