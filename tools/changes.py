@@ -200,15 +200,18 @@ def picture_place(info: Info, graph: Graph, key: str) -> Place:
         if "." not in key:
             raise
         return find_place(graph, key)
-    kind = graph[node]["class_type"]
-    told = info.get(kind, {}).get("input", {})
-    found = [name for group in ("required", "optional") for name, words in (told.get(group) or {}).items()
-             if len(words) > 1 and any(words[1].get(upload) for upload in UPLOADS)]
+    found = uploads(info, graph[node]["class_type"])
     if not found:
-        loaders = [other for other, known in graph.items() if known["class_type"].startswith("LoadImage")]
-        raise Refusal(f"{title(graph, node)} ({node}) takes no picture. "
-                      f"Those that do: {listed(f'{other} ({title(graph, other)})' for other in loaders)}.")
+        loaders = [f"{other} ({title(graph, other)})" for other in graph if uploads(info, graph[other]["class_type"])]
+        raise Refusal(f"{title(graph, node)} ({node}) takes no picture. Those that do: {listed(loaders)}.")
     return Place(node, found[0])
+
+
+def uploads(info: Info, kind: str) -> list[str]:
+    """The inputs of a type of node that take an uploaded file."""
+    told = info.get(kind, {}).get("input", {})
+    return [name for group in ("required", "optional") for name, words in (told.get(group) or {}).items()
+            if len(words) > 1 and any(words[1].get(upload) for upload in UPLOADS)]
 
 
 def subject_place(graph: Graph, key: str | None) -> Place:

@@ -75,7 +75,7 @@ def test_a_text_from_a_file(tmp_path):
 def test_where_pictures_subjects_and_seeds_go():
     """Seeds are those of noise: what the canvas would not change is left alone."""
     assert picture_place(INFO, GRAPH, "Photo of the subject") == picture_place(INFO, GRAPH, "1.image") == Place("1", "image")
-    with pytest.raises(Refusal, match="takes no picture"):
+    with pytest.raises(Refusal, match=r"takes no picture.*: 1 \(Photo of the subject\)\."):
         picture_place(INFO, GRAPH, "2")
     assert subject_place(GRAPH, None) == Place("4", "file")
     with pytest.raises(Refusal, match="2 nodes load a reference.*4, 6"):
