@@ -6,6 +6,7 @@ python3 dev.py test       every test
 python3 dev.py serve      ComfyUI's canvas with the pack
 python3 dev.py evaluate   the figures, by task
 python3 dev.py bench      costs against the plain host
+python3 dev.py workflows  makes the canvas workflows and their pictures from workflows/api
 python3 dev.py setup      only make (or repair) the environment
 
 The environment is one virtual environment and one ComfyUI in your cache folder, named by the hash of tools/pins.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import platform
 import signal
 import subprocess
@@ -45,7 +47,7 @@ def run(environment: Environment, arguments: list[str], **extra: str) -> int:
 
 def test(environment: Environment, expression: str | None, fast: bool) -> int:
     """Linter, then the rooms of tests/ from the cheapest to the dearest; a failing stage ends the run."""
-    lacking = [name for name in ("ruff", "pytest", "hypothesis")
+    lacking = [name for name in ("ruff", "pytest", "hypothesis", "xdist", "playwright", "comfy_cli")
                if subprocess.run([str(environment.python), "-c", f"import {name}"], capture_output=True).returncode]
     if lacking:
         raise Refusal(f"{environment.python} lacks {', '.join(lacking)}, which the tests need: install them there, "
@@ -54,6 +56,8 @@ def test(environment: Environment, expression: str | None, fast: bool) -> int:
     for room in ("unit", "host", "e2e", "browser"):
         if any((ROOT / "tests" / room).glob("test_*.py")) and not (fast and room in ("e2e", "browser")):
             argv = ["-m", "pytest", f"tests/{room}", "-q", "-p", "no:cacheprovider", "--durations=5", "--durations-min=3"]
+            if room in ("unit", "host"):  # the other two start servers of their own
+                argv += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]
             stages.append((room, argv + (["-k", expression] if expression else []) + (["-m", "not slow"] if fast else [])))
     results: list[str] = []
     for name, argv in stages:
@@ -105,11 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in (("demo", "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
                                 "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ..."),
                        ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
-                       ("bench", "costs against the plain host: [--json FILE] ...")):
+                       ("bench", "costs against the plain host: [--json FILE] ..."),
+                       ("workflows", "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]")):
         commands.add_parser(name, parents=[own], help=text, description=text, allow_abbrev=False,
                             usage=f"dev.py {name} [options of tools/{name}.py]")
     chosen, rest = parser.parse_known_args(arguments)
-    passes_on = chosen.command in ("demo", "evaluate", "bench")
+    passes_on = chosen.command in ("demo", "evaluate", "bench", "workflows")
     if rest and not passes_on:
         parser.error(f"{chosen.command} does not know {' '.join(rest)}")
 

@@ -1,0 +1,81 @@
+"""Every shipped workflow on the canvas, in both renderers: opens cleanly, is its API form, lies well, and runs at a press of Run."""
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import pytest
+from workflows import CANVAS, api_form, arrange, cleaned, draw, names
+
+STEPS = 10  # a divisor of 1000: ddim_uniform then has as many steps as asked for
+AS_THEY_ARE = ("story_more_pictures",)  # its steps are those of its subject
+
+
+def overlap(a, b) -> bool:
+    return (min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"]) > 1
+            and min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"]) > 1)
+
+
+def plain(graph) -> dict:
+    return {key: (node["class_type"], node["inputs"]) for key, node in graph.items()}
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_opens_without_a_complaint_and_is_its_api_form(canvas, name, shots):
+    canvas.load(CANVAS / f"{name}.json")
+    canvas.screenshot(shots / f"{name}_{'vue' if canvas.vue else 'canvas'}.png")
+    assert not canvas.toasts() and not canvas.errors
+    assert plain(canvas.prompt()) == plain(api_form(name))
+    missing = canvas.page.evaluate("app.graph.nodes.filter(n => n.has_errors || n.type === undefined).map(n => n.type)")
+    assert not missing
+    boxes = {int(key): canvas.box(int(key)) for key in canvas.page.evaluate("app.graph.nodes.map(n => n.id)")}
+    lying = [(a, b) for a, b in combinations(sorted(boxes), 2) if overlap(boxes[a], boxes[b])]
+    assert not lying, f"nodes of {name} lie on one another: {lying}"
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_file_is_what_the_program_makes_of_the_api_form(server, chromium, name, program):
+    """`python3 dev.py workflows` was run after the last change of the API form, a node's widgets, or the notes."""
+    assert json.loads((CANVAS / f"{name}.json").read_text("utf-8")) == draw(program, name)
+
+
+@pytest.fixture(scope="module")
+def program(server, chromium):
+    with chromium.page(server.url, vue=False) as page:
+        yield page
+
+
+def test_groups_read_from_left_to_right():
+    for name in names():
+        groups = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))["groups"]
+        ends = [(g["bounding"][0], g["bounding"][0] + g["bounding"][2]) for g in groups]
+        assert len(groups) >= 3 and all(a[1] < b[0] for a, b in zip(ends, ends[1:]))
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_runs_at_a_press_of_run(chromium, server, name, shots):
+    """In the new renderer, with few steps; every node that keeps or shows pictures shows one."""
+    with chromium.page(server.url, vue=True) as canvas:
+        canvas.load(CANVAS / f"{name}.json")
+        if name not in AS_THEY_ARE:
+            canvas.page.evaluate("""steps => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
+                                    if (w.name === 'steps') w.value = steps }""", STEPS)
+        ended = canvas.run(300)
+        assert ended["kind"] == "execution_success", ended
+        outputs = server.client.history(ended["detail"]["prompt_id"])["outputs"]
+        showing = [int(key) for key, output in outputs.items() if output.get("images")]
+        assert {int(key) for key, node in api_form(name).items() if node["class_type"] == "SaveImage"} <= set(showing)
+        for node in showing:
+            canvas.wait_for_pictures(node)
+        canvas.screenshot(shots / f"ran_{name}.png")
+        assert not canvas.toasts() and not canvas.errors
+
+
+def test_laying_out_keeps_every_node_and_link():
+    name = "personalize"
+    drawn = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))
+    bare = drawn | {"nodes": [node for node in drawn["nodes"] if node["type"] != "MarkdownNote"]}
+    made = arrange(name, api_form(name), bare)
+    assert made["links"] == drawn["links"] and {n["id"] for n in made["nodes"]} == {n["id"] for n in drawn["nodes"]}
+    assert all(node["properties"].get("cnr_id") in ("kindred", "comfy-core") for node in cleaned(name, made)["nodes"]
+               if node["type"] != "MarkdownNote")

@@ -1,0 +1,63 @@
+"""The shipped workflows as other programs see them: comfy-cli's conversion of the canvas form, and its run of a file."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import pytest
+from comfy_cli.workflow_to_api import convert_ui_to_api
+from workflow_notes import NOTES
+from workflows import CANVAS, api_form, names
+
+QUIET = {"DO_NOT_TRACK": "1", "COMFY_CLI_NO_REMOTE_REFRESH": "1", "PYTHONUTF8": "1"}
+
+
+@pytest.fixture(scope="module")
+def object_info(client) -> dict:
+    return client.object_info()
+
+
+@pytest.mark.parametrize("name", names())
+def test_comfy_cli_makes_the_api_form_of_the_canvas_form(name, object_info):
+    converted = convert_ui_to_api(json.loads((CANVAS / f"{name}.json").read_text("utf-8")), object_info)
+    ours = api_form(name)
+    assert {key: (node["class_type"], node["inputs"]) for key, node in converted.items()} == \
+        {key: (node["class_type"], node["inputs"]) for key, node in ours.items()}
+
+
+@pytest.mark.parametrize("form", ["canvas", "api"])
+def test_comfy_run_runs_the_file(server, form, tmp_path):
+    """As a person would type it; the pictures land in the server's output folder."""
+    path = CANVAS / ("api" if form == "api" else "") / "story_more_pictures.json"
+    before = set((server.base / "output").glob("kindred_more*.png"))
+    address = urlsplit(server.url)
+    done = subprocess.run([sys.executable, "-m", "comfy_cli", "--skip-prompt", "run", "--workflow", str(path), "--wait",
+                           "--host", address.hostname, "--port", str(address.port), "--timeout", "300"],
+                          capture_output=True, text=True, cwd=tmp_path, env=os.environ | QUIET | {"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    # an identical run is answered from the host's cache: then the files are there already
+    assert len(set((server.base / "output").glob("kindred_more*.png")) | before) >= 2
+
+
+def test_every_task_has_its_three_files_and_a_note():
+    """API form, canvas form, thumbnail; nothing else lies in the templates' folder."""
+    assert set(NOTES) == set(names())
+    assert {path.name for path in CANVAS.iterdir() if path.is_file()} == {f"{name}{end}" for name in names() for end in (".json", ".jpg")}
+    for name in names():
+        assert 3_000 < (CANVAS / f"{name}.jpg").stat().st_size < 120_000
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_canvas_form_says_who_brings_each_node_and_what_to_change(name):
+    made = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))
+    notes = [node for node in made["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1 and NOTES[name].title in notes[0]["widgets_values"][0]
+    assert "SDXL" in notes[0]["widgets_values"][0] or name == "story_more_pictures"
+    for node in made["nodes"]:
+        if node["type"] != "MarkdownNote":
+            ours = node["type"].startswith("Kindred")
+            assert node["properties"]["cnr_id"] == ("kindred" if ours else "comfy-core") and node["properties"]["ver"]
+    assert made["version"] == 0.4 and len(made["groups"]) >= 3
