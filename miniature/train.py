@@ -15,7 +15,7 @@ import torch
 
 from .training import Run
 
-STEPS = {"autoencoder": 1600, "control": 1000, "decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
+STEPS = {"autoencoder": 1600, "control": 1200, "decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
 
 
 def main(arguments: list[str] | None = None) -> None:

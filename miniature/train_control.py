@@ -118,7 +118,7 @@ def train_control(run: Run, host: Path, steps: int, batch: int = 16, peak: float
     everything = training_set(run.folder, run.renderings)
     masks, labels = everything.masks[:count].copy(), everything.labels[:count].copy()
     del everything
-    lesson = Lesson(model, network, latents_of(run, count) / model.spread, masks, labels, run.seed)
+    lesson = Lesson(model, network, latents_of(run, count).cpu() / model.spread, masks, labels, run.seed)
     exam = _exam(model, network, held_out(96, offset=20_000), run.seed)
     with torch.no_grad():
         without = float(exam.loss(None, 0, 96))
