@@ -53,6 +53,7 @@ class DDIMInvert(io.ComfyNode):
                 io.Latent.Output(display_name="noise", tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled."),
             ],
             has_intermediate_output=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -70,6 +71,7 @@ class DDIMInvert(io.ComfyNode):
         if back is not None:
             report += f": round trip {psnr(back, z0, (z0.max() - z0.min()).item()):.1f} dB in latent space"
         log.info("%s: %s", NODE, report)
+        host.tell(cls, report)
         return io.NodeOutput(trajectory, latent | {"samples": host.latent_out(model, latents[-1])}, ui=ui.PreviewText(report))
 
 

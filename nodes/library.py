@@ -30,6 +30,7 @@ class SaveReference(io.ComfyNode):
             ],
             outputs=[],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -45,6 +46,7 @@ class SaveReference(io.ComfyNode):
         if not host.is_listed(path):
             shown += f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder and output/kindred"
         log.info("%s: %s", SAVE, shown)
+        host.tell(cls, shown)
         return io.NodeOutput(ui=ui.PreviewText(shown))
 
 

@@ -11,6 +11,7 @@ from .model import (
     feature_tap, latent_in, latent_out, model_key, percent_to_sigma, require_reference, require_same_model, require_unet,
     to_model_scale,
 )
+from .page import tell
 from .photos import example_name, input_pictures, load_picture, offer_example, picture_exists, picture_fingerprint
 from .pictures import decode, pictures_in, rough_pictures
 from .ref_unet import Loop, first_rows, read_prompt, reference_pass, reference_tokens, watch_reference
@@ -24,6 +25,6 @@ __all__ = [
     "input_pictures", "install", "is_listed", "latent_in", "latent_out", "load_picture", "model_key", "new_reference_path", "offer_example",
     "percent_to_sigma", "picture_embeddings", "picture_exists", "picture_fingerprint", "pictures_in", "progress", "read_prompt",
     "reference_files", "reference_pass", "reference_path", "reference_tokens", "register_folders", "register_references",
-    "require_reference", "require_same_model", "require_unet", "rough_pictures", "sample", "text_embeddings", "to_model_scale", "tower_title",
-    "training", "watch_reference",
+    "require_reference", "require_same_model", "require_unet", "rough_pictures", "sample", "tell", "text_embeddings", "to_model_scale",
+    "tower_title", "training", "watch_reference",
 ]
