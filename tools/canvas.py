@@ -54,6 +54,8 @@ def get_browser() -> Path:
     found = find_browser()
     if found:
         return found
+    if given := os.environ.get("KINDRED_BROWSER"):
+        raise NoBrowser(f"KINDRED_BROWSER names {given}, which is no file. Correct it, or unset it.")
     apt, sudo = shutil.which("apt-get"), shutil.which("sudo")
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if not apt or not (root or sudo):

@@ -5,7 +5,6 @@ Screenshots are kept in the folder KINDRED_SHOTS; else in a temporary one of pyt
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,20 @@ from canvas import Browser, Canvas, NoBrowser, browser
 from client import HostServer
 
 HOST = os.environ.get("KINDRED_HOST")
+NO_BROWSER = 77  # exit code of a run that had none: dev.py says so in its last line
+WHY = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus) -> None:
+    if exitstatus == 0 and WHY in session.config.stash:
+        session.exitstatus = NO_BROWSER
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if WHY in config.stash:
+        terminalreporter.section("THE BROWSER TESTS DID NOT RUN", red=True, bold=True)
+        terminalreporter.line(config.stash[WHY])
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +39,13 @@ def server() -> Iterator[HostServer]:
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
+def chromium(request) -> Iterator[Browser]:
     """Installed where it may be; else the whole room is skipped, and says so loudly."""
     try:
         with browser() as started:
             yield started
     except NoBrowser as why:
-        warnings.warn(f"THE BROWSER TESTS DID NOT RUN: {why}", stacklevel=1)
+        request.config.stash[WHY] = str(why)
         pytest.skip(f"no browser: {why}")
 
 
