@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from redirects import SameHost
 from web_socket import WebSocket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,17 +102,17 @@ class Client:
 
         Raises Unreachable where nothing answers, Answered for an error, PromptRefused for a refused prompt.
         """
-        headers = self.headers | ({"Content-Type": kind} if body is not None else {})
-        if length is not None:
-            headers["Content-Length"] = str(length)
+        headers = self.headers | ({} if body is None else {"Content-Type": kind}) | ({"Content-Length": str(length)} if length else {})
         request = urllib.request.Request(self.url + path, body, headers)
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as answer:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({}), SameHost).open(request, timeout=timeout) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             text = error.read().decode("utf-8", "replace")
             if path == "/prompt" and error.code == 400:
                 raise refusal(text) from None
+            if 300 <= error.code < 400:
+                raise HostError(f"{self.url} sends on to {error.headers['Location']}, which is not followed; name that one.") from None
             if error.code in (502, 503, 504):  # a proxy whose host is away
                 raise Unreachable(f"{self.url} answers {error.code}: nothing is behind it") from None
             raise Answered(self.url + path, error.code, text[:500]) from None
@@ -371,9 +372,7 @@ class HostServer:
 
     def tail(self, lines: int = 25) -> str:
         """The end of the host's log, for error messages."""
-        if self.log is None:
-            return "(see above)"
-        return "\n".join(self.log.read_text("utf-8", errors="replace").splitlines()[-lines:])
+        return "(see above)" if self.log is None else "\n".join(self.log.read_text("utf-8", errors="replace").splitlines()[-lines:])
 
     def _wait_until_ready(self) -> None:
         end = time.monotonic() + self.wait
