@@ -293,7 +293,8 @@ def run(trainer: Trainer, save_every: int, save: Saving) -> None:
         while trainer.step_number < steps:
             trainer.step()
             now = time.monotonic()
-            picture = draw_curve(trainer.losses, steps) if now - shown >= PREVIEW_EVERY else None
+            due = now - shown >= PREVIEW_EVERY or trainer.step_number == steps  # the last one stays on the node beside the result
+            picture = draw_curve(trainer.losses, steps) if due else None
             shown = now if picture else shown
             tell(trainer.step_number, picture)
             if trainer.step_number % save_every == 0:

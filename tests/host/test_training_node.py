@@ -132,6 +132,21 @@ def test_it_trains_saves_and_feeds_the_injection_and_leaves_nothing_behind(world
     assert (sample(again, **asked) - picture).abs().max() < 0.05 * (picture - plain).abs().max()
 
 
+@LAW("every", [0.0, 1e9])
+def test_the_last_preview_is_the_curve_that_comes_out(train, monkeypatch, every):
+    """The node goes on showing it beside the result; however seldom previews are sent, they end with the whole training."""
+    told = []
+
+    def bar(total):
+        return lambda done, picture=None: told.append((done, picture and np.asarray(picture)))
+    monkeypatch.setattr(training, "PREVIEW_EVERY", every)
+    monkeypatch.setattr(host, "progress", bar)
+    curve = train(steps=4)[1]
+    shown = [(done, picture) for done, picture in told if picture is not None]
+    assert [done for done, _ in shown] == ([1, 2, 3, 4] if every == 0 else [1, 4])
+    assert np.array_equal(shown[-1][1], (curve[0] * 255).round().byte().numpy())
+
+
 def test_a_new_tower_learns_as_fast_as_the_projections():
     given = {"model": None, "vae": None, "clip": None, "images": [], "prompt": ["x"], "save_name": "x", "learning_rate": 1e-3}
     assert Order(**given, tower=SMALL).settings.tower_rate is None
