@@ -32,6 +32,10 @@ READY = "() => window.app?.extensionManager && window.app.vueAppReady && window.
 LISTEN = """() => { window.__events = []; for (const kind of ['executed', 'execution_success', 'execution_error', 'execution_interrupted'])
             app.api.addEventListener(kind, e => window.__events.push([kind, e.detail])) }"""
 ENDED = "() => window.__events.some(e => ['execution_success', 'execution_error', 'execution_interrupted'].includes(e[0]))"
+# every toast is noted when it appears: it may be gone when somebody looks
+WATCH = """window.__toasts = []; new MutationObserver(changes => { for (const change of changes) for (const node of change.addedNodes)
+    for (const toast of node.matches?.('.p-toast-message') ? [node] : node.querySelectorAll?.('.p-toast-message') ?? [])
+        window.__toasts.push(toast.innerText) }).observe(document, {childList: true, subtree: true})"""
 INSTALLED = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome", "msedge", "microsoft-edge")
 ELSEWHERE = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium",
              "C:/Program Files/Google/Chrome/Application/chrome.exe", "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe",
@@ -44,8 +48,9 @@ class NoBrowser(RuntimeError):
 
 def find_browser() -> Path | None:
     """An installed Chromium, Chrome or Edge; $KINDRED_BROWSER names another."""
-    given = os.environ.get("KINDRED_BROWSER")
-    paths = [given] if given else [*map(shutil.which, INSTALLED), *ELSEWHERE]
+    given, own = os.environ.get("KINDRED_BROWSER"), os.environ.get("LOCALAPPDATA")  # Windows: where Chrome goes without an administrator
+    users = [Path(own, "Google", "Chrome", "Application", "chrome.exe")] if own else []
+    paths = [given] if given else [*map(shutil.which, INSTALLED), *ELSEWHERE, *users]
     return next((Path(path) for path in paths if path and Path(path).is_file()), None)
 
 
@@ -87,13 +92,15 @@ class Canvas:
 
     def load(self, workflow: Path | Mapping[str, Any], name: str = "workflow") -> None:
         """A workflow file the way a user opens one, or the content of one."""
+        self.page.evaluate("() => { for (const n of app.graph.nodes) n.of_before = true }")
         if isinstance(workflow, Path):
             self.page.set_input_files("#comfy-file-input", workflow)
             wanted = len(json.loads(workflow.read_text("utf-8"))["nodes"])
         else:
             self.page.evaluate("async ([w, name]) => { await app.loadGraphData(w, true, true, name) }", [workflow, name])
             wanted = len(workflow["nodes"])
-        self.page.wait_for_function("n => app.graph.nodes.length === n", arg=wanted, timeout=30_000)
+        self.page.wait_for_function("n => app.graph.nodes.length === n && !app.graph.nodes.some(n => n.of_before)", arg=wanted,
+                                    timeout=30_000)
         if wanted:
             self.fit()
 
@@ -115,7 +122,15 @@ class Canvas:
         return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
 
     def toasts(self) -> list[str]:
-        return self.page.locator(".p-toast-message").all_inner_texts()
+        """What popped up since the page was opened or tidied, also if it went away again."""
+        return self.page.evaluate("window.__toasts")
+
+    def tidy(self) -> None:
+        """Forget complaints, and close what stands over the canvas."""
+        self.errors.clear()
+        self.page.evaluate("window.__toasts.length = 0")
+        if (dismiss := self.page.get_by_test_id("error-overlay-dismiss")).count():
+            dismiss.first.click()
 
     def press_run(self) -> None:
         """A click on the Run button, as a user does."""
@@ -198,6 +213,7 @@ class Browser:
             try:
                 context.route("**/*", lambda route: route.continue_() if route.request.url.startswith((url, "data:", "blob:"))
                               else route.abort())
+                context.add_init_script(WATCH)
                 canvas = Canvas(context.pages[0], client, vue)
                 canvas.page.on("pageerror", lambda error: canvas.errors.append(str(error)))
                 canvas.page.on("console", lambda message: complain(canvas, message))
