@@ -1,5 +1,8 @@
 """The registry's and GitHub's files say the same as pyproject.toml."""
+import os
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -40,6 +43,52 @@ def test_publishing_waits_for_a_new_version():
     assert list(last["with"].values()) == ["${{ secrets.REGISTRY_ACCESS_TOKEN }}"]
     assert '"^+version = "' in steps[1]["run"].replace("'", '"')
     assert re.search(r"^version = ", (ROOT / "pyproject.toml").read_text("utf-8"), re.M), "the step looks for this line"
+
+
+@pytest.fixture
+def push(tmp_path):
+    """push(versions, before=...): the step of publish.yml after these commits of pyproject.toml -> its exit code, whether it publishes."""
+    bash, git = shutil.which("bash"), shutil.which("git")
+    if os.name == "nt" or not bash or not git:
+        pytest.skip("needs bash and git")
+    script = workflow("publish.yml")["jobs"]["publish"]["steps"][1]["run"]
+    settings = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    settings |= {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    settings |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+
+    def run(*versions, before, event="push"):
+        repo, told = tmp_path / "repo", tmp_path / "told"
+        repo.mkdir()
+        told.touch()
+
+        def ask(*words):
+            return subprocess.run([git, *words], cwd=repo, env=settings, check=True, capture_output=True, text=True).stdout.strip()
+        ask("init", "-q")
+        for number, version in enumerate(versions):
+            (repo / "pyproject.toml").write_text(f'version = "{version}"\nnumber = {number}\n', "utf-8")
+            ask("add", ".")
+            ask("commit", "-q", "-m", "x")
+        known = {"BEFORE": ask("rev-parse", before) if "HEAD" in before else before}
+        done = subprocess.run([bash, "-e", "-c", script], cwd=repo, capture_output=True, text=True,  # -e, as GitHub runs a step
+                              env=settings | known | {"GITHUB_EVENT_NAME": event, "GITHUB_OUTPUT": str(told)})
+        return done.returncode, told.read_text("utf-8") == "new=true\n"
+    return run
+
+
+@pytest.mark.parametrize("versions, before, new", [
+    ("12", "HEAD^", True), ("11", "HEAD^", False), ("122", "HEAD~2", True), ("112", "HEAD~2", True), ("122", "HEAD^", False),
+    ("12", "0" * 40, True), ("122", "0" * 40, False),  # a first push, or a new branch
+    ("12", "f" * 40, True), ("11", "f" * 40, False), ("12", "", True)])  # forced: what was before is gone
+def test_a_push_publishes_where_the_version_changed(push, versions, before, new):
+    assert push(*versions, before=before) == (0, new)
+
+
+def test_by_hand_it_always_publishes_and_without_anything_to_compare_with_it_fails(push, tmp_path):
+    assert push("1", before="0" * 40, event="workflow_dispatch") == (0, True)
+    shutil.rmtree(tmp_path / "repo")
+    (tmp_path / "told").unlink()
+    code, new = push("1", before="0" * 40)
+    assert code != 0 and not new
 
 
 def test_the_machines_run_pythons_that_the_pins_are_for():
