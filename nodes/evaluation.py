@@ -231,6 +231,9 @@ class ConsistencyScore(io.ComfyNode):
                                                ("reference_masks", reference_masks)) if given is not None]
             if unused:
                 log.warning("%s: %s judges, so %s is not used.", SCORE, READER, " and ".join(unused))
+            if judge == AUTO:
+                log.warning("%s: no clip_vision is wired, so the %s judges. It only knows the miniature's world: for photos and other "
+                            "models' pictures its numbers mean nothing. Wire Load CLIP Vision for those.", SCORE, READER)
             scores = read_scores(images, known, lines)
         else:
             mean = clip_vision.image_mean  # what the tower reads as zero

@@ -21,7 +21,7 @@ from PIL import Image
 from studio import TOWER
 from torch import Tensor
 
-from kindred.nodes import drawing
+from kindred.nodes import drawing, evaluation
 from kindred.nodes.evaluation import ComparisonGrid, ConsistencyScore, digits
 
 LAW = pytest.mark.parametrize
@@ -195,6 +195,18 @@ def test_the_judge_can_be_chosen_and_what_it_does_not_need_is_said(caplog):
         read = score(world(3, 3), judge="miniature reader", clip_vision=vision(), masks=torch.ones(1, 8, 8))
     assert read.consistency == score(world(3, 3)).consistency and "clip_vision and masks is not used" in caplog.text
     assert "CLIP" in score(world(3, 3), judge="CLIP", clip_vision=vision()).table
+
+
+@LAW("more, warned", [({}, 1), ({"judge": "auto", "reference": noise(2)}, 1), ({"judge": "miniature reader"}, 0), ({"clip": 1}, 0)])
+def test_a_judge_that_nobody_chose_warns_once_that_it_only_knows_the_miniatures_world(caplog, monkeypatch, more, warned):
+    """In the log; the table's first line and the head of the picture say it whoever chose it."""
+    heads = []
+    monkeypatch.setattr(evaluation, "score_card", lambda card: heads.append(card.judge) or drawing.score_card(card))
+    with caplog.at_level(logging.WARNING):
+        told = score(noise(), **({"clip_vision": vision()} if "clip" in more else more)).table.splitlines()[0]
+    assert sum("only knows the miniature's world" in record.getMessage() for record in caplog.records) == warned
+    for said in (told, *heads):
+        assert ("only knows the miniature's world" in said) == ("clip" not in more)
 
 
 def test_a_strip_does_not_fill_the_memory():
