@@ -6,6 +6,7 @@ from math import log
 
 import pytest
 import torch
+from checkout import ROOT
 from torch import Tensor
 
 from kindred.models.attention import (
@@ -489,6 +490,14 @@ def test_half_the_dial_is_half_of_what_the_softmax_gives(own, odds):
                                    log_mask=log_mask)
     for strength in (0.25, 0.5, 0.75):
         torch.testing.assert_close(heard(strength), strength * heard(1.0), **TIGHT)
+
+
+@pytest.mark.parametrize("node", ["KindredMaskedSelfAttnInject", "KindredCrossAttnDetailInject"])
+def test_a_page_that_promises_an_even_dial_names_what_it_was_measured_on(node):
+    """The odds are the miniature's; only there is evenness a measurement."""
+    page = (ROOT / "web" / "docs" / f"{node}.md").read_text("utf-8")
+    told = page.partition("- **strength**")[2].partition("\n- **")[0]
+    assert "evenly" in told and "miniature" in told and "measured" in told
 
 
 @pytest.mark.parametrize("strength", [-0.01, 1.01, float("nan"), float("inf")])
