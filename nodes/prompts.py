@@ -81,6 +81,8 @@ class SubjectPrompts(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="One row per picture, with the subject's token positions."),
                 io.Int.Output(display_name="count", tooltip="The number of pictures: wire it into the batch size of Empty Latent Image."),
+                io.String.Output(display_name="texts", tooltip="The lines as they were encoded, with the style: for Consistency Score's "
+                                                               "prompts and Comparison Grid's captions."),
             ],
         )
 
@@ -119,7 +121,7 @@ class SubjectPrompts(io.ComfyNode):
         if words:
             by_word = tuple(batch_rows(rows, [row[i] for row in each])[1] for i in range(len(words))) if len(words) > 1 else ()
             extras[SUBJECT] = SubjectTokens(tuple(words), positions, by_word)
-        return io.NodeOutput([[cross, extras]], len(texts))
+        return io.NodeOutput([[cross, extras]], len(texts), "\n".join(texts))
 
 
 def tokens_of(clip: Any, text: str) -> Sequence[Sequence[Token]]:

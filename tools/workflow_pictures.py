@@ -68,8 +68,9 @@ def run(canvas: Canvas, name: str) -> Pictures:
 
 
 def shot(canvas: Canvas, node: int) -> Image.Image:
-    """The node alone, at the size it has on a screen."""
+    """The node alone, under its own name, at the size it has on a screen."""
     canvas.page.evaluate("""id => { const n = app.graph.getNodeById(id), d = app.canvas.ds; d.scale = 1;
+        n.title = n.constructor.nodeData.display_name;
         d.offset = [260 - n.pos[0], 140 - n.pos[1]]; app.canvas.deselectAll?.(); app.canvas.setDirty(true, true) }""", node)
     canvas.page.wait_for_timeout(700)
     box = canvas.box(node)

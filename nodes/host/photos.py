@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import folder_paths
@@ -20,9 +21,12 @@ def offer_example(picture: Path) -> None:
     target = Path(folder_paths.get_temp_directory(), f"kindred_{picture.name}")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")  # another thread may read the name meanwhile
-        shutil.copyfile(picture, part)
-        os.replace(part, target)
+        part = target.with_suffix(f".{uuid.uuid4().hex}")  # another thread may read the name, or do the same, meanwhile
+        try:
+            shutil.copyfile(picture, part)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def input_pictures() -> list[str]:

@@ -62,3 +62,10 @@ def shots(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("KINDRED_SHOTS") or tmp_path_factory.mktemp("shots"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def tidied(request) -> None:
+    """A test starts without the complaints and overlays of the one before."""
+    if "canvas" in request.fixturenames:
+        request.getfixturevalue("canvas").tidy()

@@ -55,7 +55,8 @@ def tokenizer(kind: str):
 @torch.inference_mode()
 def encode(prompts: str, subject: str = "", style: str = ""):
     """-> cross [b w c], extras, count."""
-    (entry,), count = SubjectPrompts.execute(clip(), prompts, subject, style).result
+    (entry,), count, texts = SubjectPrompts.execute(clip(), prompts, subject, style).result
+    assert texts.splitlines() == [f"{style} {line.strip()}".strip() for line in prompts.splitlines() if line.strip()]
     return entry[0], entry[1], count
 
 
