@@ -56,8 +56,8 @@ def test(environment: Environment, expression: str | None, fast: bool) -> int:
     for room in ("unit", "host", "e2e", "browser"):
         if any((ROOT / "tests" / room).glob("test_*.py")) and not (fast and room in ("e2e", "browser")):
             argv = ["-m", "pytest", f"tests/{room}", "-q", "-p", "no:cacheprovider", "--durations=5", "--durations-min=3"]
-            if room in ("unit", "host"):  # the other two start servers of their own
-                argv += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]
+            if room in ("unit", "host"):  # the other two start servers of their own; xdist would begin the longest files last
+                argv += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
             stages.append((room, argv + (["-k", expression] if expression else []) + (["-m", "not slow"] if fast else [])))
     results: list[str] = []
     for name, argv in stages:
