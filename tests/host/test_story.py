@@ -2,32 +2,17 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 
 import pytest
 import torch
-from networks import random_model
+from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import MOMENTS, anchors, differs, passes, pictures, story
 
 from kindred.models.attention import STORY_ODDS, dial
 from kindred.models.reference import Halves
 from kindred.nodes.host import KEY
 
-MODEL = random_model("tiny")
-TIGHT, FELT = 1e-4, 1e-2  # float32 through a run, relative to the pictures' spread; an effect that cannot be rounding
 LAW = pytest.mark.parametrize
-SHARING = {"feature_injection": 0.0}  # one stage
-
-
-@cache
-def plain(who=(0, 1, 2), **how):
-    return pictures(MODEL, who, **how)
-
-
-@cache
-def told(who=(0, 1, 2), **inputs):
-    """A shared story: (name, value) pairs of the node's inputs."""
-    return pictures(story(MODEL, **inputs), who)
 
 
 # nothing is exactly nothing --------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from networks import build_model, random_model
+from networks import build_model
+from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import (
     MOMENTS,
     SIZE,
@@ -36,20 +37,7 @@ from studio import (
 from kindred.models.injection import REPEATS, SUBJECT
 from kindred.models.reference import Half, ReferenceBank
 
-MODEL = random_model("tiny")
-TIGHT, FELT = 1e-4, 1e-2
 LAW = pytest.mark.parametrize
-SHARING = {"feature_injection": 0.0}
-
-
-@cache
-def plain(who=(0, 1, 2), **how):
-    return pictures(MODEL, who, **how)
-
-
-@cache
-def told(who=(0, 1, 2), **inputs):
-    return pictures(story(MODEL, **inputs), who)
 
 
 # ControlNet and LoRA ---------------------------------------------------------------------------------------------------------

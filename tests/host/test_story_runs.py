@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import gc
 import weakref
-from functools import cache
 
 import comfy.model_management
 import pytest
 import torch
-from networks import build_model, random_model
+from networks import build_model
+from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import (
     MOMENTS,
     SIZE,
@@ -33,21 +33,7 @@ from kindred.models.reference import Half, Halves
 from kindred.models.story import Story
 from kindred.nodes.host.stages import Stages
 
-MODEL = random_model("tiny")
-TIGHT, FELT = 1e-4, 1e-2  # float32 through a run, relative to the pictures' spread; an effect that cannot be rounding
 LAW = pytest.mark.parametrize
-SHARING = {"feature_injection": 0.0}  # one stage
-
-
-@cache
-def plain(who=(0, 1, 2), **how):
-    return pictures(MODEL, who, **how)
-
-
-@cache
-def told(who=(0, 1, 2), **inputs):
-    """A shared story: (name, value) pairs of the node's inputs."""
-    return pictures(story(MODEL, **inputs), who)
 
 
 # the anchor sampler ----------------------------------------------------------------------------------------------------------
