@@ -1,0 +1,1 @@
+"""What `dev.py evaluate` is made of: judges, measurements and tables."""
