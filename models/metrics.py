@@ -1,8 +1,11 @@
-"""Numbers that compare pictures."""
+"""Numbers that compare pictures, and what is said of many of them."""
 
 from __future__ import annotations
 
-from math import inf, log10
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, isnan, log10, nan, sqrt
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -56,3 +59,83 @@ def mean_with_others(similarity: Tensor) -> Tensor:
 def mean_of_pairs(similarity: Tensor) -> float:
     """Consistency: the mean similarity of all pairs of different pictures, from a symmetric table [b b] (paper B, section 5.3)."""
     return float(mean_with_others(similarity).mean())
+
+
+def paired_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines of each row of a [n c] with the same row of b [n c] -> float64 [n], in -1..1: of pictures and their own texts the CLIP score.
+
+    Raw ones: CLIPScore's factor of 2.5 and its cut at 0 are left out, since the 0.21 to 0.38 of paper A's tables can only be read so
+    (method.md 2.5). Raises ValueError where the shapes differ, and for a row without a direction.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"Paired cosines: needs two tables of one shape; got {list(a.shape)} and {list(b.shape)}.")
+    return cosine_similarity(a, b).diagonal()
+
+
+# faces -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FaceIdentity:
+    """How near the face of each of b pictures is to the faces of photos; a picture's numbers are means over the photos with a face.
+
+    cosine in -1..1, distance in 0..2 (of vectors of unit length), closeness = 2 - distance: the paper's table gives one number that is
+    higher for better, and cosine and closeness are what it may be (method.md 2.5). All three are NaN where a face is missing, in the
+    picture or in every photo; found says which pictures have one, and its mean, the detection rate, belongs beside them.
+    """
+
+    cosine: tuple[float, ...]
+    distance: tuple[float, ...]
+    found: tuple[bool, ...]
+
+    @property
+    def closeness(self) -> tuple[float, ...]:
+        return tuple(2 - d for d in self.distance)
+
+
+def face_distance(cosine: Tensor) -> Tensor:
+    """Cosines in -1..1 -> the Euclidean distance of two vectors of unit length that have it, sqrt(2 - 2 cos), in 0..2."""
+    return (2 - 2 * cosine).clamp(min=0).sqrt()
+
+
+def face_identity(pictures: Sequence[Tensor | None], photos: Sequence[Tensor | None]) -> FaceIdentity:
+    """Embeddings [c] of the face in every picture and every photo, of any length; None where no face was found.
+
+    Raises ValueError where those of pictures and of photos differ in width, and for an embedding that is zero or not finite.
+    """
+    shown, known = ([face for face in faces if face is not None] for faces in (pictures, photos))
+    values = iter(())
+    if shown and known:
+        cosines = cosine_similarity(torch.stack(shown), torch.stack(known))
+        values = iter(zip(cosines.mean(1).tolist(), face_distance(cosines).mean(1).tolist()))
+    pairs = [(nan, nan) if face is None else next(values, (nan, nan)) for face in pictures]
+    return FaceIdentity(tuple(c for c, _ in pairs), tuple(d for _, d in pairs), tuple(face is not None for face in pictures))
+
+
+# what is said of many --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over units, its standard error (NaN below 2 of them), and their count (without any, the mean is NaN)."""
+
+    mean: float
+    error: float
+    count: int
+
+    @staticmethod
+    def over(groups: Iterable[Iterable[float]]) -> Mean:
+        """Each group is one unit's numbers, such as one identity's, and counts once: its pictures are no independent tries.
+
+        NaN is a number that could not be measured: it counts nowhere, and neither does a group of nothing else. The error is the
+        spread of the units' means (over n - 1), divided by sqrt(n).
+        """
+        known = [[value for value in group if not isnan(value)] for group in groups]
+        means = [fmean(group) for group in known if group]
+        n = len(means)
+        return Mean(fmean(means) if n else nan, stdev(means) / sqrt(n) if n > 1 else nan, n)
+
+
+def share_of_the_way(value: float, plain: float, ceiling: float) -> float:
+    """How far a score has come from the plain model's to the best there can be: 0 is plain, 1 the ceiling; NaN where those are one."""
+    return (value - plain) / (ceiling - plain) if ceiling != plain else nan

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..miniature.reader import Reading, load_reader, pairwise_similarity
 from ..miniature.world import CLASSES, SCENES
 from ..models.masks import resize_user_mask
-from ..models.metrics import cosine_similarity, mean_of_pairs, mean_with_others
+from ..models.metrics import cosine_similarity, mean_of_pairs, mean_with_others, paired_cosines
 from . import host
 from .drawing import Card, Line, as_image, as_pictures, comparison, score_card
 
@@ -102,8 +102,8 @@ def clip_scores(images: Sequence[Tensor], subjects: Sequence[Tensor], reference:
     if prompts and clip is not None:
         whole = own if subjects is images else host.picture_embeddings(vision, images, SCORE)
         lines = list(dict.fromkeys(prompts))
-        cosines = cosine_similarity(whole, host.text_embeddings(clip, own.shape[1], lines, SCORE))
-        texts = tuple(float(cosines[i, lines.index(line)]) for i, line in enumerate(prompts))
+        said = host.text_embeddings(clip, own.shape[1], lines, SCORE)
+        texts = tuple(paired_cosines(whole, said[[lines.index(line) for line in prompts]]).tolist())
     return Scores(host.tower_title(vision) + ("" if subjects is images else ", subjects cut out by their masks"),
                   cosine_similarity(own, own), known, texts, "no CLIP wired" if prompts else "no prompts", ("",) * len(own), CLIP_SCALE)
 

@@ -42,22 +42,27 @@ def picture_embeddings(vision: Any, images: Sequence[Tensor], node: str) -> Tens
     return torch.cat(rows)
 
 
+def text_towers(clip: Any) -> dict[int, tuple[str, SDClipModel]]:
+    """The text encoders of a CLIP that reach a space shared with pictures: by that space's width, an encoder's name and itself."""
+    found: dict[int, tuple[str, SDClipModel]] = {}
+    for name, part in clip.cond_stage_model.named_children():
+        if isinstance(part, SDClipModel) and hasattr(part.transformer, "text_projection"):
+            found.setdefault(part.transformer.text_projection.weight.shape[0], (name, part))
+    return found
+
+
 def text_embeddings(clip: Any, width: int, texts: Sequence[str], node: str) -> Tensor:
     """Texts -> float64 [b width]: projected vectors of that text encoder of a CLIP (SDXL has two) whose width fits the pictures'.
 
     Of a long text the first 77 tokens count, as in CLIP. ValueError where no encoder fits, or its projection was never loaded
     (checkpoints of SD1.5 leave it out).
     """
-    model = clip.cond_stage_model
-    towers = {name: part for name, part in model.named_children()
-              if isinstance(part, SDClipModel) and hasattr(part.transformer, "text_projection")}
-    widths = {name: part.transformer.text_projection.weight.shape[0] for name, part in towers.items()}
-    fitting = next((name for name, w in widths.items() if w == width), None)
-    if fitting is None:
+    model, towers = clip.cond_stage_model, text_towers(clip)
+    if width not in towers:
         raise ValueError(f"{node}: the CLIP Vision gives pictures as {width} numbers, but the CLIP wired gives texts as "
-                         f"{' or '.join(map(str, widths.values())) or 'no vector at all'}. The two must be halves of one CLIP: 768 is "
+                         f"{' or '.join(map(str, towers)) or 'no vector at all'}. The two must be halves of one CLIP: 768 is "
                          "ViT-L (clip_l, Load CLIP), 1024 ViT-H (SD2.x), 1280 ViT-bigG (SDXL). Or unwire clip.")
-    tower = towers[fitting]
+    name, tower = towers[width]
     weight = tower.transformer.text_projection.weight.detach().float()
     if not (weight.isfinite().all() and PROJECTION[0] < float(weight.std()) < PROJECTION[1]):
         raise ValueError(f"{node}: the CLIP wired holds no text projection (its spread is {float(weight.std()):.3g}; a trained one's lies "
@@ -71,7 +76,7 @@ def text_embeddings(clip: Any, width: int, texts: Sequence[str], node: str) -> T
             clip.load_model(tokens)
             tower.set_clip_options({"execution_device": device, "projected_pooled": True})
             with comfy.model_management.cuda_device_context(device):
-                rows.append(tower.encode_token_weights(tokens[fitting.removeprefix("clip_")])[1].double().cpu())
+                rows.append(tower.encode_token_weights(tokens[name.removeprefix("clip_")])[1].double().cpu())
     finally:
         model.reset_clip_options()
     return torch.cat(rows)
