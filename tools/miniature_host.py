@@ -15,6 +15,8 @@ CHECKPOINT, ENCODER = "kindred_miniature.safetensors", "kindred_miniature_concep
 class Studio:
     """The miniature in the host of this process, driven through the very nodes that a workflow runs."""
 
+    size = 128  # of its pictures
+
     def __init__(self, host: Path, steps: int, cfg: float) -> None:
         import torch
         self.torch, self.nodes, self.steps, self.cfg = torch, boot(host), steps, cfg
@@ -32,8 +34,9 @@ class Studio:
         return self.run("KindredConceptEncoderLoad", file=ENCODER)[0]
 
     def encode(self, image: Any) -> dict[str, Any]:
+        """IMAGE -> LATENT."""
         with self.torch.inference_mode():
-            return {"samples": self.vae.encode(self.picture(image))}
+            return {"samples": self.vae.encode(image)}
 
     def picture(self, image: Any) -> Any:
         """uint8 [y x 3] -> IMAGE."""

@@ -1,0 +1,321 @@
+"""Laws of the evaluation: rows, the journal, processes that share the work, tables worked by hand, and which jobs there are."""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import operator
+import os
+import signal
+import time
+from functools import partial
+from io import StringIO
+
+import pytest
+from evaluate import chosen, fill, jobs_of, measure, parse, strip
+from evaluation import workers
+from evaluation.catalogue import DEFAULT, PLAIN, TABLES
+from evaluation.ground import BOUNDS, SHOWN, Job, Setting
+from evaluation.journal import Journal, fingerprint
+from evaluation.report import family
+from evaluation.rows import INPUTS, Row
+from evaluation.tables import MINIATURE, Filled, Table
+from evaluation.workers import WorkerError, one_thread, pooled, stoppable
+from hypothesis import given
+from hypothesis import strategies as st
+
+# rows ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_ones_own():
+    row = Row.parse("story", "mine: weight=2, blocks=output 3-5, middle 0, align_keys=false, anchors=3, mask=none, cfg=6")
+    assert dict(row.inputs) == {"weight": 2.0, "blocks": "output 3-5, middle 0", "align_keys": False, "anchors": 3, "mask": "none",
+                                "cfg": 6.0}
+    assert type(row.get("anchors", 0)) is int and row.of(("weight", "anchors")) == {"weight": 2.0, "anchors": 3}
+    assert Row.parse("story", "as it comes") == Row.parse("story", "as it comes:") == Row("as it comes")
+    assert Row.parse("story", "a: weight=1, anchors=2").inputs == Row.parse("story", "b: anchors=2, weight=1.0").inputs
+
+
+def test_a_personalized_row_names_its_nodes():
+    row = Row.parse("personalize", "x: weight=2, concept.weight=1, mask_steps=5, mask=true, inverted=yes, self=on")
+    assert row.of(("weight", "mask_steps")) == {"weight": 2.0, "mask_steps": 5}
+    assert row.of({name for name in INPUTS["personalize"] if name.startswith("concept.")}, "concept.") == {"weight": 1.0}
+
+
+@pytest.mark.parametrize("task, text, said", [
+    ("story", "x: wieght=2", "'x' sets wieght; known are strength"),
+    ("story", "x: weight=much", "'x' sets weight to 'much', which is not a number"),
+    ("story", "x: anchors=2.5", "anchors to '2.5', which is not a whole number"),
+    ("story", "x: align_keys=perhaps", "align_keys to 'perhaps', .*true or false"),
+    ("story", "x: mask=true", "mask to 'true'; it is one of word, none"),
+    ("personalize", "x: self=no", "self to 'no'; it is one of on, off"),
+    ("story", "x: weight", "'weight' without a value"), ("story", "x: dropout=, weight=1", "dropout to ''"),
+    ("story", "x: weight=1, dropout", "weight to '1, dropout'"), ("story", ": weight=1", "needs a name"),
+    ("personalize", "x: dropout=1", "sets dropout; known are")])
+def test_a_wrong_row_names_its_input(task, text, said):
+    with pytest.raises(SystemExit, match=said):
+        Row.parse(task, text)
+
+
+def test_every_table_begins_with_plain_and_names_its_rows_once():
+    for table in TABLES.values():
+        assert table.rows[0] == PLAIN[table.task], table.name
+        assert len({row.name for row in table.rows}) == len(table.rows) == len({row.inputs for row in table.rows}), table.name
+
+
+# the journal -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "new folder" / "journal.jsonl"
+    Journal(path).add({"case": 1, "inputs": {"a": 1, "b": 2}}, {"identity": [0.5, math.nan]})
+    Journal(path).add({"case": 2}, {"identity": [0.25]})
+    with path.open("a") as file:
+        file.write('{"of": {"case": 3}, "val')  # a kill in the middle of a line
+    again = Journal(path)
+    assert again.get({"inputs": {"b": 2, "a": 1}, "case": 1})["identity"][0] == 0.5 and again.get({"case": 3}) is None
+    again.add({"case": 3}, {"identity": [1.0]})
+    assert [Journal(path).get({"case": n})["identity"] for n in (2, 3)] == [[0.25], [1.0]]
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("line", ["no json", "[]", '{"of": 1}', "{}"])
+def test_a_file_that_is_no_journal_is_named_and_left_alone(tmp_path, line):
+    path = tmp_path / "journal.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(SystemExit, match="line 1 of .*journal.jsonl is no measurement"):
+        Journal(path)
+    assert path.read_text() == line + "\n"
+
+
+def test_what_decides_a_number_decides_the_key():
+    setting, job = Setting("host", 50, 4.0, "abc"), Job("story", Row("a", (("weight", 1.0),)), 3, 0)
+    same = [Job("story", Row("other name", (("weight", 1.0),)), 3, 0), Job("story", job.row, 3, 0, "somewhere.png")]
+    assert all(setting.of(other) == setting.of(job) for other in same)
+    others = [setting.of(Job("story", Row("a", (("weight", 2.0),)), 3, 0)), setting.of(Job("story", job.row, 4, 0)),
+              setting.of(Job("story", job.row, 3, 1)), setting.of(Job("personalize", job.row, 3, 0)),
+              setting.of(Job("story", BOUNDS, 3, 0)),
+              Setting("host", 25, 4.0, "abc").of(job), Setting("host", 50, 5.0, "abc").of(job), Setting("host", 50, 4.0, "abd").of(job)]
+    assert len({Journal.key(of) for of in [*others, setting.of(job)]}) == len(others) + 1
+    assert fingerprint() == fingerprint() and len(fingerprint()) == 12
+
+
+# processes -------------------------------------------------------------------------------------------------------------------
+
+
+TWICE = partial(partial, operator.mul, 2)  # what a process makes: a function that doubles
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_job_is_done_once_by_any_number_of_processes(processes):
+    assert sorted(pooled(range(7), TWICE, processes)) == [(n, 2 * n) for n in range(7)]
+    assert list(pooled([], TWICE, processes)) == []
+
+
+def test_a_failure_in_a_process_is_told_with_its_job():
+    with pytest.raises(WorkerError, match="(?s)^0:.*ZeroDivisionError"):
+        list(pooled([1, 0], partial(partial, operator.truediv, 1), 2))
+
+
+def test_a_process_that_dies_is_told_with_its_job():
+    with pytest.raises(WorkerError, match="ended with code 9 at 9"):
+        list(pooled([9, 9], partial(partial, os._exit), 2))
+
+
+def test_leaving_early_ends_the_processes():
+    found = pooled([0.0, 60.0, 60.0], partial(partial, time.sleep), 2)
+    next(found)
+    started = time.monotonic()
+    found.close()
+    assert time.monotonic() - started < 30 and not workers.multiprocessing.active_children()
+
+
+def test_children_have_one_thread_and_we_keep_ours(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    with one_thread():
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("1", "1")
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "MKL_NUM_THREADS" not in os.environ
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_heard_once(handlers, first):
+    """dev.py sends SIGTERM right after a Ctrl-C: while the tables are being made that must not end the process."""
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        os.kill(os.getpid(), first)
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_ends_gives_the_signals_back(handlers):
+    with stoppable():
+        assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+# tables ----------------------------------------------------------------------------------------------------------------------
+
+
+def values(identity, scene=(1.0, 1.0), kind=(1.0, 1.0), seconds=2.0):
+    return {"identity": identity, "scene": list(scene), "class": list(kind), "seconds": seconds, "unet_calls": 50}
+
+
+def by_hand() -> Filled:
+    table = Table("t", "By hand", "personalize", (Row("plain", (("self", "off"),)), Row("made")), 2)
+    found = {"plain": {0: [values([0.1, 0.2])], 1: [values([0.3, 0.2])]},
+             "made": {0: [values([0.5, 0.7], scene=(1.0, 0.0), kind=(0.0, 1.0))], 1: [values([0.8, 0.8], seconds=4.0)]}}
+    return Filled(table, MINIATURE["personalize"], found, 0.1, 1.0)
+
+
+def test_a_table_by_hand():
+    filled = by_hand()
+    lines = filled.markdown().splitlines()
+    assert lines[0] == "**By hand**: 2 identities, 1 seed; floor 0.100, ceiling 1.000"
+    assert lines[2] == "| | identity | s.e. | of the way | scene right | class right |"
+    assert lines[4:] == ["| plain | 0.200 | 0.050 | 0.00 | 1.00 | 1.00 |", "| made | 0.700 | 0.100 | 0.62 | 0.75 | 0.75 |"]
+    assert filled.scores["made"]["text"].mean == 0.5  # no picture of the first identity has both right
+    figures = filled.figures()
+    assert figures["identity.plain"] == pytest.approx(0.2) and figures["identity.made"] == pytest.approx(0.7)
+    assert figures["identity.floor"] == 0.1 and figures["identity.ceiling"] == 1.0 and figures["count.identities"] == 2
+    assert figures["scene_accuracy.made"] == 0.75 and figures["seconds.made"] == 3.0
+    assert figures["error.identity.made"] == pytest.approx(0.1)
+    assert filled.way("made") == pytest.approx(0.5 / 0.8)
+
+
+def test_csv_holds_every_number():
+    plain, made = csv.DictReader(StringIO(by_hand().csv()))
+    assert plain["inputs"] == "self=off" and float(made["identity"]) == pytest.approx(0.7) and float(made["text"]) == 0.5
+    assert float(made["of_the_way"]) == pytest.approx(0.625) and made["identity_count"] == "2"
+
+
+def test_what_was_not_measured_is_absent():
+    table = Table("t", "One set", "story", (Row("plain", (("node", "off"),)), Row("story")), 2)
+    told = {"consistency": 0.4, "scene": [1.0] * 4, "class": [1.0] * 4, "layout_spread": math.nan, "seconds": 1.0, "unet_calls": 88}
+    filled = Filled(table, MINIATURE["story"], {"story": {0: [told]}})
+    figures = filled.figures()
+    assert "consistency.floor" not in figures and "layout_spread.story" not in figures and "error.consistency.story" not in figures
+    assert figures["unet_calls.story"] == 88 and "| story | 0.400 | nan | nan | 1.00 | 1.00 | nan | 88 |" in filled.markdown()
+
+
+def test_layouts_are_told_as_a_multiple_of_the_plain_ones():
+    table = Table("t", "Two sets", "story", (Row("plain", (("node", "off"),)), Row("story")), 2)
+    def told(spread, consistency):
+        return {"consistency": consistency, "scene": [1.0], "class": [1.0], "layout_spread": spread, "seconds": 1.0, "unet_calls": 50}
+    found = {"plain": {0: [told(0.1, 0.2)], 1: [told(0.3, 0.2)]}, "story": {0: [told(0.1, 0.6)], 1: [told(0.2, 0.6)]}}
+    assert "| story | 0.600 | 0.000 | 0.67 | 1.00 | 1.00 | 0.75 | 50 |" in Filled(table, MINIATURE["story"], found, 0.1, 0.8).markdown()
+
+
+@pytest.mark.parametrize("name, line, at", [
+    ("W_S 2", "W_S", 2.0), ("W_S 0.25, no mask", "W_S, no mask", 0.25), ("dropout 0", "dropout", 0.0), ("full", "full", None),
+    ("output_blend", "output_blend", None), ("two 2 things 3", "two 2 things", 3.0)])
+def test_rows_that_differ_by_a_number_stand_on_one_line(name, line, at):
+    assert family(name) == (line, at)
+
+
+# a run -----------------------------------------------------------------------------------------------------------------------
+
+
+def asked(tmp_path, *words):
+    return parse([*words, "--host", "nowhere", "--out", str(tmp_path)])
+
+
+def test_without_arguments_it_measures_the_papers_tables(tmp_path):
+    assert [table.name for table in chosen(asked(tmp_path))] == list(DEFAULT)
+    assert {table.task for table in chosen(asked(tmp_path, "--task", "story"))} == {"story"}
+    tables = chosen(asked(tmp_path, "--table", "table_2", "--count", "3", "--first", "7"))
+    assert [(t.name, t.count, t.first) for t in tables] == [("table_2", 3, 7)]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--variant", "x: weight=1"], "--variant needs --task"),
+    (["--task", "story", "--variant", "a: weight=1", "--variant", "a: weight=2"], "two rows are called a"),
+    (["--task", "story", "--variant", "plain: weight=1"], "two rows are called plain")])
+def test_words_that_do_not_fit_together(tmp_path, words, said):
+    with pytest.raises(SystemExit, match=said):
+        chosen(asked(tmp_path, *words))
+
+
+@pytest.mark.parametrize("words", [["--count", "1"], ["--seeds", "0"], ["--steps", "0"], ["--processes", "0"], ["--first", "-1"]])
+def test_numbers_that_make_no_run(tmp_path, words, capsys):
+    with pytest.raises(SystemExit):
+        asked(tmp_path, *words)
+    assert f"{words[0]} is {words[1]}, but takes" in capsys.readouterr().err
+
+
+@given(st.integers(2, 5), st.integers(1, 3), st.sets(st.sampled_from(sorted(TABLES)), min_size=1))
+def test_every_measurement_is_one_job(count, seeds, names):
+    from pathlib import Path
+    tables = [Table(t.name, t.title, t.task, t.rows, count, 4) for t in (TABLES[name] for name in names)]
+    jobs, setting = list(jobs_of(tables, seeds, Path("p"))), Setting("host", 50, 4.0, "")
+    keys = [Journal.key(setting.of(job)) for job in jobs]
+    assert len(set(keys)) == len(keys)
+    wanted = {Journal.key(setting.of(Job(t.task, row, case, seed))) for t in tables for row in (*t.rows, BOUNDS)
+              for case in range(4, 4 + count) for seed in range(seeds)}
+    assert set(keys) == wanted
+    for task in ("personalize", "story"):  # a case is not met again once it is left
+        met = [job.case for job in jobs if job.task == task]
+        assert met == sorted(met)
+    assert {job.case for job in jobs if job.pictures} == set(range(4, 4 + min(SHOWN, count)))
+
+
+def test_pictures_of_different_rows_have_different_names():
+    rows = [(t.task, row) for t in TABLES.values() for row in t.rows]
+    from pathlib import Path
+    assert len({strip(Path(), task, row, 0) for task, row in rows}) == len({(task, row.inputs) for task, row in rows})
+
+
+class Pretended:
+    """A ground that knows the answer at once, and is stopped by its third job if it is told so."""
+    done: list[Job] = []
+    stop_at = 99
+
+    def __init__(self, setting) -> None:
+        pass
+
+    def __call__(self, job):
+        if len(self.done) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        self.done.append(job)
+        return {"ceiling": 1.0, "floor": 0.0} if job.row == BOUNDS else values([job.case / 10] * 2)
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, handlers):
+    import evaluate
+    monkeypatch.setattr(evaluate, "Miniature", Pretended)
+    monkeypatch.setattr(Pretended, "done", [])
+    monkeypatch.setattr(Pretended, "stop_at", 3)
+    words = asked(tmp_path, "--table", "table_2", "--count", "2", "--processes", "1")
+    tables, setting, journal = chosen(words), Setting("nowhere", 50, 4.0, "x"), Journal(tmp_path / "journal.jsonl")
+    assert not measure(words, tables, journal, setting) and len(Pretended.done) == 3
+    partly, = fill(tables, 1, journal, setting)
+    assert list(partly.found) == ["plain", "cross"] and partly.ceiling == 1.0
+    monkeypatch.setattr(Pretended, "stop_at", 99)
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert measure(words, tables, journal, setting) and len(Pretended.done) == 10
+    whole, = fill(tables, 1, journal, setting)
+    assert {len(seeds) for seeds in whole.found.values()} == {2} and whole.scores["full"]["identity"].mean == pytest.approx(0.05)
+    assert measure(words, tables, Journal(tmp_path / "journal.jsonl"), setting) and len(Pretended.done) == 10
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 10
+    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["of"]["task"] == "personalize"
+
+
+def test_a_sheet_has_a_column_per_row_and_the_photo_first():
+    from evaluation.sheets import CELL, GAP, HEAD, cut, sheet
+    from PIL import Image
+    strip = Image.new("RGB", (256, 128), "red")
+    strip.paste("blue", (128, 0, 256, 128))
+    photo, (left, right) = Image.new("RGB", (128, 128), "green"), cut(strip)
+    page = sheet(["photo", "a row with a long name"], [[[photo], [left, right]], [[photo], [right, left]]])
+    def seen(column, line, case):
+        return page.getpixel((GAP + column * (CELL + GAP) + 9, HEAD + (2 * case + line) * (CELL + GAP) + case * GAP + 9))
+    red, blue, green, white = (255, 0, 0), (0, 0, 255), (0, 128, 0), (255, 255, 255)
+    assert [seen(c, n, case) for case in (0, 1) for c in (0, 1) for n in (0, 1)] == [green, white, red, blue, green, white, blue, red]

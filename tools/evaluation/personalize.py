@@ -1,0 +1,132 @@
+"""Paper A: a subject known from one photo, asked for elsewhere. On the miniature the subjects are held-out identities."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .rows import CAPTURE, CONCEPT, INJECT, Row
+
+if TYPE_CHECKING:
+    from miniature_host import Studio
+
+APART = 1_000_003  # between the noise of two seeds, so that no case meets another's
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom a photo shows, what is asked for, and how the pictures are judged."""
+    photo: Any  # IMAGE [1 y x 3]
+    word: str
+    coarse: str  # prompt of the photo
+    prompts: tuple[str, ...]
+    judge: Callable[[Any], dict[str, Any]]  # pictures [b y x 3] -> values
+    mask: Any = None  # the true one [y x], where it is known
+
+
+class Personalize:
+    """Measures rows on subjects, in the order they come; what a subject needs is made once, as long as subjects do not alternate."""
+
+    def __init__(self, studio: Studio, subjects: Callable[[int], Subject]) -> None:
+        self.studio, self.subjects = studio, subjects
+        self.last: tuple[int, Subject] | None = None
+        self.banks: dict[tuple[Any, ...], tuple[Any, float]] = {}  # references by how they are read, and the seconds it took
+
+    def subject(self, number: int) -> Subject:
+        if self.last is None or self.last[0] != number:
+            self.last, self.banks = (number, self.subjects(number)), {}
+        return self.last[1]
+
+    def measure(self, row: Row, number: int, seed: int) -> tuple[dict[str, Any], Any]:
+        """Values, per picture where they are of pictures, and the pictures [b y x 3]."""
+        subject, studio = self.subject(number), self.studio
+        model, told = self.injected(row, subject)
+        lines, start = studio.prompts(subject.prompts, subject.word), time.monotonic()
+        with studio.counted() as calls:
+            images = studio.sample(model, lines, len(subject.prompts), number + APART * seed, row.get("cfg", None))
+        seconds = (time.monotonic() - start) / len(images)
+        return told | subject.judge(images) | {"seconds": seconds, "unet_calls": len(calls)}, images
+
+    def injected(self, row: Row, subject: Subject) -> tuple[Any, dict[str, Any]]:
+        """The model with what the row injects, and what is known of the reference."""
+        studio, model, told = self.studio, self.studio.model, {}
+        if row.get("self", "on") == "on":
+            bank, told["seconds_reference"] = self.reference(row, subject)
+            if row.get("mask", "word") == "word" and subject.mask is not None:
+                told["mask_iou"] = overlap(bank, subject.mask)
+            model = studio.run("KindredMaskedSelfAttnInject", model=model, reference=bank, **row.of(INJECT))[0]
+        if concept := row.of(CONCEPT, "concept."):
+            model = studio.run("KindredCrossAttnDetailInject", model=model, concept_encoder=studio.encoder,
+                               image=subject.photo, **concept)[0]
+        return model, told
+
+    def reference(self, row: Row, subject: Subject) -> tuple[Any, float]:
+        """The photo as this row reads it (a negative too, where a row wants its half), and the seconds that it took."""
+        both, inverted, mask = row.get("halves", "") == "both", row.get("inverted", "no") == "yes", row.get("mask", "word")
+        key = (tuple(sorted(row.of(CAPTURE).items())), both, inverted, mask)
+        if key not in self.banks:
+            studio, start = self.studio, time.monotonic()
+            latent, coarse = studio.encode(subject.photo), studio.prompts([subject.coarse], subject.word)
+            shared = {"model": studio.model, "positive": coarse, "steps": studio.steps, "scheduler": "ddim_uniform"}
+            inputs: dict[str, Any] = {"negative": studio.empty()} if both else {}
+            if inverted:
+                inputs["inversion"] = studio.run("KindredDDIMInvert", latent=latent, check=False, **shared)[0]
+            else:
+                inputs["latent"] = latent
+            if mask != "word":
+                true = subject.mask if mask == "true" else subject.mask | True
+                inputs["mask"] = studio.torch.from_numpy(true).float()[None]
+            bank = studio.run("KindredRefUNetCapture", **shared, **inputs, **row.of(CAPTURE))[0]
+            self.banks[key] = bank, time.monotonic() - start
+        return self.banks[key]
+
+
+# the miniature's subjects ----------------------------------------------------------------------------------------------------
+
+
+class Identities:
+    """Held-out identities in one scene each, asked for in two others; the attribute reader judges."""
+
+    def __init__(self, studio: Studio) -> None:
+        from kindred.miniature.reader import load_reader
+        self.studio, self.reader = studio, load_reader()
+
+    def __call__(self, number: int) -> Subject:
+        from kindred.miniature.world import CLASSES, SCENES, held_out_identity, prompt, render
+        identity, kind = held_out_identity(number), CLASSES[number % len(CLASSES)]
+        photographed, *asked = (SCENES[(number + k) % len(SCENES)] for k in (0, 3, 6))
+        photo = render(identity, kind, photographed, 5000 + number)
+
+        def judge(images: Any) -> dict[str, Any]:
+            reading = self.reader.read(images)
+            return judged(reading, identity) | {
+                "scene": [float(read == scene) for read, scene in zip(reading.names("scene"), asked, strict=True)],
+                "class": [float(read == kind) for read in reading.names("class")]}
+        prompts = tuple(prompt(kind, scene) for scene in asked)
+        return Subject(self.studio.picture(photo.image), kind, prompt(kind), prompts, judge, photo.mask)
+
+    def bounds(self, number: int) -> tuple[dict[str, Any], Any]:
+        """What the judge gives a rendering of this identity in another scene and pose, and what it gives the next identity's; the photo."""
+        from kindred.miniature.world import CLASSES, SCENES, held_out_identity, render
+        one, other = held_out_identity(number), held_out_identity(number + 1)
+        shown = render(one, CLASSES[number % len(CLASSES)], SCENES[number % len(SCENES)], 7919 + number)
+        reading = self.reader.read(self.studio.autoencode(self.studio.picture(shown.image)))
+        found = judged(reading, one)
+        return {"ceiling": found.pop("identity")[0], "floor": judged(reading, other)["identity"][0]} | found, self(number).photo
+
+
+def judged(reading: Any, identity: Any) -> dict[str, list[float]]:
+    """Identity similarity of every picture, and the parts that it is the weighted mean of."""
+    from kindred.miniature.reader import SHARES, similarity_parts
+    parts = [similarity_parts(reading, identity, i) for i in range(len(reading))]
+    return {"identity": [sum(SHARES[name] * part[name] for name in SHARES) for part in parts]} | {
+        name: [part[name] for part in parts] for name in SHARES}
+
+
+def overlap(bank: Any, mask: Any) -> float:
+    """IoU of the found mask with the renderer's, at the latent's grid."""
+    import torch
+    from kindred.models.masks import iou, resize_user_mask
+    grid = tuple(bank.trajectory.latents.shape[-2:])
+    return float(iou(bank.masks[grid], resize_user_mask(torch.from_numpy(mask).float()[None], grid)))

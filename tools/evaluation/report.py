@@ -1,0 +1,80 @@
+"""The folder of an evaluation: tables as markdown and CSV, figures as JSON, plots, and sheets of the first pictures."""
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .plots import Axis, Point, curves, front
+from .tables import Filled
+
+TEXT = Axis("pictures with scene and class as asked")
+
+
+def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]]) -> list[Path]:
+    """Everything into `folder`; returns what was written. `pictures`: the sheet of a table by its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
+
+    def put(name: str, text: str) -> None:
+        made.append(folder / name)
+        made[-1].write_text(text, "utf-8")
+    parts = []
+    for one in filled:
+        name = one.table.name
+        put(f"{name}.csv", one.csv())
+        drawn = plots(folder, one)
+        if name in pictures:
+            drawn.append(folder / f"{name}_pictures.jpg")
+            pictures[name].save(drawn[-1], quality=90)
+        made += drawn
+        parts += [f"## {one.table.title}", one.markdown(), *(f"![{path.stem}]({path.name})" for path in drawn)]
+    put("report.json", json.dumps(dict(report), indent=2) + "\n")
+    put("report.md", "\n\n".join(["# Evaluation", f"`{report['command']}`, version {report['version']}, code {report['code']}", *parts,
+                                  "## What a picture took", time_table(filled)]) + "\n")
+    return made
+
+
+def time_table(filled: Sequence[Filled]) -> str:
+    """Seconds per picture: the one thing that another run measures otherwise."""
+    lines = ["| table | row | seconds per picture |", "|---|---|---:|"]
+    lines += [f"| {one.table.name} | {row} | {scores['seconds'].mean:.1f} |" for one in filled for row, scores in one.scores.items()]
+    return "\n".join(lines)
+
+
+def plots(folder: Path, one: Filled) -> list[Path]:
+    """Identity against text, a point per row; and a curve over the weight where rows are named "W 0.5"."""
+    key = one.ground.identity
+    title = next(column.title for column in one.ground.columns if column.key == key)
+    series: dict[str, list[Point]] = {}
+    lines: dict[str, list[Point]] = {}
+    for row in one.table.rows:
+        if row.name not in one.scores:
+            continue
+        text, identity = one.scores[row.name]["text"], one.scores[row.name][key]
+        line, weight = family(row.name)
+        series.setdefault(line, []).append(Point(row.name, text.mean, identity.mean, known(text.error), known(identity.error)))
+        if weight is not None:
+            for what, score in ((title, identity), ("as asked", text)):
+                lines.setdefault(f"{line}: {what}", []).append(Point(row.name, weight, score.mean, 0.0, known(score.error)))
+    made = [folder / f"{one.table.name}_front.png"]
+    height = Axis(title, *(None if math.isnan(bound) else bound for bound in (one.floor, one.ceiling)))
+    front(made[0], one.table.title, series, TEXT, height)
+    if any(len(points) > 1 for points in lines.values()):
+        made.append(folder / f"{one.table.name}_curves.png")
+        positive = all(point.x > 0 for points in lines.values() for point in points)
+        curves(made[1], one.table.title, lines, Axis("weight" if positive else "dropout"), Axis(f"{title}, and share as asked"), positive)
+    return made
+
+
+def known(error: float) -> float:
+    return 0.0 if math.isnan(error) else error
+
+
+def family(name: str) -> tuple[str, float | None]:
+    """ "W_S 2, no mask" -> ("W_S, no mask", 2.0): the line that a row stands on, and where."""
+    found = re.search(r" (\d+(?:\.\d+)?)(?=,|$)", name)
+    return (name.replace(found[0], "", 1), float(found[1])) if found else (name, None)

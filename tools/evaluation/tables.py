@@ -1,0 +1,151 @@
+"""Tables from measurements: means and standard errors over identities or sets, beside the floor and the ceiling."""
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from .rows import Row
+
+if TYPE_CHECKING:
+    from kindred.models.metrics import Mean
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measured quantity of a table."""
+    key: str  # of the values
+    title: str
+    figure: str = ""  # its name in the flat figures; none: not among them
+    digits: int = 2
+    error: bool = False  # show the standard error beside it
+    to_plain: bool = False  # show it as a multiple of the plain row's
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a task is measured by."""
+    task: str
+    columns: tuple[Column, ...]
+    identity: str  # the column that has a floor and a ceiling
+    text: tuple[str, ...]  # right where all of these are 1
+    unit: str  # what a case is, in the plural
+
+
+MINIATURE = {
+    "personalize": Ground("personalize", (
+        Column("identity", "identity", "identity", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
+        Column("class", "class right", "class_accuracy")), "identity", ("scene", "class"), "identities"),
+    "story": Ground("story", (
+        Column("consistency", "consistency", "consistency", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
+        Column("class", "class right", "class_accuracy"), Column("layout_spread", "layout spread", "layout_spread", to_plain=True),
+        Column("unet_calls", "UNet calls", digits=0)), "consistency", ("scene", "class"), "sets")}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that are compared, on which cases; the first row is the plain one."""
+    name: str
+    title: str
+    task: str
+    rows: tuple[Row, ...]
+    count: int
+    first: int = 0
+
+
+@dataclass
+class Filled:
+    """A table with what was measured so far."""
+    table: Table
+    ground: Ground
+    found: dict[str, dict[int, list[Values]]]  # by row and case: a measurement per seed
+    floor: float = math.nan
+    ceiling: float = math.nan
+    scores: dict[str, dict[str, Mean]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = {name: {column.key: self.score(name, column.key) for column in self.ground.columns}
+                       | {"text": self.text(name), "seconds": self.score(name, "seconds")} for name in self.found}
+
+    def score(self, row: str, key: str) -> Mean:
+        from kindred.models.metrics import Mean
+        return Mean.over([[v for values in seeds for v in listed(values.get(key, math.nan))] for seeds in self.found[row].values()])
+
+    def text(self, row: str) -> Mean:
+        """Pictures with everything as asked: the other axis of the front."""
+        from kindred.models.metrics import Mean
+        return Mean.over([[min(parts) for values in seeds for parts in zip(*(values[key] for key in self.ground.text), strict=True)]
+                           for seeds in self.found[row].values()])
+
+    @property
+    def plain(self) -> str:
+        return self.table.rows[0].name
+
+    def way(self, row: str) -> float:
+        """The share of the way from plain to the ceiling that a row goes; NaN where one of them is not known."""
+        from kindred.models.metrics import share_of_the_way
+        plain, value = (self.scores[name][self.ground.identity].mean if name in self.scores else math.nan for name in (self.plain, row))
+        return share_of_the_way(value, plain, self.ceiling)
+
+    def cells(self, row: str) -> Iterator[str]:
+        scores = self.scores[row]
+        for column in self.ground.columns:
+            mean = scores[column.key].mean
+            if column.to_plain:
+                mean /= (self.scores[self.plain][column.key].mean if self.plain in self.scores else 0) or math.nan
+            yield f"{mean:.{column.digits}f}"
+            if column.error:
+                yield f"{scores[column.key].error:.{column.digits}f}"
+            if column.key == self.ground.identity:
+                yield f"{self.way(row):.2f}"
+
+    def titles(self) -> Iterator[str]:
+        for column in self.ground.columns:
+            yield column.title
+            yield from ["s.e."] * column.error
+            if column.key == self.ground.identity:
+                yield "of the way"
+
+    def markdown(self) -> str:
+        """The table with a line above it that says what it is of."""
+        cases = max((len(seeds) for seeds in self.found.values()), default=0)
+        seeds = max((len(values) for seeds in self.found.values() for values in seeds.values()), default=0)
+        bounds = f"; floor {self.floor:.3f}, ceiling {self.ceiling:.3f}" if not math.isnan(self.ceiling) else ""
+        lines = [f"**{self.table.title}**: {cases} {self.ground.unit}, {seeds} seed{'s' * (seeds > 1)}{bounds}", "",
+                 "| | " + " | ".join(self.titles()) + " |", "|---|" + "---:|" * len(list(self.titles()))]
+        lines += [f"| {row.name} | {' | '.join(self.cells(row.name))} |" for row in self.table.rows if row.name in self.found]
+        return "\n".join(lines)
+
+    def csv(self) -> str:
+        """Every mean and standard error at full precision."""
+        out = StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        keys = [column.key for column in self.ground.columns] + ["text", "seconds"]
+        writer.writerow(["row", "inputs", "of_the_way", *(f"{key}{part}" for key in keys for part in ("", "_error", "_count"))])
+        for row in self.table.rows:
+            if row.name in self.found:
+                scores = [self.scores[row.name][key] for key in keys]
+                writer.writerow([row.name, " ".join(f"{name}={value}" for name, value in row.inputs), self.way(row.name),
+                                 *(number for s in scores for number in (s.mean, s.error, s.count))])
+        return out.getvalue()
+
+    def figures(self) -> dict[str, float]:
+        """Flat names and numbers; what could not be measured is absent."""
+        identity = next(column.figure for column in self.ground.columns if column.key == self.ground.identity)
+        made = {f"{identity}.floor": self.floor, f"{identity}.ceiling": self.ceiling,
+                f"count.{self.ground.unit}": max((len(seeds) for seeds in self.found.values()), default=0)}
+        for row, scores in self.scores.items():
+            made |= {f"{column.figure}.{row}": scores[column.key].mean for column in self.ground.columns if column.figure}
+            made |= {f"error.{identity}.{row}": scores[self.ground.identity].error, f"seconds.{row}": scores["seconds"].mean}
+            if "unet_calls" in scores:
+                made[f"unet_calls.{row}"] = scores["unet_calls"].mean
+        return {name: value for name, value in made.items() if not math.isnan(value)}
+
+
+def listed(value: float | Sequence[float]) -> Sequence[float]:
+    return [value] if isinstance(value, (int, float)) else value
