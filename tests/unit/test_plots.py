@@ -124,6 +124,8 @@ def test_one_point_is_a_picture(point):
         figure = draw("One", {"plain": [point]}, Axis("x"), Axis("y"))
         readable(figure)
         assert words(figure).count("plain") == 1, "named once: no key for what bears its own name"
+        bars = [path.get_extents() for bar in figure.axes[0].collections for path in bar.get_paths()]
+        assert any(np.allclose((bar.y0, bar.y1), (point.y - point.y_error, point.y + point.y_error)) for bar in bars), "with its error"
 
 
 def test_floor_and_ceiling_are_lines_where_they_are(sweeps):

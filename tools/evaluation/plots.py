@@ -329,6 +329,8 @@ def curves_figure(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y:
         style, across = look[name], [point.x for point in points]
         low, high = ([point.y + sign * error(point.y_error) for point in points] for sign in (-1, 1))
         made.axes.fill_between(across, low, high, color=style.colour, alpha=0.13, linewidth=0, zorder=2)
+        if len(points) == 1:  # a band of no width shows no error
+            made.axes.vlines(across, low, high, color=style.colour, linewidth=0.8, alpha=0.45, zorder=2)
         made.axes.plot(across, [point.y for point in points], color=style.colour, linewidth=1.4, marker=style.marker, markersize=6,
                        markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3, gid=name)
     return made.figure
