@@ -229,6 +229,12 @@ def test_a_lonely_label_lies_beside_its_point_and_none_where_none_fits():
     assert labels.placed(anchor, np.array([[2000.0, 26.0]]), room, no_lines) == [None]
 
 
+def test_a_label_covers_no_neighbour():
+    anchors, room = np.array([[500.0, 350.0], [560.0, 350.0], [440.0, 352.0]]), np.array([0.0, 0.0, 1000.0, 700.0])
+    found = np.stack(labels.placed(anchors, np.array([[80.0, 26.0]] * 3), room, np.zeros((0, 4))))
+    assert not labels.shared(found, np.concatenate([anchors - 9, anchors + 9], 1)).any(), "18 pixels of marker stay free"
+
+
 def test_a_label_keeps_clear_of_lines():
     anchor, room = np.array([[500.0, 350.0]]), np.array([0.0, 0.0, 1000.0, 700.0])
     box, = labels.placed(anchor, np.array([[80.0, 26.0]]), room, np.array([[500.0, 350.0, 1000.0, 350.0], [0.0, 350.0, 500.0, 350.0]]))
