@@ -17,18 +17,23 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from checkout import as_kindred, version
+from evaluation import real
 from evaluation.catalogue import DEFAULT, PLAIN, TABLES
 from evaluation.ground import BOUNDS, SHOWN, Job, Miniature, Setting
 from evaluation.journal import Journal, fingerprint
 from evaluation.rows import Row
-from evaluation.tables import MINIATURE, Filled, Table
+from evaluation.tables import MINIATURE, Filled, Ground, Table
 from evaluation.workers import WorkerError, pooled, stoppable
+
+
+LIKENESS = ("dino", "dino_consistency", "face_cosine")  # what stands for identity where CLIP does not judge
 
 
 def chosen(given: argparse.Namespace) -> list[Table]:
@@ -39,11 +44,18 @@ def chosen(given: argparse.Namespace) -> list[Table]:
         rows = (PLAIN[given.task], *(Row.parse(given.task, text) for text in given.variant))
         if twice := sorted({a.name for a, b in combinations(rows, 2) if a.name == b.name}):
             raise SystemExit(f"evaluate: two rows are called {', '.join(twice)}. Give each a name of its own.")
-        tables = [Table("own", "Rows of your own", given.task, rows, 12 if given.task == "personalize" else 6)]
+        known = real.tables(given.files, given.task)[0].count if given.files else 12 if given.task == "personalize" else 6
+        tables = [Table("own", "Rows of your own", given.task, rows, known)]
+        if given.files:
+            real.refuse(rows)
+    elif given.files:
+        tables = real.tables(given.files, given.task)
     else:
         names = given.table or [name for name in DEFAULT if given.task in ("all", TABLES[name].task)]
         tables = [TABLES[name] for name in names]
-    return [Table(t.name, t.title, t.task, t.rows, given.count or t.count, t.first if given.first is None else given.first) for t in tables]
+    if given.files:
+        return [replace(t, count=min(given.count or t.count, t.count)) for t in tables]
+    return [replace(t, count=given.count or t.count, first=t.first if given.first is None else given.first) for t in tables]
 
 
 def jobs_of(tables: Sequence[Table], seeds: int, pictures: Path) -> Iterator[Job]:
@@ -79,7 +91,7 @@ def measure(given: argparse.Namespace, tables: Sequence[Table], journal: Journal
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="row", dynamic_ncols=True, disable=not todo) as bar:
         try:
             with stoppable():
-                for job, values in pooled(todo, partial(Miniature, setting), min(given.processes, len(todo))):
+                for job, values in pooled(todo, partial(real.Real if given.files else Miniature, setting), min(given.processes, len(todo))):
                     journal.add(setting.of(job), values)
                     bar.set_postfix_str(str(job), refresh=False)
                     bar.update()
@@ -88,7 +100,15 @@ def measure(given: argparse.Namespace, tables: Sequence[Table], journal: Journal
     return True
 
 
-def fill(tables: Sequence[Table], seeds: int, journal: Journal, setting: Setting) -> list[Filled]:
+def measured(ground: Ground, found: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]) -> Ground:
+    """The columns that were measured: a judge may not have been given."""
+    keys = {key for row in found.values() for seeds in row.values() for values in seeds for key in values}
+    columns = tuple(column for column in ground.columns if column.key in keys)
+    return replace(ground, columns=columns, identity=next(key for key in (ground.identity, *LIKENESS) if key in keys))
+
+
+def fill(tables: Sequence[Table], seeds: int, journal: Journal, setting: Setting,
+         grounds: Mapping[str, Ground] = MINIATURE) -> list[Filled]:
     """The tables with what the journal has of them."""
     from evaluation.story import floor_of
     filled = []
@@ -105,7 +125,7 @@ def fill(tables: Sequence[Table], seeds: int, journal: Journal, setting: Setting
         bounds = {name: [values[name] for values in known if name in values] for name in ("floor", "ceiling")}
         readings = [values["reading"] for made in found.get(table.rows[0].name, {}).values() for values in made[:1] if "reading" in values]
         floor = floor_of(readings) if readings else mean(bounds["floor"])
-        filled.append(Filled(table, MINIATURE[table.task], found, floor, mean(bounds["ceiling"])))
+        filled.append(Filled(table, measured(grounds[table.task], found), found, floor, mean(bounds["ceiling"])))
     return filled
 
 
@@ -115,10 +135,11 @@ def mean(values: Sequence[float]) -> float:
 
 def tabulate(given: argparse.Namespace) -> int:
     """Measure, print the tables and write the folder -> exit code."""
-    tables, setting = chosen(given), Setting(given.host, given.steps, given.cfg, fingerprint())
+    tables, common = chosen(given), (given.host, given.steps, given.cfg, fingerprint())
+    setting = real.RealSetting(*common, given.files) if given.files else Setting(*common)
     journal = Journal(given.out / "journal.jsonl")
     whole = measure(given, tables, journal, setting)
-    filled = fill(tables, given.seeds, journal, setting)
+    filled = fill(tables, given.seeds, journal, setting, real.REAL if given.files else MINIATURE)
     figures: dict[str, float] = {}
     for one in filled:
         print(f"\n{one.markdown()}")
@@ -128,7 +149,8 @@ def tabulate(given: argparse.Namespace) -> int:
         from evaluation.sheets import sheets
         report = {"command": given.command, "version": version(), "code": setting.code, "seed": 0, "steps": given.steps, "cfg": given.cfg,
                   "figures": figures}
-        write(given.out, filled, report, sheets(filled, lambda task, row, case: strip(given.out / "pictures", task, row, case)))
+        pictures = sheets(filled, lambda task, row, case: strip(given.out / "pictures", task, row, case))
+        write(given.out, filled, report, pictures, {"table_2": real.PAPER_A} if given.files else {})
         if given.json:
             given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         print(f"\n{given.out / 'report.md'}")
@@ -160,19 +182,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, help="the first of them (default: the table's; defaults were chosen on 1000 and up)")
     parser.add_argument("--seeds", type=int, default=1, help="noises for each identity or set (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="that measure at once (default %(default)s)")
+    parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
+    parser.add_argument("--processes", type=int, help="that measure at once (default: the cores, 8 at most; 1 for a checkpoint)")
     parser.add_argument("--out", type=Path, default=Path("kindred-evaluation"), help="folder (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures into this file too")
     parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
+    own = parser.add_argument_group("a checkpoint of yours", "All of these are paths. Judges whose file is missing are left out.")
+    own.add_argument("--checkpoint", type=Path, help="SD1.5, SD2.x or SDXL")
+    own.add_argument("--prompts", type=Path, help="a line per prompt, {subject} for the word; for stories a blank line between sets")
+    own.add_argument("--references", type=Path, help="a folder of photos; one in a subfolder shows what the subfolder is called")
+    own.add_argument("--subject", default="", help="the word for the subject, such as cat or woman (no path)")
+    own.add_argument("--concept-encoder", type=Path, help="of this checkpoint; without it there is self-attention injection alone")
+    own.add_argument("--concept-vision", type=Path, help="the CLIP Vision that IP-Adapter full-face weights need")
+    own.add_argument("--clip-vision", type=Path, help="judges likeness to the photo: CLIP's picture tower, such as ViT-L/14's")
+    own.add_argument("--clip-text", type=Path, help="judges agreement with the prompt: the text half of the same CLIP, such as clip_l")
+    own.add_argument("--aesthetic", type=Path, help="judges quality: LAION's improved aesthetic head for ViT-L/14")
+    own.add_argument("--dino", type=Path, help="judges likeness: a DINOv2 that the host's Load CLIP Vision reads")
+    own.add_argument("--faces", type=Path, help="judges whose face it is: FaceNet's weights; needs pip install --no-deps facenet-pytorch")
+    own.add_argument("--size", type=int, default=0, help="pixels of a side (default: what the checkpoint was trained at)")
+    own.add_argument("--batch", type=int, default=4, help="pictures that are sampled at once (default %(default)s)")
     given = parser.parse_args(argv)
+    given.files = files_of(given, parser)
+    given.cfg = given.cfg if given.cfg is not None else 7.5 if given.files else 4.0
+    given.processes = given.processes if given.processes is not None else 1 if given.files else min(8, os.cpu_count() or 1)
     given.command = " ".join(["evaluate", *(sys.argv[1:] if argv is None else argv)])
-    for name, least in (("count", 2), ("seeds", 1), ("steps", 1), ("processes", 1), ("first", 0)):
+    for name, least in (("count", 1 if given.files else 2), ("batch", 1), ("seeds", 1), ("steps", 1), ("processes", 1), ("first", 0)):
         if (value := getattr(given, name)) is not None and value < least:
             parser.error(f"--{name} is {value}, but takes {least} at least"
                          + (": the floor compares every identity with another one" if name == "count" else ""))
     given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate"))
     return given
+
+
+def files_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> real.Files | None:
+    """What a run on the user's checkpoint reads; None for the miniature."""
+    names = [field.name for field in fields(real.Files)]
+    if not given.checkpoint:
+        if lonely := [name for name in names if getattr(given, name) and name != "batch"]:
+            parser.error(f"--{lonely[0].replace('_', '-')} needs a --checkpoint: the miniature has its own")
+        return None
+    if not given.prompts:
+        parser.error("--checkpoint needs --prompts, a file with a prompt on each line")
+    if given.table or given.task == "miniature":
+        parser.error(f"{'--table' if given.table else '--task miniature'} is the miniature's; take --variant for rows of your own")
+    return real.Files(**{name: getattr(given, name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ CHECKPOINT, ENCODER = "kindred_miniature.safetensors", "kindred_miniature_concep
 class Studio:
     """The miniature in the host of this process, driven through the very nodes that a workflow runs."""
 
-    size = 128  # of its pictures
+    size, batch = 128, 4  # of its pictures, and how many of one subject are sampled at once
 
     def __init__(self, host: Path, steps: int, cfg: float) -> None:
         import torch
@@ -59,7 +59,7 @@ class Studio:
 
     def sample(self, model: Any, positive: Any, count: int, seed: int, cfg: float | None = None) -> Any:
         """IMAGE [b y x 3] of `count` pictures from one latent batch."""
-        latent = {"samples": self.torch.zeros(count, 4, 16, 16)}
+        latent = {"samples": self.torch.zeros(count, self.model.model.latent_format.latent_channels, self.size // 8, self.size // 8)}
         cfg = self.cfg if cfg is None else cfg
         with self.torch.inference_mode():
             samples = self.nodes.common_ksampler(model, seed, self.steps, cfg, "euler", "ddim_uniform", positive, self.empty(),

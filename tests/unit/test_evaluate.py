@@ -202,7 +202,8 @@ def test_what_was_not_measured_is_absent():
     filled = Filled(table, MINIATURE["story"], {"story": {0: [told]}})
     figures = filled.figures()
     assert "consistency.floor" not in figures and "layout_spread.story" not in figures and "error.consistency.story" not in figures
-    assert figures["unet_calls.story"] == 88 and "| story | 0.400 | nan | nan | 1.00 | 1.00 | nan | 88 |" in filled.markdown()
+    assert figures["unet_calls.story"] == 88 and "| story | 0.400 | nan | 1.00 | 1.00 | nan | 88 |" in filled.markdown()
+    assert "of the way" not in filled.markdown() and "**One set**: 1 set, 1 seed\n" in filled.markdown()
 
 
 def test_layouts_are_told_as_a_multiple_of_the_plain_ones():

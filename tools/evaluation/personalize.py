@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from miniature_host import Studio
 
 APART = 1_000_003  # between the noise of two seeds, so that no case meets another's
+SEEDS = 1000  # more than anybody takes: between the noise of two batches of one subject
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,15 @@ class Personalize:
         """Values, per picture where they are of pictures, and the pictures [b y x 3]."""
         subject, studio = self.subject(number), self.studio
         model, told = self.injected(row, subject)
-        lines, start = studio.prompts(subject.prompts, subject.word), time.monotonic()
+        made, start = [], time.monotonic()
         with studio.counted() as calls:
-            images = studio.sample(model, lines, len(subject.prompts), number + APART * seed, row.get("cfg", None))
+            for first in range(0, len(subject.prompts), studio.batch):
+                part = subject.prompts[first:first + studio.batch]
+                lines, noise = studio.prompts(part, subject.word), number + APART * (seed + SEEDS * first)
+                made.append(studio.sample(model, lines, len(part), noise, row.get("cfg", None)))
+        images = studio.torch.cat(made)
         seconds = (time.monotonic() - start) / len(images)
-        return told | subject.judge(images) | {"seconds": seconds, "unet_calls": len(calls)}, images
+        return told | subject.judge(images) | {"seconds": seconds, "unet_calls": len(calls) // len(made)}, images
 
     def injected(self, row: Row, subject: Subject) -> tuple[Any, dict[str, Any]]:
         """The model with what the row injects, and what is known of the reference."""
@@ -75,8 +80,8 @@ class Personalize:
             else:
                 inputs["latent"] = latent
             if mask != "word":
-                true = subject.mask if mask == "true" else subject.mask | True
-                inputs["mask"] = studio.torch.from_numpy(true).float()[None]
+                drawn = studio.torch.from_numpy(subject.mask) if mask == "true" else studio.torch.ones(subject.photo.shape[1:3])
+                inputs["mask"] = drawn.float()[None]
             bank = studio.run("KindredRefUNetCapture", **shared, **inputs, **row.of(CAPTURE))[0]
             self.banks[key] = bank, time.monotonic() - start
         return self.banks[key]

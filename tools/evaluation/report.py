@@ -11,11 +11,10 @@ from typing import Any
 from .plots import Axis, Point, curves, front
 from .tables import Filled
 
-TEXT = Axis("pictures with scene and class as asked")
 
-
-def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]]) -> list[Path]:
-    """Everything into `folder`; returns what was written. `pictures`: the sheet of a table by its name."""
+def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pictures: Mapping[str, Any],
+          notes: Mapping[str, str]) -> list[Path]:
+    """Everything into `folder`; returns what was written. `pictures` and `notes`: the sheet and the words below a table, by its name."""
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
 
@@ -31,7 +30,8 @@ def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pic
             drawn.append(folder / f"{name}_pictures.jpg")
             pictures[name].save(drawn[-1], quality=90)
         made += drawn
-        parts += [f"## {one.table.title}", one.markdown(), *(f"![{path.stem}]({path.name})" for path in drawn)]
+        parts += [f"## {one.table.title}", one.markdown(), *([notes[name]] if name in notes else []),
+                  *(f"![{path.stem}]({path.name})" for path in drawn)]
     put("report.json", json.dumps(dict(report), indent=2) + "\n")
     put("report.md", "\n\n".join(["# Evaluation", f"`{report['command']}`, version {report['version']}, code {report['code']}", *parts,
                                   "## What a picture took", time_table(filled)]) + "\n")
@@ -62,7 +62,7 @@ def plots(folder: Path, one: Filled) -> list[Path]:
                 lines.setdefault(f"{line}: {what}", []).append(Point(row.name, weight, score.mean, 0.0, known(score.error)))
     made = [folder / f"{one.table.name}_front.png"]
     height = Axis(title, *(None if math.isnan(bound) else bound for bound in (one.floor, one.ceiling)))
-    front(made[0], one.table.title, series, TEXT, height)
+    front(made[0], one.table.title, series, Axis(one.ground.text_title), height)
     if any(len(points) > 1 for points in lines.values()):
         made.append(folder / f"{one.table.name}_curves.png")
         positive = all(point.x > 0 for points in lines.values() for point in points)

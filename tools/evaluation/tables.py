@@ -33,18 +33,20 @@ class Ground:
     task: str
     columns: tuple[Column, ...]
     identity: str  # the column that has a floor and a ceiling
-    text: tuple[str, ...]  # right where all of these are 1
-    unit: str  # what a case is, in the plural
+    text: tuple[str, ...]  # a picture's agreement with its prompt is the least of these
+    units: tuple[str, str]  # what a case is: one, several
+    text_title: str = "pictures with scene and class as asked"
 
 
 MINIATURE = {
     "personalize": Ground("personalize", (
         Column("identity", "identity", "identity", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
-        Column("class", "class right", "class_accuracy")), "identity", ("scene", "class"), "identities"),
+        Column("class", "class right", "class_accuracy")), "identity", ("scene", "class"),
+        ("identity", "identities")),
     "story": Ground("story", (
         Column("consistency", "consistency", "consistency", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
         Column("class", "class right", "class_accuracy"), Column("layout_spread", "layout spread", "layout_spread", to_plain=True),
-        Column("unet_calls", "UNet calls", digits=0)), "consistency", ("scene", "class"), "sets")}
+        Column("unet_calls", "UNet calls", digits=0)), "consistency", ("scene", "class"), ("set", "sets"))}
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,18 @@ class Filled:
         return Mean.over([[v for values in seeds for v in listed(values.get(key, math.nan))] for seeds in self.found[row].values()])
 
     def text(self, row: str) -> Mean:
-        """Pictures with everything as asked: the other axis of the front."""
+        """How far pictures are as asked: the other axis of the front."""
         from kindred.models.metrics import Mean
-        return Mean.over([[min(parts) for values in seeds for parts in zip(*(values[key] for key in self.ground.text), strict=True)]
+        return Mean.over([[min(parts) for values in seeds for parts in zip(*(values.get(key, ()) for key in self.ground.text), strict=True)]
                            for seeds in self.found[row].values()])
 
     @property
     def plain(self) -> str:
         return self.table.rows[0].name
+
+    @property
+    def bounded(self) -> bool:
+        return not math.isnan(self.ceiling)
 
     def way(self, row: str) -> float:
         """The share of the way from plain to the ceiling that a row goes; NaN where one of them is not known."""
@@ -101,22 +107,22 @@ class Filled:
             yield f"{mean:.{column.digits}f}"
             if column.error:
                 yield f"{scores[column.key].error:.{column.digits}f}"
-            if column.key == self.ground.identity:
+            if column.key == self.ground.identity and self.bounded:
                 yield f"{self.way(row):.2f}"
 
     def titles(self) -> Iterator[str]:
         for column in self.ground.columns:
             yield column.title
             yield from ["s.e."] * column.error
-            if column.key == self.ground.identity:
+            if column.key == self.ground.identity and self.bounded:
                 yield "of the way"
 
     def markdown(self) -> str:
         """The table with a line above it that says what it is of."""
         cases = max((len(seeds) for seeds in self.found.values()), default=0)
         seeds = max((len(values) for seeds in self.found.values() for values in seeds.values()), default=0)
-        bounds = f"; floor {self.floor:.3f}, ceiling {self.ceiling:.3f}" if not math.isnan(self.ceiling) else ""
-        lines = [f"**{self.table.title}**: {cases} {self.ground.unit}, {seeds} seed{'s' * (seeds > 1)}{bounds}", "",
+        bounds = f"; floor {self.floor:.3f}, ceiling {self.ceiling:.3f}" if self.bounded else ""
+        lines = [f"**{self.table.title}**: {cases} {self.ground.units[cases != 1]}, {seeds} seed{'s' * (seeds > 1)}{bounds}", "",
                  "| | " + " | ".join(self.titles()) + " |", "|---|" + "---:|" * len(list(self.titles()))]
         lines += [f"| {row.name} | {' | '.join(self.cells(row.name))} |" for row in self.table.rows if row.name in self.found]
         return "\n".join(lines)
@@ -138,7 +144,7 @@ class Filled:
         """Flat names and numbers; what could not be measured is absent."""
         identity = next(column.figure for column in self.ground.columns if column.key == self.ground.identity)
         made = {f"{identity}.floor": self.floor, f"{identity}.ceiling": self.ceiling,
-                f"count.{self.ground.unit}": max((len(seeds) for seeds in self.found.values()), default=0)}
+                f"count.{self.ground.units[1]}": max((len(seeds) for seeds in self.found.values()), default=0)}
         for row, scores in self.scores.items():
             made |= {f"{column.figure}.{row}": scores[column.key].mean for column in self.ground.columns if column.figure}
             made |= {f"error.{identity}.{row}": scores[self.ground.identity].error, f"seconds.{row}": scores["seconds"].mean}

@@ -1,0 +1,252 @@
+"""The other ground: a checkpoint of the user's, photos and prompts, judged by CLIP, DINOv2, faces and an aesthetic head."""
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from miniature_host import Studio
+
+from .ground import BOUNDS, Job, Setting, keep
+from .rows import Row, rows_of
+from .tables import Column, Ground, Table
+
+COSINE = "CLIP's raw cosine with the prompt"
+TIME = Column("seconds", "seconds per picture", digits=1)
+# the papers' columns first, in their order
+REAL = {
+    "personalize": Ground("personalize", (
+        Column("text", "CLIP text", "text_clip", 4, error=True), Column("face_2_minus_d", "face 2 - d", "face_closeness", 4, error=True),
+        Column("aesthetic", "aesthetic", "aesthetic", 4, error=True), TIME, Column("seconds_reference", "to read the photo", digits=1),
+        Column("image", "CLIP image", "image_clip", 4, error=True), Column("dino", "DINO", "dino", 4, error=True),
+        Column("face_cosine", "face cosine", "face_cosine", 4), Column("face_distance", "face distance d", "face_distance", 4),
+        Column("face_found", "faces found", "face_found"), Column("memory_gib", "peak GiB", "memory", 1),
+        Column("unet_calls", "UNet calls", digits=0)), "image", ("text",), ("photo", "photos"), COSINE),
+    "story": Ground("story", (
+        Column("text", "CLIP text", "text_clip", 4, error=True),
+        Column("consistency", "CLIP consistency", "consistency", 4, error=True),
+        Column("dino_consistency", "DINO consistency", "dino_consistency", 4, error=True), Column("aesthetic", "aesthetic", "aesthetic", 4),
+        TIME, Column("memory_gib", "peak GiB", "memory", 1), Column("unet_calls", "UNet calls", digits=0)), "consistency", ("text",),
+        ("set", "sets"), COSINE)}
+# what paper A reports (its Tables 1 and 2; its identity column can only be 2 - d or a like transform, method.md 2.5)
+PAPER_A = """The paper's own numbers, on its own pictures; CLIP's variant, prompts and identities are not stated in it:
+
+| | T-I consistency | identity | quality | time (s) |
+|---|---:|---:|---:|---:|
+| Textual Inversion | 0.2332 | 1.4261 | 6.4249 | 1000 |
+| DreamBooth | 0.3032 | 1.5271 | 6.6285 | 500 |
+| ELITE | 0.2109 | 1.2172 | 6.0725 | 50 |
+| without injection | 0.3814 | 0.8392 | 6.6586 | |
+| only cross-attention injection | 0.3227 | 1.3298 | 6.0573 | |
+| only self-attention injection | 0.3164 | 1.3103 | 6.4166 | |
+| full | 0.3526 | 1.4251 | 6.6489 | 10 |"""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+GIB = 2 ** 30
+
+
+@dataclass(frozen=True)
+class Files:
+    """What the user gives; a judge whose file is missing measures nothing."""
+    checkpoint: Path
+    prompts: Path
+    subject: str = ""
+    references: Path | None = None
+    concept_encoder: Path | None = None
+    concept_vision: Path | None = None  # the tower that IP-Adapter weights need
+    clip_vision: Path | None = None
+    clip_text: Path | None = None
+    aesthetic: Path | None = None
+    dino: Path | None = None
+    faces: Path | None = None
+    size: int = 0  # pixels of a side; 0: what the checkpoint was trained at
+    batch: int = 4  # pictures that are sampled at once
+
+    def __post_init__(self) -> None:
+        for name, path in self.paths().items():
+            if not (path.is_dir() if name == "references" else path.is_file()):
+                raise SystemExit(f"evaluate: --{name.replace('_', '-')} is {path}, but there is no such "
+                                 f"{'folder' if name == 'references' else 'file'}.")
+        if (self.aesthetic or self.clip_text) and not self.clip_vision:
+            raise SystemExit("evaluate: --aesthetic and --clip-text judge what --clip-vision sees. Give CLIP ViT-L/14's tower as well.")
+        if self.size % 8:
+            raise SystemExit(f"evaluate: --size is {self.size}, which is no multiple of 8. Take {self.size // 8 * 8}.")
+
+    def paths(self) -> dict[str, Path]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Path)}
+
+    def photos(self) -> list[tuple[Path, str]]:
+        """Every photo with the word of its subject: its folder's name, or --subject for those that lie in no folder of their own."""
+        if self.references is None:
+            return []
+        files = sorted(path for path in self.references.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        found = [(path, path.parent.name if path.parent != self.references else self.subject) for path in files]
+        if not found:
+            raise SystemExit(f"evaluate: --references is {self.references}, which holds no picture ({', '.join(SUFFIXES)}).")
+        if nameless := [path.name for path, word in found if not word]:
+            raise SystemExit(f"evaluate: what does {nameless[0]} show? Give --subject, or put photos into folders named by their "
+                             "subjects.")
+        return found
+
+    def sets(self) -> list[list[str]]:
+        """The prompts, by the blank lines between them."""
+        parts = re.split(r"\n\s*\n", self.prompts.read_text("utf-8"))
+        if not (made := [lines for part in parts if (lines := [line.strip() for line in part.splitlines() if line.strip()])]):
+            raise SystemExit(f"evaluate: --prompts is {self.prompts}, which holds no prompt. Write one per line; {{subject}} stands for "
+                             "the word.")
+        return made
+
+    def with_subject(self, lines: Sequence[str], word: str) -> tuple[str, ...]:
+        """Prompts about a subject. SystemExit for one that does not name it: its mask could not be found."""
+        made = tuple(line.replace("{subject}", word) for line in lines)
+        if without := [line for line in made if not re.search(rf"\b{re.escape(word)}\b", line, re.IGNORECASE)]:
+            raise SystemExit(f"evaluate: the prompt {without[0]!r} does not name the subject {word!r}. Write {{subject}} where it belongs.")
+        return made
+
+
+@dataclass(frozen=True)
+class RealSetting(Setting):
+    """A run on the user's files."""
+    files: Files | None = None
+
+    def of(self, job: Job) -> dict[str, Any]:
+        """As on the miniature, with the photo or set itself, and every file by name, size and time."""
+        files = self.files
+        told = {name: [path.name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.paths().items()
+                if name not in ("references", "prompts")}
+        case = str(files.photos()[job.case][0].relative_to(files.references)) if job.task == "personalize" else files.sets()[job.case]
+        return super().of(job) | {"ground": told, "case": case, "subject": files.subject, "size": files.size, "batch": files.batch}
+
+
+def tables(files: Files, task: str) -> list[Table]:
+    """Table 2's rows on every photo, or a story beside the plain prompts on every set. SystemExit where a file is missing for them."""
+    wanted = []
+    if not (files.clip_vision or files.dino or (files.faces and files.references)):
+        raise SystemExit("evaluate: nothing would be judged. Give --clip-vision, --dino, or --faces with --references.")
+    if task == "personalize" or (task == "all" and files.references):
+        if not files.references:
+            raise SystemExit("evaluate: --task personalize needs --references, a folder of photos.")
+        rows = {"plain": "self=off", "cross": "self=off, concept.strength=1", "self": "", "full": "concept.strength=1"}
+        rows = {name: inputs for name, inputs in rows.items() if files.concept_encoder or "concept" not in inputs}
+        every = [line for part in files.sets() for line in part]
+        for _, word in files.photos():
+            files.with_subject(every, word)
+        wanted.append(Table("table_2", "Paper A, Tables 1 and 2", "personalize", rows_of("personalize", rows), len(files.photos())))
+    if task == "story" or (task == "all" and not files.references):
+        if not files.subject:
+            raise SystemExit("evaluate: --task story needs --subject, the word that the prompts of every set share.")
+        for number, lines in enumerate(files.sets(), 1):
+            files.with_subject(lines, files.subject)
+            if len(lines) < 2:
+                raise SystemExit(f"evaluate: set {number} of {files.prompts} is one prompt, and a story has 2 at least. Sets are parted by "
+                                 "blank lines.")
+        wanted.append(Table("story", "Paper B, Fig. 8", "story", rows_of("story", {"plain": "node=off", "story": ""}), len(files.sets())))
+    return wanted
+
+
+class RealStudio(Studio):
+    """A checkpoint of the user's in the host of this process, on its GPU if there is one."""
+
+    def __init__(self, setting: RealSetting) -> None:
+        import torch
+        from boot import boot
+        files = setting.files
+        self.torch, self.nodes = torch, boot(setting.host, cpu=not torch.cuda.is_available())
+        self.steps, self.cfg, self.batch, self.files = setting.steps, setting.cfg, files.batch, files
+        import comfy.sd
+        import comfy.utils
+        from demo import native_size
+        comfy.utils.set_progress_bar_enabled(False)
+        self.size = files.size or native_size(files.checkpoint)
+        with torch.inference_mode():
+            self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(str(files.checkpoint))[:3]
+        if self.clip is None or self.vae is None:
+            lacks = "text encoder" if self.clip is None else "VAE"
+            raise ValueError(f"evaluate: {files.checkpoint} holds no {lacks}. Give a whole checkpoint.")
+
+    @cached_property
+    def encoder(self) -> Any:
+        import folder_paths
+        path = self.files.concept_encoder
+        folder_paths.add_model_folder_path("concept_encoders", str(path.parent))
+        tower = {}
+        if self.files.concept_vision:
+            import comfy.clip_vision
+            tower = {"clip_vision": comfy.clip_vision.load(str(self.files.concept_vision))}
+        return self.run("KindredConceptEncoderLoad", file=path.name, **tower)[0]
+
+
+class Real:
+    """The user's checkpoint, and paper A's and paper B's ways to measure it."""
+
+    def __init__(self, setting: RealSetting) -> None:
+        self.studio = RealStudio(setting)  # boots the host, before anything of the pack is imported
+        from .personalize import Personalize
+        from .story import Story
+        self.files = setting.files
+        self.judges = list(judges(self.files))
+        self.tasks = {"personalize": Personalize(self.studio, self.photo), "story": Story(self.studio, self.set)}
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        if job.row == BOUNDS:
+            if job.pictures and job.task == "personalize":
+                keep(self.photo(job.case).photo, job.pictures)
+            return {}
+        if (torch := self.studio.torch).cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        values, images = self.tasks[job.task].measure(job.row, job.case, job.seed)
+        if job.pictures:
+            keep(images, job.pictures)
+        return values | {"memory_gib": peak_memory(torch)}
+
+    def photo(self, number: int) -> Any:
+        from pictures import read_picture, square
+        from .personalize import Subject
+        path, word = self.files.photos()[number]
+        prompts = self.files.with_subject([line for part in self.files.sets() for line in part], word)
+        photo = self.studio.picture(square(read_picture(path), self.studio.size))
+        return Subject(photo, word, f"a photo of a {word}", prompts, lambda images: self.judged(images, prompts, (photo[0],)))
+
+    def set(self, number: int) -> Any:
+        from .story import StorySet
+        prompts = self.files.with_subject(self.files.sets()[number], self.files.subject)
+        return StorySet(self.files.subject, prompts, lambda images: self.judged(images, prompts, ()))
+
+    def judged(self, images: Any, prompts: tuple[str, ...], photos: tuple[Any, ...]) -> dict[str, Any]:
+        from .judges import Asked
+        values: dict[str, Any] = {}
+        for judge in self.judges:
+            values |= judge(images.float().cpu(), Asked(prompts, photos))
+        return values
+
+
+def judges(files: Files) -> Iterator[Any]:
+    """Those whose files were given."""
+    from .judges import Clip, Dino, load_faces, load_head, load_text, load_vision
+    if files.clip_vision:
+        yield Clip(load_vision(files.clip_vision), load_text(files.clip_text) if files.clip_text else None,
+                   load_head(files.aesthetic) if files.aesthetic else None)
+    if files.dino:
+        yield Dino(load_vision(files.dino))
+    if files.faces:
+        yield load_faces(files.faces)
+
+
+def peak_memory(torch: Any) -> float:
+    """GiB: on a GPU the most that was allocated since the last reset, else the most that this process ever held."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset / GIB
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)  # bytes, or KiB
+
+
+def refuse(rows: Sequence[Row]) -> None:
+    """SystemExit for what only the miniature knows."""
+    if wrong := [row.name for row in rows if row.get("mask", "word") == "true"]:
+        raise SystemExit(f"evaluate: row {wrong[0]!r} sets mask to 'true', which is known of rendered photos alone.")
