@@ -19,6 +19,7 @@ from . import host
 
 LOAD, INJECT = "Concept Encoder Load", "Cross-Attn Detail Inject"
 AS_TRAINED = "as trained"
+START = 0.2  # measured: docs/evaluation.md; from the first step on, likeness is less and guidance bends scenes
 LONGEST = 16  # times as long as wide
 log = logging.getLogger(__name__)
 
@@ -157,13 +158,13 @@ class CrossAttnDetailInject(io.ComfyNode):
                                        "(IP-Adapter). as trained: what the encoder's file says."),
                 io.String.Input("blocks", default="all", advanced=True,
                                 tooltip="Where the photo is read: all, encoder, middle, decoder, or a list such as output 3-5, middle 0."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="When in the sampling the photo starts to be read."),
+                io.Float.Input("start_percent", default=START, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="When in the sampling the photo starts to be read. Before, the prompt alone lays the picture out."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
                                tooltip="When in the sampling it stops to be read."),
-                io.Combo.Input("halves", options=[h.value for h in Halves], default=Halves.COND.value, advanced=True,
-                               tooltip="Which half of CFG reads the photo. cond only lets guidance amplify it; both gives the negative "
-                                       "half an empty picture, as IP-Adapter does; shared gives both halves the photo."),
+                io.Combo.Input("halves", options=[h.value for h in Halves], default=Halves.BOTH.value, advanced=True,
+                               tooltip="Which half of CFG reads the photo. both gives the negative half an empty picture, as IP-Adapter "
+                                       "does; cond only lets guidance amplify the photo; shared gives both halves the photo."),
                 io.Mask.Input("target_mask", optional=True, tooltip="Only this part of the new picture reads the photo. White is where."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
@@ -171,8 +172,8 @@ class CrossAttnDetailInject(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, concept_encoder: host.ManagedEncoder, image: Tensor, strength: float = 1.0, weight: float = 1.0,
-                weight_mode: str = WeightMode.LOGIT_BIAS.value, merge: str = AS_TRAINED, blocks: str = "all", start_percent: float = 0.0,
-                end_percent: float = 1.0, halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
+                weight_mode: str = WeightMode.LOGIT_BIAS.value, merge: str = AS_TRAINED, blocks: str = "all", start_percent: float = START,
+                end_percent: float = 1.0, halves: str = Halves.BOTH.value, target_mask: Tensor | None = None) -> io.NodeOutput:
         family, layers, width = host.cross_layers(model, INJECT)
         config = concept_encoder.encoder.config
         check_layers(config, family, layers, width, INJECT)

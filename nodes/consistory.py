@@ -185,9 +185,9 @@ class ConsiStory(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.05, display_mode=io.NumberDisplay.slider,
                                tooltip="How alike the subjects become: 0 leaves the plain pictures, 1 all that sharing and feature "
                                        "injection give. Start with 1."),
-                io.Int.Input("anchors", default=0, min=0, max=64,
-                             tooltip="0: all pictures read all, the most alike. Else only the first so many are read by all; they see one "
-                                     "another, never the others, so more pictures do not change them. The paper finds 2 enough."),
+                io.Int.Input("anchors", default=2, min=0, max=64,
+                             tooltip="Only the first so many pictures are read by all; they see one another, never the others, so more "
+                                     "pictures do not change them. 2 are enough, as the paper finds. 0: all pictures read all."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False, advanced=True,
                              tooltip="Of the dropout alone; the sampler has its own. Leave it, and vary the sampler's."),
                 io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True,
@@ -211,9 +211,9 @@ class ConsiStory(io.ComfyNode):
                                 tooltip="Self-attention blocks that share: decoder, all, encoder, middle, or a list such as output 3-5."),
                 io.String.Input("mask_blocks", default="auto", advanced=True,
                                 tooltip="Blocks whose cross-attention locates the subject. auto: those at a quarter of the latent's size."),
-                io.Combo.Input("halves", options=[Halves.BOTH.value, Halves.COND.value], default=Halves.BOTH.value, advanced=True,
-                               tooltip="Which halves of CFG share, each with its own: both keeps backgrounds apart, cond only lets "
-                                       "guidance amplify what is shared."),
+                io.Combo.Input("halves", options=[Halves.BOTH.value, Halves.COND.value], default=Halves.COND.value, advanced=True,
+                               tooltip="Which halves of CFG share, each with its own: cond only lets guidance amplify what is shared, both "
+                                       "does not. With anchors 0 take both."),
                 io.Combo.Input("order", options=[FAST, OFFICIAL], default=FAST, advanced=True,
                                tooltip="fast: the first stage ends where the features are read. official: it runs to its end and takes the "
                                        "masks of the last step."),
@@ -229,10 +229,10 @@ class ConsiStory(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, strength: float = 1.0, anchors: int = 0, seed: int = 0, weight: float = 1.0, dropout: float = 0.5,
+    def execute(cls, model: Any, strength: float = 1.0, anchors: int = 2, seed: int = 0, weight: float = 1.0, dropout: float = 0.5,
                 query_blend: float = 0.9, feature_injection: float = 0.8, query_blend_end: float = 0.818, blend_end_percent: float = 0.12,
                 injection_start_percent: float = 0.1, injection_end_percent: float = 0.32, blocks: str = "decoder",
-                mask_blocks: str = "auto", halves: str = Halves.BOTH.value, order: str = FAST, align_keys: bool = True,
+                mask_blocks: str = "auto", halves: str = Halves.COND.value, order: str = FAST, align_keys: bool = True,
                 reference: ReferenceBank | None = None, masks: Tensor | None = None) -> io.NodeOutput:
         unet = host.require_unet(model, STORY).diffusion_model
         sites = host.attention_sites(unet)

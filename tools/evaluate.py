@@ -180,8 +180,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", action="append", help='"name: input=value, ..."; repeat it for more rows')
     parser.add_argument("--count", type=int, help="identities or sets of every table (miniature: pictures per class and scene)")
     parser.add_argument("--first", type=int, help="the first of them (default: the table's; defaults were chosen on 1000 and up)")
-    parser.add_argument("--seeds", type=int, default=1, help="noises for each identity or set (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=2, help="noises for each identity or set (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: 25 on the miniature, which give the numbers of 50; else 50)")
     parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
     parser.add_argument("--processes", type=int, help="that measure at once (default: the cores, 8 at most; 1 for a checkpoint)")
     parser.add_argument("--out", type=Path, default=Path("kindred-evaluation"), help="folder (default %(default)s)")
@@ -203,6 +203,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--batch", type=int, default=4, help="pictures that are sampled at once (default %(default)s)")
     given = parser.parse_args(argv)
     given.files = files_of(given, parser)
+    given.steps = given.steps if given.steps is not None else 50 if given.files else 25
     given.cfg = given.cfg if given.cfg is not None else 7.5 if given.files else 4.0
     given.processes = given.processes if given.processes is not None else 1 if given.files else min(8, os.cpu_count() or 1)
     given.command = " ".join(["evaluate", *(sys.argv[1:] if argv is None else argv)])

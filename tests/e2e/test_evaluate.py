@@ -21,7 +21,7 @@ from kindred.miniature.world import held_out_identity, render
 HOST = os.environ.get("KINDRED_HOST")
 WEIGHTS = ROOT / "miniature" / "weights"
 LIMIT = 600  # seconds for one run: a busy machine is no failure
-SMALL = ("--table", "table_2", "--count", "2", "--steps", "3")
+SMALL = ("--table", "table_2", "--count", "2", "--steps", "3", "--seeds", "1")
 TIMES = ("seconds", "seconds_error", "seconds_count")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HOST, reason="no host: KINDRED_HOST names a ComfyUI folder")]
 
@@ -114,7 +114,7 @@ def own(tmp_path_factory) -> list[str]:
         save_file({key: value.half() for key, value in weights.items()}, folder / f"{name}.safetensors")
     return ["--checkpoint", str(WEIGHTS / "checkpoints" / "kindred_miniature.safetensors"), "--prompts", str(folder / "prompts.txt"),
             "--clip-vision", str(folder / "vision.safetensors"), "--clip-text", str(folder / "text.safetensors"), "--size", "128",
-            "--steps", "3", "--references", str(folder / "photos")]
+            "--steps", "3", "--seeds", "1", "--references", str(folder / "photos")]
 
 
 def test_a_checkpoint_of_ones_own_with_photos(own, tmp_path):

@@ -172,8 +172,9 @@ def kept_encoder(*told: Any) -> ManagedEncoder:
 def concept(model: Any, weight: float = 1.0, image: Tensor | None = None, encoder: ManagedEncoder | None = None, family: str = "tiny",
             **more: Any) -> Any:
     """Cross-Attn Detail Inject -> MODEL."""
+    everywhere = {"start_percent": 0.0, "halves": "cond only"}  # laws are about all steps, and about one half unless they say both
     return CrossAttnDetailInject.execute(model, encoder or encoder_of(family), subject() if image is None else image,
-                                         weight=weight, **more).result[0]
+                                         weight=weight, **everywhere | more).result[0]
 
 
 def of_encoder(encoder: ManagedEncoder) -> Any:
@@ -189,7 +190,7 @@ WINDOWS = {"blend_end_percent": 0.5, "injection_start_percent": 0.3, "injection_
 @torch.inference_mode()
 def story(model: Any, **inputs: Any) -> Any:
     """ConsiStory Shared Attention of 2 anchors, its windows wide enough for MOMENTS steps -> MODEL."""
-    return ConsiStory.execute(model, **{"anchors": 2} | WINDOWS | inputs).result[0]
+    return ConsiStory.execute(model, **{"anchors": 2, "halves": "both"} | WINDOWS | inputs).result[0]
 
 
 def prompts_of(pictures: int | Sequence[int], family: str = "tiny", tokens: int = 77, by_word: Sequence[int] = (5,)) -> list:

@@ -56,5 +56,4 @@ def test_a_shipped_story_has_the_values_that_its_node_comes_with(name, node):
     graph = json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
     given = next(n["inputs"] for n in graph.values() if n["class_type"] == "KindredConsiStory")
     defaults = {i.id: i.default for i in node("KindredConsiStory").define_schema().inputs if getattr(i, "default", None) is not None}
-    photo = {"halves": "cond only"} if name == "story_from_photo" else {}
-    assert {k: v for k, v in given.items() if not isinstance(v, list)} == defaults | photo
+    assert {k: v for k, v in given.items() if not isinstance(v, list)} == defaults

@@ -294,7 +294,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, handlers):
     monkeypatch.setattr(evaluate, "Miniature", Pretended)
     monkeypatch.setattr(Pretended, "done", [])
     monkeypatch.setattr(Pretended, "stop_at", 3)
-    words = asked(tmp_path, "--table", "table_2", "--count", "2", "--processes", "1")
+    words = asked(tmp_path, "--table", "table_2", "--count", "2", "--seeds", "1", "--processes", "1")
     tables, setting, journal = chosen(words), Setting("nowhere", 50, 4.0, "x"), Journal(tmp_path / "journal.jsonl")
     assert not measure(words, tables, journal, setting) and len(Pretended.done) == 3
     partly, = fill(tables, 1, journal, setting)

@@ -12,7 +12,7 @@ from checkout import ROOT
 
 # what decides a picture or its score: the pack, the miniature and the programs that drive them
 DECIDES = ("nodes/**/*.py", "models/*.py", "miniature/*.py", "miniature/weights/**/*.safetensors", "tools/miniature_host.py",
-           "tools/evaluation/personalize.py", "tools/evaluation/story.py")
+           "tools/evaluation/personalize.py", "tools/evaluation/story.py", "tools/evaluation/judges.py")
 
 
 def fingerprint() -> str:

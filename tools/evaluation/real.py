@@ -183,11 +183,14 @@ class Real:
     """The user's checkpoint, and paper A's and paper B's ways to measure it."""
 
     def __init__(self, setting: RealSetting) -> None:
-        self.studio = RealStudio(setting)  # boots the host, before anything of the pack is imported
+        self.files = setting.files
+        try:
+            self.studio = RealStudio(setting)  # boots the host, before anything of the pack is imported
+            self.judges = list(judges(self.files))
+        except ValueError as error:  # it names the file and the remedy
+            raise SystemExit(str(error)) from error
         from .personalize import Personalize
         from .story import Story
-        self.files = setting.files
-        self.judges = list(judges(self.files))
         self.tasks = {"personalize": Personalize(self.studio, self.photo), "story": Story(self.studio, self.set)}
 
     def __call__(self, job: Job) -> dict[str, Any]:
