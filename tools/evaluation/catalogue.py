@@ -45,8 +45,8 @@ TABLES = {table.name: table for table in (
     Table("figure_6", "Paper A, Fig. 6: weights, with and without the mask", "personalize", rows_of("personalize", FIGURE_6), 5),
     Table("ablation", "Paper B, section 5.4: a story less one of its parts", "story", rows_of("story", ABLATION), 5),
     Table("pareto", "Paper B, Fig. 8: likeness against text, by dropout", "story", rows_of("story", PARETO), 5),
-    Table("defaults_self", "Settings of Masked Self-Attn Inject and its reference", "personalize", rows_of("personalize", SELF), 10, 1000),
-    Table("defaults_full", "Settings of both injections together", "personalize", rows_of("personalize", FULL), 14, 1000),
-    Table("defaults_story", "Settings of ConsiStory Shared Attention", "story", rows_of("story", STORIES), 8, 1000))}
+    Table("defaults_self", "Settings of Masked Self-Attn Inject and its reference", "personalize", rows_of("personalize", SELF), 8, 1000),
+    Table("defaults_full", "Settings of both injections together", "personalize", rows_of("personalize", FULL), 10, 1000),
+    Table("defaults_story", "Settings of ConsiStory Shared Attention", "story", rows_of("story", STORIES), 6, 1000))}
 DEFAULT = ("table_2", "figure_6", "ablation", "pareto")  # what a run without arguments measures
 PLAIN = {"personalize": TABLES["table_2"].rows[0], "story": TABLES["ablation"].rows[0]}
