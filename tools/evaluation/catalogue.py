@@ -24,7 +24,7 @@ ABLATION = {"plain": PLAIN_STORY, "story": "", "no_sharing": "weight=0", "no_var
 SELF = {"plain": PLAIN_PHOTO, "as it comes": "", "W_S 0.5": "weight=0.5", "W_S 2": "weight=2",
         "post softmax 0.5": "weight_mode=post softmax, weight=0.5", "post softmax 2": "weight_mode=post softmax, weight=2",
         "key scale 0.5": "weight_mode=key scale, weight=0.5", "key scale 2": "weight_mode=key scale, weight=2",
-        "output blend 0.5": "weight_mode=output blend, weight=0.5", "decoder": "blocks=decoder", "masactrl": "blocks=masactrl",
+        "output blend 0.5": "weight_mode=output blend, weight=0.5", "decoder": "blocks=decoder", "encoder": "blocks=encoder",
         "both halves": "halves=both", "shared halves": "halves=shared", "true mask": "mask=true", "no mask": "mask=none",
         "threshold 0.3": "mask_threshold=value, mask_value=0.3", "1 mask step": "mask_steps=1", "5 mask steps": "mask_steps=5",
         "inverted first": "inverted=yes"}
@@ -34,19 +34,25 @@ FULL = {"plain": PLAIN_PHOTO, "as it comes": "concept.strength=1", "from the fir
         "shared halves": "concept.halves=shared", "W_C 0.5": "concept.weight=0.5", "W_C 2": "concept.weight=2",
         "W_S 0.5": "concept.strength=1, weight=0.5", "W_S 2": "concept.strength=1, weight=2", "add": "concept.merge=add",
         "self decoder": "concept.strength=1, blocks=decoder", "inverted first": "concept.strength=1, inverted=yes"}
+DIALS = {"plain": PLAIN_PHOTO, **{f"self {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)}, "self 1": "",
+         **{f"concept {s}": f"self=off, concept.strength={s}" for s in (0.25, 0.5, 0.75)}, "concept 1": TABLE_2["cross"]}
+STORY_DIAL = {"plain": PLAIN_STORY, **{f"strength {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)}, "strength 1": ""}
 STORIES = {"plain": PLAIN_STORY, "as it comes": "", "both halves": "halves=both", "all read all": "anchors=0, halves=both",
            "all read all, cond only": "anchors=0", "1 anchor": "anchors=1", "all layers": "blocks=all", "W 0.5": "weight=0.5",
            "W 2": "weight=2", "dropout 0": "dropout=0", "no blending": "query_blend=0", "blending to 0.3": "blend_end_percent=0.3",
            "injection to 0.6": "injection_end_percent=0.6", "injection from 0": "injection_start_percent=0",
            "injection 1": "feature_injection=1", "official order": "order=official"}
 
+PHOTO, TOLD, APART = "personalize", "story", 1000  # APART: the first identity or set that settings are chosen on
 TABLES = {table.name: table for table in (
-    Table("table_2", "Paper A, Table 2: what each injection adds", "personalize", rows_of("personalize", TABLE_2), 12),
-    Table("figure_6", "Paper A, Fig. 6: weights, with and without the mask", "personalize", rows_of("personalize", FIGURE_6), 5),
-    Table("ablation", "Paper B, section 5.4: a story less one of its parts", "story", rows_of("story", ABLATION), 5),
-    Table("pareto", "Paper B, Fig. 8: likeness against text, by dropout", "story", rows_of("story", PARETO), 5),
-    Table("defaults_self", "Settings of Masked Self-Attn Inject and its reference", "personalize", rows_of("personalize", SELF), 8, 1000),
-    Table("defaults_full", "Settings of both injections together", "personalize", rows_of("personalize", FULL), 10, 1000),
-    Table("defaults_story", "Settings of ConsiStory Shared Attention", "story", rows_of("story", STORIES), 6, 1000))}
+    Table("table_2", "Paper A, Table 2: what each injection adds", PHOTO, rows_of(PHOTO, TABLE_2), 12),
+    Table("figure_6", "Paper A, Fig. 6: weights, with and without the mask", PHOTO, rows_of(PHOTO, FIGURE_6), 5, axis="weight"),
+    Table("ablation", "Paper B, section 5.4: a story less one of its parts", TOLD, rows_of(TOLD, ABLATION), 5),
+    Table("pareto", "Paper B, Fig. 8: likeness against text, by dropout", TOLD, rows_of(TOLD, PARETO), 5, axis="dropout"),
+    Table("settings_self", "Settings of Masked Self-Attn Inject and its reference", PHOTO, rows_of(PHOTO, SELF), 6, APART),
+    Table("settings_full", "Settings of both injections together", PHOTO, rows_of(PHOTO, FULL), 6, APART),
+    Table("settings_story", "Settings of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORIES), 5, APART),
+    Table("dials", "The strength of the two inject nodes", PHOTO, rows_of(PHOTO, DIALS), 6, APART, "strength"),
+    Table("dial_story", "The strength of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORY_DIAL), 5, APART, "strength"))}
 DEFAULT = ("table_2", "figure_6", "ablation", "pareto")  # what a run without arguments measures
 PLAIN = {"personalize": TABLES["table_2"].rows[0], "story": TABLES["ablation"].rows[0]}

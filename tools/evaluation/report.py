@@ -46,7 +46,7 @@ def time_table(filled: Sequence[Filled]) -> str:
 
 
 def plots(folder: Path, one: Filled) -> list[Path]:
-    """Identity against text, a point per row; and a curve over the weight where rows are named "W 0.5"."""
+    """Identity against text, a point per row; and curves where rows are named "W 0.5"."""
     key = one.ground.identity
     title = next(column.title for column in one.ground.columns if column.key == key)
     series: dict[str, list[Point]] = {}
@@ -55,18 +55,17 @@ def plots(folder: Path, one: Filled) -> list[Path]:
         if row.name not in one.scores:
             continue
         text, identity = one.scores[row.name]["text"], one.scores[row.name][key]
-        line, weight = family(row.name)
+        line, number = family(row.name) if one.table.axis else (row.name, None)
         series.setdefault(line, []).append(Point(row.name, text.mean, identity.mean, known(text.error), known(identity.error)))
-        if weight is not None:
+        if number is not None:
             for what, score in ((title, identity), ("as asked", text)):
-                lines.setdefault(f"{line}: {what}", []).append(Point(row.name, weight, score.mean, 0.0, known(score.error)))
+                lines.setdefault(f"{line}: {what}", []).append(Point(row.name, number, score.mean, 0.0, known(score.error)))
     made = [folder / f"{one.table.name}_front.png"]
     height = Axis(title, *(None if math.isnan(bound) else bound for bound in (one.floor, one.ceiling)))
     front(made[0], one.table.title, series, Axis(one.ground.text_title), height)
     if any(len(points) > 1 for points in lines.values()):
         made.append(folder / f"{one.table.name}_curves.png")
-        positive = all(point.x > 0 for points in lines.values() for point in points)
-        curves(made[1], one.table.title, lines, Axis("weight" if positive else "dropout"), Axis(f"{title}, and share as asked"), positive)
+        curves(made[1], one.table.title, lines, Axis(one.table.axis), Axis(f"{title}, and share as asked"), one.table.axis == "weight")
     return made
 
 

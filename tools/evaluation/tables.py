@@ -58,6 +58,7 @@ class Table:
     rows: tuple[Row, ...]
     count: int
     first: int = 0
+    axis: str = ""  # what the number in a row's name is, where rows differ by one and are drawn as curves
 
 
 @dataclass
