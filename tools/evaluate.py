@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -137,10 +138,10 @@ def tabulate(given: argparse.Namespace) -> int:
     """Measure, print the tables and write the folder -> exit code."""
     tables, common = chosen(given), (given.host, given.steps, given.cfg, fingerprint())
     setting = real.RealSetting(*common, given.files) if given.files else Setting(*common)
-    journal = Journal(given.out / "journal.jsonl")
+    journal, began = Journal(given.out / "journal.jsonl"), time.monotonic()
     whole = measure(given, tables, journal, setting)
     filled = fill(tables, given.seeds, journal, setting, real.REAL if given.files else MINIATURE)
-    figures: dict[str, float] = {}
+    figures = {"seconds.total": time.monotonic() - began}
     for one in filled:
         print(f"\n{one.markdown()}")
         figures = one.figures() | figures  # names of an earlier table stay

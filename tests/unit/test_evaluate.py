@@ -171,7 +171,8 @@ def values(identity, scene=(1.0, 1.0), kind=(1.0, 1.0), seconds=2.0):
 def by_hand() -> Filled:
     table = Table("t", "By hand", "personalize", (Row("plain", (("self", "off"),)), Row("made")), 2)
     found = {"plain": {0: [values([0.1, 0.2])], 1: [values([0.3, 0.2])]},
-             "made": {0: [values([0.5, 0.7], scene=(1.0, 0.0), kind=(0.0, 1.0))], 1: [values([0.8, 0.8], seconds=4.0)]}}
+             "made": {0: [values([0.5, 0.7], scene=(1.0, 0.0), kind=(0.0, 1.0)) | {"mask_iou": 0.5}],
+                      1: [values([0.8, 0.8], seconds=4.0) | {"mask_iou": 0.7}]}}
     return Filled(table, MINIATURE["personalize"], found, 0.1, 1.0)
 
 
@@ -186,7 +187,7 @@ def test_a_table_by_hand():
     assert figures["identity.plain"] == pytest.approx(0.2) and figures["identity.made"] == pytest.approx(0.7)
     assert figures["identity.floor"] == 0.1 and figures["identity.ceiling"] == 1.0 and figures["count.identities"] == 2
     assert figures["scene_accuracy.made"] == 0.75 and figures["seconds.made"] == 3.0
-    assert figures["error.identity.made"] == pytest.approx(0.1)
+    assert figures["error.identity.made"] == pytest.approx(0.1) and figures["mask.iou"] == pytest.approx(0.6)
     assert filled.way("made") == pytest.approx(0.5 / 0.8)
 
 

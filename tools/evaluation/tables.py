@@ -151,6 +151,8 @@ class Filled:
             made |= {f"error.{identity}.{row}": scores[self.ground.identity].error, f"seconds.{row}": scores["seconds"].mean}
             if "unet_calls" in scores:
                 made[f"unet_calls.{row}"] = scores["unet_calls"].mean
+            if not math.isnan(overlap := self.score(row, "mask_iou").mean):
+                made.setdefault("mask.iou", overlap)  # of the first row that finds the subject by its word
         return {name: value for name, value in made.items() if not math.isnan(value)}
 
 
