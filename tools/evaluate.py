@@ -3,7 +3,7 @@
 Without arguments: paper A's Table 2 and Fig. 6 (the weights W_S and W_C, with and without the mask) on held-out identities, paper B's
 ablation and its points by dropout on held-out sets of four scenes; the miniature's attribute reader judges. Tables, figures, plots and
 the first pictures go into one folder (--out), together with a journal: the same command goes on where it was stopped, and measures
-nothing twice. The numbers depend on neither the machine's cores nor --processes.
+nothing twice. The miniature's numbers depend on neither the machine's cores nor --processes.
 
 --table takes some of the tables, --task all of paper A's (personalize) or B's (story), or the miniature's own figures (miniature).
 --variant "name: input=value, ..." is a row of your own, beside plain. For personalize: inputs of Ref-UNet Feature Capture and Masked
@@ -13,11 +13,13 @@ mask, no mask), inverted=yes (DDIM Invert first), cfg. For story: inputs of Cons
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from itertools import combinations
@@ -34,6 +36,7 @@ from evaluation.tables import MINIATURE, Filled, Ground, Table
 from evaluation.workers import WorkerError, pooled, stoppable
 
 
+PLAINLY_NAMED = ("table_2", "ablation", "story", "own")  # tables whose figures have names without the table's
 LIKENESS = ("dino", "dino_consistency", "face_cosine")  # what stands for identity where CLIP does not judge
 
 
@@ -48,7 +51,7 @@ def chosen(given: argparse.Namespace) -> list[Table]:
         known = real.tables(given.files, given.task)[0].count if given.files else 12 if given.task == "personalize" else 6
         tables = [Table("own", "Rows of your own", given.task, rows, known)]
         if given.files:
-            real.refuse(rows)
+            real.refuse(rows, given.files)
     elif given.files:
         tables = real.tables(given.files, given.task)
     else:
@@ -59,7 +62,7 @@ def chosen(given: argparse.Namespace) -> list[Table]:
     return [replace(t, count=given.count or t.count, first=t.first if given.first is None else given.first) for t in tables]
 
 
-def jobs_of(tables: Sequence[Table], seeds: int, pictures: Path) -> Iterator[Job]:
+def jobs_of(tables: Sequence[Table], seeds: int, setting: Setting, pictures: Path) -> Iterator[Job]:
     """Every measurement once, case by case, so that a process makes a case's references once."""
     seen: set[Any] = set()
     for task in ("personalize", "story"):
@@ -71,24 +74,26 @@ def jobs_of(tables: Sequence[Table], seeds: int, pictures: Path) -> Iterator[Job
                     if key not in seen:
                         seen.add(key)
                         shown = seed == 0 and any(case < table.first + SHOWN for table in mine if case in cases(table))
-                        yield Job(task, row, case, seed, strip(pictures, task, row, case) if shown else None)
+                        job = Job(task, row, case, seed)
+                        yield replace(job, pictures=pictures / strip(setting.of(job))) if shown else job
 
 
 def cases(table: Table) -> range:
     return range(table.first, table.first + table.count)
 
 
-def strip(pictures: Path, task: str, row: Row, case: int) -> Path:
-    """Where a row's pictures of a case are kept."""
-    told = "_".join(f"{name}-{value}" for name, value in row.inputs).replace("/", "-") or "as-it-comes"
-    return pictures / f"{task}_{case}_{told}.png"
+def strip(of: Mapping[str, Any]) -> str:
+    """The file of a measurement's pictures: other settings, another one."""
+    return f"{of['task']}_{hashlib.sha256(Journal.key(of).encode()).hexdigest()[:16]}.png"
 
 
 def measure(given: argparse.Namespace, tables: Sequence[Table], journal: Journal, setting: Setting) -> bool:
     """Measures what the journal does not have; False where Ctrl-C ended it first."""
     from tqdm import tqdm
-    jobs = list(jobs_of(tables, given.seeds, given.out / "pictures"))
+    jobs = list(jobs_of(tables, given.seeds, setting, given.out / "pictures"))
     todo = [job for job in jobs if journal.get(setting.of(job)) is None]
+    if not todo:
+        return True
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="row", dynamic_ncols=True, disable=not todo) as bar:
         try:
             with stoppable():
@@ -105,7 +110,8 @@ def measured(ground: Ground, found: Mapping[str, Mapping[int, Sequence[Mapping[s
     """The columns that were measured: a judge may not have been given."""
     keys = {key for row in found.values() for seeds in row.values() for values in seeds for key in values}
     columns = tuple(column for column in ground.columns if column.key in keys)
-    return replace(ground, columns=columns, identity=next(key for key in (ground.identity, *LIKENESS) if key in keys))
+    shown = {column.key for column in columns}
+    return replace(ground, columns=columns, identity=next(key for key in (ground.identity, *LIKENESS) if key in shown))
 
 
 def fill(tables: Sequence[Table], seeds: int, journal: Journal, setting: Setting,
@@ -118,11 +124,13 @@ def fill(tables: Sequence[Table], seeds: int, journal: Journal, setting: Setting
         for row in table.rows:
             kept = {case: [values for seed in range(seeds) if (values := journal.get(setting.of(Job(table.task, row, case, seed))))]
                     for case in cases(table)}
-            if kept := {case: values for case, values in kept.items() if values}:
+            if kept := {case: values for case, values in kept.items() if len(values) == seeds}:
                 found[row.name] = kept
-        if not found:
+        shared = set.intersection(*(set(kept) for kept in found.values())) if found else set()
+        if not shared:
             continue
-        known = [values for case in cases(table) if (values := journal.get(setting.of(Job(table.task, BOUNDS, case, 0))))]
+        found = {name: {case: kept[case] for case in kept if case in shared} for name, kept in found.items()}  # like with like
+        known = [values for case in sorted(shared) if (values := journal.get(setting.of(Job(table.task, BOUNDS, case, 0))))]
         bounds = {name: [values[name] for values in known if name in values] for name in ("floor", "ceiling")}
         readings = [values["reading"] for made in found.get(table.rows[0].name, {}).values() for values in made[:1] if "reading" in values]
         floor = floor_of(readings) if readings else mean(bounds["floor"])
@@ -136,28 +144,54 @@ def mean(values: Sequence[float]) -> float:
 
 def tabulate(given: argparse.Namespace) -> int:
     """Measure, print the tables and write the folder -> exit code."""
-    tables, common = chosen(given), (given.host, given.steps, given.cfg, fingerprint())
+    try:
+        from evaluation.report import write
+    except ImportError as missing:
+        raise SystemExit(f"evaluate: the plots need {missing.name}. Install it into this Python: pip install {missing.name}") from None
+    tables, common = chosen(given), (given.host, given.steps, given.cfg, fingerprint(given.host))
     setting = real.RealSetting(*common, given.files) if given.files else Setting(*common)
-    journal, began = Journal(given.out / "journal.jsonl"), time.monotonic()
-    whole = measure(given, tables, journal, setting)
+    began = time.monotonic()
+    try:
+        for folder in filter(None, (given.out, given.json and given.json.parent)):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise SystemExit(f"evaluate: {problem.filename} cannot be a folder ({problem.strerror}). Give another --out or --json.") from None
+    with alone(given.out):
+        journal = Journal(given.out / "journal.jsonl")
+        failed, whole = "", False
+        try:
+            whole = measure(given, tables, journal, setting)
+        except WorkerError as error:
+            failed = str(error)
     filled = fill(tables, given.seeds, journal, setting, real.REAL if given.files else MINIATURE)
     figures = {"seconds.total": time.monotonic() - began}
     for one in filled:
         print(f"\n{one.markdown()}")
-        figures = one.figures() | figures  # names of an earlier table stay
+        own = "" if one.table.name in PLAINLY_NAMED else f"{one.table.name}."
+        figures |= {f"{own}{name}": value for name, value in one.figures().items()}
     if filled:
-        from evaluation.report import write
         from evaluation.sheets import sheets
         report = {"command": given.command, "version": version(), "code": setting.code, "seed": 0, "steps": given.steps, "cfg": given.cfg,
-                  "figures": figures}
-        pictures = sheets(filled, lambda task, row, case: strip(given.out / "pictures", task, row, case))
+                  "complete": whole, "figures": figures}
+        pictures = sheets(filled, lambda *which: given.out / "pictures" / strip(setting.of(Job(*which, seed=0))))
         write(given.out, filled, report, pictures, {"table_2": real.PAPER_A} if given.files else {})
         if given.json:
             given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         print(f"\n{given.out / 'report.md'}")
     if not whole:
-        print("evaluate: stopped; the same command goes on from here.", file=sys.stderr)
-    return 0 if whole else 130
+        print(f"evaluate: {failed or 'stopped'}; the same command goes on from here.", file=sys.stderr)
+    return 0 if whole else 1 if failed else 130
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else measures into this folder. SystemExit where somebody does."""
+    from filelock import FileLock, Timeout  # ComfyUI brings it
+    try:
+        with FileLock(folder / "journal.lock", timeout=0):
+            yield
+    except Timeout:
+        raise SystemExit(f"evaluate: another run measures into {folder}. Wait for it, or give another --out.") from None
 
 
 def miniature(given: argparse.Namespace) -> int:
@@ -212,6 +246,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if (value := getattr(given, name)) is not None and value < least:
             parser.error(f"--{name} is {value}, but takes {least} at least"
                          + (": the floor compares every identity with another one" if name == "count" else ""))
+    for option, without, why in (("table", given.variant, "--variant makes a table of its own"),
+                                 ("table", given.task != "all", "--task takes all tables of one paper"),
+                                 ("variant", given.task == "miniature", "--task miniature has no rows"),
+                                 ("first", given.files, "a checkpoint's cases are your photos, from the first on")):
+        if getattr(given, option) not in (None, []) and without:
+            parser.error(f"--{option} does nothing here: {why}")
     given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate"))
     return given
 
@@ -235,10 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.task == "miniature":
         return miniature(given)
     as_kindred()
-    try:
-        return tabulate(given)
-    except WorkerError as error:
-        sys.exit(f"evaluate: {error}")
+    return tabulate(given)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from functools import partial
 from io import StringIO
 
 import pytest
-from evaluate import chosen, fill, jobs_of, measure, parse, strip
+from evaluate import alone, chosen, fill, jobs_of, measure, parse, strip
 from evaluation import workers
 from evaluation.catalogue import DEFAULT, PLAIN, TABLES
 from evaluation.ground import BOUNDS, SHOWN, Job, Setting
@@ -45,6 +45,7 @@ def test_a_personalized_row_names_its_nodes():
 @pytest.mark.parametrize("task, text, said", [
     ("story", "x: wieght=2", "'x' sets wieght; known are strength"),
     ("story", "x: weight=much", "'x' sets weight to 'much', which is not a number"),
+    ("story", "x: halves=none", "halves to 'none'; it is one of cond only, both"), ("story", "x: weight=nan", "weight to 'nan'"),
     ("story", "x: anchors=2.5", "anchors to '2.5', which is not a whole number"),
     ("story", "x: align_keys=perhaps", "align_keys to 'perhaps', .*true or false"),
     ("story", "x: mask=true", "mask to 'true'; it is one of word, none"),
@@ -97,7 +98,12 @@ def test_what_decides_a_number_decides_the_key():
               setting.of(Job("story", BOUNDS, 3, 0)),
               Setting("host", 25, 4.0, "abc").of(job), Setting("host", 50, 5.0, "abc").of(job), Setting("host", 50, 4.0, "abd").of(job)]
     assert len({Journal.key(of) for of in [*others, setting.of(job)]}) == len(others) + 1
-    assert fingerprint() == fingerprint() and len(fingerprint()) == 12
+
+
+def test_the_versions_decide_too(tmp_path):
+    before = fingerprint(tmp_path)
+    (tmp_path / "comfyui_version.py").write_text("__version__ = '0.31.0'")
+    assert len(before) == 12 and before != fingerprint(tmp_path) == fingerprint(tmp_path)
 
 
 # processes -------------------------------------------------------------------------------------------------------------------
@@ -120,6 +126,22 @@ def test_a_failure_in_a_process_is_told_with_its_job():
 def test_a_process_that_dies_is_told_with_its_job():
     with pytest.raises(WorkerError, match="ended with code 9 at 9"):
         list(pooled([9, 9], partial(partial, os._exit), 2))
+
+
+class Refuses:
+    """What a process cannot make, and says so."""
+
+    def __init__(self) -> None:
+        raise SystemExit("evaluate: there is no such file")
+
+
+def test_a_refusal_in_a_process_is_told_in_its_words():
+    with pytest.raises(WorkerError, match=r"(?s)^[01]:\nevaluate: there is no such file$"):
+        list(pooled([0, 1], partial(exec, "raise SystemExit('evaluate: there is no such file')"), 2))
+
+
+def test_nothing_to_do_makes_nothing():
+    assert list(pooled([], Refuses, 2)) == []
 
 
 def test_leaving_early_ends_the_processes():
@@ -203,7 +225,7 @@ def test_what_was_not_measured_is_absent():
     filled = Filled(table, MINIATURE["story"], {"story": {0: [told]}})
     figures = filled.figures()
     assert "consistency.floor" not in figures and "layout_spread.story" not in figures and "error.consistency.story" not in figures
-    assert figures["unet_calls.story"] == 88 and "| story | 0.400 | nan | 1.00 | 1.00 | nan | 88 |" in filled.markdown()
+    assert figures["unet_calls.story"] == 88 and "| story | 0.400 |  | 1.00 | 1.00 |  | 88 |" in filled.markdown()
     assert "of the way" not in filled.markdown() and "**One set**: 1 set, 1 seed\n" in filled.markdown()
 
 
@@ -240,9 +262,35 @@ def test_without_arguments_it_measures_the_papers_tables(tmp_path):
     (["--variant", "x: weight=1"], "--variant needs --task"),
     (["--task", "story", "--variant", "a: weight=1", "--variant", "a: weight=2"], "two rows are called a"),
     (["--task", "story", "--variant", "plain: weight=1"], "two rows are called plain")])
-def test_words_that_do_not_fit_together(tmp_path, words, said):
+def test_rows_that_do_not_fit_together(tmp_path, words, said):
     with pytest.raises(SystemExit, match=said):
         chosen(asked(tmp_path, *words))
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--task", "story", "--table", "pareto"], "--table does nothing here: --task"),
+    (["--task", "story", "--table", "pareto", "--variant", "a: weight=1"], "--table does nothing here: --variant"),
+    (["--task", "miniature", "--variant", "a: weight=1"], "--variant does nothing here")])
+def test_words_that_would_do_nothing(tmp_path, words, said, capsys):
+    with pytest.raises(SystemExit):
+        asked(tmp_path, *words)
+    assert said in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with alone(tmp_path), pytest.raises(SystemExit, match="another run measures into"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
+
+
+def test_a_table_compares_like_with_like(tmp_path):
+    """A stop leaves the plain row with more identities than the others: only the shared ones count."""
+    setting, journal, table = Setting("h", 50, 4.0, "x"), Journal(tmp_path / "journal.jsonl"), TABLES["table_2"]
+    for row, case, value in ((table.rows[0], 0, 0.1), (table.rows[0], 1, 0.9), (table.rows[1], 0, 0.5)):
+        journal.add(setting.of(Job("personalize", row, case, 0)), values([value, value]))
+    one, = fill([table], 1, journal, setting)
+    assert one.scores["plain"]["identity"].mean == pytest.approx(0.1) and one.scores["plain"]["identity"].count == 1
 
 
 @pytest.mark.parametrize("words", [["--count", "1"], ["--seeds", "0"], ["--steps", "0"], ["--processes", "0"], ["--first", "-1"]])
@@ -256,7 +304,8 @@ def test_numbers_that_make_no_run(tmp_path, words, capsys):
 def test_every_measurement_is_one_job(count, seeds, names):
     from pathlib import Path
     tables = [Table(t.name, t.title, t.task, t.rows, count, 4) for t in (TABLES[name] for name in names)]
-    jobs, setting = list(jobs_of(tables, seeds, Path("p"))), Setting("host", 50, 4.0, "")
+    setting = Setting("host", 50, 4.0, "")
+    jobs = list(jobs_of(tables, seeds, setting, Path("p")))
     keys = [Journal.key(setting.of(job)) for job in jobs]
     assert len(set(keys)) == len(keys)
     wanted = {Journal.key(setting.of(Job(t.task, row, case, seed))) for t in tables for row in (*t.rows, BOUNDS)
@@ -266,12 +315,14 @@ def test_every_measurement_is_one_job(count, seeds, names):
         met = [job.case for job in jobs if job.task == task]
         assert met == sorted(met)
     assert {job.case for job in jobs if job.pictures} == set(range(4, 4 + min(SHOWN, count)))
+    assert len({job.pictures for job in jobs if job.pictures}) == sum(bool(job.pictures) for job in jobs)
 
 
-def test_pictures_of_different_rows_have_different_names():
+def test_pictures_of_other_settings_have_another_name():
     rows = [(t.task, row) for t in TABLES.values() for row in t.rows]
-    from pathlib import Path
-    assert len({strip(Path(), task, row, 0) for task, row in rows}) == len({(task, row.inputs) for task, row in rows})
+    settings = [Setting("host", steps, cfg, "") for steps in (10, 25) for cfg in (4.0, 5.0)]
+    names = {strip(setting.of(Job(task, row, 0, 0))) for task, row in rows for setting in settings}
+    assert len(names) == 4 * len({(task, row.inputs) for task, row in rows})
 
 
 class Pretended:

@@ -38,7 +38,17 @@ def test_blank_lines_part_the_sets(files):
         files.sets()
 
 
+def test_a_mark_before_the_text_is_no_prompt(files):
+    files.prompts.write_text("a cat", "utf-8-sig")
+    assert files.sets() == [["a cat"]]
+    files.prompts.write_bytes("ein K\xe4tzchen".encode("latin-1"))
+    with pytest.raises(SystemExit, match="prompts.txt is no UTF-8 text"):
+        files.sets()
+
+
 def test_every_prompt_names_the_subject(files):
+    cat, line = "\u732b", "\u4e00\u53ea\u732b\u5728\u6d77\u6ee9\u4e0a"  # a cat, on a beach: no spaces between words
+    assert files.with_subject([line], cat) == (line,)
     assert files.with_subject(files.sets()[1], "cat") == ("a cat at night", "a photo of a Cat")
     with pytest.raises(SystemExit, match="'a cat in the snow' does not name the subject 'dog'"):
         files.with_subject(files.sets()[0], "dog")
@@ -69,12 +79,14 @@ def test_photos_make_table_2_and_sets_a_story(files):
 
 
 @pytest.mark.parametrize("change, task, said", [
-    ({"clip_vision": None}, "all", "nothing would be judged"), ({"references": None}, "personalize", "needs --references"),
+    ({"clip_vision": None}, "all", "nothing would be judged"),
+    ({"clip_vision": None, "faces": "model"}, "story", "nothing would be judged"),
+    ({"references": None}, "personalize", "needs --references"),
     ({"subject": "", "references": None}, "story", "--task story needs --subject"),
     ({}, "personalize", "'a cat in the snow' does not name the subject 'deep'")])
 def test_what_makes_no_table_is_refused(files, change, task, said):
     with pytest.raises(SystemExit, match=said):
-        tables(replace(files, **change), task)
+        tables(replace(files, **{name: files.checkpoint if value == "model" else value for name, value in change.items()}), task)
 
 
 def test_a_story_has_two_prompts(files):
@@ -90,6 +102,12 @@ def test_a_file_that_changed_is_measured_anew(files):
     os.utime(files.checkpoint, ns=(1, 1))
     assert Journal.key(setting.of(job)) != first
     first = Journal.key(setting.of(job))
+    files.prompts.write_text("a {subject} elsewhere")
+    assert Journal.key(setting.of(job)) != first
+    first = Journal.key(setting.of(job))
+    os.utime(files.references / "cat" / "b.png", ns=(1, 1))
+    assert Journal.key(setting.of(job)) != first
+    first = Journal.key(setting.of(job))
     (files.references / "cat" / "a.png").write_bytes(b"x")  # another photo becomes the first
     assert Journal.key(setting.of(job)) != first
 
@@ -98,12 +116,14 @@ def test_only_what_was_measured_is_a_column(files, tmp_path):
     values = {"dino": [0.5], "dino_consistency": [0.4], "seconds": 1.0, "memory_gib": 2.0, "unet_calls": 50}
     ground = measured(REAL["personalize"], {"plain": {0: [values]}})
     assert [column.key for column in ground.columns] == ["seconds", "dino", "memory_gib", "unet_calls"] and ground.identity == "dino"
+    assert measured(REAL["story"], {"plain": {0: [values | {"face_cosine": [0.5]}]}}).identity == "dino_consistency"
     setting = RealSetting(Path("host"), 50, 7.5, "c", replace(files, references=files.references / "cat"))
     journal, table = Journal(tmp_path / "journal.jsonl"), tables(setting.files, "story")[0]
     journal.add(setting.of(Job("story", BOUNDS, 0, 0)), {})
     journal.add(setting.of(Job("story", table.rows[0], 0, 0)), {"consistency": [0.7, 0.9], "text": [0.2, 0.3], **values})
     one, = fill([table], 1, journal, setting, REAL)
     assert "of the way" not in one.markdown() and one.figures()["consistency.plain"] == pytest.approx(0.8)
+    assert one.csv().splitlines()[0].split(",").count("text") == 1
     assert one.figures()["text_clip.plain"] == pytest.approx(0.25) and one.scores["plain"]["text"].mean == pytest.approx(0.25)
 
 
@@ -119,6 +139,8 @@ def test_the_command_line_of_ones_own(files, capsys):
     own, = chosen(asked(files, "--task", "story", "--variant", "strong: weight=2"))
     assert [row.name for row in own.rows] == ["plain", "strong"] and own.count == 2
     files.prompts.write_text("{subject}")
+    with pytest.raises(SystemExit, match="'x' sets an input of Cross-Attn Detail Inject. Give a --concept-encoder"):
+        chosen(asked(files, "--references", str(files.references), "--task", "personalize", "--variant", "x: concept.weight=2"))
     with pytest.raises(SystemExit, match="'x' sets mask to 'true', which is known of rendered photos alone"):
         chosen(asked(files, "--references", str(files.references), "--task", "personalize", "--variant", "x: mask=true"))
 

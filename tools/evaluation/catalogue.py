@@ -43,16 +43,16 @@ STORIES = {"plain": PLAIN_STORY, "as it comes": "", "both halves": "halves=both"
            "injection to 0.6": "injection_end_percent=0.6", "injection from 0": "injection_start_percent=0",
            "injection 1": "feature_injection=1", "official order": "order=official"}
 
-PHOTO, TOLD, APART = "personalize", "story", 1000  # APART: the first identity or set that settings are chosen on
+PHOTO, TOLD, CHOSEN_ON = "personalize", "story", 1000  # the first identity or set that settings are chosen on
 TABLES = {table.name: table for table in (
     Table("table_2", "Paper A, Table 2: what each injection adds", PHOTO, rows_of(PHOTO, TABLE_2), 12),
     Table("figure_6", "Paper A, Fig. 6: weights, with and without the mask", PHOTO, rows_of(PHOTO, FIGURE_6), 5, axis="weight"),
     Table("ablation", "Paper B, section 5.4: a story less one of its parts", TOLD, rows_of(TOLD, ABLATION), 5),
     Table("pareto", "Paper B, Fig. 8: likeness against text, by dropout", TOLD, rows_of(TOLD, PARETO), 5, axis="dropout"),
-    Table("settings_self", "Settings of Masked Self-Attn Inject and its reference", PHOTO, rows_of(PHOTO, SELF), 6, APART),
-    Table("settings_full", "Settings of both injections together", PHOTO, rows_of(PHOTO, FULL), 6, APART),
-    Table("settings_story", "Settings of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORIES), 5, APART),
-    Table("dials", "The strength of the two inject nodes", PHOTO, rows_of(PHOTO, DIALS), 6, APART, "strength"),
-    Table("dial_story", "The strength of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORY_DIAL), 5, APART, "strength"))}
+    Table("settings_self", "Settings of Masked Self-Attn Inject and its reference", PHOTO, rows_of(PHOTO, SELF), 6, CHOSEN_ON),
+    Table("settings_full", "Settings of both injections together", PHOTO, rows_of(PHOTO, FULL), 6, CHOSEN_ON),
+    Table("settings_story", "Settings of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORIES), 5, CHOSEN_ON),
+    Table("dials", "The strength of the two inject nodes", PHOTO, rows_of(PHOTO, DIALS), 6, CHOSEN_ON, "strength"),
+    Table("dial_story", "The strength of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORY_DIAL), 5, CHOSEN_ON, "strength"))}
 DEFAULT = ("table_2", "figure_6", "ablation", "pareto")  # what a run without arguments measures
 PLAIN = {"personalize": TABLES["table_2"].rows[0], "story": TABLES["ablation"].rows[0]}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -12,12 +13,14 @@ from checkout import ROOT
 
 # what decides a picture or its score: the pack, the miniature and the programs that drive them
 DECIDES = ("nodes/**/*.py", "models/*.py", "miniature/*.py", "miniature/weights/**/*.safetensors", "tools/miniature_host.py",
-           "tools/evaluation/personalize.py", "tools/evaluation/story.py", "tools/evaluation/judges.py")
+           "tools/boot.py", "tools/pictures.py", *(f"tools/evaluation/{name}.py" for name in ("personalize", "story", "real", "judges")))
 
 
-def fingerprint() -> str:
-    """Twelve hex digits of the code and the weights that decide a measurement."""
-    told = hashlib.sha256()
+def fingerprint(host: Path) -> str:
+    """Twelve hex digits of the code, the weights and the versions (ComfyUI's, torch's) that decide a measurement."""
+    told = hashlib.sha256(importlib.metadata.version("torch").encode())
+    if (release := host / "comfyui_version.py").is_file():
+        told.update(release.read_bytes())
     for path in sorted({path for pattern in DECIDES for path in ROOT.glob(pattern)}):
         told.update(f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return told.hexdigest()[:12]

@@ -33,6 +33,7 @@ class Personalize:
         self.studio, self.subjects = studio, subjects
         self.last: tuple[int, Subject] | None = None
         self.banks: dict[tuple[Any, ...], tuple[Any, float]] = {}  # references by how they are read, and the seconds it took
+        self.read = 0.0  # seconds spent on reading references so far
 
     def subject(self, number: int) -> Subject:
         if self.last is None or self.last[0] != number:
@@ -42,15 +43,15 @@ class Personalize:
     def measure(self, row: Row, number: int, seed: int) -> tuple[dict[str, Any], Any]:
         """Values, per picture where they are of pictures, and the pictures [b y x 3]."""
         subject, studio = self.subject(number), self.studio
+        made, start, read = [], time.monotonic(), self.read
         model, told = self.injected(row, subject)
-        made, start = [], time.monotonic()
         with studio.counted() as calls:
             for first in range(0, len(subject.prompts), studio.batch):
                 part = subject.prompts[first:first + studio.batch]
                 lines, noise = studio.prompts(part, subject.word), number + APART * (seed + SEEDS * first)
                 made.append(studio.sample(model, lines, len(part), noise, row.get("cfg", None)))
         images = studio.torch.cat(made)
-        seconds = (time.monotonic() - start) / len(images)
+        seconds = (time.monotonic() - start - (self.read - read)) / len(images)  # the concept encoder's part is in it
         return told | subject.judge(images) | {"seconds": seconds, "unet_calls": len(calls) // len(made)}, images
 
     def injected(self, row: Row, subject: Subject) -> tuple[Any, dict[str, Any]]:
@@ -82,8 +83,8 @@ class Personalize:
             if mask != "word":
                 drawn = studio.torch.from_numpy(subject.mask) if mask == "true" else studio.torch.ones(subject.photo.shape[1:3])
                 inputs["mask"] = drawn.float()[None]
-            bank = studio.run("KindredRefUNetCapture", **shared, **inputs, **row.of(CAPTURE))[0]
-            self.banks[key] = bank, time.monotonic() - start
+            bank, seconds = studio.run("KindredRefUNetCapture", **shared, **inputs, **row.of(CAPTURE))[0], time.monotonic() - start
+            self.banks[key], self.read = (bank, seconds), self.read + seconds
         return self.banks[key]
 
 
@@ -112,7 +113,7 @@ class Identities:
         return Subject(self.studio.picture(photo.image), kind, prompt(kind), prompts, judge, photo.mask)
 
     def bounds(self, number: int) -> tuple[dict[str, Any], Any]:
-        """What the judge gives a rendering of this identity in another scene and pose, and what it gives the next identity's; the photo."""
+        """What the judge gives this identity rendered in another pose, and what it gives the next one; and the photo."""
         from kindred.miniature.world import CLASSES, SCENES, held_out_identity, render
         one, other = held_out_identity(number), held_out_identity(number + 1)
         shown = render(one, CLASSES[number % len(CLASSES)], SCENES[number % len(SCENES)], 7919 + number)

@@ -11,8 +11,9 @@ from typing import Any
 
 from miniature_host import Studio
 
+from .catalogue import PLAIN_STORY, TABLE_2
 from .ground import BOUNDS, Job, Setting, keep
-from .rows import Row, rows_of
+from .rows import CONCEPT, Row, rows_of
 from .tables import Column, Ground, Table
 
 COSINE = "CLIP's raw cosine with the prompt"
@@ -25,7 +26,7 @@ REAL = {
         Column("image", "CLIP image", "image_clip", 4, error=True), Column("dino", "DINO", "dino", 4, error=True),
         Column("face_cosine", "face cosine", "face_cosine", 4), Column("face_distance", "face distance d", "face_distance", 4),
         Column("face_found", "faces found", "face_found"), Column("memory_gib", "peak GiB", "memory", 1),
-        Column("unet_calls", "UNet calls", digits=0)), "image", ("text",), ("photo", "photos"), COSINE),
+        Column("unet_calls", "UNet calls", digits=0)), "image", ("text",), ("identity", "identities"), COSINE),
     "story": Ground("story", (
         Column("text", "CLIP text", "text_clip", 4, error=True),
         Column("consistency", "CLIP consistency", "consistency", 4, error=True),
@@ -72,8 +73,8 @@ class Files:
                                  f"{'folder' if name == 'references' else 'file'}.")
         if (self.aesthetic or self.clip_text) and not self.clip_vision:
             raise SystemExit("evaluate: --aesthetic and --clip-text judge what --clip-vision sees. Give CLIP ViT-L/14's tower as well.")
-        if self.size % 8:
-            raise SystemExit(f"evaluate: --size is {self.size}, which is no multiple of 8. Take {self.size // 8 * 8}.")
+        if self.size % 8 or self.size < 0:
+            raise SystemExit(f"evaluate: --size is {self.size}, which is no multiple of 8. Take {max(self.size // 8 * 8, 64)}.")
 
     def paths(self) -> dict[str, Path]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Path)}
@@ -93,7 +94,10 @@ class Files:
 
     def sets(self) -> list[list[str]]:
         """The prompts, by the blank lines between them."""
-        parts = re.split(r"\n\s*\n", self.prompts.read_text("utf-8"))
+        try:
+            parts = re.split(r"\n\s*\n", self.prompts.read_text("utf-8-sig"))  # Notepad's mark is no part of a prompt
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"evaluate: {self.prompts} is no UTF-8 text ({error}). Save it as UTF-8.") from None
         if not (made := [lines for part in parts if (lines := [line.strip() for line in part.splitlines() if line.strip()])]):
             raise SystemExit(f"evaluate: --prompts is {self.prompts}, which holds no prompt. Write one per line; {{subject}} stands for "
                              "the word.")
@@ -102,7 +106,8 @@ class Files:
     def with_subject(self, lines: Sequence[str], word: str) -> tuple[str, ...]:
         """Prompts about a subject. SystemExit for one that does not name it: its mask could not be found."""
         made = tuple(line.replace("{subject}", word) for line in lines)
-        if without := [line for line in made if not re.search(rf"\b{re.escape(word)}\b", line, re.IGNORECASE)]:
+        edge = r"\b" if word.isascii() else ""  # Chinese words stand without spaces
+        if without := [line for line in made if not re.search(f"{edge}{re.escape(word)}{edge}", line, re.IGNORECASE)]:
             raise SystemExit(f"evaluate: the prompt {without[0]!r} does not name the subject {word!r}. Write {{subject}} where it belongs.")
         return made
 
@@ -113,29 +118,39 @@ class RealSetting(Setting):
     files: Files | None = None
 
     def of(self, job: Job) -> dict[str, Any]:
-        """As on the miniature, with the photo or set itself, and every file by name, size and time."""
+        """As on the miniature, with the photo and all prompts, or the set, and every file by name, size and time."""
+        import torch
         files = self.files
-        told = {name: [path.name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.paths().items()
-                if name not in ("references", "prompts")}
-        case = str(files.photos()[job.case][0].relative_to(files.references)) if job.task == "personalize" else files.sets()[job.case]
-        return super().of(job) | {"ground": told, "case": case, "subject": files.subject, "size": files.size, "batch": files.batch}
+        told = {name: state(path) for name, path in files.paths().items() if name not in ("references", "prompts")}
+        if job.task == "personalize":
+            path, word = files.photos()[job.case]
+            case = [path.relative_to(files.references).as_posix(), *state(path)[1:], word, files.sets()]
+        else:
+            case = files.sets()[job.case]
+        return super().of(job) | {"ground": told, "case": case, "subject": files.subject, "size": files.size, "batch": files.batch,
+                                  "device": str(torch.accelerator.current_accelerator() or "cpu")}
+
+
+def state(path: Path) -> list[Any]:
+    """What changes when a file does."""
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def tables(files: Files, task: str) -> list[Table]:
     """Table 2's rows on every photo, or a story beside the plain prompts on every set. SystemExit where a file is missing for them."""
     wanted = []
-    if not (files.clip_vision or files.dino or (files.faces and files.references)):
-        raise SystemExit("evaluate: nothing would be judged. Give --clip-vision, --dino, or --faces with --references.")
+    story = task == "story" or (task == "all" and not files.references)
+    if not (files.clip_vision or files.dino or (files.faces and not story)):
+        raise SystemExit(f"evaluate: nothing would be judged. Give --clip-vision or --dino{'' if story else ' or --faces'}.")
     if task == "personalize" or (task == "all" and files.references):
         if not files.references:
             raise SystemExit("evaluate: --task personalize needs --references, a folder of photos.")
-        rows = {"plain": "self=off", "cross": "self=off, concept.strength=1", "self": "", "full": "concept.strength=1"}
-        rows = {name: inputs for name, inputs in rows.items() if files.concept_encoder or "concept" not in inputs}
+        rows = {name: inputs for name, inputs in TABLE_2.items() if files.concept_encoder or "concept" not in inputs}
         every = [line for part in files.sets() for line in part]
         for _, word in files.photos():
             files.with_subject(every, word)
         wanted.append(Table("table_2", "Paper A, Tables 1 and 2", "personalize", rows_of("personalize", rows), len(files.photos())))
-    if task == "story" or (task == "all" and not files.references):
+    if story:
         if not files.subject:
             raise SystemExit("evaluate: --task story needs --subject, the word that the prompts of every set share.")
         for number, lines in enumerate(files.sets(), 1):
@@ -143,7 +158,7 @@ def tables(files: Files, task: str) -> list[Table]:
             if len(lines) < 2:
                 raise SystemExit(f"evaluate: set {number} of {files.prompts} is one prompt, and a story has 2 at least. Sets are parted by "
                                  "blank lines.")
-        wanted.append(Table("story", "Paper B, Fig. 8", "story", rows_of("story", {"plain": "node=off", "story": ""}), len(files.sets())))
+        wanted.append(Table("story", "Paper B, Fig. 8", "story", rows_of("story", {"plain": PLAIN_STORY, "story": ""}), len(files.sets())))
     return wanted
 
 
@@ -154,7 +169,7 @@ class RealStudio(Studio):
         import torch
         from boot import boot
         files = setting.files
-        self.torch, self.nodes = torch, boot(setting.host, cpu=not torch.cuda.is_available())
+        self.torch, self.nodes = torch, boot(setting.host, cpu=not torch.accelerator.is_available())
         self.steps, self.cfg, self.batch, self.files = setting.steps, setting.cfg, files.batch, files
         import comfy.sd
         import comfy.utils
@@ -166,6 +181,10 @@ class RealStudio(Studio):
         if self.clip is None or self.vae is None:
             lacks = "text encoder" if self.clip is None else "VAE"
             raise ValueError(f"evaluate: {files.checkpoint} holds no {lacks}. Give a whole checkpoint.")
+        if torch.accelerator.is_available():  # loading and compiling are nobody's time
+            self.steps = 1
+            self.sample(self.model, self.prompts(["warm-up"]), 1, 0)
+            self.steps = setting.steps
 
     @cached_property
     def encoder(self) -> Any:
@@ -203,7 +222,7 @@ class Real:
         values, images = self.tasks[job.task].measure(job.row, job.case, job.seed)
         if job.pictures:
             keep(images, job.pictures)
-        return values | {"memory_gib": peak_memory(torch)}
+        return values
 
     def photo(self, number: int) -> Any:
         from pictures import read_picture, square
@@ -220,7 +239,7 @@ class Real:
 
     def judged(self, images: Any, prompts: tuple[str, ...], photos: tuple[Any, ...]) -> dict[str, Any]:
         from .judges import Asked
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"memory_gib": peak_memory(self.studio.torch)}  # before the judges take theirs
         for judge in self.judges:
             values |= judge(images.float().cpu(), Asked(prompts, photos))
         return values
@@ -249,7 +268,9 @@ def peak_memory(torch: Any) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)  # bytes, or KiB
 
 
-def refuse(rows: Sequence[Row]) -> None:
-    """SystemExit for what only the miniature knows."""
+def refuse(rows: Sequence[Row], files: Files) -> None:
+    """SystemExit for what only the miniature knows, and for what needs a file that was not given."""
+    if not files.concept_encoder and (wrong := [row.name for row in rows if row.of(CONCEPT)]):
+        raise SystemExit(f"evaluate: row {wrong[0]!r} sets an input of Cross-Attn Detail Inject. Give a --concept-encoder.")
     if wrong := [row.name for row in rows if row.get("mask", "word") == "true"]:
         raise SystemExit(f"evaluate: row {wrong[0]!r} sets mask to 'true', which is known of rendered photos alone.")

@@ -33,7 +33,9 @@ def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pic
         parts += [f"## {one.table.title}", one.markdown(), *([notes[name]] if name in notes else []),
                   *(f"![{path.stem}]({path.name})" for path in drawn)]
     put("report.json", json.dumps(dict(report), indent=2) + "\n")
-    put("report.md", "\n\n".join(["# Evaluation", f"`{report['command']}`, version {report['version']}, code {report['code']}", *parts,
+    stopped = [] if report["complete"] else ["**Stopped before its end**: every table shows the cases that all of its rows have."]
+    head = f"`{report['command']}`, version {report['version']}, code {report['code']}"
+    put("report.md", "\n\n".join(["# Evaluation", head, *stopped, *parts,
                                   "## What a picture took", time_table(filled)]) + "\n")
     return made
 

@@ -1,18 +1,22 @@
 """Rows of the tables: a name and the nodes' inputs that it sets, as a person writes them on the command line."""
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-WINDOW: dict[str, type] = {"start_percent": float, "end_percent": float}
-CAPTURE: dict[str, type] = {"mask_threshold": str, "mask_value": float, "mask_steps": int, "mask_blocks": str, "precision": str}
-INJECT: dict[str, type] = {"strength": float, "weight": float, "weight_mode": str, "blocks": str, "halves": str} | WINDOW
-CONCEPT: dict[str, type] = {f"concept.{name}": kind for name, kind in ({"merge": str} | INJECT).items()}
-STORY: dict[str, type] = {
+Kind = type | tuple[str, ...]  # of a value, or its choices as the nodes name them
+HALVES, MODES = ("cond only", "both", "shared"), ("logit bias", "post softmax", "key scale", "output blend")
+WINDOW: dict[str, Kind] = {"start_percent": float, "end_percent": float}
+CAPTURE: dict[str, Kind] = {"mask_threshold": ("otsu", "value"), "mask_value": float, "mask_steps": int, "mask_blocks": str,
+                            "precision": ("as computed", "float16")}
+INJECT: dict[str, Kind] = {"strength": float, "weight": float, "weight_mode": MODES, "blocks": str, "halves": HALVES} | WINDOW
+CONCEPT: dict[str, Kind] = {f"concept.{name}": kind for name, kind in ({"merge": ("as trained", "concat", "add")} | INJECT).items()}
+STORY: dict[str, Kind] = {
     "strength": float, "anchors": int, "seed": int, "weight": float, "dropout": float, "query_blend": float, "feature_injection": float,
     "query_blend_end": float, "blend_end_percent": float, "injection_start_percent": float, "injection_end_percent": float,
-    "blocks": str, "mask_blocks": str, "halves": str, "order": str, "align_keys": bool}
+    "blocks": str, "mask_blocks": str, "halves": HALVES[:2], "order": ("fast", "official"), "align_keys": bool}
 OWN = {  # what no node has: how a row is made
     "personalize": {"self": ("on", "off"), "mask": ("word", "true", "none"), "inverted": ("no", "yes"), "cfg": float},
     "story": {"node": ("on", "off"), "mask": ("word", "none"), "cfg": float}}
@@ -55,8 +59,8 @@ class Row:
         return {name.removeprefix(prefix): value for name, value in self.inputs if name in names}
 
 
-def typed(refused: str, name: str, value: str, kind: type | tuple[str, ...]) -> Any:
-    """A value as the node takes it. SystemExit where it is none."""
+def typed(refused: str, name: str, value: str, kind: Kind) -> Any:
+    """A value as the node takes it. SystemExit where it is none; names of blocks are the node's to judge."""
     if isinstance(kind, tuple):
         if value not in kind:
             raise SystemExit(f"{refused}sets {name} to {value!r}; it is one of {', '.join(kind)}.")
@@ -66,7 +70,9 @@ def typed(refused: str, name: str, value: str, kind: type | tuple[str, ...]) -> 
             raise SystemExit(f"{refused}sets {name} to {value!r}, which is not {KIND_NAMES[bool]}.")
         return value.lower() == "true"
     try:
-        return kind(value)
+        if kind is not float or math.isfinite(float(value)):
+            return kind(value)
+        raise ValueError(value)
     except ValueError:
         raise SystemExit(f"{refused}sets {name} to {value!r}, which is not {KIND_NAMES[kind]}.") from None
 

@@ -105,9 +105,9 @@ class Filled:
             mean = scores[column.key].mean
             if column.to_plain:
                 mean /= (self.scores[self.plain][column.key].mean if self.plain in self.scores else 0) or math.nan
-            yield f"{mean:.{column.digits}f}"
+            yield told(mean, column.digits)
             if column.error:
-                yield f"{scores[column.key].error:.{column.digits}f}"
+                yield told(scores[column.key].error, column.digits)
             if column.key == self.ground.identity and self.bounded:
                 yield f"{self.way(row):.2f}"
 
@@ -132,7 +132,7 @@ class Filled:
         """Every mean and standard error at full precision."""
         out = StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        keys = [column.key for column in self.ground.columns] + ["text", "seconds"]
+        keys = list(dict.fromkeys([*(column.key for column in self.ground.columns), "text", "seconds"]))
         writer.writerow(["row", "inputs", "of_the_way", *(f"{key}{part}" for key in keys for part in ("", "_error", "_count"))])
         for row in self.table.rows:
             if row.name in self.found:
@@ -153,7 +153,15 @@ class Filled:
                 made[f"unet_calls.{row}"] = scores["unet_calls"].mean
             if not math.isnan(overlap := self.score(row, "mask_iou").mean):
                 made.setdefault("mask.iou", overlap)  # of the first row that finds the subject by its word
+            if not math.isnan(reading := self.score(row, "seconds_reference").mean):
+                made.setdefault("seconds.inversion", reading)
+                made.setdefault("seconds.sampling", scores["seconds"].mean)
         return {name: value for name, value in made.items() if not math.isnan(value)}
+
+
+def told(number: float, digits: int) -> str:
+    """A number, or nothing where there is none."""
+    return "" if math.isnan(number) else f"{number:.{digits}f}"
 
 
 def listed(value: float | Sequence[float]) -> Sequence[float]:

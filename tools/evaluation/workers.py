@@ -48,8 +48,11 @@ def pooled(jobs: Iterable[Job], make: Callable[[], Callable[[Job], Any]], proces
             else:
                 ours, done = finished(busy, workers)
                 yield done
-            ours.send(job)
             busy[ours] = job
+            try:
+                ours.send(job)
+            except OSError:  # it died between two jobs: finished() says so
+                pass
         while busy:
             _, done = finished(busy, workers)
             yield done
@@ -85,10 +88,11 @@ def finished(busy: dict[Connection, Job], workers: dict[Connection, Any]) -> tup
     job = busy.pop(ready)
     try:
         worked, result = ready.recv()
-    except EOFError:
+    except (EOFError, OSError):
         workers[ready].join()
-        raise WorkerError(f"A process that measures ended with code {workers[ready].exitcode} at {job}. A kill from outside is -9: "
-                          "memory may have run out; give fewer --processes.") from None
+        code = workers[ready].exitcode
+        why = " It was killed: memory may have run out, so give fewer --processes." if code is not None and code < 0 else ""
+        raise WorkerError(f"A process that measures ended with code {code} at {job}.{why}") from None
     if not worked:
         raise WorkerError(f"{job}:\n{result}")
     return ready, (job, result)
@@ -107,6 +111,8 @@ def serve(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> N
         try:
             work = work or make()
             connection.send((True, work(job)))
+        except SystemExit as refusal:
+            connection.send((False, str(refusal)))
         except Exception:  # told to the parent, which raises it
             connection.send((False, traceback.format_exc()))
 
