@@ -9,7 +9,6 @@ from kindred.miniature.pack import CHECKPOINT
 from networks import random_model
 from studio import concept, counted, differs, encoder_of, negative, plain, prompt, sample, subject
 
-from kindred.nodes.concept import CrossAttnDetailInject
 from kindred.nodes.prompts import SubjectPrompts
 
 EXACT = 1e-5
@@ -226,6 +225,6 @@ def test_a_prompt_per_line_beside_a_mask_per_picture(clip):
     batch, masks = lines(clip, "a cat", "a red cat, " + "very red, " * 40), torch.stack((torch.zeros(64, 64), torch.ones(64, 64)))
     how = {"positive": batch, "batch": 2, "steps": 2}
     with torch.inference_mode():
-        masked = CrossAttnDetailInject.execute(MODEL, encoder_of(), subject(), weight=2.0, target_mask=masks).result[0]
+        masked = concept(MODEL, 2.0, target_mask=masks)
     out, none, free = (sample(m, **how) for m in (masked, MODEL, concept(MODEL, 2.0)))
     assert torch.equal(out[0], none[0]) and torch.equal(out[1], free[1])
