@@ -131,7 +131,7 @@ def test_a_checkpoint_of_ones_own_with_photos(own, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "| full | 0.3526 | 1.4251 | 6.6489 | 10 |" in report and "table_2_pictures.jpg" in report  # the paper's own numbers
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
-    assert {"text_clip.full", "image_clip.plain", "memory.self", "count.photos"} <= figures.keys() and "identity.ceiling" not in figures
+    assert {"text_clip.full", "image_clip.plain", "memory.self", "count.identities"} <= figures.keys() and "identity.ceiling" not in figures
 
 
 def test_a_checkpoint_of_ones_own_with_stories(own, tmp_path):
