@@ -35,7 +35,6 @@ from evaluation.rows import Row
 from evaluation.tables import MINIATURE, Filled, Ground, Table
 from evaluation.workers import WorkerError, pooled, stoppable
 
-
 PLAINLY_NAMED = ("table_2", "ablation", "story", "own")  # tables whose figures have names without the table's
 LIKENESS = ("dino", "dino_consistency", "face_cosine")  # what stands for identity where CLIP does not judge
 
@@ -94,7 +93,7 @@ def measure(given: argparse.Namespace, tables: Sequence[Table], journal: Journal
     todo = [job for job in jobs if journal.get(setting.of(job)) is None]
     if not todo:
         return True
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="row", dynamic_ncols=True, disable=not todo) as bar:
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="row", dynamic_ncols=True) as bar:
         try:
             with stoppable():
                 for job, values in pooled(todo, partial(real.Real if given.files else Miniature, setting), min(given.processes, len(todo))):

@@ -17,7 +17,7 @@ from evaluation import workers
 from evaluation.catalogue import DEFAULT, PLAIN, TABLES
 from evaluation.ground import BOUNDS, SHOWN, Job, Setting
 from evaluation.journal import Journal, fingerprint
-from evaluation.report import family
+from evaluation.report import family, plots
 from evaluation.rows import INPUTS, Row
 from evaluation.tables import MINIATURE, Filled, Table
 from evaluation.workers import WorkerError, one_thread, pooled, stoppable
@@ -78,6 +78,21 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
     again.add({"case": 3}, {"identity": [1.0]})
     assert [Journal(path).get({"case": n})["identity"] for n in (2, 3)] == [[0.25], [1.0]]
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_measurement_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch):
+    journal, flushed, sync = Journal(tmp_path / "journal.jsonl"), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(journal.path.read_text()) or sync(number))
+    journal.add({"case": 1}, {"identity": [0.5]})
+    assert flushed == [journal.path.read_text()] != [""]
+
+
+def test_one_set_is_drawn_without_errors(tmp_path):
+    """Of one identity there is no standard error: NaN, and a plot all the same."""
+    table = Table("t", "One", "personalize", (Row("plain", (("self", "off"),)), Row("W 1"), Row("W 2")), 2, axis="weight")
+    found = {row.name: {0: [values([0.1 * i, 0.3])]} for i, row in enumerate(table.rows)}
+    drawn = plots(tmp_path, Filled(table, MINIATURE["personalize"], found, 0.1, 1.0))
+    assert [path.name for path in drawn] == ["t_front.png", "t_curves.png"] and all(path.stat().st_size > 1000 for path in drawn)
 
 
 @pytest.mark.parametrize("line", ["no json", "[]", '{"of": 1}', "{}"])

@@ -58,10 +58,10 @@ def plots(folder: Path, one: Filled) -> list[Path]:
             continue
         text, identity = one.scores[row.name]["text"], one.scores[row.name][key]
         line, number = family(row.name) if one.table.axis else (row.name, None)
-        series.setdefault(line, []).append(Point(row.name, text.mean, identity.mean, known(text.error), known(identity.error)))
+        series.setdefault(line, []).append(Point(row.name, text.mean, identity.mean, text.error, identity.error))
         if number is not None:
             for what, score in ((title, identity), ("as asked", text)):
-                lines.setdefault(f"{line}: {what}", []).append(Point(row.name, number, score.mean, 0.0, known(score.error)))
+                lines.setdefault(f"{line}: {what}", []).append(Point(row.name, number, score.mean, 0.0, score.error))
     made = [folder / f"{one.table.name}_front.png"]
     height = Axis(title, *(None if math.isnan(bound) else bound for bound in (one.floor, one.ceiling)))
     front(made[0], one.table.title, series, Axis(one.ground.text_title), height)
@@ -69,10 +69,6 @@ def plots(folder: Path, one: Filled) -> list[Path]:
         made.append(folder / f"{one.table.name}_curves.png")
         curves(made[1], one.table.title, lines, Axis(one.table.axis), Axis(f"{title}, and share as asked"), one.table.axis == "weight")
     return made
-
-
-def known(error: float) -> float:
-    return 0.0 if math.isnan(error) else error
 
 
 def family(name: str) -> tuple[str, float | None]:
