@@ -32,7 +32,7 @@ from evaluation.catalogue import DEFAULT, PLAIN, TABLES
 from evaluation.ground import BOUNDS, SHOWN, Job, Miniature, Setting
 from evaluation.journal import Journal, fingerprint
 from evaluation.rows import Row
-from evaluation.tables import MINIATURE, Filled, Ground, Table
+from evaluation.tables import MINIATURE, Filled, Ground, Table, listed
 from evaluation.workers import WorkerError, pooled, stoppable
 
 PLAINLY_NAMED = ("table_2", "ablation", "story", "own")  # tables whose figures have names without the table's
@@ -110,13 +110,13 @@ def measured(ground: Ground, found: Mapping[str, Mapping[int, Sequence[Mapping[s
     keys = {key for row in found.values() for seeds in row.values() for values in seeds for key in values}
     columns = tuple(column for column in ground.columns if column.key in keys)
     shown = {column.key for column in columns}
-    return replace(ground, columns=columns, identity=next(key for key in (ground.identity, *LIKENESS) if key in shown))
+    return replace(ground, columns=columns, identity=next(key for key in (ground.identity, *LIKENESS) if key in shown),
+                   parts=tuple(part for part in ground.parts if part.key in keys))
 
 
 def fill(tables: Sequence[Table], seeds: int, journal: Journal, setting: Setting,
          grounds: Mapping[str, Ground] = MINIATURE) -> list[Filled]:
-    """The tables with what the journal has of them."""
-    from evaluation.story import floor_of
+    """The tables with what the journal has of them: the cases that all of a table's rows have, like with like."""
     filled = []
     for table in tables:
         found: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
@@ -126,15 +126,23 @@ def fill(tables: Sequence[Table], seeds: int, journal: Journal, setting: Setting
             if kept := {case: values for case, values in kept.items() if len(values) == seeds}:
                 found[row.name] = kept
         shared = set.intersection(*(set(kept) for kept in found.values())) if found else set()
-        if not shared:
-            continue
-        found = {name: {case: kept[case] for case in kept if case in shared} for name, kept in found.items()}  # like with like
-        known = [values for case in sorted(shared) if (values := journal.get(setting.of(Job(table.task, BOUNDS, case, 0))))]
-        bounds = {name: [values[name] for values in known if name in values] for name in ("floor", "ceiling")}
-        readings = [values["reading"] for made in found.get(table.rows[0].name, {}).values() for values in made[:1] if "reading" in values]
-        floor = floor_of(readings) if readings else mean(bounds["floor"])
-        filled.append(Filled(table, measured(grounds[table.task], found), found, floor, mean(bounds["ceiling"])))
+        if shared:
+            found = {name: {case: kept[case] for case in kept if case in shared} for name, kept in found.items()}
+            known = [values for case in sorted(shared) if (values := journal.get(setting.of(Job(table.task, BOUNDS, case, 0))))]
+            filled.append(bounded(table, measured(grounds[table.task], found), found, known))
     return filled
+
+
+def bounded(table: Table, ground: Ground, found: dict[str, dict[int, list[Mapping[str, Any]]]],
+            known: Sequence[Mapping[str, Any]]) -> Filled:
+    """A table with its floor and its ceiling; known: what the judge gives where the answer is known, a case each."""
+    from evaluation.story import floor_of
+
+    def mean_of(key: str) -> float:
+        return mean([value for values in known if key in values for value in listed(values[key])])
+    readings = [values["reading"] for made in found.get(table.rows[0].name, {}).values() for values in made[:1] if "reading" in values]
+    return Filled(table, ground, found, floor_of(readings) if readings else mean_of("floor"), mean_of("ceiling"),
+                  {part.key: mean_of(part.key) for part in ground.parts})
 
 
 def mean(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from functools import partial
 from io import StringIO
 
 import pytest
-from evaluate import alone, chosen, fill, jobs_of, measure, parse, strip
+from evaluate import alone, bounded, chosen, fill, jobs_of, measure, measured, parse, strip
 from evaluation import workers
 from evaluation.catalogue import DEFAULT, PLAIN, TABLES
 from evaluation.ground import BOUNDS, SHOWN, Job, Setting
@@ -232,6 +232,20 @@ def test_csv_holds_every_number():
     plain, made = csv.DictReader(StringIO(by_hand().csv()))
     assert plain["inputs"] == "self=off" and float(made["identity"]) == pytest.approx(0.7) and float(made["text"]) == 0.5
     assert float(made["of_the_way"]) == pytest.approx(0.625) and made["identity_count"] == "2"
+
+
+def test_identity_part_by_part_beside_the_known_answer():
+    """Means over identities, the journal's own numbers; a ground without parts says nothing."""
+    table = Table("t", "By hand", "personalize", (Row("plain", (("self", "off"),)), Row("made")), 2)
+    hats = {"plain": ([0.0, 0.2], [0.3, 0.3]), "made": ([0.5, 0.7], [0.2, 0.4])}
+    found = {name: {i: [values([0.5, 0.5]) | {"hat": hat, "body": [0.25]}] for i, hat in enumerate(of)} for name, of in hats.items()}
+    known = [{"floor": 0.1, "ceiling": 0.9, "hat": [0.8], "body": [1.0]}, {"floor": 0.3, "ceiling": 0.7, "hat": [1.0], "body": [0.5]}]
+    filled = bounded(table, measured(MINIATURE["personalize"], found), found, known)
+    assert (filled.floor, filled.ceiling) == (pytest.approx(0.2), pytest.approx(0.8))
+    assert filled.by_part().splitlines()[2:] == ["| | body colour | hat |", "|---|---:|---:|", "| plain | 0.25 | 0.20 |",
+                                                 "| made | 0.25 | 0.45 |", "| ceiling | 0.75 | 0.90 |"]
+    assert float(list(csv.DictReader(StringIO(filled.csv())))[1]["hat"]) == pytest.approx(0.45)
+    assert not Filled(table, MINIATURE["story"], {}).by_part()
 
 
 def test_what_was_not_measured_is_absent():

@@ -36,13 +36,14 @@ class Ground:
     text: tuple[str, ...]  # a picture's agreement with its prompt is the least of these
     units: tuple[str, str]  # what a case is: one, several
     text_title: str = "pictures with scene and class as asked"
+    parts: tuple[Column, ...] = ()  # what `identity` is made of, in a table of its own
 
 
 MINIATURE = {
     "personalize": Ground("personalize", (
         Column("identity", "identity", "identity", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
-        Column("class", "class right", "class_accuracy")), "identity", ("scene", "class"),
-        ("identity", "identities")),
+        Column("class", "class right", "class_accuracy")), "identity", ("scene", "class"), ("identity", "identities"),
+        parts=(Column("body", "body colour"), Column("second_hue", "second hue"), Column("pattern", "pattern"), Column("hat", "hat"))),
     "story": Ground("story", (
         Column("consistency", "consistency", "consistency", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
         Column("class", "class right", "class_accuracy"), Column("layout_spread", "layout spread", "layout_spread", to_plain=True),
@@ -69,10 +70,11 @@ class Filled:
     found: dict[str, dict[int, list[Values]]]  # by row and case: a measurement per seed
     floor: float = math.nan
     ceiling: float = math.nan
+    parts_ceiling: Mapping[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, Mean]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scores = {name: {column.key: self.score(name, column.key) for column in self.ground.columns}
+        self.scores = {name: {column.key: self.score(name, column.key) for column in (*self.ground.columns, *self.ground.parts)}
                        | {"text": self.text(name), "seconds": self.score(name, "seconds")} for name in self.found}
 
     def score(self, row: str, key: str) -> Mean:
@@ -128,11 +130,22 @@ class Filled:
         lines += [f"| {row.name} | {' | '.join(self.cells(row.name))} |" for row in self.table.rows if row.name in self.found]
         return "\n".join(lines)
 
+    def by_part(self) -> str:
+        """What identity is made of, row by row, and what of it the known answer shows; empty where it has no parts."""
+        if not self.ground.parts:
+            return ""
+        lines = ["What it is made of:", "", "| | " + " | ".join(part.title for part in self.ground.parts) + " |",
+                 "|---|" + "---:|" * len(self.ground.parts)]
+        known = {name: [scores[part.key].mean for part in self.ground.parts] for name, scores in self.scores.items()}
+        known["ceiling"] = [self.parts_ceiling.get(part.key, math.nan) for part in self.ground.parts]
+        lines += [f"| {name} | {' | '.join(told(value, 2) for value in values)} |" for name, values in known.items()]
+        return "\n".join(lines)
+
     def csv(self) -> str:
         """Every mean and standard error at full precision."""
         out = StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        keys = list(dict.fromkeys([*(column.key for column in self.ground.columns), "text", "seconds"]))
+        keys = list(dict.fromkeys([*(column.key for column in (*self.ground.columns, *self.ground.parts)), "text", "seconds"]))
         writer.writerow(["row", "inputs", "of_the_way", *(f"{key}{part}" for key in keys for part in ("", "_error", "_count"))])
         for row in self.table.rows:
             if row.name in self.found:
