@@ -118,7 +118,8 @@ def own(tmp_path_factory) -> list[str]:
 
 
 def test_a_checkpoint_of_ones_own_with_photos(own, tmp_path):
-    told = run(tmp_path, *own, "--concept-encoder", str(WEIGHTS / "concept_encoders" / "kindred_miniature_concept.safetensors"))
+    (one := tmp_path / "prompt.txt").write_text("a {subject} on a beach\n")  # a ViT-L looks at every picture, and takes its time
+    told = run(tmp_path, *own, "--prompts", str(one), "--concept-encoder", str(WEIGHTS / "concept_encoders" / "kindred_miniature_concept.safetensors"))
     head = tables(told)[1]
     assert all(word in head for word in ("CLIP text", "CLIP image", "seconds per picture", "to read the photo", "peak GiB"))
     assert "face" not in head and "DINO" not in head  # their files were not given
@@ -130,6 +131,7 @@ def test_a_checkpoint_of_ones_own_with_photos(own, tmp_path):
     assert rows["plain"]["image"] != rows["self"]["image"] != rows["full"]["image"]
     report = (tmp_path / "report.md").read_text()
     assert "| full | 0.3526 | 1.4251 | 6.6489 | 10 |" in report and "table_2_pictures.jpg" in report  # the paper's own numbers
+    assert "- CLIP text: raw cosine with the picture's own prompt (CLIP ViT-L, 224 px)" in report
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
     assert {"text_clip.full", "image_clip.plain", "memory.self", "count.identities"} <= figures.keys() and "identity.ceiling" not in figures
 

@@ -120,8 +120,10 @@ def test_only_what_was_measured_is_a_column(files, tmp_path):
     setting = RealSetting(Path("host"), 50, 7.5, "c", replace(files, references=files.references / "cat"))
     journal, table = Journal(tmp_path / "journal.jsonl"), tables(setting.files, "story")[0]
     journal.add(setting.of(Job("story", BOUNDS, 0, 0)), {})
-    journal.add(setting.of(Job("story", table.rows[0], 0, 0)), {"consistency": [0.7, 0.9], "text": [0.2, 0.3], **values})
+    said = {"judged_by": {"text": "raw cosine (CLIP ViT-L)", "image": "no column of this table"}}
+    journal.add(setting.of(Job("story", table.rows[0], 0, 0)), {"consistency": [0.7, 0.9], "text": [0.2, 0.3], **values, **said})
     one, = fill([table], 1, journal, setting, REAL)
+    assert one.judged_by() == "- CLIP text: raw cosine (CLIP ViT-L)"
     assert "of the way" not in one.markdown() and one.figures()["consistency.plain"] == pytest.approx(0.8)
     assert one.csv().splitlines()[0].split(",").count("text") == 1
     assert one.figures()["text_clip.plain"] == pytest.approx(0.25) and one.scores["plain"]["text"].mean == pytest.approx(0.25)

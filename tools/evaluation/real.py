@@ -242,7 +242,7 @@ class Real:
         values: dict[str, Any] = {"memory_gib": peak_memory(self.studio.torch)}  # before the judges take theirs
         for judge in self.judges:
             values |= judge(images.float().cpu(), Asked(prompts, photos))
-        return values
+        return values | {"judged_by": {column.name: column.told for judge in self.judges for column in judge.columns}}
 
 
 def judges(files: Files) -> Iterator[Any]:

@@ -30,7 +30,7 @@ def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pic
             drawn.append(folder / f"{name}_pictures.jpg")
             pictures[name].save(drawn[-1], quality=90)
         made += drawn
-        parts += [f"## {one.table.title}", one.markdown(), *filter(None, [one.by_part()]), *([notes[name]] if name in notes else []),
+        parts += [f"## {one.table.title}", one.markdown(), *filter(None, (one.by_part(), one.judged_by())), *([notes[name]] if name in notes else []),
                   *(f"![{path.stem}]({path.name})" for path in drawn)]
     put("report.json", json.dumps(dict(report), indent=2) + "\n")
     stopped = [] if report["complete"] else ["**Stopped before its end**: every table shows the cases that all of its rows have."]

@@ -141,6 +141,12 @@ class Filled:
         lines += [f"| {name} | {' | '.join(told(value, 2) for value in values)} |" for name, values in known.items()]
         return "\n".join(lines)
 
+    def judged_by(self) -> str:
+        """What each column is and which file of the user's it comes from; empty on the miniature, which has one judge."""
+        said = {name: by for seeds in self.found.values() for made in seeds.values() for values in made
+                for name, by in values.get("judged_by", {}).items()}
+        return "\n".join(f"- {column.title}: {said[column.key]}" for column in self.ground.columns if column.key in said)
+
     def csv(self) -> str:
         """Every mean and standard error at full precision."""
         out = StringIO()
