@@ -119,7 +119,8 @@ def own(tmp_path_factory) -> list[str]:
 
 def test_a_checkpoint_of_ones_own_with_photos(own, tmp_path):
     (one := tmp_path / "prompt.txt").write_text("a {subject} on a beach\n")  # a ViT-L looks at every picture, and takes its time
-    told = run(tmp_path, *own, "--prompts", str(one), "--concept-encoder", str(WEIGHTS / "concept_encoders" / "kindred_miniature_concept.safetensors"))
+    encoder = WEIGHTS / "concept_encoders" / "kindred_miniature_concept.safetensors"
+    told = run(tmp_path, *own, "--prompts", str(one), "--concept-encoder", str(encoder))
     head = tables(told)[1]
     assert all(word in head for word in ("CLIP text", "CLIP image", "seconds per picture", "to read the photo", "peak GiB"))
     assert "face" not in head and "DINO" not in head  # their files were not given

@@ -30,8 +30,8 @@ def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pic
             drawn.append(folder / f"{name}_pictures.jpg")
             pictures[name].save(drawn[-1], quality=90)
         made += drawn
-        parts += [f"## {one.table.title}", one.markdown(), *filter(None, (one.by_part(), one.judged_by())), *([notes[name]] if name in notes else []),
-                  *(f"![{path.stem}]({path.name})" for path in drawn)]
+        words = filter(None, (one.by_part(), one.judged_by(), notes.get(name, "")))
+        parts += [f"## {one.table.title}", one.markdown(), *words, *(f"![{path.stem}]({path.name})" for path in drawn)]
     put("report.json", json.dumps(dict(report), indent=2) + "\n")
     stopped = [] if report["complete"] else ["**Stopped before its end**: every table shows the cases that all of its rows have."]
     head = f"`{report['command']}`, version {report['version']}, code {report['code']}"
