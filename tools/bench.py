@@ -1,133 +1,272 @@
-"""What Kindred costs beside the plain sampler, measured in one run: ratios of process time, interleaved rounds, medians.
+"""What Kindred costs beside the plain sampler, measured in one run.
 
-Random weights in the host's own configurations: the arithmetic does not care. Cases: extra_b1 (our hooks, nothing injected),
-cached (the reference's features are kept), live (the Ref-UNet runs beside the sampler), cold (inversion included), concept
-(the concept encoder's tokens); b1 and b4 are one and four pictures. Sizes are latent cells: 64 is 512 pixels.
+Rounds are interleaved (plain, case, case, plain with four pictures, case, ...), the first is thrown away, and each ratio is within its own
+round. On a CPU the clock is the process' own time, on CUDA the device's events. Models have random weights in the host's own
+configurations and the subject is a drawn square: the arithmetic does not care. Ctrl-C prints the table of the rounds that were finished.
+
+cases, by groups (hooks, references, concepts, stories); without --case those that have a gate on a CPU:
 """
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import statistics
+import platform
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from boot import boot
-from checkout import version
+from benching.catalogue import CASES, GROUPS, PLAIN, Key, chosen, left_out, name_of
+from benching.clocks import Clock, clock_of, forget_peak, peak_of_process
+from benching.ground import ATTENTION, DTYPES, Ground, Setting
+from benching.probes import counted, first_wait
+from benching.report import block, command_of, listed, markdown, report, run_of, write_json, write_page
+from benching.rounds import Job, play, table
+from evaluation.workers import stoppable
 
-CASES = ("extra_b1", "cached_b1", "cached_b4", "live_b1", "live_b4", "cold_b1", "concept_b1")
-TOKENS = 257  # of a CLIP ViT-L
+STOPPED, REFUSED = 130, 2
+PATIENCE = 20  # seconds that a stopped child has to print its table
 
 
-class Bench:
-    """One random model in the host of this process, and the jobs that are timed on it."""
+class Refusal(Exception):
+    """A sentence for the person at the terminal."""
 
-    def __init__(self, host: Path, family: str, latent: int, steps: int) -> None:
-        import torch
-        self.torch, self.nodes, self.family, self.latent, self.steps = torch, boot(host), family, latent, steps
-        import comfy.utils
-        from kindred.models.reference import SubjectTokens
-        from networks import build_model, random_prompt
-        comfy.utils.set_progress_bar_enabled(False)
-        self.model = build_model(family)
-        self.positive, self.negative = random_prompt(family, 1), random_prompt(family, 2)
-        self.coarse = random_prompt(family, 3, subject=SubjectTokens(("cat",), ((5,),)))
-        self.photo = {"samples": torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(3))}
-        self.mask = torch.zeros(1, latent, latent)
-        self.mask[:, latent // 4:latent * 3 // 4, latent // 4:latent * 3 // 4] = 1  # a subject on a quarter of the picture
-        self.calls = 0
-        self.model.model.diffusion_model.register_forward_pre_hook(lambda *_: setattr(self, "calls", self.calls + 1))
 
-    def node(self, name: str, **inputs: Any) -> tuple[Any, ...]:
-        with self.torch.inference_mode():
-            return self.nodes.NODE_CLASS_MAPPINGS[name].execute(**inputs).result
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dev.py bench", description=f"{__doc__}{listed()}", allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--case", action="append", default=[], metavar="NAME", help=f"all, a group ({', '.join(GROUPS)}), a case, or a case with its "
+        "pictures such as cached_b4; repeat it for several")
+    add("--pictures", type=int, nargs="+", default=[], metavar="N", help="in the batch (default: as each case is usually used)")
+    add("--family", choices=("sd15", "sd21", "sdxl", "tiny"), default="sd15")
+    add("--latent", type=int, default=32, help="side in latent cells (default %(default)s; 64 is 512 pixels)")
+    add("--steps", type=int, default=2, help="default %(default)s; the table says what 50 would cost; story, blended and more need 4")
+    add("--rounds", type=int, default=3, help="default %(default)s; 5 for a table to rely on")
+    add("--dtype", choices=tuple(DTYPES), help="default fp32, on CUDA fp16")
+    add("--subject", type=float, default=0.25, metavar="SHARE", help="of the picture, as 0.05, 0.25 (default) or 0.5")
+    add("--attention", choices=(*ATTENTION, "both"), default="pytorch", help="the host's setting; both measures one after the other")
+    add("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or 1), help="default: OMP_NUM_THREADS, else 1")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--memory", action="store_true", help="on a CPU: also the peak memory, in a process of its own for each case")
+    add("--counts", action="store_true", help="also FLOPs, operations and waits, counted exactly in a round without a clock")
+    add("--syncs", action="store_true", help="on CUDA: also where a UNet call first waits for the device, in a round without a clock")
+    add("--json", type=Path, metavar="FILE", help="write settings, rows and figures into this file")
+    add("--update", type=Path, metavar="PAGE", help="rewrite the block of a page, such as docs/performance.md")
+    add("--block", metavar="NAME", help="which (default: the family)")
+    add("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
+    add("--one", help=argparse.SUPPRESS)  # a child that tells the peak memory of one case
+    given = parser.parse_args(argv)
+    given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py bench"))
+    given.dtype = given.dtype or ("fp16" if given.device == "cuda" else "fp32")
+    for name, least in (("latent", 8), ("steps", 2), ("rounds", 1), ("threads", 1)):
+        if getattr(given, name) < least:
+            parser.error(f"--{name} is {getattr(given, name)}; give {least} or more")
+    if not 0 < given.subject <= 1:
+        parser.error(f"--subject is {given.subject}; give a share of the picture above 0 and up to 1, such as 0.25")
+    if min(given.pictures, default=1) < 1:
+        parser.error(f"--pictures is {min(given.pictures)}; give 1 or more")
+    if given.memory and given.device == "cuda":
+        parser.error("--memory is for --device cpu; on CUDA every run tells the allocator's peak by itself, so leave it out")
+    if given.syncs and given.device != "cuda":
+        parser.error(f"--syncs asks a CUDA device, but --device is {given.device}. Add --device cuda, or take --counts instead")
+    if given.update and not given.update.is_file():
+        parser.error(f"--update {given.update}: there is no such page")
+    try:
+        given.keys = chosen(given.case, given.pictures, given.steps)
+    except ValueError as error:
+        parser.error(str(error))
+    return given
 
-    def capture(self, steps: int) -> Any:
-        return self.node("KindredRefUNetCapture", model=self.model, positive=self.coarse, latent=self.photo, steps=steps,
-                         scheduler="ddim_uniform", mask=self.mask)[0]
 
-    def self_injected(self, bank: Any) -> Any:
-        return self.node("KindredMaskedSelfAttnInject", model=self.model, reference=bank, weight=1.0)[0]
-
-    def concept(self) -> Any:
-        """Random tokens in the place of an encoder's."""
-        from kindred.models.attention import WeightMode
-        from kindred.models.injection import Merge
-        from kindred.models.reference import Half, Halves
-        from kindred.nodes import host
-        from kindred.nodes.concept import ConceptInjection
-        layers = host.cross_layers(self.model, "bench")[1]
-        made = {block: (self.torch.randn(1, TOKENS, c), self.torch.randn(1, TOKENS, c)) for block, c in layers}
-        return host.inject(self.model, ConceptInjection({Half.COND: made}, 1, 1.0, WeightMode.LOGIT_BIAS, Merge.CONCAT, 1e9, 0.0,
-                                                        Halves.COND))
-
-    def sample(self, model: Any, pictures: int) -> None:
-        latent = {"samples": self.torch.zeros(pictures, 4, self.latent, self.latent)}
-        with self.torch.inference_mode():
-            self.nodes.common_ksampler(model, 1, self.steps, 7.0, "euler", "ddim_uniform", self.positive, self.negative, latent)
-
-    def jobs(self, cases: Sequence[str]) -> dict[str, tuple[Callable[[], None], int]]:
-        """Case -> what is timed, and the pictures of the plain run it is compared with."""
-        bank, other = self.capture(self.steps), self.capture(5 if self.steps != 5 else 4)
-        empty = self.self_injected(bank)
-        empty.model_options["transformer_options"]["kindred"] = ()
-        models = {"extra": empty, "cached": self.self_injected(bank), "live": self.self_injected(other), "concept": self.concept()}
-        found: dict[str, tuple[Callable[[], None], int]] = {}
-        for case in cases:
-            kind, _, pictures = case.partition("_b")
-            if kind == "cold":
-                found[case] = (lambda: self.sample(self.self_injected(self.capture(self.steps)), 1)), 1
-            else:
-                found[case] = (lambda m=models[kind], n=int(pictures): self.sample(m, n)), int(pictures)
-        return found
-
-    def run(self, cases: Sequence[str], rounds: int) -> dict[str, float]:
-        """Rounds of plain and every case in turn; the first round warms up and does not count."""
-        jobs = self.jobs(cases)
-        plain = {n: (lambda n=n: self.sample(self.model, n)) for n in sorted({n for _, n in jobs.values()})}
-        times: dict[Any, list[float]] = {key: [] for key in (*plain, *jobs)}
-        figures: dict[str, float] = {}
-        for turn in range(rounds + 1):
-            for key, job in (*plain.items(), *((case, job) for case, (job, _) in jobs.items())):
-                sys.stderr.write(f"\r\033[K  round {turn} of {rounds}: {key if isinstance(key, str) else f'plain, {key} pictures'}")
-                self.calls, start = 0, time.process_time()
-                job()
-                if turn:
-                    times[key].append(time.process_time() - start)
-                if isinstance(key, str):
-                    figures[f"unet_calls.{self.family}.{key}"] = self.calls
-        sys.stderr.write("\n")
-        print(f"{self.family}, latent {self.latent}, {self.steps} steps, {rounds} rounds, process time\n")
-        print("| case | times plain | least | most |")
-        print("|---|---|---|---|")
-        for case, (_, n) in jobs.items():
-            ratios = [a / b for a, b in zip(times[case], times[n])]
-            figures[f"time.{self.family}.{case}"] = statistics.median(ratios)
-            print(f"| {case} | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |")
-        return figures
+def setting_of(given: argparse.Namespace) -> Setting:
+    return Setting(**{f.name: getattr(given, f.name) for f in fields(Setting)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("sd15", "sd21", "sdxl", "tiny"), default="sd15")
-    parser.add_argument("--latent", type=int, default=32, help="side in latent cells (default %(default)s; 64 is 512 pixels)")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case", action="append", choices=CASES, help="repeat it for several (default: all)")
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
-    parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
-    given = parser.parse_args(argv)
-    given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py bench"))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = arguments(argv)
+    try:
+        with stoppable():
+            if given.one:
+                return tell_peak(given)
+            runs, code = both(given) if given.attention == "both" else alone(given)
+    except (Refusal, RuntimeError) as refusal:
+        print(f"\nbench: {refusal}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("\nbench: stopped before the first round was finished, so there is nothing to tell.", file=sys.stderr)
+        return STOPPED
+    return deliver(given, runs, code, command_of(argv))
+
+
+def deliver(given: argparse.Namespace, runs: list[dict[str, Any]], code: int, command: str) -> int:
+    """The table on the terminal (of two attention settings, each child has printed its own), the JSON, the page -> exit code."""
+    if given.attention != "both":
+        print(f"{command}\n\n{markdown(runs[0])}" if runs else "", flush=True)
+    try:
+        if given.json and runs:
+            write_json(given.json, report(runs, command))
+        if given.update and not code:  # a page shows whole measurements
+            write_page(given.update, given.block or given.family, block(runs, command))
+    except (OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return REFUSED
+    return code
+
+
+# one setting ---------------------------------------------------------------------------------------------------------------------
+
+
+def alone(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """Measure in this process -> the run, exit code."""
     import torch
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    figures = Bench(given.host, given.family, given.latent, given.steps).run(given.case or CASES, given.rounds)
-    if given.json:
-        report = {"command": "bench", "version": version(), "seed": 1, "figures": figures}
-        given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    setting, clock = setting_of(given), clock_of(given.device, torch)
+    if missing := left_out(given.case, given.steps):
+        note(f"Left out, since they need more than {given.steps} steps: {', '.join(missing)}.")
+    ground = Ground(given.host, setting)
+    note(ground.estimate(given.keys))
+    jobs: dict[Key, Job] = {}
+    for key in given.keys:  # plain first, then what is compared with it
+        jobs.setdefault((PLAIN, key[1]), ground.job((PLAIN, key[1]), clock))
+        note(f"made ready: {name_of(key)}", passing=True)
+        jobs[key] = ground.job(key, clock)
+    played = play(jobs, given.rounds, Told(given.rounds))
+    note("", passing=True)
+    if not played.rounds:
+        raise KeyboardInterrupt
+    probed: dict[str, dict[str, Any]] = {}
+    code = STOPPED if played.stopped else 0
+    try:
+        if not code:
+            probe(given, ground, jobs, probed)
+    except KeyboardInterrupt:
+        code = STOPPED
+    except (Refusal, RuntimeError) as refusal:  # the rounds are worth their table
+        note(f"bench: {refusal}")
+        code = REFUSED
+    rows = table(played.rounds)
+    return [run_of(setting, software(torch, given.device), len(played.rounds), clock.name, rows, code == STOPPED, probed)], code
+
+
+def probe(given: argparse.Namespace, ground: Ground, jobs: Mapping[Key, Job], found: dict[str, dict[str, Any]]) -> None:
+    """What was asked for beside the time, into found by case, plain_b1 and so on among them."""
+    for key, job in jobs.items():
+        told = found.setdefault(name_of(key), {})
+        if given.counts:
+            note(f"counted: {name_of(key)}", passing=True)
+            told |= counted(job)
+        if given.syncs:
+            note(f"watched for waits: {name_of(key)}", passing=True)
+            told["first_wait"] = first_wait(job, ground.unet, ground.torch.cuda)
+        if given.memory:
+            note(f"peak memory: {name_of(key)}", passing=True)
+            told["peak"] = peak_of(given, key)
+    note("", passing=True)
+
+
+def software(torch: Any, device: str) -> dict[str, str]:
+    import comfyui_version
+    return {"host": comfyui_version.__version__, "torch": torch.__version__, "python": platform.python_version(),
+            "machine": torch.cuda.get_device_name() if device == "cuda" else processor()}
+
+
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Told:
+    """Where the rounds are, on the terminal; after the first, how long the others will take."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.start, self.turn = rounds, time.monotonic(), 0
+
+    def __call__(self, turn: int, key: Key) -> None:
+        if turn != self.turn:
+            took, left = (time.monotonic() - self.start) / turn, self.rounds + 1 - turn
+            note(f"a round takes {took:.0f} s; {left} to go: about {took * left / 60:.1f} minutes")
+            self.turn = turn
+        note(f"round {turn} of {self.rounds}{' (thrown away)' * (not turn)}: {name_of(key)}", passing=True)
+
+
+def note(text: str, passing: bool = False) -> None:
+    """A line for who waits; passing ones only on a terminal, one over the other."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{'  ' * passing}{text}", end="" if passing else "\n", file=sys.stderr, flush=True)
+    elif not passing:
+        print(text, file=sys.stderr, flush=True)
+
+
+# children ------------------------------------------------------------------------------------------------------------------------
+
+
+def child(given: argparse.Namespace, *more: str, attention: str | None = None) -> list[str]:
+    """The command of a child that measures the same setting."""
+    told = {f.name: getattr(given, f.name) for f in fields(Setting)} | {"attention": attention or given.attention, "host": given.host}
+    return [sys.executable, str(Path(__file__).resolve()), *(word for name, value in told.items() for word in (f"--{name}", str(value))),
+            *more]
+
+
+def both(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """One child after the other, since the host chooses its attention when it starts; each prints its own table -> runs, exit code."""
+    runs: list[dict[str, Any]] = []
+    more = [word for key in given.keys for word in ("--case", name_of(key))] + ["--rounds", str(given.rounds)]
+    more += [f"--{name}" for name in ("memory", "counts", "syncs") if getattr(given, name)]
+    with tempfile.TemporaryDirectory(prefix="kindred-bench-") as folder:
+        for attention in ATTENTION:
+            told = Path(folder) / f"{attention}.json"
+            with subprocess.Popen(child(given, *more, "--json", str(told), attention=attention)) as process:
+                try:
+                    code = process.wait()
+                except KeyboardInterrupt:
+                    process.terminate()
+                    try:
+                        code = process.wait(PATIENCE)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        code = STOPPED
+            runs += json.loads(told.read_text("utf-8"))["runs"] if told.is_file() else []
+            if code and (told.is_file() or code == STOPPED):
+                return runs, code
+            if code:
+                raise Refusal(f"the measurement with --attention {attention} ended with code {code}; its own words are above. Run it alone "
+                              "to see more.")
+            print(flush=True)
+    return runs, 0
+
+
+def peak_of(given: argparse.Namespace, key: Key) -> int:
+    """Peak memory of a child that samples this case once."""
+    done = subprocess.run(child(given, "--one", name_of(key)), stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Refusal(f"--memory: the process that measured {name_of(key)} ended with code {done.returncode}; memory may have run out. "
+                      "Give a smaller --latent, or leave out --memory.")
+    return json.loads(done.stdout.splitlines()[-1])["peak"]
+
+
+def tell_peak(given: argparse.Namespace) -> int:
+    """In a child: everything is made ready, the peak is forgotten where the system can (Linux), and the case runs once."""
+    import torch
+    case, _, pictures = given.one.rpartition("_b")
+    if case not in (PLAIN, *CASES):
+        raise Refusal(f"--one {given.one}: there is no such case")
+    clock: Clock = clock_of("cpu", torch)
+    job = Ground(given.host, setting_of(given), own_weights=True).job((case, int(pictures)), clock)
+    gc.collect()
+    anew = forget_peak()
+    job()
+    print(json.dumps({"peak": peak_of_process(), "without_the_preparations": anew}))
     return 0
 
 
