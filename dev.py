@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in (("demo", "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
                                 "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ..."),
                        ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
-                       ("bench", "costs against the plain host: [--json FILE] ..."),
+                       ("bench", "costs against the plain host: [--case all] [--latent 64] [--rounds 5] [--json FILE] ..."),
                        ("workflows", "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]")):
         commands.add_parser(name, parents=[own], help=text, description=text, allow_abbrev=False,
                             usage=f"dev.py {name} [options of tools/{name}.py]")

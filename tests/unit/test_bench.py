@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import bench
 import pytest
 import torch
-from benching.catalogue import CASES, DEFAULT, FULL_SIZE, GROUPS, PLAIN, TARGETS, chosen, left_out, name_of, target
+from benching.catalogue import CASES, DEFAULT, ENOUGH, GROUPS, PLAIN, TARGETS, chosen, left_out, name_of, target, windows
 from benching.clocks import CpuClock, CudaClock, Reading, clock_of, forget_peak, peak_of_process
 from benching.ground import ATTENTION, Setting, size
 from benching.probes import first_wait, place
@@ -29,6 +29,7 @@ from benching.rounds import LIMIT, Lap, Spread, play, row_of, table
 from checkout import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from kindred.models.consistory import Schedule, StorySettings
 
 LAW = pytest.mark.parametrize
 SETTING = Setting("sd15", 64, 2, "fp32", "cpu", "pytorch", 1, 0.25)
@@ -180,7 +181,27 @@ def test_targets_name_cases_that_exist():
             assert chosen([name_of(key)], [], 50) == [key]
             assert target(device, {"sd": "sd15", "sdxl": "sdxl", "*": "sdxl"}[kind], key) == targets[kind, key]
     assert target("cpu", "tiny", ("cached", 1)) is None and target("cpu", "sd15", ("pass_through", 1)) is None
-    assert set(FULL_SIZE) == {"sd15", "sd21", "sdxl"} and target("cpu", "sd15", ("cold", 1)) == 1.7
+    assert target("cpu", "sd15", ("cold", 1)) == 1.7
+
+
+@LAW("steps", [4, 5, 8, 10, 20])
+def test_few_steps_get_windows_of_the_same_shares(steps):
+    """In a schedule whose noise level is its timestep: from the second share on, in as many steps as of fifty, and features after it."""
+    times = tuple(range(1, 1000, 1000 // steps))[::-1]
+    percent = windows(times)
+    at = {name: (1 - p) * 999 for name, p in percent.items()}
+    schedule = Schedule(times, times, StorySettings(frozenset(), (), blend_until=at["blend_end_percent"],
+                                                    inject=(at["injection_start_percent"], at["injection_end_percent"])))
+    blending, injecting = sum(schedule.blend(t) > 0 for t in times), [i for i, t in enumerate(times) if schedule.injects(t)]
+    assert len(times) == steps and blending == max(1, round(0.12 * steps)) and injecting[0] == max(1, round(0.1 * steps))
+    assert injecting == list(range(injecting[0], injecting[0] + max(1, round(0.22 * steps))))
+    assert schedule.first_injection == times[injecting[0]]
+    calls = schedule.step(schedule.features_at) + 1 + steps - injecting[0] + blending  # 88 of fifty
+    assert calls / steps == pytest.approx(88 / 50, rel=0.06)
+
+
+def test_many_steps_have_the_nodes_own_windows():
+    assert windows(range(ENOUGH, 0, -1)) == {} != windows(range(ENOUGH - 1, 0, -1))
 
 
 # clocks ----------------------------------------------------------------------------------------------------------------------

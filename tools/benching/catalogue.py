@@ -57,7 +57,24 @@ TARGETS: dict[str, dict[tuple[str, Key], float]] = {
              ("*", ("more", 1)): 1.15, ("*", ("more_story", 1)): 1.90},
 }
 MEMORY_TARGET = 1.2  # of the peak, times plain's
-FULL_SIZE = {"sd15": 64, "sd21": 96, "sdxl": 128}  # side in latent cells
+BLEND, FIRST, INJECT = 0.12, 0.1, 0.22  # shares of ConsiStory's fifty steps: blending, before injection, injecting
+ENOUGH = 25  # steps in which the node's own windows hold the same shares
+
+
+def windows(times: Sequence[float]) -> dict[str, float]:
+    """Inputs of ConsiStory Shared Attention for so few steps that its own windows would miss them; times: their timesteps, falling.
+
+    The windows hold the shares that they have of fifty steps, and one step at least.
+    """
+    n = len(times)
+    if n >= ENOUGH:
+        return {}
+
+    def before(i: int) -> float:  # percent of the schedule between two steps
+        return 1 - (times[i - 1] + times[i]) / 2 / 999
+    blend, first, inject = (max(1, round(share * n)) for share in (BLEND, FIRST, INJECT))
+    return {"blend_end_percent": before(blend), "injection_start_percent": before(first),
+            "injection_end_percent": before(min(first + inject, n - 1))}
 
 
 def target(device: str, family: str, key: Key) -> float | None:

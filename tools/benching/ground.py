@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benching.catalogue import PLAIN, Key
+from benching.catalogue import PLAIN, Key, windows
 from benching.clocks import Clock
 from benching.rounds import Job, Lap
 from boot import boot
@@ -24,7 +24,6 @@ ATTENTION = {"pytorch": ("--use-pytorch-cross-attention", "attention_pytorch"),
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOKENS = 257  # of a CLIP ViT-L
 CFG, SAMPLER, SCHEDULER = 7.0, "euler", "ddim_uniform"
-BLEND, FIRST, INJECT = 0.12, 0.1, 0.22  # shares of the steps: blending, before injection, injecting (ConsiStory's at 50 steps)
 Part = Callable[[Any], Any]  # takes what the part before it gave
 
 
@@ -81,6 +80,7 @@ class Ground:
         import comfy.utils
         from comfy.samplers import calculate_sigmas
         from kindred.nodes.host import attention_sites
+        from networks import random_prompt
         comfy.utils.set_progress_bar_enabled(False)
         self.model = self._model(own_weights or setting.device == "cuda")
         self.unet = self.model.model.diffusion_model
@@ -89,6 +89,8 @@ class Ground:
         self.sigmas = calculate_sigmas(sampling, SCHEDULER, setting.steps).cpu()[:-1]  # some steps give one more
         self.times = sampling.timestep(self.sigmas).float().tolist()
         self.kept: dict[str, Any] = {}  # banks, by what they are for
+        self.prompts: dict[int, list] = {}  # by pictures
+        self.negative = random_prompt(setting.family, 2)
         self.rows: list[int] = []  # of the UNet calls since it was cleared
         self.unet.register_forward_pre_hook(lambda module, args: self.rows.append(args[0].shape[0]))
         side, cells = setting.latent * 8, round(setting.latent * 8 * setting.subject ** 0.5)
@@ -121,18 +123,18 @@ class Ground:
             return self.nodes.NODE_CLASS_MAPPINGS[name].execute(**inputs).result
 
     def prompt(self, pictures: int) -> list:
-        """Subject Prompts' CONDITIONING of so many pictures."""
+        """Subject Prompts' CONDITIONING of so many pictures, made once: drawing it would be timed."""
+        if pictures not in self.prompts:
+            self.prompts[pictures] = self._prompt(pictures)
+        return self.prompts[pictures]
+
+    def _prompt(self, pictures: int) -> list:
         from kindred.models.reference import SubjectTokens
         from networks import random_prompt
         rows = [random_prompt(self.setting.family, 50 + i)[0] for i in range(pictures)]
         more = {"kindred_subject": SubjectTokens(("cat",), ((5,),) * pictures, (((5,),) * pictures,))} | {
             k: self.torch.cat([extras[k] for _, extras in rows]) for k in rows[0][1] if k == "pooled_output"}
         return [[self.torch.cat([cross for cross, _ in rows]), rows[0][1] | more]]
-
-    @property
-    def negative(self) -> list:
-        from networks import random_prompt
-        return random_prompt(self.setting.family, 2)
 
     def capture(self, steps: int, scheduler: str = SCHEDULER, both: bool = False) -> Any:
         photo = self.torch.randn(1, 4, self.setting.latent, self.setting.latent, generator=self.torch.Generator().manual_seed(3))
@@ -144,20 +146,7 @@ class Ground:
         return self.node("KindredMaskedSelfAttnInject", model=model or self.model, reference=bank, **inputs)[0]
 
     def story(self, **inputs: Any) -> Any:
-        return self.node("KindredConsiStory", model=self.model, **{"masks": self.mask} | self.windows() | inputs)[0]
-
-    def windows(self) -> dict[str, float]:
-        """The node's own from 25 steps on; below, windows of the same shares with at least one step in each."""
-        n = len(self.times)
-        if n >= 25:
-            return {}
-
-        def before(i: int) -> float:  # percent of the schedule between two steps
-            return 1 - (self.times[i - 1] + self.times[i]) / 2 / 999
-        blend, first = (max(1, round(share * n)) for share in (BLEND, FIRST))
-        last = min(first + max(1, round(INJECT * n)), n - 1)
-        return {"blend_end_percent": before(min(blend, n - 1)), "injection_start_percent": before(min(first, n - 1)),
-                "injection_end_percent": before(last)}
+        return self.node("KindredConsiStory", model=self.model, **{"masks": self.mask} | windows(self.times) | inputs)[0]
 
     def concept(self, model: Any, halves: str) -> Any:
         """Random tokens in the place of an encoder's: it runs once, before sampling."""
