@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import combinations, pairwise
-from math import log
+from itertools import pairwise
 from typing import Any, Protocol
 from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Attend, ReferenceTokens, attend_with_references, blend_queries
+from .attention import Attend
 from .masks import resize_soft, resize_user_mask, token_map, token_weights
+from .reading import Merge as Merge
+from .reading import References, attend_group, attend_sharing, beside_others, take_parts
+from .reading import gather_parts as gather_parts
 from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, select_blocks
+from .sharing import Sharing
 
 SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
 REPEATS = "kindred_repeats"  # and how many times each row's text stands in it
@@ -84,48 +87,6 @@ class AttnCall:
         return replace(self, repeats=picked)
 
 
-class Merge(str, Enum):
-    """How references join what the attention reads anyway (method.md 2.2 eq. 7-9, I42)."""
-    CONCAT = "concat"  # one softmax over both: paper A
-    ADD = "add"  # W times an attention of their own, added: decoupled cross-attention, arXiv 2308.06721
-
-
-@dataclass(frozen=True)
-class References:
-    """What one injection adds to an attention call: tokens per role (k v [1|rows m c]) and who may look at them."""
-    by_role: Mapping[Role, ReferenceTokens]
-    query_mask: Tensor | None = None  # [parts 1|b n] in 0..1, 1 = may look
-    merge: Merge = Merge.CONCAT
-    by_part: Mapping[int, ReferenceTokens] = field(default_factory=dict)  # for parts of one role that read different tokens
-    pictures: tuple[int, int] | None = None  # only the pictures first <= i < last of every part read them; None: all
-
-    def read_by(self, call: AttnCall, part: int) -> ReferenceTokens | None:
-        return self.by_part.get(part) or self.by_role.get(call.roles[part])
-
-    def covers(self, first: int, last: int) -> bool:
-        return self.pictures is None or self.pictures[0] <= first and last <= self.pictures[1]
-
-    def cut(self, first: int, last: int, rows: int) -> References:
-        """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as they are."""
-        made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
-
-        def of(t: ReferenceTokens) -> ReferenceTokens:
-            if id(t) not in made:
-                made[id(t)] = t if self.pictures is not None else row_of(t)  # else made for these pictures alone
-            return made[id(t)]
-
-        def row_of(t: ReferenceTokens) -> ReferenceTokens:
-            def some(x: Tensor | float | None, axis: int = 0) -> Tensor | float | None:
-                return x.narrow(axis, first, last - first) if isinstance(x, Tensor) and x.ndim and x.shape[0] == rows > 1 else x
-            log_mask = some(t.log_mask) if t.log_mask is not None and t.log_mask.ndim > 1 else t.log_mask
-            return replace(t, k=some(t.k), v=some(t.v), weight=some(t.weight), log_mask=log_mask)
-        mask = self.query_mask
-        if mask is not None and mask.shape[1] == rows > 1:
-            mask = mask[:, first:last]
-        return replace(self, by_role={k: of(t) for k, t in self.by_role.items()}, by_part={k: of(t) for k, t in self.by_part.items()},
-                       query_mask=mask, pictures=None)
-
-
 @dataclass
 class TargetMask:
     """Where in the new picture an injection may act: mask [1|b y x] at its own size, white is where; kept per grid."""
@@ -153,11 +114,15 @@ class TargetMask:
 class ActiveInjection(Protocol):
     """An injection during one run: everything of it that changes."""
     def begin_step(self, sigma: float) -> None: ...
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> Iterable[References]: ...
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> Iterable[References | Sharing]: ...
 
 
 class Watcher:
     """Sees what passes through the UNet, and may change what it is handed where it returns it."""
+    complete = False  # this pass has nothing more to show
+
+    def begin_pass(self) -> None:
+        """The UNet begins a pass that ends once all its watchers are complete."""
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
         """Normed tokens [b n c] before a self-attention's to_q (its keys and values keep what they were) -> what to_q reads."""
@@ -190,6 +155,17 @@ class Recorder(Watcher):
         self.maps: dict[BlockId, Tensor] = {}
         self.grids: dict[BlockId, Grid] = {}
         self.weights: dict[tuple[int, torch.device], Tensor] = {}  # of the subject's positions, by text length
+        self._left: set[tuple[str, BlockId | int | None]] = set()  # what this pass has not reached yet
+
+    def begin_pass(self) -> None:
+        self._left = {*(("tokens", b) for b in self.blocks), *(("map", b) for b in self.map_blocks),
+                      *(("output", b) for b in self.output_blocks)}
+        if self.features_at is not None:
+            self._left.add(("features", self.features_at))
+
+    @property
+    def complete(self) -> bool:
+        return not self._left
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
         self.grids[call.block] = call.grid
@@ -197,19 +173,23 @@ class Recorder(Watcher):
             for role, part in zip(call.roles, call.parts(n)):
                 if role.half:
                     self.tokens[role.half, call.block] = part
+        self._left.discard(("tokens", call.block))
         return n
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
         if call.block in self.output_blocks and Role.COND in call.roles:
             self.outputs[call.block] = call.parts(out)[call.roles.index(Role.COND)]
+        self._left.discard(("output", call.block))
         return out
 
     def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
         roles = [p.role for p in parts]
         if index == self.features_at and Role.COND in roles:
             self.features = h.chunk(len(parts))[roles.index(Role.COND)].clone()  # the next block's patches may write into h
+        self._left.discard(("features", index))
 
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
+        self._left.discard(("map", call.block))
         if call.block in self.map_blocks and Role.COND in call.roles:
             i, w = call.roles.index(Role.COND), self.prompt.cross.shape[1]
             repeats = range(0, k.shape[1] // w * w, w)  # the host repeats the shorter of two prompts (method.md 2.3)
@@ -242,10 +222,15 @@ class Part:
     subject: SubjectTokens | None = None
 
 
+class PassEnds(Exception):
+    """Leaves the UNet where its watchers have seen all they wait for."""
+
+
 @dataclass
 class Run:
     """Everything of ours that changes during one sampler run; a plain object, since the host copies dicts and lists."""
     watchers: list[Watcher] = field(default_factory=list)
+    ends_early: bool = False  # nobody wants the UNet's answer: a pass ends with what the last watcher waits for
     sites: dict[BlockId, BlockSite] = field(default_factory=dict)
     parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
     latent: Grid = (0, 0)
@@ -273,15 +258,21 @@ class Run:
                         tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent, text is not None,
                         repeats if any(r != 1 for part in repeats for r in part) else (), tuple(parts))
 
+    def end_if_complete(self) -> None:
+        """PassEnds where the rest of this pass is for nobody."""
+        if self.ends_early and all(watcher.complete for watcher in self.watchers):
+            self.pending = None
+            raise PassEnds
+
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
         self.active, self.watchers, self.sites, self.parts = [], [], {}, {}
         self.pending = None
 
-    def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
+    def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
         """What the parts of a call read of every active injection; empty where they read nothing."""
         found = [r for i in self.active for r in i.references(call, self.sites[call.block], q, k, v)]
-        return found if any(r.read_by(call, p) for r in found for p in range(len(call.roles))) else []
+        return found if any(isinstance(r, Sharing) or r.read_by(call, p) for r in found for p in range(len(call.roles))) else []
 
     def attend(self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         """The host's attention with every active reference: concatenated ones in its softmax, added ones beside it.
@@ -291,6 +282,9 @@ class Run:
         found = self.found(call, q, k, v)
         if not found:
             return attend(q, k, v, heads)
+        if len(found) == 1 and isinstance(found[0], Sharing):
+            return attend_sharing(call, attend, q, k, v, heads, found[0])
+        found = [r for f in found for r in (beside_others(f, call, k, v) if isinstance(f, Sharing) else [f])]
         if k.shape[0] != q.shape[0]:  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
             k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
         rows = q.shape[0] // len(call.roles)
@@ -319,54 +313,3 @@ class Run:
                 return mixed
             out.update(zip(parts, mixed.chunk(len(parts))))
         return torch.cat([out[p] for p in range(len(call.roles))])
-
-
-def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, references: Sequence[References],
-                 parts: Sequence[int]) -> Tensor:
-    """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
-    rows = q.shape[0] // len(parts)
-
-    def region(r: References) -> Tensor | None:
-        return None if r.query_mask is None else torch.cat([r.query_mask[p].expand(rows, -1) for p in parts])
-    given = [(gather_parts(r, call, parts, rows), region(r), r.merge) for r in references]
-    free = [tokens for tokens, mask, merge in given if merge is Merge.CONCAT and mask is None]
-    masked = [(tokens, mask) for tokens, mask, merge in given if merge is Merge.CONCAT and mask is not None]
-    mixed = attend_with_references(attend, q, k, v, free, heads)
-    for size in range(1, len(masked) + 1):  # where target masks overlap, a query reads all of their references
-        for chosen in combinations(masked, size):
-            seen = torch.stack([mask for _, mask in chosen]).prod(0)
-            mixed = blend_queries(mixed, attend_with_references(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen)
-    for tokens, mask, merge in given:
-        if merge is Merge.ADD and not tokens.silent:
-            beside = attend(q, tokens.k.expand(len(q), -1, -1), tokens.v.expand(len(q), -1, -1), heads) * tokens.weight
-            mixed = mixed + (beside if mask is None else beside * mask.to(beside)[..., None])
-    return mixed
-
-
-def take_parts(call: AttnCall, x: Tensor, parts: Sequence[int]) -> Tensor:
-    """The rows of the listed parts; x itself where they are all of it, a view where it is one."""
-    if len(parts) == len(call.roles):
-        return x
-    views = call.parts(x)
-    return views[parts[0]] if len(parts) == 1 else torch.cat([views[p] for p in parts])
-
-
-def gather_parts(references: References, call: AttnCall, parts: Sequence[int], rows: int) -> ReferenceTokens:
-    """The tokens each row of the listed parts reads; one shared copy where all parts read the same.
-
-    A text that stands r times in the keys weighs r times as much, so what stands beside it gets log r (method.md 2.3, I12).
-    """
-    tokens = [references.read_by(call, p) for p in parts]
-    first = tokens[0]
-    if not all(t is first for t in tokens):
-        masks = [torch.zeros_like(t.k[:1, :, 0]) if t.log_mask is None else torch.atleast_2d(t.log_mask) for t in tokens]
-        first = replace(first, k=torch.cat([t.k.expand(rows, -1, -1) for t in tokens]),
-                        v=torch.cat([t.v.expand(rows, -1, -1) for t in tokens]),
-                        log_mask=torch.cat([m.expand(rows, -1) for m in masks]) if any(t.log_mask is not None for t in tokens) else None)
-    if not call.repeats:
-        return first
-    repeats = [call.repeats[p][i % len(call.repeats[p])] for p in parts for i in range(rows)]
-    repeats = repeats[:1] if len(set(repeats)) == 1 else repeats
-    m, device = first.k.shape[1], first.k.device  # filled on the device: a copy from here would make it wait
-    logs = torch.cat([torch.full((1, m), log(r), dtype=torch.float32, device=device) for r in repeats])
-    return replace(first, log_mask=logs if first.log_mask is None else logs + first.log_mask)

@@ -20,6 +20,7 @@ from .correspondence import adain, correspond, inject, smooth
 from .injection import AttnCall, BlockSite, Part, References, Role, Watcher
 from .masks import resize_user_mask, token_map, token_weights
 from .reference import BlockId, Grid, Half, SubjectTokens, block_name
+from .sharing import Gathers, Sharing
 
 NODE = "ConsiStory Shared Attention"
 log = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Story(Watcher):
 
     def __post_init__(self) -> None:
         self.stage = int(self.schedule.first_injection is not None)
+        self._gathers = Gathers(self.pictures, self.settings.weight, self.device)
 
     # steps -----------------------------------------------------------------------------------------------------------
 
@@ -103,6 +105,7 @@ class Story(Watcher):
         self._seen = False
         for held in (self._masks, self._shared, self._kept, self._all_kept, self._subject):
             held.clear()
+        self._gathers.begin_step()
         self.maps.begin(sigma)
         if self.recorder:
             self.recorder.begin(self.stage, sigma)
@@ -303,7 +306,7 @@ class Story(Watcher):
             self._all_kept[grid] = kept, kept.to(self.device, non_blocking=True)
         return self._all_kept[grid]
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
+    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
         """Eq. (2), (3): gathered tokens beside a picture's own, never a mask over b*n keys."""
         s = self.settings
         silent = call.cross or call.block not in s.blocks or not s.weight or s.dropout == 1
@@ -314,10 +317,11 @@ class Story(Watcher):
         self.require_whole(call, call.parts(k)[0])
         if self.anchors:
             return self._references_to_anchors(call, site, k, parts)
-        by_part = [[t.flatten(0, 1) for t in (call.parts(k)[i], call.parts(v)[i])] for i in parts]
-        return [References({}, by_part={i: ReferenceTokens(*(t.index_select(0, index)[None] for t in kv), s.weight)
-                                        for i, kv in zip(parts, by_part)}, pictures=who)
-                for who, index in self.shared(call.grid)]
+        reads = dict(self.shared(call.grid))
+        if not reads:
+            return []
+        groups = [who for who, _ in shared_groups(self.pictures, s.anchors)]
+        return [Sharing(tuple(parts), self._gathers.of(call.grid, len(parts), groups, reads, q.dtype), s.weight)]
 
     def _references_to_anchors(self, call: AttnCall, site: BlockSite, k: Tensor, parts: Sequence[int]) -> list[References]:
         made, projected = {}, {}

@@ -27,12 +27,13 @@ log = logging.getLogger(__name__)
 
 
 def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], None]) -> host.Loop:
-    """Ref-UNet pass over stored latents, noisiest first: one call per step."""
+    """Ref-UNet pass over stored latents, noisiest first: one call per step, whose answer nobody needs."""
     def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> InversionTrajectory:
-        last = len(trajectory.sigmas) - 1
+        last, photo = len(trajectory.sigmas) - 1, trajectory.latents[0].to(device)
         for i in range(last, 0, -1):
             x = trajectory.latents[i].to(device)
-            progress(last - i, denoise(x, trajectory.sigmas[i].to(device).expand(x.shape[0])), x)
+            denoise(x, trajectory.sigmas[i].to(device).expand(x.shape[0]))
+            progress(last - i, photo, x)
             keep(i)
         return trajectory
     return loop
@@ -148,7 +149,8 @@ class RefUNetCapture(io.ComfyNode):
         else:
             loop = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, keep)
         calls = len(down) - 1 + (inversion is None)
-        trajectory = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), loop, recorder, calls)
+        trajectory = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), loop, recorder, calls,
+                                          ends_early=inversion is not None)
         if masks is None:
             noisiest_first = [maps[i] for i in sorted(maps, reverse=True)]
             threshold = OTSU if mask_threshold == OTSU else mask_value
@@ -236,10 +238,12 @@ class ActiveMaskedSelf:
         halves = list(dict.fromkeys(source.values()))
         if not halves or not len(self.tokens[halves[0]][call.block]):
             return []
-        tokens = torch.stack([self.tokens[half][call.block] for half in halves]).to(q)
+        of_half = [self.tokens[half][call.block][None] for half in halves]
+        tokens = (of_half[0] if len(of_half) == 1 else torch.cat(of_half)).to(q)
         k, v = site.module.attn1.to_k(tokens), site.module.attn1.to_v(tokens)
         made = {half: ReferenceTokens(k[i:i + 1], v[i:i + 1], c.weight, c.mode) for i, half in enumerate(halves)}
-        return [References({role: made[half] for role, half in source.items()}, self.target(call, q) if self.target else None)]
+        return [References({role: made[half] for role, half in source.items()}, self.target(call, q) if self.target else None,
+                           by_row=ReferenceTokens(k, v, c.weight, c.mode) if halves == list(source.values()) else None)]
 
 
 class MaskedSelfAttnInject(io.ComfyNode):

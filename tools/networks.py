@@ -63,8 +63,8 @@ def fill(unet: torch.nn.Module, seed: int, gain: float) -> None:
         setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
-def build_model(family: str, seed: int = 0, gain: float = 0.8) -> Any:
-    """A fresh ModelPatcher of a family in float32, its weights drawn small enough to stay finite."""
+def build_model(family: str, seed: int = 0, gain: float = 0.8, weights: bool = True) -> Any:
+    """A fresh ModelPatcher of a family in float32, its weights drawn small enough to stay finite; or without: on the meta device."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.ops
@@ -78,7 +78,8 @@ def build_model(family: str, seed: int = 0, gain: float = 0.8) -> Any:
     else:
         kind = comfy.model_base.ModelType.V_PREDICTION if family in ("sd21", "tiny_v") else comfy.model_base.ModelType.EPS
         model = comfy.model_base.BaseModel(config, model_type=kind, device=meta)
-    fill(model.diffusion_model, seed, gain)
+    if weights:
+        fill(model.diffusion_model, seed, gain)
     model.device = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model.eval(), torch.device("cpu"), torch.device("cpu"))
 

@@ -83,15 +83,15 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
 
 def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, positive: ReferencePrompt, negative: ReferencePrompt | None,
-                   loop: Loop, recorder: Recorder | None = None, total: int | None = None) -> Any:
+                   loop: Loop, recorder: Recorder | None = None, total: int | None = None, ends_early: bool = False) -> Any:
     """Run `loop` inside the host's sampling (loading, casts, progress, interrupts) at guidance 1; returns the loop's result.
 
     shape: [r c y x] of the reference latents; sigmas: descending [t+1], for nodes that look at the schedule; total: UNet
-    calls for the progress bar, where they are not one per step.
+    calls for the progress bar, where they are not one per step; ends_early: the loop wants no answers, only what `recorder` sees.
     """
     bare = model.clone()
     bare.wrappers = {}
-    run = SamplerRun(watchers=[recorder] if recorder else [])
+    run = SamplerRun(watchers=[recorder] if recorder else [], ends_early=ends_early)
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run)
     guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
@@ -138,7 +138,7 @@ def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: 
     wanted = {"positive": Half.COND, "negative": Half.UNCOND}
     conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
     conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
-    inner = Run(watchers=[recorder], latent=tuple(x.shape[2:]))
+    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]))
     inner.read_conds(conds)
     comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
                                    _bare(run.model_options, inner, watched=True))

@@ -12,10 +12,10 @@ import nodes
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...models.injection import ActiveInjection, Run
+from ...models.injection import ActiveInjection, PassEnds, Run
 from ...models.reference import BlockId, Half
 from ...models.story import QueryRecorder, Story
 from .model import KEY, Conditioning, attention_sites
@@ -81,6 +81,7 @@ def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, A
         run.pending = run.call(options)
         for watcher in run.watchers:
             n = watcher.self_tokens(run.pending, n)
+        run.end_if_complete()
     return n, context, value
 
 
@@ -90,6 +91,7 @@ def _attn1_output_patch(out: Tensor, options: dict[str, Any]) -> Tensor:
     if isinstance(run, Run) and run.pending is not None:
         for watcher in run.watchers:
             out = watcher.self_output(run.pending, out)
+        run.end_if_complete()
     return out
 
 
@@ -99,6 +101,7 @@ def _output_block_patch(h: Tensor, skip: Tensor, options: dict[str, Any]) -> tup
     if isinstance(run, Run):
         for watcher in run.watchers:
             watcher.output_block(options["block"][1], h, run.parts_of(options))
+        run.end_if_complete()
     return h, skip
 
 
@@ -125,6 +128,7 @@ def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
             return attend(q, k, v, heads, mask)
         for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)
+        run.end_if_complete()
         return run.attend(call, attend, q, k, v, heads)
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
@@ -153,6 +157,17 @@ class _Beside:
         return out + (run.attend(call, attend, q, k, v, heads) - attend(q, k, v, heads)) if run.found(call, q, k, v) else out
 
 
+def _until_complete(executor: Any, x: Tensor, timesteps: Tensor | None = None, context: Tensor | None = None, y: Tensor | None = None,
+                    control: dict[str, Any] | None = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
+    """A pass of the UNet that answers zeros where it ended early; its answer is not asked for."""
+    for watcher in transformer_options[KEY].watchers:
+        watcher.begin_pass()
+    try:
+        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+    except PassEnds:
+        return x.new_zeros(x.shape[0], executor.class_obj.out_channels, *x.shape[2:])
+
+
 def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
     """A copy of the options with the run in it; last in every chain that matters, so the order of nodes does not.
 
@@ -161,6 +176,8 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = options.setdefault("transformer_options", {})
     transformer[KEY] = run
+    if run.ends_early:
+        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _until_complete, transformer)
     patches = transformer.setdefault("patches", {})
     ours = {"attn1_patch": _attn1_patch, "attn2_patch": _attn2_patch}
     if watched:
