@@ -339,7 +339,7 @@ def test_what_was_probed_stands_beside():
                    {"flops": 1100, "ops": 260, "waits": 4, "largest": 9, "peak": 3 * 10 ** 9, "first_wait": "nodes/host/run.py:9"})
     run = a_run(probed={"plain_b1": plain, "cached_b1": mine})
     told = markdown(run)
-    assert "| 1.500 (3.00 GB) | 1.100 | +30 | +0.0 | nodes/host/run.py:9 |" in told and "target 1.2" in told
+    assert "| 1.500 (3.00 GB, +1.00) | 1.100 | +30 | +0.0 | nodes/host/run.py:9 |" in told and "target 1.2" in told
     found = figures([run])
     assert found["memory.sd15.cached_b1"] == 1.5 and found["flops.sd15.cached_b1"] == 1.1 and found["ops_per_step.sd15.cached_b1"] == 30
     assert "plain UNet call waits" in markdown(a_run(probed={"plain_b1": plain | {"first_wait": "a.py:1"}, "cached_b1": mine}))

@@ -93,7 +93,7 @@ def markdown(run: Run) -> str:
         "UNet calls (plain)": lambda c: f"{c['calls']} ({c['plain_calls']})", "rows (plain)": lambda c: f"{c['rows']} ({c['plain_rows']})"}
     if any(c["memory"] for c in cases):
         columns[f"peak memory, target {MEMORY_TARGET}"] = lambda c: (
-            f"{c['memory']:.3f} ({c['peak'] / 1e9:.2f} GB)" if c["memory"] else "")
+            f"{c['memory']:.3f} ({c['peak'] / 1e9:.2f} GB, {(c['peak'] - c['plain_peak']) / 1e9:+.2f})" if c["memory"] else "")
     if any("counts" in c for c in cases):
         columns |= {title: lambda c, what=what, form=form: format(c["counts"][what], form) if "counts" in c else ""
                     for title, what, form in (
