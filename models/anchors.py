@@ -16,6 +16,15 @@ from .reference import AnchorFeatures, BlockId, Grid, Half, Layer, ReferenceBank
 Row = tuple[int, float]  # stage (0 where there is but one, else 1 or 2), sigma
 
 
+def in_host_memory(held: Mapping[BlockId, Tensor], precision: torch.dtype | None) -> dict[BlockId, Tensor]:
+    """Tokens [l c] per block, brought in one copy for all of them; those that are there stay."""
+    if all(t.device.type == "cpu" and t.dtype == (precision or t.dtype) for t in held.values()):
+        return dict(held)
+    row = torch.cat([t.flatten() for t in held.values()])
+    row = row.to("cpu", precision or row.dtype)
+    return {block: part.view_as(t) for (block, t), part in zip(held.items(), row.split([t.numel() for t in held.values()]))}
+
+
 @dataclass
 class AnchorRecorder:
     """Copies the anchors of a running story to host memory; `finish` makes their REFERENCE."""
@@ -36,7 +45,7 @@ class AnchorRecorder:
         """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to host memory."""
         self.latents[sigma] = x[:self.count].float().to("cpu", copy=True)
         for held in (*(t for (row, _), t in self._tokens.items() if row[1] == sigma), self._outputs.get(sigma, {})):
-            held.update({block: t.to("cpu", self.precision or t.dtype) for block, t in held.items()})  # after the call, not within it
+            held.update(in_host_memory(held, self.precision))  # after the call, not within it
 
     def begin(self, stage: int, sigma: float) -> None:
         """The model is about to be asked at this noise level: what was kept of it no longer counts. Then the first part counts."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from itertools import groupby
 from math import log
 from typing import Literal
@@ -173,17 +174,7 @@ def concat_references(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Te
     least LOG_ZERO; a batch of 1 stays 1 (stride 0) when all agree. An OUTPUT_BLEND weight is not the softmax's business and
     has no effect here. Raises ValueError (from expand) if two batches differ and none is 1.
     """
-    keys = [_scaled(ref.k, ref.weight if ref.mode is WeightMode.KEY_SCALE else 1.0) for ref in references]
-    values = [_scaled(ref.v, ref.weight if ref.mode is WeightMode.POST_SOFTMAX else 1.0) for ref in references]
-    biases = [_log_bias(ref) for ref in references]
-    if any(bias is not None for bias in biases):
-        biases = [_filled(ref, 0.0) if bias is None else bias for ref, bias in zip(references, biases, strict=True)]
-        rows = max(bias.shape[0] for bias in biases)
-        log_bias = _joined([bias.expand(rows, -1) for bias in biases])
-    else:
-        log_bias = None
-    b = max(x.shape[0] for x in (*keys, *values))  # after scaling: a weight [b] spreads a shared reference over the batch
-    return _joined([x.expand(b, -1, -1) for x in keys]), _joined([x.expand(b, -1, -1) for x in values]), log_bias
+    return *_joined_tokens(references), _joined_bias(references)
 
 
 def biased_by_channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,15 +215,52 @@ def _attend_joint(
     """One attend over [own; references]."""
     if not references:
         return attend(q, k, v, heads)
-    k_ref, v_ref, log_bias = concat_references(references)
+    k_ref, v_ref = _joined_tokens(references)
     both = (k, k_ref.expand(k.shape[0], -1, -1), v, v_ref.expand(v.shape[0], -1, -1))
     keys, values = torch.cat(both, 1).chunk(2, 1)  # one kernel instead of two
-    if log_bias is None:
+    bias = _bias_beside(k.shape[1], references, q.dtype)
+    if bias is None:
         return attend(q, keys, values, heads)
-    bias = F.pad(log_bias, (k.shape[1], 0)).to(q.dtype)
     if bias_via == "mask":
         return attend(q, keys, values, heads, mask=bias[:, None, None])  # [1|b 1 1 m]: never one bias per query
     return without_channel(attend(*biased_by_channel(q, keys, values, bias, heads), heads), heads, q.shape[-1] // heads)
+
+
+def _joined_tokens(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
+    keys = [_scaled(ref.k, ref.weight if ref.mode is WeightMode.KEY_SCALE else 1.0) for ref in references]
+    values = [_scaled(ref.v, ref.weight if ref.mode is WeightMode.POST_SOFTMAX else 1.0) for ref in references]
+    b = max(x.shape[0] for x in (*keys, *values))  # after scaling: a weight [b] spreads a shared reference over the batch
+    return _joined([x.expand(b, -1, -1) for x in keys]), _joined([x.expand(b, -1, -1) for x in values])
+
+
+def _joined_bias(references: Sequence[ReferenceTokens]) -> Tensor | None:
+    biases = [_log_bias(ref) for ref in references]
+    if all(bias is None for bias in biases):
+        return None
+    biases = [_filled(ref.k, 0.0) if bias is None else bias for ref, bias in zip(references, biases, strict=True)]
+    rows = max(bias.shape[0] for bias in biases)
+    return _joined([bias.expand(rows, -1) for bias in biases])
+
+
+def _bias_beside(own: int, references: Sequence[ReferenceTokens], dtype: torch.dtype) -> Tensor | None:
+    """0 for the own tokens, then the references' bias: [1|b own+m]; made once where it is the same in every layer and step."""
+    if any(ref.log_mask is not None or isinstance(ref.weight, Tensor) for ref in references):
+        bias = _joined_bias(references)
+        return None if bias is None else F.pad(bias, (own, 0)).to(dtype)
+    logs = tuple((ref.k.shape[1], log_of(ref.weight) if ref.mode is WeightMode.LOGIT_BIAS else 0.0) for ref in references)
+    return _constant_bias(own, logs, dtype, references[0].k.device, torch.is_inference_mode_enabled()) if any(w for _, w in logs) else None
+
+
+@lru_cache(maxsize=64)
+def _constant_bias(own: int, logs: tuple[tuple[int, float], ...], dtype: torch.dtype, device: torch.device, inference: bool) -> Tensor:
+    """[1 own+m], at most a few dozen kilobytes; what inference mode made is for inference mode alone."""
+    parts = [torch.zeros(1, own, dtype=dtype, device=device)]
+    return torch.cat([*parts, *(torch.full((1, m), value, dtype=dtype, device=device) for m, value in logs)], 1)
+
+
+def log_of(weight: float) -> float:
+    """log W, at least LOG_ZERO."""
+    return max(log(weight), LOG_ZERO)
 
 
 def _log_bias(ref: ReferenceTokens) -> Tensor | None:
@@ -241,7 +269,7 @@ def _log_bias(ref: ReferenceTokens) -> Tensor | None:
     if isinstance(weight, Tensor):
         bias = weight.reshape(-1, 1).log().clamp(min=LOG_ZERO).expand(-1, ref.k.shape[1])
     elif weight != 1.0:
-        bias = _filled(ref, max(log(weight), LOG_ZERO))
+        bias = _filled(ref.k, log_of(weight))
     else:
         bias = None
     if ref.log_mask is None:
@@ -250,9 +278,9 @@ def _log_bias(ref: ReferenceTokens) -> Tensor | None:
     return (mask if bias is None else mask + bias).clamp(min=LOG_ZERO)
 
 
-def _filled(ref: ReferenceTokens, value: float) -> Tensor:
+def _filled(k: Tensor, value: float) -> Tensor:
     """[1 m] of one value, never coarser than float32."""
-    return torch.full((1, ref.k.shape[1]), value, dtype=torch.promote_types(ref.k.dtype, torch.float32), device=ref.k.device)
+    return torch.full((1, k.shape[1]), value, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
 
 
 def _weight(ref: ReferenceTokens) -> float | Tensor:

@@ -147,7 +147,7 @@ def _mean_map(maps: Sequence[Tensor]) -> Tensor:
     """Maps [b w y x] of unlike grids and numbers of words -> their mean at the finest grid; a word is 0 where it is not named."""
     finest, w = max(tuple(m.shape[-2:]) for m in maps), max(m.shape[1] for m in maps)
     resized = [resize_soft(m.flatten(0, 1), finest).unflatten(0, m.shape[:2]) for m in maps]
-    return torch.stack([F.pad(m, (0, 0, 0, 0, 0, w - m.shape[1])) for m in resized]).mean(0)
+    return torch.stack([m if m.shape[1] == w else F.pad(m, (0, 0, 0, 0, 0, w - m.shape[1])) for m in resized]).mean(0)
 
 
 def positions_of(masks: Tensor, pictures: Sequence[int]) -> list[Tensor]:

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import LOG_ZERO, Attend, ReferenceTokens
+from .attention import Attend, ReferenceTokens, log_of
 from .reference import Grid
 
 Pictures = tuple[int, int]  # the first, and the one behind the last
@@ -76,8 +75,7 @@ class Gathers:
         """log W beside zeros, where W is not 1."""
         if self.weight == 1 or length == n:
             return None
-        loudness = max(log(self.weight), LOG_ZERO)
-        return F.pad(torch.full((1, 1, 1, length - n), loudness, dtype=dtype, device=self.device), (n, 0))
+        return F.pad(torch.full((1, 1, 1, length - n), log_of(self.weight), dtype=dtype, device=self.device), (n, 0))
 
 
 @dataclass(frozen=True, eq=False)

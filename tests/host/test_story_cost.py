@@ -9,10 +9,10 @@ import latent_preview
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_basic
+from counting import Counting
 from networks import random_model
 from studio import MOMENTS, anchors, passes, pictures, story
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kindred.models.story import Story
 from kindred.nodes.consistory import ConsiStory
@@ -57,21 +57,6 @@ def test_one_progress_bar(sampler, order, monkeypatch):
 # tensors ---------------------------------------------------------------------------------------------------------------------
 
 
-class Shapes(TorchDispatchMode):
-    """The shapes of all that is computed inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and func is not torch.ops.aten.expand.default:
-                self.seen.add(tuple(t.shape))
-        return out
-
-
 def dense(shapes: set[tuple[int, ...]], b: int, grid: tuple[int, int]) -> set[tuple[int, ...]]:
     """Those that hold a number for each token and each token of all pictures, at either of the tiny model's grids."""
     found = set()
@@ -93,9 +78,9 @@ def test_no_tensor_holds_all_tokens_against_all_pictures(k):
     def shapes(model, steps=1):
         m = model.clone()
         m.model_options["transformer_options"]["optimized_attention_override"] = basic
-        with Shapes() as mode:
+        with Counting() as spent:
             pictures(m, range(b), steps=steps, size=size)
-        return mode.seen
+        return spent.shapes
     plain = shapes(MODEL)
     how = {"feature_injection": 0.0, "dropout": 0.0, "anchors": k}
     seen = shapes(story(MODEL, masks=masks, **how))
