@@ -126,7 +126,7 @@ def gather_parts(references: References, call: AttnCall, parts: Sequence[int], r
     tokens = [references.read_by(call, p) for p in parts]
     first = tokens[0]
     if not all(t is first for t in tokens):
-        if rows == 1 and references.by_row and [call.roles[p] for p in parts] == list(references.by_role):
+        if rows == 1 and references.by_row and not references.by_part and [call.roles[p] for p in parts] == list(references.by_role):
             first = references.by_row
         else:
             first = replace(first, k=torch.cat([t.k.expand(rows, -1, -1) for t in tokens]),

@@ -47,7 +47,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pictures", type=int, nargs="+", default=[], metavar="N", help="in the batch (default: as each case is usually used)")
     add("--family", choices=("sd15", "sd21", "sdxl", "tiny"), default="sd15")
     add("--latent", type=int, default=32, help="side in latent cells (default %(default)s; 64 is 512 pixels)")
-    add("--steps", type=int, default=2, help="default %(default)s; the table says what 50 would cost; story, blended and more need 4")
+    add("--steps", type=int, help="default 2 on the CPU, whose table says what 50 would cost, and 50 on CUDA, where setting up a run is no "
+        "trifle beside 2; story, blended and more need 4")
     add("--rounds", type=int, default=3, help="default %(default)s; 5 for a table to rely on")
     add("--dtype", choices=tuple(DTYPES), help="default fp32, on CUDA fp16")
     add("--subject", type=float, default=0.25, metavar="SHARE", help="of the picture, as 0.05, 0.25 (default) or 0.5")
@@ -55,7 +56,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or 1), help="default: OMP_NUM_THREADS, else 1")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--memory", action="store_true", help="on a CPU: also the peak memory, in a process of its own for each case")
-    add("--counts", action="store_true", help="also FLOPs, operations and waits, counted exactly in a round without a clock")
+    add("--counts", action="store_true", help="also FLOPs, operations and reads that wait for the device, in a round without a clock")
     add("--syncs", action="store_true", help="on CUDA: also where a UNet call first waits for the device, in a round without a clock")
     add("--json", type=Path, metavar="FILE", help="write settings, rows and figures into this file")
     add("--update", type=Path, metavar="PAGE", help="rewrite the block of a page, such as docs/performance.md")
@@ -64,6 +65,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--one", help=argparse.SUPPRESS)  # a child that tells the peak memory of one case
     given = parser.parse_args(argv)
     given.host = Path(given.host or parser.error("--host is missing; run it as: python3 dev.py bench"))
+    given.steps = given.steps if given.steps is not None else 50 if given.device == "cuda" else 2
     given.dtype = given.dtype or ("fp16" if given.device == "cuda" else "fp32")
     for name, least in (("latent", 8), ("steps", 2), ("rounds", 1), ("threads", 1)):
         if getattr(given, name) < least:

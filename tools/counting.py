@@ -14,13 +14,15 @@ aten = torch.ops.aten
 MATH = "_scaled_dot_product_attention_math"  # products and a softmax written out: what no call should fall to
 FLOPS = {**flop_registry, aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}  # the host waits for the device
+COPIES = {"_to_copy": 0, "copy_": 1}  # which argument is read
 NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense"}  # no kernel
 
 
 class Counting(TorchDispatchMode):
     """Counts all that runs inside, decomposed to what a kernel runs for.
 
-    On the meta device torch would write every attention out; there the CPU's choice of its fused kernel stands for it.
+    On the meta device torch would write every attention out; there the CPU's choice of its fused kernel stands for it. Copies from a
+    device to host memory wait too; where all tensors lie in host memory they cannot be told from others, and are not counted.
     """
 
     def __init__(self, unet: nn.Module | None = None) -> None:
@@ -65,6 +67,8 @@ class Counting(TorchDispatchMode):
         if name in READS or name in ("index", "index_put", "index_put_") and any(picks(i) for i in args[1]):
             self.syncs[name] += 1
         out = run(func, args, kwargs)
+        if name in COPIES and comes_home(args[COPIES[name]], out):
+            self.syncs[name] += 1
         if func.overloadpacket in FLOPS:
             self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
         if func.is_view:
@@ -126,6 +130,11 @@ def told(x: Any) -> Any:
     if isinstance(x, Mapping):
         return tuple((name, told(value)) for name, value in x.items())
     return tuple(map(told, x)) if isinstance(x, (tuple, list)) else x
+
+
+def comes_home(read: Tensor, made: Tensor) -> bool:
+    """Whether a copy goes from a device to host memory."""
+    return read.device.type not in ("cpu", "meta") and made.device.type == "cpu"
 
 
 def picks(index: Tensor | None) -> bool:

@@ -60,9 +60,12 @@ Loop = Callable[[Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int
 
 
 class _ReferenceSampler(comfy.samplers.Sampler):
-    """Hands a loop of models/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns."""
-    def __init__(self, loop: Loop, run: SamplerRun, total: int) -> None:
-        self.loop, self.run, self.total, self.result, self.checked = loop, run, total, None, False
+    """Hands a loop of models/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns.
+
+    recorder: its tokens stand for the answer of a pass that ends before there is one.
+    """
+    def __init__(self, loop: Loop, run: SamplerRun, total: int, recorder: Recorder | None = None) -> None:
+        self.loop, self.run, self.total, self.recorder, self.result, self.checked = loop, run, total, recorder, None, False
 
     def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
                *args: Any, **kwargs: Any) -> Tensor:
@@ -70,7 +73,8 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
-            if not self.checked and not torch.isfinite(denoised).all():
+            last = [denoised, *([*self.recorder.tokens.values()][-1:] if self.recorder and self.run.ends_early else ())][-1]
+            if not self.checked and not torch.isfinite(last).all():
                 raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
                                  "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
             self.checked = True
@@ -96,7 +100,7 @@ def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, po
     guider.model_options = _bare(bare.model_options, run)
     guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
     total = total or len(sigmas) - 1
-    sampler = _ReferenceSampler(loop, run, total)
+    sampler = _ReferenceSampler(loop, run, total, recorder)
     empty = torch.zeros(list(shape))
     try:
         guider.sample(empty, empty, sampler, sigmas, callback=latent_preview.prepare_callback(bare, total), seed=0)

@@ -184,6 +184,15 @@ def test_a_broken_latent(act, value):
     refuse(lambda: act(MODEL, broken), "1 of 256 latent values are NaN or infinite", "--fp32-vae")
 
 
+@LAW("inverted", [False, True])
+def test_a_model_that_overflows(inverted):
+    """A pass that ends with what is read of it has no answer; then that is looked at."""
+    broken, known = MODEL.clone(), {"inversion": invert(MODEL)[0]} if inverted else {"latent": photo()}
+    broken.set_model_input_block_patch(lambda h, options: h * float("nan"))
+    with pytest.raises(ValueError, match="the model gave NaN or infinite values for the photo.*--fp32-unet"):
+        capture(broken, **known)
+
+
 @LAW("act", [invert, capture])
 def test_an_empty_latent(act):
     refuse(lambda: act(MODEL, {"samples": torch.zeros(1, 4, 8, 8)}), "the latent is empty (all zeros)", "not Empty Latent Image")

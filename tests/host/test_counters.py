@@ -3,10 +3,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
-from counting import MATH, Counting
+from counting import MATH, Counting, comes_home
 from networks import random_model
 from paper import META, drawn, first_step, on_paper, paper_bank, paper_model
 from studio import STEPS, bank_of, capture, concept, inject, photo, pictures, sample, story
@@ -25,6 +26,13 @@ FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 # that the counters count ------------------------------------------------------------------------------------------------------
+
+
+@LAW(("read", "made", "waits"), [("cuda:0", "cpu", True), ("cpu", "cpu", False), ("cpu", "cuda:0", False), ("cuda:0", "cuda:0", False),
+                                 ("meta", "cpu", False)])
+def test_a_copy_to_host_memory_waits(read, made, waits):
+    there, here = (SimpleNamespace(device=torch.device(name)) for name in (read, made))
+    assert comes_home(there, here) is waits
 
 
 @torch.inference_mode()

@@ -345,6 +345,16 @@ def test_what_was_probed_stands_beside():
     assert "plain UNet call waits" in markdown(a_run(probed={"plain_b1": plain | {"first_wait": "a.py:1"}, "cached_b1": mine}))
 
 
+@LAW(("steps", "counted"), [(2, False), (50, True)])
+def test_counts_of_two_parts_stand_for_fifty_steps_alone(steps, counted):
+    """In two steps the first part has three calls beside two, in fifty 51 beside fifty."""
+    plain, cold = ({"flops": flops, "ops": 200, "waits": 4, "largest": 8} for flops in (1000, 1500))
+    laps = {(PLAIN, 1): lap(1.0, steps), ("cold", 1): lap((0.5, 1.0), (steps + 1, steps)), ("cached", 1): lap(1.0, steps)}
+    run = run_of(replace(SETTING, steps=steps), SOFTWARE, 1, "process time", table([laps]), probed={
+        "plain_b1": plain, "cold_b1": cold, "cached_b1": plain})
+    assert ("flops.sd15.cold_b1" in figures([run])) is counted and figures([run])["flops.sd15.cached_b1"] == 1 and markdown(run)
+
+
 def test_cuda_tells_its_memory_without_being_asked():
     laps = {(PLAIN, 1): lap(1.0, peak=1000), ("cached", 1): lap(1.0, peak=1100)}
     run = run_of(replace(SETTING, device="cuda"), SOFTWARE, 1, "CUDA events", table([laps]))
@@ -433,7 +443,8 @@ def test_a_folder_that_is_no_host_is_code_2(tmp_path, capsys):
 def test_the_defaults():
     given = bench.arguments(["--host", "somewhere"])
     assert bench.setting_of(given) == Setting("sd15", 32, 2, "fp32", "cpu", "pytorch", given.threads, 0.25)
-    assert bench.arguments(["--host", "x", "--device", "cuda"]).dtype == "fp16"
+    there = bench.arguments(["--host", "x", "--device", "cuda"])
+    assert (there.dtype, there.steps) == ("fp16", 50)  # where setting up a run is no trifle beside two steps
     assert set(ATTENTION) == {"pytorch", "sub-quadratic"}
 
 
