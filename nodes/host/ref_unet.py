@@ -62,7 +62,7 @@ Loop = Callable[[Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int
 class _ReferenceSampler(comfy.samplers.Sampler):
     """Hands a loop of models/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns.
 
-    recorder: its tokens stand for the answer of a pass that ends before there is one.
+    recorder: what it saw last stands for the answer of a pass that ends before there is one.
     """
     def __init__(self, loop: Loop, run: SamplerRun, total: int, recorder: Recorder | None = None) -> None:
         self.loop, self.run, self.total, self.recorder, self.result, self.checked = loop, run, total, recorder, None, False
@@ -73,8 +73,8 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
-            last = [denoised, *([*self.recorder.tokens.values()][-1:] if self.recorder and self.run.ends_early else ())][-1]
-            if not self.checked and not torch.isfinite(last).all():
+            seen = next(reversed(self.recorder.tokens.values())) if self.run.ends_early else denoised
+            if not self.checked and not torch.isfinite(seen).all():
                 raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
                                  "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
             self.checked = True

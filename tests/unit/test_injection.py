@@ -299,6 +299,16 @@ def test_gather_parts_shares_one_copy() -> None:
     assert torch.equal(apart.k, torch.cat((other.k.expand(B, -1, -1), shared.k.expand(B, -1, -1))))
 
 
+def test_rows_of_one_tensor_are_taken_where_they_are_what_is_read() -> None:
+    """One picture, the parts in the order of the rows: no copy. Where a part reads its own, or in another order, what each reads."""
+    first, second, own = reference(2), reference(3), reference(4)
+    both = ReferenceTokens(torch.cat((first.k, second.k)), torch.cat((first.v, second.v)))
+    found = References({UNCOND: first, COND: second}, by_row=both)
+    assert gather_parts(found, call(UNCOND, COND), [0, 1], 1) is both
+    close(gather_parts(found, call(COND, UNCOND), [0, 1], 1).k, torch.cat((second.k, first.k)))
+    close(gather_parts(replace(found, by_part={1: own}), call(UNCOND, COND), [0, 1], 1).k, torch.cat((first.k, own.k)))
+
+
 def test_conds_get_names_of_their_own() -> None:
     """The host gives the twin of an area prompt the same uuid; PerpNeg and DualCFG have kinds of their own."""
     twin = uuid4()
