@@ -94,6 +94,51 @@ def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+@dataclass(frozen=True)
+class FusedAttend:
+    """The host's own `attend` where that is torch's fused attention, whose kernel also tells the log-sum-exp of its softmax.
+
+    With it a weighted reference is read beside the own tokens and joined after, which needs no mask (a mask takes every flash
+    kernel away) and no copy of the own keys: performance.md 2.2. Shorter calls take the mask: there the join's five operations
+    cost more.
+    """
+    attend: Attend
+    shortest: int = 2048  # own keys: of SD1.5 at 512 pixels and SDXL at 1024 the finest layers
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+        return self.attend(q, k, v, heads, mask=mask)
+
+    def joins(self, q: Tensor, k: Tensor, heads: int) -> bool:
+        """Whether a kernel of this device takes such a call, q [b n (h d)], k [b m (h d)], and tells the right number."""
+        return k.shape[1] >= self.shortest and not q.requires_grad and _kernel_tells(q.device, q.dtype, q.shape[-1] // heads)
+
+    @staticmethod
+    def with_sums(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """q [b n (h d)], k v [b m (h d)] -> out [b n h d] and the log of each softmax's sum [b n h 1] in float32."""
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        if q.device.type in ("cpu", "meta"):
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, sums, *_ = kernel(q, k, v)
+        return out.transpose(1, 2), sums.transpose(1, 2)[..., None]
+
+
+@lru_cache(maxsize=64)
+def _kernel_tells(device: torch.device, dtype: torch.dtype, d: int) -> bool:
+    """These kernels have no public name, so each is tried on a few numbers before it is believed."""
+    if device.type == "meta":
+        return True
+    with torch.inference_mode():
+        q, k = (torch.linspace(-2, 3, n * 2 * d, device=device).sin().view(1, n, 2 * d).to(dtype) for n in (5, 9))
+        try:
+            _, sums = FusedAttend.with_sums(q, k, k, 2)
+            logits = torch.einsum("bnhd,bmhd->bnhm", *(x.float().unflatten(-1, (2, d)) for x in (q, k))) * d**-0.5
+            right = torch.allclose(sums.float(), logits.logsumexp(-1, keepdim=True), atol=1e-2)
+        except (RuntimeError, AttributeError, TypeError, ValueError):
+            return False
+    return right
+
+
 def product_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """The same in plain matrix products, whose backward pass is the faster one on a CPU. Shapes as Attend."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -216,6 +261,8 @@ def _attend_joint(
     """One attend over [own; references]."""
     if not references:
         return attend(q, k, v, heads)
+    if isinstance(attend, FusedAttend) and _weighs(references) and attend.joins(q, k, heads):
+        return _joined_by_sums(attend, q, k, v, references, heads)
     k_ref, v_ref = _joined_tokens(references)
     both = (k, k_ref.expand(k.shape[0], -1, -1), v, v_ref.expand(v.shape[0], -1, -1))
     keys, values = torch.cat(both, 1).chunk(2, 1)  # one kernel instead of two
@@ -225,6 +272,33 @@ def _attend_joint(
     if bias_via == "mask":
         return attend(q, keys, values, heads, mask=bias[:, None, None])  # [1|b 1 1 m]: never one bias per query
     return without_channel(attend(*biased_by_channel(q, keys, values, bias, heads), heads), heads, q.shape[-1] // heads)
+
+
+def _loudness(ref: ReferenceTokens) -> float:
+    """What is added to all of its logits."""
+    return log_of(ref.weight) if ref.mode is WeightMode.LOGIT_BIAS else 0.0
+
+
+def _weighs(references: Sequence[ReferenceTokens]) -> bool:
+    """Whether a reference has a bias, and none has one of its own for each token."""
+    plain = all(ref.log_mask is None and not isinstance(ref.weight, Tensor) for ref in references)
+    return plain and any(map(_loudness, references))
+
+
+def _joined_by_sums(attend: FusedAttend, q: Tensor, k: Tensor, v: Tensor, references: Sequence[ReferenceTokens], heads: int) -> Tensor:
+    """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j exp(s_j) (performance.md 2.3)."""
+    quiet = [ref for ref in references if not _loudness(ref)]
+    b = k.shape[0]
+    if quiet:
+        k, v = (torch.cat((own, ref.expand(b, -1, -1)), 1) for own, ref in zip((k, v), _joined_tokens(quiet)))
+    out, sums = attend.with_sums(q, k, v, heads)
+    loud = sorted((ref for ref in references if _loudness(ref)), key=_loudness)
+    for loudness, group in groupby(loud, _loudness):
+        beside, theirs = attend.with_sums(q, *(x.expand(b, -1, -1) for x in _joined_tokens(list(group))), heads)
+        theirs = theirs + loudness
+        out = torch.lerp(out, beside, torch.sigmoid(theirs - sums).to(out))
+        sums = torch.logaddexp(sums, theirs) if loudness != _loudness(loud[-1]) else sums
+    return out.flatten(2)
 
 
 def _joined_tokens(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
@@ -248,7 +322,7 @@ def _bias_beside(own: int, references: Sequence[ReferenceTokens], dtype: torch.d
     if any(ref.log_mask is not None or isinstance(ref.weight, Tensor) for ref in references):
         bias = _joined_bias(references)
         return None if bias is None else F.pad(bias, (own, 0)).to(dtype)
-    logs = tuple((ref.k.shape[1], log_of(ref.weight) if ref.mode is WeightMode.LOGIT_BIAS else 0.0) for ref in references)
+    logs = tuple((ref.k.shape[1], _loudness(ref)) for ref in references)
     return _constant_bias(own, logs, dtype, references[0].k.device, torch.is_inference_mode_enabled()) if any(w for _, w in logs) else None
 
 

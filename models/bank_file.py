@@ -148,7 +148,8 @@ class Parcel:
             "prompts": {half.value: self.prompt(f"prompt.{half.value}", prompt) for half, prompt in bank.prompts.items()},
             "layers": layers_told(bank.layers), "masks": [list(grid) for grid in bank.masks],
             "features": {half.value: self.rows(f"features.{half.value}", rows) for half, rows in bank.features.items()},
-            "maps": self.optional("maps", bank.maps), "anchors": None if bank.anchors is None else self.anchors(bank.anchors),
+            "share": bank.share, "maps": self.optional("maps", bank.maps),
+            "anchors": None if bank.anchors is None else self.anchors(bank.anchors),
         }
 
     def trajectory(self, path: InversionTrajectory) -> dict[str, Any]:
@@ -198,7 +199,13 @@ def read_bank(told: Told, tensor: Source) -> ReferenceBank:
     return ReferenceBank(
         trajectory, prompts, read_layers(told["layers"]), masks, read_halves(told["features"], "features", tensor), word(told["model"]),
         tensor("maps") if told["maps"] else None, None if told["anchors"] is None else read_anchors(told["anchors"], tensor),
-        told["version"])
+        told["version"], read_share(told.get("share", 1.0)))
+
+
+def read_share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{value!r:.40} where a share of the tokens belongs, above 0 and up to 1")
+    return float(value)
 
 
 def read_prompt(told: Told, name: str, tensor: Source) -> ReferencePrompt:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .inversion import InversionTrajectory
 
@@ -22,6 +22,8 @@ Grid = tuple[int, int]  # (y, x) tokens
 BANK_VERSION = 1
 LOG_SIGMA_TOLERANCE = 1e-3  # of one sampler's sigmas through float32; a step of any real schedule is far more
 LARGE = 4e9  # bytes of main memory worth a warning
+KEYS_VALUES_UP_TO = 1e9  # bytes that an automatic bank takes for keys and values; performance.md 1.3: SD1.5 has 0.58 GB, SDXL 5.2
+GOLDEN = 0.6180339887498949  # its multiples fall apart from one another as evenly as can be
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +44,13 @@ class Halves(str, Enum):
         if self is Halves.BOTH:
             return half
         return Half.COND if self is Halves.SHARED or half is Half.COND else None
+
+
+class Keeps(str, Enum):
+    """What a bank holds of a token (performance.md 1.3): to project it is 0.4 % of an SD1.5 step for each half."""
+    AUTO = "automatic"  # keys and values where they take no more than KEYS_VALUES_UP_TO
+    HIDDEN = "hidden states"
+    KEYS_VALUES = "keys and values"  # twice the memory
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,27 @@ class ReferencePrompt:
 
 @dataclass(frozen=True)
 class Layer:
-    """A self-attention layer whose tokens a bank holds."""
+    """A self-attention layer whose tokens a bank holds; channels: those of to_k's input, or of keys and values together."""
     block: BlockId
     grid: Grid
     channels: int
+
+
+def keys_values(attn: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept tokens [b l c] of a layer -> k, v [b l (h d)]; a bank may hold them already, side by side in [b l 2*(h d)]."""
+    if tokens.shape[-1] == attn.to_k.in_features:
+        return attn.to_k(tokens), attn.to_v(tokens)
+    k, v = tokens.chunk(2, -1)
+    return k, v
+
+
+def thinned(positions: Tensor, share: float) -> Tensor:
+    """About `share` of the positions [l], at least one, spread evenly over them."""
+    if share >= 1 or not len(positions):
+        return positions
+    count = max(round(len(positions) * share), 1)
+    order = (torch.arange(len(positions), dtype=torch.float64) * GOLDEN).frac().argsort()
+    return positions[order[:count].sort().values]
 
 
 def block_name(block: BlockId) -> str:
@@ -133,11 +159,12 @@ class AnchorFeatures:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceBank:
-    """Normed hidden tokens before to_k/to_v for every (layer, sigma, CFG half), in host memory, with their masks.
+    """Normed hidden tokens before to_k/to_v for every (layer, sigma, CFG half), or their keys and values; in host memory, with masks.
 
     features[half]: [t s], or t of [s_i] for anchors - row i belongs to trajectory.sigmas[i + 1], and holds the kept tokens of
     every layer of `layers` one after another; masks[grid]: bool [r y x]; maps: the subject words' map at every step [t r y x]
-    fp32, None where the user gave the mask; anchors: None where the pictures were inverted, not generated.
+    fp32, None where the user gave the mask; anchors: None where the pictures were inverted, not generated; share: of the
+    subject's tokens that are kept (the layers' `loudness` makes up for the others).
     """
     trajectory: InversionTrajectory
     prompts: Mapping[Half, ReferencePrompt]
@@ -148,6 +175,7 @@ class ReferenceBank:
     maps: Tensor | None = None
     anchors: AnchorFeatures | None = None
     version: int = BANK_VERSION
+    share: float = 1.0
 
     @property
     def pictures(self) -> int:
@@ -156,11 +184,20 @@ class ReferenceBank:
     @cached_property
     def kept(self) -> dict[Grid, Tensor]:
         """Flat positions [l] of the kept tokens among the r*y*x tokens of each grid."""
-        return {grid: mask.flatten().nonzero().squeeze(1) for grid, mask in self.masks.items()}
+        return {grid: thinned(mask.flatten().nonzero().squeeze(1), self.share) for grid, mask in self.masks.items()}
+
+    @cached_property
+    def loudness(self) -> dict[Grid, float]:
+        """How many tokens of the subject each kept one stands for, per grid: 1 where all are kept."""
+        return {grid: int(mask.sum()) / max(len(self.kept[grid]), 1) if self.share < 1 else 1.0 for grid, mask in self.masks.items()}
 
     @property
     def blocks(self) -> tuple[BlockId, ...]:
         return tuple(layer.block for layer in self.layers)
+
+    @cached_property
+    def grids(self) -> dict[BlockId, Grid]:
+        return {layer.block: layer.grid for layer in self.layers}
 
     @property
     def bytes(self) -> int:
@@ -185,23 +222,28 @@ class ReferenceBank:
         i = 1 + int((path.sigmas[1:] / sigma).log().abs().argmin())
         return path.latents[0] + (path.latents[i] - path.latents[0]) * (sigma / path.sigmas[i])
 
-    def tokens(self, half: Half, step: int, device: torch.device, dtype: torch.dtype, first: bool = False) -> dict[BlockId, Tensor]:
+    def tokens(self, half: Half, step: int, device: torch.device, dtype: torch.dtype, first: bool = False,
+               reader: RowReader | None = None) -> dict[BlockId, Tensor]:
         """Kept tokens [l c] of every layer at one step: one copy to the device, then views. first: of the anchors' first stage."""
         a = self.anchors
         first = first and a is not None and a.in_first_stage(float(self.trajectory.sigmas[step + 1]))
         kept = {grid: (a.first_kept if first else a.kept)[grid][step] for grid in a.kept} if a else self.kept
-        row = (a.first if first else self.features)[half][step].to(device=device, dtype=dtype, non_blocking=True)
+        rows = (a.first if first else self.features)[half]
+        row = (reader or RowReader(device))(rows, step).to(dtype)
         return split_row(row, self.layers, {grid: len(positions) for grid, positions in kept.items()})
 
     def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:
         """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of this bank's layers."""
-        for layer in self.layers:
-            (y, x), n = layer.grid, tokens[layer.block].shape[1]
-            if n != y * x:  # on CUDA a wrong index would take the whole server down
-                raise ValueError(f"Kindred: block {block_name(layer.block)} gave {n} tokens where the reference has {y}x{x}. A node that "
-                                 "changes the grid (Deep Shrink, token merging) is on the model: remove it.")
-        return {layer.block: gather(tokens[layer.block], self.kept[layer.grid].to(tokens[layer.block].device))
-                for layer in self.layers}
+        return {layer.block: kept_of(layer.block, layer.grid, tokens[layer.block], self.kept[layer.grid]) for layer in self.layers}
+
+
+def kept_of(block: BlockId, grid: Grid, tokens: Tensor, kept: Tensor) -> Tensor:
+    """tokens [r n c] of a block, kept [l] flat positions over r*n -> [l c]; ValueError where n is not that of the grid."""
+    (y, x), n = grid, tokens.shape[1]
+    if n != y * x:  # on CUDA a wrong index would take the whole server down
+        raise ValueError(f"Kindred: block {block_name(block)} gave {n} tokens where the reference has {y}x{x}. A node that "
+                         "changes the grid (Deep Shrink, token merging) is on the model: remove it.")
+    return gather(tokens, kept.to(tokens.device))
 
 
 def split_row(row: Tensor, layers: Sequence[Layer], lengths: Mapping[Grid, int]) -> dict[BlockId, Tensor]:
@@ -215,28 +257,92 @@ def gather(tokens: Tensor, kept: Tensor) -> Tensor:
     return tokens.reshape(-1, tokens.shape[-1]).index_select(0, kept)
 
 
+class RowReader:
+    """Rows of a bank on a device; on CUDA the next one is copied behind the step that computes (performance.md 5.5).
+
+    Samplers go from noise to picture, so the next row is the one before; another one that is asked for is copied then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: dict[tuple[int, int], tuple[Tensor, torch.cuda.Event]] = {}
+
+    def __call__(self, rows: Tensor | Sequence[Tensor], step: int) -> Tensor:
+        if self._stream is None:
+            return rows[step].to(self.device)
+        if (id(rows), step) not in self._ahead:
+            self._begin(rows, step)
+        row, copied = self._ahead.pop((id(rows), step))
+        here = torch.cuda.current_stream(self.device)
+        here.wait_event(copied)
+        row.record_stream(here)
+        self._ahead = {key: held for key, held in self._ahead.items() if key[0] != id(rows)}  # a guess that was wrong
+        if step:
+            self._begin(rows, step - 1)
+        return row
+
+    def _begin(self, rows: Tensor | Sequence[Tensor], step: int) -> None:
+        """One copy of a pinned row: of a pageable one the host would wait."""
+        row = rows[step]
+        with torch.cuda.stream(self._stream):
+            far = (row if row.is_pinned() else row.pin_memory()).to(self.device, non_blocking=True)
+            self._ahead[id(rows), step] = far, self._stream.record_event()
+
+
+Project = Callable[[BlockId, Tensor], Tensor]  # tokens [l c] of a block, in host memory -> its keys and values side by side
+
+
 @dataclass
 class BankBuilder:
-    """Collects the tokens of a running reference pass; `finish` gathers them once the masks are known."""
-    precision: torch.dtype | None = None  # None keeps the dtype the model computes in
-    _steps: dict[tuple[Half, int], dict[BlockId, Tensor]] = field(default_factory=dict)
+    """Collects the tokens of a running reference pass; `finish` gathers them once the masks are known.
 
-    def add(self, half: Half, step: int, tokens: Mapping[BlockId, Tensor], steps: int = 1) -> None:
-        """tokens: [r n c] per block; copied to host memory. steps: how many such calls will come, for the warning of a large bank."""
+    masks: of a grid, where they are known before: then nothing else is ever held.
+    """
+    precision: torch.dtype | None = None  # None keeps the dtype the model computes in
+    masks: Mapping[Grid, Tensor] | None = None
+    share: float = 1.0
+    keeps: Keeps = Keeps.HIDDEN
+    _steps: dict[tuple[Half, int], dict[BlockId, Tensor]] = field(default_factory=dict)
+    _kept: dict[tuple[Grid, torch.device], Tensor] = field(default_factory=dict)
+
+    def add(self, half: Half, step: int, tokens: Mapping[BlockId, Tensor], steps: int = 1,
+            grids: Mapping[BlockId, Grid] | None = None) -> None:
+        """tokens: [r n c] per block, grids: theirs, where masks are known; copied to host memory.
+
+        steps: how many such calls will come, for the warning of a large bank.
+        """
+        if self.masks is not None:
+            tokens = {block: kept_of(block, grids[block], t, self._positions(grids[block], t.device)) for block, t in tokens.items()}
         if not self._steps and (total := sum(t.numel() * t.element_size() for t in tokens.values()) * steps) > LARGE:
-            log.warning("Kindred: the reference pass holds up to %.1f GB of main memory until the mask is known. Fewer blocks, a wired "
-                        "mask or precision float16 need less.", total / 1e9)
+            log.warning("Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, a smaller token share%s or "
+                        "precision float16 need less.", total / 1e9, *(("", "") if self.masks else (" until the mask is known",
+                                                                                                    ", a wired mask")))
         self._steps[half, step] = {b: t.to("cpu", self.precision or t.dtype, copy=True) for b, t in tokens.items()}
 
+    def _positions(self, grid: Grid, device: torch.device) -> Tensor:
+        if (grid, device) not in self._kept:
+            self._kept[grid, device] = thinned(self.masks[grid].flatten().nonzero().squeeze(1), self.share).to(device)
+        return self._kept[grid, device]
+
     def finish(self, grids: Mapping[BlockId, Grid], masks: Mapping[Grid, Tensor], trajectory: InversionTrajectory,
-               prompts: Mapping[Half, ReferencePrompt], model_key: str, maps: Tensor | None) -> ReferenceBank:
+               prompts: Mapping[Half, ReferencePrompt], model_key: str, maps: Tensor | None,
+               project: Project | None = None) -> ReferenceBank:
         """Gather the masked tokens of every step into one row per step; full tokens are freed as they are read."""
         first = next(iter(self._steps.values()))
         layers = tuple(Layer(block, grids[block], tokens.shape[-1]) for block, tokens in first.items())
-        bank = ReferenceBank(trajectory, prompts, layers, masks, {}, model_key, maps)
-        features = {}
+        bank = ReferenceBank(trajectory, prompts, layers, masks, {}, model_key, maps, share=self.share)
+        size = sum(len(bank.kept[layer.grid]) * layer.channels * first[layer.block].element_size() for layer in layers) * len(self._steps)
+        if self.keeps is Keeps.HIDDEN or self.keeps is Keeps.AUTO and 2 * size > KEYS_VALUES_UP_TO:
+            project = None
+        features, widths = {}, {}
         for half in dict.fromkeys(h for h, _ in self._steps):
-            steps = sorted(s for h, s in self._steps if h is half)
-            rows = (bank.keep(self._steps.pop((half, s))) for s in steps)
-            features[half] = torch.stack([torch.cat([t.flatten() for t in row.values()]) for row in rows])
-        return ReferenceBank(trajectory, prompts, layers, masks, features, model_key, maps)
+            rows = []
+            for step in sorted(s for h, s in self._steps if h is half):
+                full = self._steps.pop((half, step))
+                row = {b: t if project is None else project(b, t).to(t)
+                       for b, t in (full if self.masks is not None else bank.keep(full)).items()}
+                widths = {b: t.shape[-1] for b, t in row.items()}
+                rows.append(torch.cat([t.flatten() for t in row.values()]))
+            features[half] = torch.stack(rows)
+        return replace(bank, layers=tuple(replace(layer, channels=widths[layer.block]) for layer in layers), features=features)

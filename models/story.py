@@ -19,7 +19,7 @@ from .consistory import SLACK, Schedule, StorySettings, SubjectMaps, dropped, po
 from .correspondence import adain, correspond, inject, smooth
 from .injection import AttnCall, BlockSite, Part, References, Role, Watcher
 from .masks import resize_user_mask, token_map, token_weights
-from .reference import BlockId, Grid, Half, SubjectTokens, block_name
+from .reference import BlockId, Grid, Half, SubjectTokens, block_name, keys_values
 from .sharing import Gathers, Sharing
 
 NODE = "ConsiStory Shared Attention"
@@ -32,6 +32,9 @@ class AnchorSource(Protocol):
 
     def tokens(self, sigma: float, step: int, first: bool) -> Mapping[Half, Mapping[BlockId, Tensor]]:
         """Kept tokens [l c] after dropout; first: of the first stage."""
+
+    def loudness(self, block: BlockId) -> float:
+        """How many of the subject's tokens each kept one stands for."""
 
     def outputs(self, sigma: float) -> Mapping[BlockId, Tensor]:
         """Self-attention outputs [l' c] of the subject's tokens, before injection."""
@@ -331,13 +334,12 @@ class Story(Watcher):
             if not len(tokens):
                 return []
             if half not in projected:
-                tokens = tokens.to(k)[None]
-                projected[half] = site.module.attn1.to_k(tokens), site.module.attn1.to_v(tokens)
+                projected[half] = keys_values(site.module.attn1, tokens.to(k)[None])
             keys, values = projected[half]
             if self.anchors.aligned and self.settings.align_keys:
                 keys = self._aligned(keys, call.parts(k)[i], call.grid)
                 values = values.expand(len(keys), -1, -1)
-            made[i] = ReferenceTokens(keys, values, self.settings.weight)
+            made[i] = ReferenceTokens(keys, values, self.settings.weight * self.anchors.loudness(call.block))
         return [References({}, by_part=made)]
 
     def _aligned(self, keys: Tensor, own: Tensor, grid: Grid) -> Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,6 +81,11 @@ class ConceptInjection:
 
     def check(self, model: Any) -> None:
         """Nothing can have become wrong: the tokens do not depend on the model's weights, and its layers cannot change."""
+
+    def held(self, model: Any, shape: Sequence[int]) -> int:
+        """Bytes on the device: the keys and values of every layer, for the whole run."""
+        tokens = (t for layers in self.keys_values.values() for kv in layers.values() for t in kv)
+        return sum(t.numel() for t in tokens) * host.computes_in(model).itemsize
 
     def start_run(self, run: host.SamplerRun) -> ActiveConcept:
         """Eq. (6) once per run: here the keys and values come to the device, in the dtype of the run."""

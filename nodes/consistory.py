@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -45,7 +45,10 @@ class GeneratedAnchors:
 
     def tokens(self, sigma: float, step: int, first: bool) -> Mapping[Half, Mapping[BlockId, Tensor]]:
         row = self.row(sigma)
-        return {half: self.bank.tokens(half, row, *self.run.device_and_dtype, first=first) for half in self.halves}
+        return {half: self.bank.tokens(half, row, *self.run.device_and_dtype, first, self.run.rows) for half in self.halves}
+
+    def loudness(self, block: BlockId) -> float:
+        return 1.0
 
     def outputs(self, sigma: float) -> Mapping[BlockId, Tensor]:
         a = self.bank.anchors
@@ -80,6 +83,9 @@ class PhotoAnchors:
                 kept[layer.grid] = index.to(self.run.device_and_dtype[0])
         grids = {layer.block: layer.grid for layer in self.bank.layers}
         return {half: {b: t.index_select(0, kept[grids[b]]) for b, t in found[half].items()} for half in self.halves}
+
+    def loudness(self, block: BlockId) -> float:
+        return self.bank.loudness[self.bank.grids[block]]
 
     def watched(self, sigma: float) -> Recorder:
         if self._live is None or self._live[0] != sigma:
@@ -117,6 +123,15 @@ class StoryInjection:
         if self.bank:
             host.require_same_model(STORY, "reference", self.bank.model_key, host.model_key(model))
 
+    def held(self, model: Any, shape: Sequence[int]) -> int:
+        """Bytes on the device at most: queries of the plain pass, and the longest keys and values of a layer that shares."""
+        s, width, sizes = self.settings, host.computes_in(model).itemsize, host.token_sizes(model, shape[2:])
+        shared = [sizes[block] for block in s.blocks]
+        rows = shape[0] * (1 if s.halves is Halves.COND else 2)
+        others = self.bank.pictures if self.bank else min(s.anchors or shape[0], shape[0])
+        queries = 2 * shape[0] * sum(n * c for n, c in shared) if s.blend[0] else 0
+        return (queries + rows * max(2 * (1 + others) * n * c for n, c in shared)) * width
+
     def start_run(self, run: host.SamplerRun) -> Story | None:
         s, k = self.settings, self.settings.anchors
         if run.pictures == 1 and self.bank is None and self.recorder is None:
@@ -141,6 +156,10 @@ class StoryInjection:
                       None if self.masks is None else self.masks.cpu(), self.recorder)
         if self.recorder:
             self.recorder.count = story.anchor_count
+        plain, calls = len(run.sigmas), schedule.calls(self.masks is not None or self.bank is not None)
+        log.info("%s: %d pictures in %d calls of the UNet where the plain run has %d (%.2f times); up to %.1f MB beside it.", STORY,
+                 run.pictures, calls, plain, calls / plain,
+                 self.held(run.guider.model_patcher, (run.pictures, 0, *run.latent)) / 1e6)
         return story
 
     def source(self, run: host.SamplerRun, schedule: Schedule) -> AnchorSource | None:

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from ..models.inversion import InversionTrajectory
 from ..models.masks import resize_user_mask, union_of_first
 from ..models.overlay import draw_masks
 from ..models.reference import (
-    BankBuilder, BlockId, Grid, Half, Halves, ReferenceBank, block_name, select_blocks,
+    BankBuilder, BlockId, Grid, Half, Halves, Keeps, ReferenceBank, block_name, keys_values, select_blocks, thinned,
 )
 from . import host
 
@@ -85,6 +86,12 @@ class RefUNetCapture(io.ComfyNode):
                 io.Combo.Input("precision", options=["as computed", "float16"], default="as computed", advanced=True,
                                tooltip="How the features are stored in memory. float16 halves the memory of a model that computes in "
                                        "float32."),
+                io.Combo.Input("keeps", options=[k.value for k in Keeps], default=Keeps.AUTO.value, advanced=True,
+                               tooltip="What is held of each token. keys and values make every later step a little faster and take "
+                                       "twice the memory of hidden states; automatic takes them up to 1 GB."),
+                io.Float.Input("token_share", default=1.0, min=0.05, max=1.0, step=0.05, advanced=True,
+                               tooltip="How much of the subject's tokens is kept, evenly spread: less takes less memory and time, and "
+                                       "those that are kept speak the louder."),
                 host.Inversion.Input("inversion", optional=True, tooltip="From DDIM Invert: its latents are read, one call per step."),
                 io.Latent.Input("latent", optional=True, tooltip="Instead of an inversion: the photo through VAE Encode; inverted and read "
                                                                  "in one pass."),
@@ -105,10 +112,13 @@ class RefUNetCapture(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: host.Conditioning, steps: int, scheduler: str, blocks: str = "all", mask_threshold: str = OTSU,
                 mask_value: float = 0.3, mask_steps: int = 2, mask_blocks: str = "auto", precision: str = "as computed",
+                keeps: str = Keeps.AUTO.value, token_share: float = 1.0,
                 inversion: InversionTrajectory | None = None, latent: dict[str, Any] | None = None,
                 negative: host.Conditioning | None = None, mask: Tensor | None = None, sigmas: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, CAPTURE).diffusion_model)
         wanted = select_blocks(blocks, tuple(sites), CAPTURE)
+        if not 0 < token_share <= 1:
+            raise ValueError(f"{CAPTURE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject).")
         if (inversion is None) == (latent is None):
             raise ValueError(f"{CAPTURE}: "
                              f"{'neither an inversion nor a latent is' if latent is None else 'both an inversion and a latent are'} "
@@ -132,11 +142,12 @@ class RefUNetCapture(io.ComfyNode):
         grids = {block: grid_of(whole, sites[block].divisor) for block in wanted}
         masks = None if mask is None else user_masks(mask, shape[0], {*grids.values(), whole})
         recorder = Recorder(wanted, () if masks else map_blocks(mask_blocks, sites, CAPTURE), prompts[Half.COND])
-        builder, maps = BankBuilder(torch.float16 if precision == "float16" else None), {}
+        halved = torch.float16 if precision == "float16" else None
+        builder, maps = BankBuilder(halved, masks, token_share, Keeps(keeps)), {}
 
         def keep(i: int) -> None:
             for half in prompts:
-                builder.add(half, i - 1, recorder.of(half), len(prompts) * (len(down) - 1))
+                builder.add(half, i - 1, recorder.of(half), len(prompts) * (len(down) - 1), grids)
             if masks is None:
                 found = recorder.word_map()
                 if found is None:
@@ -148,22 +159,43 @@ class RefUNetCapture(io.ComfyNode):
             loop = replay_loop(inversion, keep)
         else:
             loop = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, keep)
+
+        def read(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> ReferenceBank:
+            """The whole pass, and what needs the loaded model after it."""
+            trajectory, found = loop(denoise, device, progress), masks
+            if found is None:
+                noisiest_first = [maps[i] for i in sorted(maps, reverse=True)]
+                threshold = OTSU if mask_threshold == OTSU else mask_value
+                found = {grid: union_of_first(noisiest_first, mask_steps, threshold, grid) for grid in {*grids.values(), whole}}
+                words = ", ".join(map(repr, prompts[Half.COND].subject.words))
+                check_masks(found[whole], f"{words} lights up nowhere. Describe what the photo shows, or wire a mask.")
+            computed = next(iter(recorder.tokens.values())).dtype
+
+            def project(block: BlockId, tokens: Tensor) -> Tensor:
+                return torch.cat(keys_values(sites[block].module.attn1, tokens.to(device, computed)), -1).cpu()
+            return builder.finish(grids, found, trajectory, prompts, key, torch.stack([maps[i] for i in sorted(maps)]) if maps else None,
+                                  project)
         calls = len(down) - 1 + (inversion is None)
-        trajectory = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), loop, recorder, calls,
-                                          ends_early=inversion is not None)
-        if masks is None:
-            noisiest_first = [maps[i] for i in sorted(maps, reverse=True)]
-            threshold = OTSU if mask_threshold == OTSU else mask_value
-            masks = {grid: union_of_first(noisiest_first, mask_steps, threshold, grid) for grid in {*grids.values(), whole}}
-            check_masks(masks[whole], f"{', '.join(map(repr, prompts[Half.COND].subject.words))} lights up nowhere. Describe what the "
-                                      "photo shows, or wire a mask.")
-        bank = builder.finish(grids, masks, trajectory, prompts, key, torch.stack([maps[i] for i in sorted(maps)]) if maps else None)
-        log.info("%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject", CAPTURE, trajectory.schedule, len(bank.layers),
-                 bank.bytes / 1e6, 100 * masks[whole].float().mean())
+        held = len(prompts) * (len(down) - 1) * bytes_of_step(sites, grids, masks, shape[0], token_share, halved or host.computes_in(model))
+        log.info("%s: reads the photo in %d calls of the UNet; its features take %.1f MB of main memory%s.", CAPTURE, calls, held / 1e6,
+                 " until the mask is known" if masks is None else "")
+        bank = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), read, recorder, calls,
+                                   ends_early=inversion is not None)
+        masks = bank.masks
+        log.info("%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject", CAPTURE, bank.trajectory.schedule, len(bank.layers),
+                 bank.bytes / 1e6, 100 * bank.masks[whole].float().mean())
         picture = masks[whole].float().repeat_interleave(8, 1).repeat_interleave(8, 2)
-        drawn = found_picture(host.rough_pictures(model, trajectory.latents[0]), masks[whole], picture)
+        drawn = found_picture(host.rough_pictures(model, bank.trajectory.latents[0]), masks[whole], picture)
         shown = ui.ImageSaveHelper.save_images(drawn, "kindred_subject", io.FolderType.temp, cls, compress_level=1)
         return io.NodeOutput(bank, picture, ui=ui.SavedImages(shown))
+
+
+def bytes_of_step(sites: Mapping[BlockId, BlockSite], grids: Mapping[BlockId, Grid], masks: Mapping[Grid, Tensor] | None, pictures: int,
+                  share: float, dtype: torch.dtype) -> int:
+    """Of the hidden states that one step of one half leaves while a pass runs; masks: where they are known before."""
+    kept = {grid: pictures * math.prod(grid) if masks is None else len(thinned(masks[grid].flatten().nonzero().squeeze(1), share))
+            for grid in grids.values()}
+    return sum(kept[grid] * sites[block].module.attn1.to_k.in_features for block, grid in grids.items()) * dtype.itemsize
 
 
 def found_picture(rough: Tensor | None, masks: Tensor, picture: Tensor) -> Tensor:
@@ -212,6 +244,15 @@ class MaskedSelfInjection:
         """Called when a sampler starts: a LoRA may have been added behind this node."""
         host.require_same_model(INJECT, "reference", self.bank.model_key, host.model_key(model))
 
+    def held(self, model: Any, shape: Sequence[int]) -> int:
+        """Bytes on the device: this step's row and the next one, and the longest keys and values of a layer."""
+        width, sizes = host.computes_in(model).itemsize, host.token_sizes(model, shape[2:])
+        kept = {layer: len(self.bank.kept[layer.grid]) for layer in self.bank.layers}
+        row = sum(kept[layer] * layer.channels for layer in self.bank.layers)
+        readers = shape[0] * (1 if self.halves is Halves.COND else 2)
+        longest = max(2 * (sizes[layer.block][0] + kept[layer]) * sizes[layer.block][1] for layer in self.bank.layers)
+        return (2 * len(self.sources) * row + readers * longest) * width
+
     def start_run(self, run: host.SamplerRun) -> ActiveMaskedSelf:
         return ActiveMaskedSelf(self, run, target=None if self.target_mask is None else TargetMask(self.target_mask, INJECT))
 
@@ -239,11 +280,13 @@ class ActiveMaskedSelf:
         if not halves or not len(self.tokens[halves[0]][call.block]):
             return []
         of_half = [self.tokens[half][call.block][None] for half in halves]
-        tokens = (of_half[0] if len(of_half) == 1 else torch.cat(of_half)).to(q)
-        k, v = site.module.attn1.to_k(tokens), site.module.attn1.to_v(tokens)
-        made = {half: ReferenceTokens(k[i:i + 1], v[i:i + 1], c.weight, c.mode) for i, half in enumerate(halves)}
+        k, v = keys_values(site.module.attn1, (of_half[0] if len(of_half) == 1 else torch.cat(of_half)).to(q))
+        louder = c.bank.loudness[c.bank.grids[call.block]]
+        weight, log_mask = (c.weight * louder, None) if c.mode is WeightMode.LOGIT_BIAS or louder == 1 else (
+            c.weight, k.new_full((k.shape[1],), math.log(louder), dtype=torch.float32))
+        made = {half: ReferenceTokens(k[i:i + 1], v[i:i + 1], weight, c.mode, log_mask) for i, half in enumerate(halves)}
         return [References({role: made[half] for role, half in source.items()}, self.target(call, q) if self.target else None,
-                           by_row=ReferenceTokens(k, v, c.weight, c.mode) if halves == list(source.values()) else None)]
+                           by_row=ReferenceTokens(k, v, weight, c.mode, log_mask) if halves == list(source.values()) else None)]
 
 
 class MaskedSelfAttnInject(io.ComfyNode):

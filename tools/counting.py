@@ -33,6 +33,7 @@ class Counting(TorchDispatchMode):
         self.places: Counter[str] = Counter()  # the same ops by device
         self.attention: Counter[str] = Counter()  # calls by the kernel they hit
         self.syncs: Counter[str] = Counter()  # what makes the host wait for the device
+        self.waits: Counter[str] = Counter()  # of these, those that read no host memory
         self.largest = 0  # bytes of one allocation
         self.shapes: set[tuple[int, ...]] = set()  # of all that was made
 
@@ -63,12 +64,17 @@ class Counting(TorchDispatchMode):
                 return out
         return self._count(func, name, args, kwargs)
 
+    def _waited(self, name: str, read: Tensor) -> None:
+        self.syncs[name] += 1
+        if read.device.type != "cpu":
+            self.waits[name] += 1
+
     def _count(self, func: Any, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         if name in READS or name in ("index", "index_put", "index_put_") and any(picks(i) for i in args[1]):
-            self.syncs[name] += 1
+            self._waited(name, args[0])
         out = run(func, args, kwargs)
         if name in COPIES and comes_home(args[COPIES[name]], out):
-            self.syncs[name] += 1
+            self._waited(name, args[COPIES[name]])
         if func.overloadpacket in FLOPS:
             self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
         if func.is_view:

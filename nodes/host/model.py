@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import comfy.model_sampling
@@ -16,8 +17,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ...models.injection import BlockSite
-from ...models.reference import BANK_VERSION, BlockId, ReferenceBank
+from ...models.injection import BlockSite, grid_of
+from ...models.reference import BANK_VERSION, BlockId, ReferenceBank, block_name
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 TEXT = "kindred_text"  # what Subject Prompts leaves inside CONDITIONING, beside SUBJECT and REPEATS
@@ -106,6 +107,24 @@ def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> No
         raise ValueError(f"{node}: the reference is of version {bank.version}, but this Kindred reads version {BANK_VERSION}. "
                          "Make it again, or use the Kindred that made it.")
     require_same_model(node, "reference", bank.model_key, model_key(model))
+    sites = attention_sites(require_unet(model, node).diffusion_model)
+    for layer in bank.layers:  # a file may say anything
+        attn = sites[layer.block].module.attn1 if layer.block in sites else None
+        fitting = () if attn is None else (attn.to_k.in_features, 2 * attn.to_k.out_features)
+        if layer.channels not in fitting:
+            raise ValueError(f"{node}: the reference holds {layer.channels} channels of block {block_name(layer.block)}, but this model "
+                             f"has {' or '.join(map(str, fitting)) or 'no such block'}. Make the reference again with this model.")
+
+
+def computes_in(model: ModelPatcher) -> torch.dtype:
+    """The dtype of the UNet's hidden states."""
+    return model.model.get_dtype_inference()
+
+
+def token_sizes(model: ModelPatcher, latent: Sequence[int]) -> dict[BlockId, tuple[int, int]]:
+    """Tokens of one picture and their channels in every self-attention layer; latent: its size (y, x) in cells."""
+    return {block: (math.prod(grid_of(tuple(latent), site.divisor)), site.module.attn1.to_k.out_features)
+            for block, site in attention_sites(model.model.diffusion_model).items()}
 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:

@@ -124,7 +124,7 @@ def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
             run.ways.add(way.split(",")[0])
             log.info("Kindred: the reference is read %s.", way)
         run.step_tokens = {key: _live_tokens(run, bank, sigma, halves) if step is None else
-                           {half: bank.tokens(half, step, *run.device_and_dtype) for half in halves}} | {
+                           {half: bank.tokens(half, step, *run.device_and_dtype, reader=run.rows) for half in halves}} | {
                            k: v for k, v in run.step_tokens.items() if k[1] == sigma}
     return run.step_tokens[key]
 

@@ -6,26 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import comfy.k_diffusion.sampling
 import comfy.model_patcher
 import comfy.model_sampling
 import nodes
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch, optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ...models.attention import FusedAttend
 from ...models.injection import ActiveInjection, PassEnds, Run
-from ...models.reference import BlockId, Half
+from ...models.reference import BlockId, Half, RowReader
 from ...models.story import QueryRecorder, Story
-from .model import KEY, Conditioning, attention_sites
+from .model import KEY, Conditioning, attention_sites, log
 from .stages import Stages
+
+
+_FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
 
 
 class Injection(Protocol):
     """A frozen node configuration; watches: it needs more of the UNet than its attention calls."""
     watches: bool
     def check(self, model: ModelPatcher) -> None: ...
+    def held(self, model: ModelPatcher, shape: Sequence[int]) -> int: ...  # bytes on the device; shape [b c y x] of the latents
     def start_run(self, run: SamplerRun) -> ActiveInjection | None: ...
 
 
@@ -41,6 +47,8 @@ class SamplerRun(Run):
     pictures: int = 0  # in the sampled batch
     sigmas: tuple[float, ...] = ()  # of this sampler run, descending, without the last 0
     story: Story | None = None
+    rows: RowReader | None = None  # of the banks that this run reads
+    foreseen: Foreseen | None = None
 
     def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
@@ -48,9 +56,10 @@ class SamplerRun(Run):
         self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.tolist() if s > 0)
         self.sites = attention_sites(guider.inner_model.diffusion_model)
         self.read_conds(guider.conds)
+        self.rows = RowReader(self.device_and_dtype[0])
         self.active = [active for injection in self.injections if (active := injection.start_run(self)) is not None]
         stories = [active for active in self.active if isinstance(active, Story)]
-        self.watchers += stories
+        self.watchers = [w for w in self.watchers if w is not self.story] + stories
         self.story = next(iter(stories), None)
         if self.story:
             self.stages = Stages(self.story)
@@ -71,7 +80,7 @@ class SamplerRun(Run):
     def close(self) -> None:
         super().close()
         self.guider, self.model_options, self.step_tokens = None, {}, {}
-        self.story = self.stages = None
+        self.story = self.stages = self.rows = self.foreseen = None
 
 
 @torch.compiler.disable
@@ -129,7 +138,8 @@ def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
         for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)
         run.end_if_complete()
-        return run.attend(call, attend, q, k, v, heads)
+        fused = func is _FUSED and previous is None and not kwargs.get("skip_output_reshape") and q.shape[0] <= SDP_BATCH_LIMIT
+        return run.attend(call, FusedAttend(attend) if fused else attend, q, k, v, heads)
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
 
@@ -208,12 +218,67 @@ def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kw
         guider.model_options = original
 
 
+def _prepare_sampling(executor: Any, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+    """Tell the host what the run will hold beside the UNet's own, in the one unit it knows: more pictures, of two rows each.
+
+    Else its free memory shrinks under it, and it splits cond and uncond by surprise.
+    """
+    run = (kwargs.get("model_options") or {}).get("transformer_options", {}).get(KEY)
+    if isinstance(run, SamplerRun) and len(noise_shape) == 4:
+        more = sum(injection.held(model, noise_shape) for injection in run.injections)
+        picture = model.model.memory_required([2, *noise_shape[1:]])
+        noise_shape = [noise_shape[0] + math.ceil(more / picture), *noise_shape[1:]]
+    return executor(model, noise_shape, *args, **kwargs)
+
+
 def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
                     *args: Any, **kwargs: Any) -> Tensor:
-    run = extra_args["model_options"]["transformer_options"][KEY]
-    run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
-    sample = run.stages.sample if run.stages else _in_one_stage
-    return sample(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    run: SamplerRun = extra_args["model_options"]["transformer_options"][KEY]
+
+    def whole(options: dict[str, Any]) -> Tensor:
+        run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
+        sample = run.stages.sample if run.stages else _in_one_stage
+        run.foreseen = _foresees(run, executor.class_obj, sigmas) if options is not extra_args else None
+        return sample(executor, guider, sigmas, options, callback, noise, *args, **kwargs)
+    out = whole(dict(extra_args))
+    if run.foreseen is None or run.foreseen.right:
+        return out
+    log.info("Kindred: another node asks the model for noise levels of its own, so the picture is made again with those.")
+    return whole(extra_args)
+
+
+# Their n-th question is at the n-th sigma, and what they draw they draw from their seed: comfy/k_diffusion/sampling.py
+_IN_ORDER = {getattr(comfy.k_diffusion.sampling, name, None) for name in (
+    "sample_euler", "sample_euler_ancestral", "sample_dpmpp_2m", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde", "sample_lcm", "sample_ddpm",
+    "sample_lms", "sample_ipndm", "sample_deis")} - {None}
+
+
+@dataclass
+class Foreseen:
+    """Which noise levels a sampler will ask for, so that no step waits for the device to read one; checked after the run."""
+    ahead: list[float]  # the next one last
+    asked: list[Tensor] = field(default_factory=list)  # [1] each
+    told: list[float] = field(default_factory=list)
+
+    def next(self, timestep: Tensor) -> float | None:
+        """None: there are more questions than were foreseen."""
+        if not self.ahead:
+            return None
+        self.asked.append(timestep.flatten()[:1])
+        self.told.append(self.ahead.pop())
+        return self.told[-1]
+
+    @property
+    def right(self) -> bool:
+        return not self.asked or torch.cat(self.asked).tolist() == self.told
+
+
+def _foresees(run: SamplerRun, sampler: Any, sigmas: Tensor) -> Foreseen | None:
+    """None where only the question itself tells its noise level."""
+    story = run.story and (run.story.stage or run.story.recorder)  # stages compare each question with the last run's anyway
+    if story or getattr(sampler, "sampler_function", None) not in _IN_ORDER or getattr(sampler, "extra_options", {}).get("s_churn"):
+        return None
+    return Foreseen([s for s in reversed(sigmas.tolist()) if s > 0])
 
 
 def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -221,7 +286,10 @@ def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None) -> Tensor:
-    sigma, run = float(timestep.flatten()[0]), model_options["transformer_options"][KEY]
+    run: SamplerRun = model_options["transformer_options"][KEY]
+    sigma = run.foreseen.next(timestep) if run.foreseen else None
+    if sigma is None:
+        sigma = float(timestep.flatten()[0])
     if run.stages:
         told = [len(o.get("sampler_post_cfg_function", ())) for o in (model_options, run.model_options)]
         if told[0] == told[1] and (known := run.stages.replayed(sigma, x)) is not None:  # CFG++ samplers listen to each call
@@ -264,8 +332,9 @@ def inject(model: ModelPatcher, injection: Injection, instead_of: Injection | No
     transformer = clone.model_options.setdefault("transformer_options", {})
     known = transformer.get(KEY, ())
     transformer[KEY] = tuple(injection if i is instead_of else i for i in known) if instead_of else (*known, injection)
-    wrappers = ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
-                (WrappersMP.PREDICT_NOISE, _predict_noise), (WrappersMP.APPLY_MODEL, _apply_model))
+    wrappers = ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
+                (WrappersMP.SAMPLER_SAMPLE, _sampler_sample), (WrappersMP.PREDICT_NOISE, _predict_noise),
+                (WrappersMP.APPLY_MODEL, _apply_model))
     for kind, wrapper in wrappers:
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)

@@ -36,7 +36,7 @@ class Stages:
             out = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar, **kwargs)
             story.finish()
             return out
-        first = second if story.settings.official else story.schedule.step(story.schedule.features_at) + 1
+        first = story.schedule.first_stage
 
         def told(done: int) -> Callable[..., Any] | None:
             return callback and (lambda step, denoised, x, total: callback(done + min(step, second - 1), denoised, x, first + second))

@@ -17,7 +17,7 @@ from torch import Tensor
 from kindred.models.injection import grid_of
 from kindred.models.inversion import InversionTrajectory
 from kindred.models.masks import resize_user_mask
-from kindred.models.reference import Half, Layer, ReferenceBank
+from kindred.models.reference import Half, Keeps, Layer, ReferenceBank
 from kindred.nodes import host
 from kindred.nodes.host import model as host_model
 from kindred.nodes.host.run import SamplerRun
@@ -65,11 +65,15 @@ def drawn(family: str) -> Tensor:
     return mask
 
 
+AUTOMATIC = {"sd15": Keeps.KEYS_VALUES, "sdxl": Keeps.HIDDEN}  # what 50 steps of a quarter come to
+
+
 @cache
-def paper_bank(family: str) -> ReferenceBank:
+def paper_bank(family: str, keeps: Keeps = Keeps.AUTO) -> ReferenceBank:
     """What a capture of STEPS steps would keep of such a picture, both halves, where the UNet computes; one row stands for all."""
+    twice = 2 if (AUTOMATIC[family] if keeps is Keeps.AUTO else keeps) is Keeps.KEYS_VALUES else 1
     model, side = paper_model(family), SIDE[family]
-    layers = tuple(Layer(block, grid_of((side, side), site.divisor), site.module.attn1.to_k.in_features)
+    layers = tuple(Layer(block, grid_of((side, side), site.divisor), twice * site.module.attn1.to_k.in_features)
                    for block, site in host.attention_sites(model.model.diffusion_model).items())
     masks = {grid: resize_user_mask(drawn(family), grid) for grid in {layer.grid for layer in layers}}
     sigmas = host_model.schedule(model, "ddim_uniform", STEPS).flip(0)

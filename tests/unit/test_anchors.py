@@ -24,6 +24,9 @@ class Saved:
         row = self.bank.step_of(sigma)
         return {half: self.bank.tokens(half, row, torch.device("cpu"), torch.float64, first=first) for half in self.bank.features}
 
+    def loudness(self, block: tuple[str, int, int]) -> float:
+        return 1.0
+
     def outputs(self, sigma: float) -> dict:
         a = self.bank.anchors
         return split_row(a.outputs[self.bank.step_of(sigma)], a.output_layers, dict.fromkeys((GRID, (2, 3)), len(a.subject)))
