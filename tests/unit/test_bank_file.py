@@ -286,6 +286,27 @@ def test_another_format(metadata, said, tmp_path) -> None:
     refuse(tmp_path / "x.safetensors", said, f"but a reference is of format {FORMAT}", "Choose a file that Save Reference wrote")
 
 
+def test_a_share_of_the_tokens_comes_back(tmp_path) -> None:
+    whole = photo_bank()
+    thin = replace(whole, share=0.5)
+    half = replace(thin, features={half: torch.cat([torch.zeros(T, len(thin.kept[each.grid]) * each.channels) for each in whole.layers], 1)
+                                   for half in Half})
+    save_reference(half, tmp_path / "a.safetensors")
+    loaded = load_reference(tmp_path / "a.safetensors")
+    assert loaded.share == 0.5 and loaded.loudness == half.loudness and max(loaded.loudness.values()) > 1 and loaded.bytes == half.bytes
+
+
+@LAW("share", [0, -0.5, 1.5, "1", True, None, float("nan")])
+def test_another_share(share, file) -> None:
+    rewrite(file, described(file) | {"share": share})
+    refuse(file, "where a share of the tokens belongs, above 0 and up to 1", "Copy it again")
+
+
+def test_a_file_from_before_shares_holds_all_tokens(file) -> None:
+    rewrite(file, {k: v for k, v in described(file).items() if k != "share"})
+    assert load_reference(file).share == 1.0
+
+
 @LAW("version", [0, BANK_VERSION + 1, 10**30, -1, "1", True, None])
 def test_another_version(version, file) -> None:
     rewrite(file, described(file) | {"version": version})

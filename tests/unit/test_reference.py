@@ -11,12 +11,15 @@ from kindred.models.reference import (
     BankBuilder,
     Half,
     Halves,
+    Keeps,
     Layer,
     ReferenceBank,
     ReferencePrompt,
     block_name,
     gather,
+    keys_values,
     select_blocks,
+    thinned,
 )
 
 SD15 = tuple([("input", i, 0) for i in (1, 2, 4, 5, 7, 8)] + [("middle", 0, 0)] + [("output", i, 0) for i in range(3, 12)])
@@ -235,3 +238,62 @@ def test_edit_friendly_levels_have_noise_of_their_own(sigma, level) -> None:
 def test_which_half_reads_which() -> None:
     read = {h: tuple(h.source(half) for half in (Half.COND, Half.UNCOND)) for h in Halves}
     assert read == {Halves.COND: (Half.COND, None), Halves.BOTH: (Half.COND, Half.UNCOND), Halves.SHARED: (Half.COND, Half.COND)}
+
+
+# what is held of a token --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 1024])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.8])
+def test_thinned_positions_are_spread_evenly(count, share) -> None:
+    """Any stretch of them keeps its share to within three; stripes of a subject are not told apart from one another."""
+    positions = torch.arange(count) * 3 + 1
+    left = thinned(positions, share)
+    assert len(left) == max(round(count * share), 1) and set(left.tolist()) <= set(positions.tolist()) and (left.diff() > 0).all()
+    hit = torch.isin(positions, left).float()
+    for length in (8, 32, 128):
+        if length <= count:
+            assert (hit.unfold(0, length, 1).sum(1) - share * length).abs().max() <= 3
+    if count == 1024:
+        for period in (2, 3, 4, 8):
+            assert all(abs(hit[i::period].mean() - share) < 0.05 for i in range(period))
+
+
+def test_all_positions_are_all_of_them() -> None:
+    positions = torch.tensor([3, 5, 8])
+    assert thinned(positions, 1.0) is positions and len(thinned(positions[:0], 0.5)) == 0
+
+
+def built(known: bool = False, share: float = 1.0, keeps: Keeps = Keeps.HIDDEN, project=None) -> ReferenceBank:
+    builder = BankBuilder(None, masks() if known else None, share, keeps)
+    grids = {b: grid for b, (grid, _) in BLOCKS.items()}
+    for step in range(3):
+        builder.add(Half.COND, step, tokens(Half.COND, step), 3, grids)
+    return builder.finish(grids, masks(), trajectory(None), {Half.COND: ReferencePrompt("a cat", torch.zeros(1, 77, 8))}, "SD15 0", None,
+                          project)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_masks_that_are_known_before_give_the_bank_of_those_found_after(share) -> None:
+    before, after = built(True, share), built(False, share)
+    assert before.layers == after.layers and torch.equal(before.features[Half.COND], after.features[Half.COND])
+    if share < 1:
+        assert before.bytes < built().bytes and all(loud > 1 for grid, loud in before.loudness.items() if masks()[grid].sum() > 1)
+
+
+def test_keys_and_values_lie_side_by_side() -> None:
+    """Held or made anew, they are to_k and to_v of the same tokens."""
+    attn = {b: torch.nn.Module() for b in BLOCKS}
+    for i, (b, (_, c)) in enumerate(BLOCKS.items()):
+        torch.manual_seed(i)
+        attn[b].to_k, attn[b].to_v = torch.nn.Linear(c, c + 1, bias=False), torch.nn.Linear(c, c + 1, bias=False)
+
+    def project(block, kept):
+        return torch.cat(keys_values(attn[block], kept.float()), -1).detach()
+    hidden, held = built(), built(keeps=Keeps.KEYS_VALUES, project=project)
+    for step in range(3):
+        of = [b.tokens(Half.COND, step, torch.device("cpu"), torch.float32) for b in (hidden, held)]
+        for block, attention in attn.items():
+            for made, kept in zip(keys_values(attention, of[0][block][None]), keys_values(attention, of[1][block][None])):
+                assert torch.allclose(made[0], kept[0], atol=1e-5) and made.shape == kept.shape
+    assert built(keeps=Keeps.AUTO, project=project).bytes == held.bytes
