@@ -10,7 +10,8 @@ Kind = type | tuple[str, ...]  # of a value, or its choices as the nodes name th
 HALVES, MODES = ("cond only", "both", "shared"), ("logit bias", "post softmax", "key scale", "output blend")
 WINDOW: dict[str, Kind] = {"start_percent": float, "end_percent": float}
 CAPTURE: dict[str, Kind] = {"mask_threshold": ("otsu", "value"), "mask_value": float, "mask_steps": int, "mask_blocks": str,
-                            "precision": ("as computed", "float16")}
+                            "precision": ("as computed", "float16"), "keeps": ("automatic", "hidden states", "keys and values"),
+                            "token_share": float}
 INJECT: dict[str, Kind] = {"strength": float, "weight": float, "weight_mode": MODES, "blocks": str, "halves": HALVES} | WINDOW
 CONCEPT: dict[str, Kind] = {f"concept.{name}": kind for name, kind in ({"merge": ("as trained", "concat", "add")} | INJECT).items()}
 STORY: dict[str, Kind] = {
