@@ -118,7 +118,7 @@ def test_keyframes_of_hooks_begin_again_with_the_second_stage():
     order, model = [], object()
     hook = SimpleNamespace(initialize_timesteps=lambda given: order.append(("keyframes", given is model)))
     guider = SimpleNamespace(inner_model=model, conds={"positive": [{"hooks": SimpleNamespace(hooks=[hook])}, {}]})
-    told = SimpleNamespace(stage=1, settings=SimpleNamespace(official=True), begin_second_stage=lambda: None, finish=lambda: None)
+    told = SimpleNamespace(stage=1, schedule=SimpleNamespace(first_stage=3), begin_second_stage=lambda: None, finish=lambda: None)
     Stages(told).sample(lambda *_, **__: order.append("sampler"), guider, torch.linspace(3, 0, 4), {}, None, torch.zeros(1))
     assert order == ["sampler", ("keyframes", True), "sampler"]
 
