@@ -6,6 +6,7 @@ python3 dev.py test       every test
 python3 dev.py serve      ComfyUI's canvas with the pack
 python3 dev.py evaluate   the figures, by task
 python3 dev.py bench      costs against the plain host
+python3 dev.py soak       hundreds of mixed prompts to one server: memory, times and pictures stay as they are
 python3 dev.py workflows  makes the canvas workflows and their pictures from workflows/api
 python3 dev.py setup      only make (or repair) the environment
 
@@ -111,11 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
                                 "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ..."),
                        ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
                        ("bench", "costs against the plain host: [--case all] [--latent 64] [--rounds 5] [--json FILE] ..."),
+                       ("soak", "hundreds of mixed prompts to one server: [--prompts 300] [--json FILE] ..."),
                        ("workflows", "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]")):
         commands.add_parser(name, parents=[own], help=text, description=text, allow_abbrev=False,
                             usage=f"dev.py {name} [options of tools/{name}.py]")
     chosen, rest = parser.parse_known_args(arguments)
-    passes_on = chosen.command in ("demo", "evaluate", "bench", "workflows")
+    passes_on = chosen.command in ("demo", "evaluate", "bench", "soak", "workflows")
     if rest and not passes_on:
         parser.error(f"{chosen.command} does not know {' '.join(rest)}")
 

@@ -153,4 +153,4 @@ def test_the_front_door_needs_only_the_standard_library():
     """-S leaves out site-packages: --help must still come."""
     answer = subprocess.run([sys.executable, "-I", "-S", str(ROOT / "dev.py"), "--help"], capture_output=True, text=True)
     assert answer.returncode == 0
-    assert all(word in answer.stdout for word in ("setup", "demo", "test", "serve", "evaluate", "bench"))
+    assert all(word in answer.stdout for word in ("setup", "demo", "test", "serve", "evaluate", "bench", "soak"))
