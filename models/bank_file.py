@@ -45,7 +45,7 @@ def save_reference(bank: ReferenceBank, path: Path) -> None:
         told = parcel.bank(bank)
     except ValueError as error:
         raise ValueError(f"the reference cannot be saved: {error}. Make it again.") from error
-    with whole(path) as partial:
+    with whole(path, parcel.tensors.values()) as partial:
         save_file(parcel.tensors, partial, {FORMAT: json.dumps(told)})
 
 

@@ -203,7 +203,7 @@ class ConceptEncoder(nn.Module):
         """One .safetensors with the configuration in its metadata; whole or absent. The same encoder gives the same bytes."""
         weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in sorted(self.state_dict().items())
                    if value.is_floating_point()}
-        with whole(path) as partial:
+        with whole(path, weights.values()) as partial:
             save_file(weights, partial, self.config.metadata())
 
 

@@ -297,11 +297,11 @@ class Trainer:
 
     def save(self, encoder: Path, state: Path, made_with: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """The averaged encoder, then the state, each whole or as it was: a state is never ahead. OSError where the disk says no."""
-        for stale in (p for file in (state, encoder) for p in file.parent.glob(f".{file.name}.*.partial")):
-            stale.unlink(missing_ok=True)  # of a run that was killed while it saved
         self.kept(**facts).save(encoder)
-        with whole(state) as partial:
-            torch.save(self.state(**made_with), partial)
+        told = self.state(**made_with)
+        held = [told["encoder"], told["average"] or {}, *told["optimizer"]["state"].values()]
+        with whole(state, [t for part in held for t in part.values() if isinstance(t, Tensor)]) as partial:
+            torch.save(told, partial)
 
     def resume(self, state: Mapping[str, Any], **made_with: Any) -> None:
         """Continue from `state`; steps may differ under a constant rate. ValueError names a setting that would make it another run."""

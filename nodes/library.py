@@ -41,7 +41,7 @@ class SaveReference(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{SAVE}: {error}") from error
         except OSError as error:
-            raise OSError(f"{SAVE}: {name} could not be written ({error}). Nothing of it is left; make room and queue it again.") from error
+            raise OSError(f"{SAVE}: {error}. Nothing of it is left; make room there and queue it again.") from error
         shown = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         if not host.is_listed(path):
             shown += f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder and output/kindred"

@@ -153,8 +153,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(out, monkeypatch):
     save(bank_of())
     before = (out / "reference_00001_.safetensors").read_bytes()
     monkeypatch.setattr(bank_file, "save_file", full)
-    with pytest.raises(OSError, match="Save Reference: kindred/reference_00002_.safetensors could not be .*No space left.*make room"):
+    with pytest.raises(OSError, match="Save Reference: reference_00002_.safetensors could not be .*No space left.*make room") as said:
         save(bank_of())
+    needed = (out / "reference_00001_.safetensors").stat().st_size / 1e6
+    assert str(out) in str(said.value) and f"it takes {needed:.1f} MB and " in str(said.value)
     assert [p.name for p in out.iterdir()] == ["reference_00001_.safetensors"]
     assert (out / "reference_00001_.safetensors").read_bytes() == before
 

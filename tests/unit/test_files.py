@@ -1,0 +1,90 @@
+"""Laws of models/files.py: whole or absent, on the disk before it has its name, and a full disk in words."""
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+import torch
+from kindred.models import files
+from kindred.models.files import whole
+
+PLACE = "cat.safetensors"
+
+
+def save(path, content: bytes = b"new", tensors=()) -> None:
+    with whole(path, tensors) as partial:
+        partial.write_bytes(content)
+
+
+def test_bytes_and_then_the_name_are_flushed(tmp_path, monkeypatch) -> None:
+    """fsync of the temporary file, the rename, fsync of the folder: in this order, or a power cut may leave an empty file."""
+    told, sync, replace = [], os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        told.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"{os.fstat(handle).st_size} bytes")
+        sync(handle)
+
+    def rename(source, target) -> None:
+        told.append(f"{source.name} -> {target.name}")
+        replace(source, target)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    save(tmp_path / PLACE)
+    assert told == ["3 bytes", f".{PLACE}.{os.getpid()}.partial -> {PLACE}", "folder"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_fault(tmp_path, monkeypatch) -> None:
+    def refuse(*given) -> int:
+        raise PermissionError(errno.EACCES, "Windows")
+    monkeypatch.setattr(files.os, "open", refuse)
+    save(tmp_path / PLACE)
+    assert (tmp_path / PLACE).read_bytes() == b"new"
+
+
+def test_what_a_killed_process_left_of_this_name_goes_and_nothing_else(tmp_path) -> None:
+    name = "cat[1].safetensors"
+    left = [f".{name}.{n}.partial" for n in (1, os.getpid(), 999_999)]
+    stays = [f".{PLACE}.1.partial", ".cat1.safetensors.1.partial", f".{name}", "x.partial"]
+    for file in left + stays:
+        (tmp_path / file).write_bytes(b"half")
+    save(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, *stays])
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("at", ["write", "fsync", "replace"])
+def test_a_full_disk_names_the_folder_and_what_was_needed(tmp_path, monkeypatch, older, at) -> None:
+    path, room = tmp_path / PLACE, []
+    if older:
+        path.write_bytes(b"older")
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def usage(folder):
+        room.append([p.name for p in folder.iterdir()])
+        return type("Usage", (), {"free": 1_200_000})
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    with pytest.raises(OSError) as said, whole(path, [torch.zeros(1_000_000), torch.zeros(50_000, dtype=torch.float16)]) as partial:
+        partial.write_bytes(b"half")
+        full() if at == "write" else monkeypatch.setattr(os, at, full)
+    monkeypatch.undo()
+    assert str(said.value) == (f"{PLACE} could not be written to {tmp_path}: No space left on device; it takes 4.1 MB and 1.2 MB are free "
+                               "there")
+    assert room == [[PLACE] * older] == [[p.name for p in tmp_path.iterdir()]], "the room is told after the half is gone"
+    assert not older or path.read_bytes() == b"older"
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path) -> None:
+    with pytest.raises(OSError, match=f"{PLACE} could not be written to .*gone: No such file or directory$"):
+        save(tmp_path / "gone" / PLACE)
+
+
+@pytest.mark.parametrize("stop", [RuntimeError("CUDA error"), KeyboardInterrupt(), ValueError("nothing to write")])
+def test_what_is_no_fault_of_the_disk_comes_through_and_leaves_nothing(tmp_path, stop) -> None:
+    with pytest.raises(type(stop)) as said, whole(tmp_path / PLACE) as partial:
+        partial.write_bytes(b"half")
+        raise stop
+    assert said.value is stop and not list(tmp_path.iterdir())
