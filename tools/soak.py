@@ -2,8 +2,11 @@
 
 A round has every kind once: plain, each injection alone and both, live reading, stories, anchors with one more picture, references saved
 and loaded, scores, an inversion, a prompt that fails and one that is interrupted. Every round has other seeds and another size, so that
-nothing comes from the host's cache; the last has the first one's. Then a fresh server draws the first round as well, and both draw one
-more round in turns. Prints a table; exit code 1 where a law is broken.
+nothing comes from the host's cache; the last has the first one's. Then a fresh server draws the first round as well, and both draw two
+more rounds in turns. Prints a table; exit code 1 where a law is broken.
+
+Where the C library is glibc, the servers are told to give freed blocks back at once: its free lists find their size at any time, in steps
+of a few percent, and what is held is asked here.
 """
 from __future__ import annotations
 
@@ -24,16 +27,18 @@ from checkout import version
 from client import Client, HostError, HostServer, Interrupted, NodeFailed, Progress, PromptRefused
 from PIL import Image
 from soaking.laws import Late, Law, Reading, beside_fresh, judged, memory, slowdown, typical
-from soaking.mix import ENDS, MIX, PICTURES, SAVERS, SIZES, Graph, Turn, rounds_of
+from soaking.mix import ENDS, MIX, NEEDS, PICTURES, SAVERS, SIZES, Graph, Turn, rounds_of
 
 REFUSED, STOPPED = 2, 130
 PATIENCE = 900  # seconds for one prompt
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # to glibc; any other C library ignores it
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dev.py soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--prompts", type=int, default=300, help=f"default %(default)s; made up to whole rounds of {len(MIX)}, two at least")
+    add("--prompts", type=int, default=300, help=f"default %(default)s; made up to whole rounds (all kinds: {len(MIX)}), two at least")
+    add("--kind", nargs="+", choices=tuple(MIX), default=list(MIX), metavar="NAME", help=f"of prompts, of {', '.join(MIX)} (default: all)")
     add("--steps", type=int, default=4, help="of every sampler, 4 at least, a divisor of 1000 (default %(default)s)")
     add("--flat", type=float, default=0.03, metavar="SHARE", help="that memory may grow after the warm-up (default %(default)s)")
     add("--slower", type=float, default=1.1, metavar="TIMES", help="that a prompt may take at the end (default %(default)s)")
@@ -47,6 +52,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if given.steps < 4 or 1000 % given.steps:
         parser.error(f"--steps is {given.steps}; give a divisor of 1000 of 4 or more: a story has two stages, and ddim_uniform then has as "
                      "many steps as asked for")
+    given.kind = [kind for kind in MIX if kind in given.kind]
+    for kind in given.kind:
+        if (needed := NEEDS.get(kind)) and needed not in given.kind:
+            parser.error(f"--kind {kind} reads what {needed} writes: name both")
+    if given.quick and "check" not in given.kind:
+        parser.error("--quick compares the kind check with a fresh server: name it too")
     for name, least in (("prompts", 1), ("threads", 1), ("flat", 0), ("slower", 1)):
         if getattr(given, name) < least:
             parser.error(f"--{name} is {getattr(given, name)}; give {least} or more")
@@ -142,23 +153,23 @@ def server_of(given: argparse.Namespace) -> HostServer:
 
 def soak(given: argparse.Namespace, note: Callable[[str], None]) -> tuple[Soak, list[Reading], Late | None]:
     """Every prompt -> the old server's, a fresh one's of the first round, and both servers' of one more round in turns."""
-    rounds = rounds_of(given.prompts)
+    rounds, kinds = rounds_of(given.prompts, len(given.kind)), given.kind
     with server_of(given) as server:
         old = Soak(server, given.steps)
         for turn in range(rounds):
-            for kind in MIX:
+            for kind in kinds:
                 old.send(kind, turn, 0 if turn == rounds - 1 else turn)
             last = old.readings[-1]
             note(f"round {turn + 1} of {rounds}: {len(old.readings)} prompts, {last.resident / 1e6:.0f} MB, "
-                 f"{sum(r.seconds for r in old.readings[-len(MIX):]):.0f} s")
+                 f"{sum(r.seconds for r in old.readings[-len(kinds):]):.0f} s")
         with server_of(given) as other:
             fresh = Soak(other, given.steps)
-            first = [fresh.send(kind, 0, 0) for kind in (["check"] if given.quick else MIX)]
+            first = [fresh.send(kind, 0, 0) for kind in (["check"] if given.quick else kinds)]
             if given.quick:
                 return old, first, None
             kept, late = list(old.readings), ([], [])
             for turn in (rounds, rounds + 1):
-                for kind in MIX:
+                for kind in kinds:
                     for side, one in zip(late, (old, fresh)):
                         side.append(one.send(kind, turn, turn))
                 note(f"a round of both servers in turns: {turn - rounds + 1} of 2")
@@ -169,7 +180,7 @@ def soak(given: argparse.Namespace, note: Callable[[str], None]) -> tuple[Soak, 
 def table(readings: Sequence[Reading], late: Late | None) -> str:
     since, beside = slowdown(readings), beside_fresh(*late) if late else {}
     lines = ["| kind | prompts | work, first third | last third | ratio | old over fresh server |", "| --- | --- | --- | --- | --- | --- |"]
-    for kind in MIX:
+    for kind in dict.fromkeys(r.kind for r in readings):
         sent = sum(r.kind == kind for r in readings)
         early = f"{since[kind][0]:.2f} s | {since[kind][1]:.2f} s | {since[kind][2]:.3f}" if kind in since else "| | "
         lines.append(f"| {kind} | {sent} | {early} | {format(beside[kind][2], '.3f') if kind in beside else ''} |")
@@ -188,6 +199,7 @@ def figures_of(readings: Sequence[Reading], late: Late | None, laws: Sequence[La
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
+    os.environ.update(GIVE_BACK)
     try:
         old, first, late = soak(given, lambda text: print(text, file=sys.stderr, flush=True))
     except HostError as error:
@@ -202,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'ok    ' if law.kept else 'BROKEN'}  {law.name}: {law.says}")
     if given.json:
         given.json.write_text(json.dumps({
-            "command": f"soak --prompts {given.prompts} --steps {given.steps}", "version": version(), "seed": 0,
+            "command": f"soak --prompts {given.prompts} --steps {given.steps} --kind {' '.join(given.kind)}",
+            "version": version(), "seed": 0,
             "figures": figures_of(old.readings, late, laws), "laws": [asdict(law) for law in laws],
             "readings": [asdict(r) for r in old.readings]}, indent=1) + "\n", "utf-8")
     return int(not all(law.kept for law in laws))

@@ -200,9 +200,10 @@ MIX: dict[str, Callable[[Turn], Graph]] = {
     "plain": plain, "own": own, "told": told, "cross": cross, "saves": saves, "anchored": anchored, "live": live, "more": more,
     "both": both, "loads": loads, "scored": scored, "inverted": inverted, "fails": fails, "stopped": stopped, "check": check}
 ENDS = {"fails": "failed", "stopped": "interrupted"}  # the others give pictures
+NEEDS = {"loads": "saves", "more": "anchored", "fails": "anchored"}  # kinds that read what another one saved
 SAVERS = {"saves": "save", "anchored": story.SAVE}  # the node that says what was written
 
 
-def rounds_of(prompts: int) -> int:
+def rounds_of(prompts: int, kinds: int) -> int:
     """Whole rounds, at least two: the last has the seeds of the first."""
-    return max(2, -(-prompts // len(MIX)))
+    return max(2, -(-prompts // kinds))
