@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -147,6 +147,19 @@ def work_of(pid: int, stat: str = "/proc/{}/stat") -> float | None:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@contextlib.contextmanager
+def in_the_environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """For the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+
+
 def server_of(given: argparse.Namespace) -> HostServer:
     return HostServer(given.host, threads=given.threads)
 
@@ -199,9 +212,9 @@ def figures_of(readings: Sequence[Reading], late: Late | None, laws: Sequence[La
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
-    os.environ.update(GIVE_BACK)
     try:
-        old, first, late = soak(given, lambda text: print(text, file=sys.stderr, flush=True))
+        with in_the_environment(GIVE_BACK):
+            old, first, late = soak(given, lambda text: print(text, file=sys.stderr, flush=True))
     except HostError as error:
         print(f"\nsoak: {error}", file=sys.stderr)
         return REFUSED
