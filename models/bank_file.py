@@ -22,6 +22,7 @@ from .inversion import InversionTrajectory
 from .reference import (
     BANK_VERSION, AnchorFeatures, Grid, Half, Kept, Layer, ReferenceBank, ReferencePrompt, SubjectTokens, block_name,
 )
+from .soundness import FLOATS, GREATEST, check_agreement
 
 FORMAT = "kindred.reference"  # the metadata's one key: safetensors writes several in no fixed order
 DTYPES = {str(kind).removeprefix("torch."): kind
@@ -90,7 +91,7 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
     """The description of a reference of this version; Refused for any other file."""
     if FORMAT not in metadata:
         ours, names = ([n for n in sorted(metadata) if n.startswith(start)] for start in ("kindred.", ""))
-        found = f"of format {', '.join(ours)}" if ours else f"no reference (its metadata names {', '.join(names) or 'nothing':.80})"
+        found = f"of format {', '.join(ours):.80}" if ours else f"no reference (its metadata names {', '.join(names) or 'nothing':.80})"
         raise Refused(f"{path.name} is {found}, but a reference is of format {FORMAT}. Choose a file that Save Reference wrote.")
     try:
         told = json.loads(metadata[FORMAT])
@@ -308,11 +309,13 @@ def check(bank: ReferenceBank) -> None:
         if any(row.numel() for row in a.outputs):
             subject = {} if a.subject is None else {layer.grid: [a.subject] * t for layer in a.output_layers}
             check_tokens("the anchors' outputs", a.outputs, a.output_layers, subject, t, may_lack=True)
+    check_agreement(bank)
 
 
 def check_positions(what: str, positions: Tensor, n: int) -> None:
     """positions: int64 [l], each below n."""
-    if positions.dtype is not torch.int64 or positions.numel() and not (0 <= positions.min() and positions.max() < n):
+    fits = positions.dtype is torch.int64 and positions.ndim == 1
+    if not fits or positions.numel() and not (0 <= positions.min() and positions.max() < n):
         raise ValueError(f"{what} are not positions below {n}")
 
 
@@ -333,8 +336,9 @@ def check_tokens(what: str, rows: Rows, layers: Sequence[Layer], kept: Kept, t: 
 
 def check_finite(what: str, rows: Rows) -> None:
     for i, row in enumerate(rows):
-        if not row.is_floating_point():
-            raise ValueError(f"{what} are of {row.dtype}, which is no floating point")
-        if row.numel() and not all(x.isfinite() for x in torch.aminmax(row)):  # NaN comes through; a tenth of isfinite's time
+        if row.dtype not in FLOATS:
+            raise ValueError(f"{what} are of {row.dtype}, which is no floating point of 16, 32 or 64 bits")
+        if row.numel() and not all(abs(float(x)) <= GREATEST for x in torch.aminmax(row)):  # NaN comes through; a tenth of isfinite's time
             bad = int((~row.isfinite()).sum())
-            raise ValueError(f"{what} hold {bad} NaN or infinite values of {row.numel()} in row {i}")
+            raise ValueError(f"{what} hold {bad} NaN or infinite values of {row.numel()} in row {i}" if bad else
+                             f"{what} hold {int((row.abs() > GREATEST).sum())} values beyond {GREATEST:g} in row {i}")

@@ -107,13 +107,23 @@ def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> No
         raise ValueError(f"{node}: the reference is of version {bank.version}, but this Kindred reads version {BANK_VERSION}. "
                          "Make it again, or use the Kindred that made it.")
     require_same_model(node, "reference", bank.model_key, model_key(model))
-    sites = attention_sites(require_unet(model, node).diffusion_model)
-    for layer in bank.layers:  # a file may say anything
+    require_layers(node, bank, model)
+
+
+def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
+    """A file may name any model; ValueError where the reference's layers, text or latents are not this one's."""
+    sites = attention_sites(model.model.diffusion_model)
+    for layer in bank.layers:
         attn = sites[layer.block].module.attn1 if layer.block in sites else None
-        fitting = () if attn is None else (attn.to_k.in_features, 2 * attn.to_k.out_features)
-        if layer.channels not in fitting:
-            raise ValueError(f"{node}: the reference holds {layer.channels} channels of block {block_name(layer.block)}, but this model "
-                             f"has {' or '.join(map(str, fitting)) or 'no such block'}. Make the reference again with this model.")
+        widths = (attn.to_k.in_features, 2 * attn.to_k.out_features) if attn else ("none",)  # hidden states; keys and values
+        if layer.channels not in widths:
+            raise ValueError(f"{node}: the reference has {layer.channels} channels in {block_name(layer.block)}, but the model given has "
+                             f"{' or '.join(map(str, widths))}, though both are called {bank.model_key}. Make the reference again.")
+    wanted = model.get_model_object("latent_format").latent_channels, next(iter(sites.values())).module.attn2.to_k.in_features
+    found = {(bank.trajectory.latents.shape[2], prompt.cross.shape[-1]) for prompt in bank.prompts.values()}
+    if found != {wanted}:
+        raise ValueError(f"{node}: the reference has (latent channels, text width) {sorted(found)}, but the model given has {wanted}, "
+                         f"though both are called {bank.model_key}. Make the reference again.")
 
 
 def computes_in(model: ModelPatcher) -> torch.dtype:
