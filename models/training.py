@@ -7,7 +7,6 @@ Axes: b pictures of a step, c y x latents, n examples.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -305,26 +304,82 @@ class Trainer:
 
     def resume(self, state: Mapping[str, Any], **made_with: Any) -> None:
         """Continue from `state`; steps may differ under a constant rate. ValueError names a setting that would make it another run."""
+        self.refuse(state, self.unlike(state))
         was = {**asdict(TrainSettings()), **state["settings"], **state.get("made_with", {})}  # a setting it does not know came later
         now = {**asdict(self.settings), **{k: v for k, v in made_with.items() if k in was}}
         free = () if self.settings.schedule == "cosine" else ("steps",)  # a cosine ends where the run does
+        file = f" {state['file']}" if "file" in state else ""
         differ = [k for k, v in now.items() if k not in free and was.get(k) != v]
         if differ:
-            raise ValueError("training: the checkpoint was made with " + ", ".join(f"{k} {was.get(k)}" for k in differ) + ", but "
+            raise ValueError(f"training: the checkpoint{file} was made with " + ", ".join(f"{k} {was.get(k)!s:.80}" for k in differ)
+                             + ", but "
                              + ", ".join(f"{k} {now[k]}" for k in differ) + " was asked for. Give the same settings, "
                              "or another output folder or name.")
+        self.refuse(state, self.unlike_learned(state))
         self.encoder.load_state_dict(state["encoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # they follow from the settings, which are the same
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         if self.average is not None:
             for name, value in state["average"].items():
                 self.average[name].copy_(value)
         self.step_number, self.losses = state["step"], list(state["losses"])
 
+    @staticmethod
+    def refuse(state: Mapping[str, Any], fault: str) -> None:
+        if fault:
+            raise ValueError(f"training: {state.get('file', 'the state')} is damaged, or of another encoder: {fault}. Remove it to begin "
+                             "again; the encoder beside it is a file of its own.")
+
+    def unlike(self, state: Mapping[str, Any]) -> str:
+        """What of a state is none at all, before its settings are compared; "" where there is nothing."""
+        for name, kind in (("settings", Mapping), ("encoder", Mapping), ("optimizer", Mapping), ("losses", list), ("step", int)):
+            if not isinstance(state.get(name), kind):
+                return f"its {name} is {state.get(name)!r:.40}"
+        if not isinstance(state.get("made_with", {}), Mapping) or not isinstance(state["optimizer"].get("state"), Mapping):
+            return "it does not say how it was made, or how far"
+        return ""
+
+    def unlike_learned(self, state: Mapping[str, Any]) -> str:
+        """What of a state does not fit this encoder's tensors, or is not finite; "" where everything does."""
+        step, losses = state["step"], state["losses"]
+        if step < 0 or len(losses) != step or not all(type(x) is float and math.isfinite(x) for x in losses):
+            return f"it is of step {step} and tells {len(losses)} losses"
+        fault = unlike_tensors("encoder", state["encoder"], self.encoder.state_dict())
+        if self.average is not None:
+            fault = fault or unlike_tensors("average", state.get("average"), self.average)
+        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = state["optimizer"]["state"]
+        if not fault and step and moments.keys() != set(range(len(learning))):
+            return f"it has moments of {len(moments)} tensors, and {len(learning)} learn"
+        for i, own in moments.items() if not fault else ():
+            fault = fault or unlike_tensors(f"moments of tensor {i}", own, {
+                "step": torch.zeros(()), "exp_avg": learning[i], "exp_avg_sq": learning[i]}) or (
+                "negative squares" if (own["exp_avg_sq"] < 0).any() or own["step"] != step else "")
+        return fault
+
+
+def unlike_tensors(what: str, given: Any, own: Mapping[str, Tensor]) -> str:
+    """How tensors of a file differ from those they are to replace, in names, shapes or finiteness; "" where they do not."""
+    if not isinstance(given, Mapping) or given.keys() != own.keys():
+        return f"its {what} has other names"
+    for name, value in own.items():
+        if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
+            return f"{name} of its {what} is {list(getattr(given[name], 'shape', ()))}, but {list(value.shape)} is needed"
+        if value.is_floating_point() and not (given[name].is_floating_point() and torch.isfinite(given[name]).all()):
+            return f"{name} of its {what} holds NaN or infinite values"
+    return ""
+
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What Trainer.save wrote; ValueError for a torn or foreign file."""
+    """What Trainer.save wrote, and its file's name; nothing in it is executed. ValueError for a torn or foreign one."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]}). "
+        path.open("rb").close()
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # a damaged pickle fails in every way there is
+        raise ValueError(f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]:.200}). "
                          "Remove it to begin again; the encoder beside it is a file of its own.") from error
+    return {**state, "file": path.name}
