@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .files import whole
 from .injection import Merge
 from .reference import BlockId, block_name
+from .soundness import GREATEST
 
 FORMAT = "kindred.concept_encoder"  # the metadata's one key
 VERSION = 1
@@ -229,7 +230,7 @@ def load_concept_encoder(path: Path, device: torch.device | str = "cpu") -> Conc
     found = {own: shapes[theirs] for own, theirs in names.items()}
     if expected != found:
         name = next(n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n))
-        raise ValueError(f"{path.name}: {name} is {found.get(name, 'missing')}, but its description says "
+        raise ValueError(f"{path.name}: {name:.80} is {str(found.get(name, 'missing')):.80}, but its description says "
                          f"{expected.get(name, 'that there is none')}. Copy or download it again.")
     whole_numbers = next((theirs for theirs in names.values() if kinds[theirs] not in ("F16", "BF16", "F32", "F64")), None)
     if whole_numbers:
@@ -239,9 +240,10 @@ def load_concept_encoder(path: Path, device: torch.device | str = "cpu") -> Conc
             weights = {own: file.get_tensor(theirs).to(device, torch.float32) for own, theirs in names.items()}
     except (SafetensorError, OSError) as error:
         raise torn(path, error) from error
-    bad = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    bad = next((name for name, value in weights.items() if value.numel() and not (value.abs().max() <= GREATEST)), None)
     if bad:
-        raise ValueError(f"{path.name}: {bad} holds NaN or infinite values. Copy it again, or train with a lower learning rate.")
+        raise ValueError(f"{path.name}: {bad} holds NaN or infinite values, or some beyond {GREATEST:g}. Copy it again, or train with a "
+                         "lower learning rate.")
     encoder.load_state_dict(weights, assign=True)
     return encoder.to(device).eval().requires_grad_(False)
 
@@ -252,7 +254,7 @@ def shape_of(view: Any) -> tuple[int, ...]:
 
 
 def torn(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path.name} is torn or no .safetensors ({error}). Copy or download it again.")
+    return ValueError(f"{path.name} is torn or no .safetensors ({str(error):.200}). Copy or download it again.")
 
 
 def read_description(path: Path, description: str) -> ConceptConfig:
@@ -262,7 +264,7 @@ def read_description(path: Path, description: str) -> ConceptConfig:
         version = number(told["version"], 1, 1 << 31, "version")
         config = ConceptConfig.read(told) if version == VERSION else None
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path.name}: its description is damaged ({error!r}). Copy or download it again.") from error
+        raise ValueError(f"{path.name}: its description is damaged ({error!r:.200}). Copy or download it again.") from error
     if config is None:
         raise ValueError(f"{path.name} is a concept encoder of format {version}, but this Kindred reads format {VERSION}. "
                          "Update Kindred, or train the encoder again.")
@@ -298,8 +300,8 @@ def read_full_face(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[C
     layered = {name for name in shapes if name.startswith("ip_adapter.")}
     if family is None or layered != {f"{name}{half}_ip.weight" for name in theirs for half in "kv"}:
         raise ValueError(f"{path.name} is IP-Adapter full-face weights for a base model Kindred does not know: text width {width}, "
-                         f"{sum(n.endswith('to_k_ip.weight') for n in layered)} layers. SD1.5 has 768 and 16, SD2.x 1024 and 16, SDXL 2048 "
-                         "and 70.")
+                         f"{sum(n.endswith('to_k_ip.weight') for n in layered)} layers. Use weights for SD1.5 (768 and 16), SD2.x "
+                         "(1024 and 16) or SDXL (2048 and 70).")
     names = {"mlp." + name.removeprefix("image_proj.proj."): name for name in mlp}
     for block, name in zip(numbered, theirs):
         own = "_".join(map(str, block))

@@ -91,4 +91,8 @@ class ManagedEncoder:
             tell(len(given) + i)
             made.append(self.encoder(x) if self.vision is None else self.encoder.keys_values(self.encoder.features(x)))
         tell(2 * len(given))
-        return {block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1)) for block in made[0]}
+        found = {block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1)) for block in made[0]}
+        if not all(torch.isfinite(x).all() for pair in found.values() for x in pair):
+            raise ValueError(f"Kindred: {self.name} gives NaN or infinite values for this picture. Use another picture, or copy or train "
+                             "the encoder again.")
+        return found
