@@ -15,6 +15,7 @@ from .photos import LoadPhoto, offer_examples
 from .preview import ReferencePreview
 from .prompts import SubjectPrompts
 from .reference import MaskedSelfAttnInject, RefUNetCapture
+from .sockets import guarded
 from .training import ConceptEncoderTrain
 
 
@@ -28,6 +29,7 @@ class KindredExtension(ComfyExtension):
         offer_examples()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadPhoto, SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
-                ConceptEncoderTrain, ConsiStory, AnchorSampler, SaveReference, LoadReference, ReferencePreview,
-                ConsistencyScore, ComparisonGrid]
+        nodes = (LoadPhoto, SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
+                 ConceptEncoderTrain, ConsiStory, AnchorSampler, SaveReference, LoadReference, ReferencePreview, ConsistencyScore,
+                 ComparisonGrid)
+        return [guarded(node) for node in nodes]

@@ -115,7 +115,7 @@ def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
     sites = attention_sites(model.model.diffusion_model)
     for layer in bank.layers:
         attn = sites[layer.block].module.attn1 if layer.block in sites else None
-        widths = (attn.to_k.in_features, 2 * attn.to_k.out_features) if attn else ("none",)  # hidden states; keys and values
+        widths = (attn.to_k.in_features, 2 * attn.to_k.out_features) if attn is not None else ("none",)  # hidden states; keys and values
         if layer.channels not in widths:
             raise ValueError(f"{node}: the reference has {layer.channels} channels in {block_name(layer.block)}, but the model given has "
                              f"{' or '.join(map(str, widths))}, though both are called {bank.model_key}. Make the reference again.")

@@ -1,0 +1,75 @@
+"""What reaches a node, before the node sees it: the host checks no value that stands where a wire belongs, and lets NaN through."""
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+WIRES = {"LATENT": "VAE Encode or Empty Latent Image", "CONDITIONING": "Subject Prompts or CLIP Text Encode", "MODEL": "Load Checkpoint",
+         "CLIP": "Load Checkpoint", "VAE": "Load Checkpoint", "IMAGE": "Load Image or VAE Decode", "MASK": "Load Image (as Mask)",
+         "SIGMAS": "a scheduler", "CLIP_VISION": "Load CLIP Vision", "KINDRED_INVERSION": "DDIM Invert",
+         "KINDRED_REFERENCE": "Ref-UNet Feature Capture or Load Reference", "KINDRED_CONCEPT_ENCODER": "Concept Encoder Load"}
+TENSORS = ("IMAGE", "MASK", "SIGMAS")
+WRITTEN = (str, int, float, bool, list, tuple, dict)  # what JSON holds
+
+
+def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The node, whose `execute` now refuses what no wire carries, and numbers that are none: ValueError names input and remedy."""
+    schema = node.define_schema()
+    execute = node.execute.__func__
+    signature = inspect.signature(execute)
+    kinds = {i.id: (i.template.input if isinstance(i, io.Autogrow.Input) else i, isinstance(i, io.Autogrow.Input)) for i in schema.inputs}
+
+    @functools.wraps(execute)
+    def checked(cls: type, *args: Any, **kwargs: Any) -> Any:
+        for name, value in given(signature.bind_partial(cls, *args, **kwargs)):
+            if name in kinds:
+                asked, grows = kinds[name]
+                for one in value if schema.is_input_list and isinstance(value, list) else value.values() if grows and isinstance(
+                        value, Mapping) else (value,):
+                    refuse(schema.display_name, name, asked, one)
+        return execute(cls, *args, **kwargs)
+    node.execute = classmethod(checked)
+    return node
+
+
+def given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+    """Every input by its name, also those that a node takes together."""
+    for name, value in bound.arguments.items():
+        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            yield from value.items()
+        else:
+            yield name, value
+
+
+def refuse(node: str, name: str, asked: Any, value: Any) -> None:
+    """ValueError where the value of one input is none of its type."""
+    kind = asked.get_io_type()
+    if kind in WIRES:
+        if value is None and asked.optional or fits(kind, value):
+            return
+        raise ValueError(f"{node}: {name} is {type(value).__name__} {str(value)[:40]!r}, where a wire of {kind} belongs. Wire "
+                         f"{WIRES[kind]} into it.")
+    if kind in ("FLOAT", "INT") and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{node}: {name} is {value}. Give a number from {asked.min} to {asked.max}.")
+
+
+def fits(kind: str, value: Any) -> bool:
+    """Whether a value can be of a wire's kind, as far as it tells without looking into it."""
+    if kind in TENSORS:
+        return isinstance(value, Tensor)
+    if kind == "LATENT":
+        return isinstance(value, Mapping) and isinstance(value.get("samples"), Tensor)
+    if kind == "CONDITIONING":
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_prompt, value))
+    return value is not None and not isinstance(value, WRITTEN)
+
+
+def is_prompt(one: Any) -> bool:
+    """One entry of a CONDITIONING."""
+    return isinstance(one, (list, tuple)) and len(one) == 2 and isinstance(one[0], Tensor) and isinstance(one[1], Mapping)
