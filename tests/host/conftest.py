@@ -6,8 +6,9 @@ very classes that the host holds. Fixtures: `pack` (the package), `host` (the ho
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -58,3 +59,39 @@ def host() -> ModuleType:
 def node(host: ModuleType) -> Callable[[str], type]:
     """node("KindredDDIMInvert") -> the class that the host would run."""
     return host.NODE_CLASS_MAPPINGS.__getitem__
+
+
+def snapshot() -> dict[str, tuple[int, int]]:
+    """Every file in the host's base directory, with size and time."""
+    import folder_paths
+    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in Path(folder_paths.base_path).rglob("*") if not p.is_dir()}
+
+
+@pytest.fixture
+def nothing_else_changes() -> Iterator[None]:
+    """After the test the plain picture is as before it, and so is every file of the host's folders."""
+    import torch
+    from networks import random_model
+    from studio import plain, sample
+    before = snapshot()
+    yield
+    assert torch.equal(sample(random_model("tiny")), plain()) and snapshot() == before
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Path]]:
+    """place(kind): its models folder; what a test puts there goes with it, before anybody looks whether all is as it was."""
+    import folder_paths
+    if "nothing_else_changes" in request.fixturenames:
+        request.getfixturevalue("nothing_else_changes")
+    made: list[tuple[Path, set[Path]]] = []
+
+    def give(kind: str) -> Path:
+        folder = Path(folder_paths.models_dir) / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        made.append((folder, set(folder.iterdir())))
+        return folder
+    yield give
+    for folder, before in reversed(made):
+        for path in set(folder.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
