@@ -35,7 +35,10 @@ class SaveReference(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference: ReferenceBank, filename_prefix: str = "kindred/reference") -> io.NodeOutput:
-        path, name = host.new_reference_path(filename_prefix)
+        try:
+            path, name = host.new_reference_path(filename_prefix)
+        except ValueError as error:
+            raise ValueError(f"{SAVE}: {error}") from error
         try:
             save_reference(reference, path)
         except ValueError as error:

@@ -15,7 +15,7 @@ from .page import tell
 from .photos import example_name, input_pictures, load_picture, offer_example, picture_exists, picture_fingerprint
 from .pictures import decode, pictures_in, rough_pictures
 from .ref_unet import Loop, first_rows, read_prompt, reference_pass, reference_tokens, watch_reference
-from .references import REFERENCES, is_listed, new_reference_path, reference_files, reference_path, register_references
+from .references import REFERENCES, is_listed, nameable, new_reference_path, reference_files, reference_path, register_references
 from .run import Injection, SamplerRun, inject, injected, install, sample
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "REFERENCES", "Reference", "SAMPLERS", "SCHEDULERS", "SIDES", "SamplerRun", "TEXT", "attention_sites", "chosen_sigmas",
     "computes_in", "concept_files", "concept_folder", "concept_path", "cross_layers", "decode", "example_name", "feature_tap",
     "first_rows", "inject", "injected", "input_pictures", "install", "is_listed", "latent_in", "latent_out", "load_picture",
-    "model_key", "new_reference_path", "offer_example", "percent_to_sigma", "picture_embeddings", "picture_exists",
+    "model_key", "nameable", "new_reference_path", "offer_example", "percent_to_sigma", "picture_embeddings", "picture_exists",
     "picture_fingerprint", "pictures_in", "progress", "read_prompt", "reference_files", "reference_pass", "reference_path",
     "reference_tokens", "register_folders", "register_references", "require_reference", "require_same_model", "require_unet",
     "rough_pictures", "sample", "tell", "text_embeddings", "to_model_scale", "token_sizes", "tower_title", "training",

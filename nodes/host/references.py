@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import category
 
 import folder_paths
 
@@ -33,12 +34,25 @@ def reference_path(name: str) -> Path:
 def new_reference_path(prefix: str) -> tuple[Path, str]:
     """A path that does not exist yet, numbered as the host numbers what it saves, and its name below the output folder.
 
-    Raises the host's own Exception for a prefix that leads out of the output folder.
+    Raises the host's own Exception for a prefix that leads out of the output folder, ValueError for one that no file can have.
     """
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    while (path := Path(folder, f"{name}_{counter:05}_.safetensors")).exists():  # the host counts from 1 where a prefix ends in a slash
-        counter += 1
+    try:
+        if not nameable(prefix):
+            raise ValueError("it holds characters that cannot be seen")
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        while (path := Path(folder, f"{name}_{counter:05}_.safetensors")).exists():  # the host counts from 1 where a prefix ends in a slash
+            counter += 1
+        (path.parent / f".{path.name}.{'0' * 16}").exists()  # as long as the name it is written under
+    except (ValueError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(f"filename_prefix is {prefix[:60]!r}, which no file can be called ({why}). Give a short name such as "
+                         "kindred/reference.") from error
     return path, Path(subfolder, path.name).as_posix()
+
+
+def nameable(text: str) -> bool:
+    """No NUL, line end or half character in it: some systems take them, no person can type them."""
+    return not any(category(c) in ("Cc", "Cs") for c in text)
 
 
 def is_listed(path: Path) -> bool:
