@@ -14,6 +14,7 @@ WIRES = {"LATENT": "VAE Encode or Empty Latent Image", "CONDITIONING": "Subject 
          "CLIP": "Load Checkpoint", "VAE": "Load Checkpoint", "IMAGE": "Load Image or VAE Decode", "MASK": "Load Image (as Mask)",
          "SIGMAS": "a scheduler", "CLIP_VISION": "Load CLIP Vision", "KINDRED_INVERSION": "DDIM Invert",
          "KINDRED_REFERENCE": "Ref-UNet Feature Capture or Load Reference", "KINDRED_CONCEPT_ENCODER": "Concept Encoder Load"}
+SAID = ("strength", "weight", "dropout", "query_blend", "query_blend_end", "feature_injection")  # of which their nodes say more
 TENSORS = ("IMAGE", "MASK", "SIGMAS")
 WRITTEN = (str, int, float, bool, list, tuple, dict)  # what JSON holds
 
@@ -25,14 +26,19 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     signature = inspect.signature(execute)
     kinds = {i.id: (i.template.input if isinstance(i, io.Autogrow.Input) else i, isinstance(i, io.Autogrow.Input)) for i in schema.inputs}
 
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+
     @functools.wraps(execute)
     def checked(cls: type, *args: Any, **kwargs: Any) -> Any:
+        unknown = next((name for name in kwargs if name not in (kinds if open_ended else signature.parameters)), None)
+        if unknown is not None:  # the host drops values of other names, but not wires
+            raise ValueError(f"{schema.display_name}: there is no input {unknown!r:.40}. Remove it; there are {', '.join(kinds)}.")
         for name, value in given(signature.bind_partial(cls, *args, **kwargs)):
             if name in kinds:
                 asked, grows = kinds[name]
-                for one in value if schema.is_input_list and isinstance(value, list) else value.values() if grows and isinstance(
-                        value, Mapping) else (value,):
-                    refuse(schema.display_name, name, asked, one)
+                for one in (v for v in value.values() if v is not None) if grows and isinstance(value, Mapping) else (value,):
+                    for single in one if schema.is_input_list and isinstance(one, list) else (one,):
+                        refuse(schema.display_name, name, asked, single)
         return execute(cls, *args, **kwargs)
     node.execute = classmethod(checked)
     return node
@@ -55,7 +61,7 @@ def refuse(node: str, name: str, asked: Any, value: Any) -> None:
             return
         raise ValueError(f"{node}: {name} is {type(value).__name__} {str(value)[:40]!r}, where a wire of {kind} belongs. Wire "
                          f"{WIRES[kind]} into it.")
-    if kind in ("FLOAT", "INT") and isinstance(value, float) and not math.isfinite(value):
+    if kind in ("FLOAT", "INT") and name not in SAID and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{node}: {name} is {value}. Give a number from {asked.min} to {asked.max}.")
 
 
