@@ -12,10 +12,11 @@ from types import ModuleType
 from checkout import ROOT
 
 
-def boot(host: Path, cpu: bool = True) -> ModuleType:
+def boot(host: Path, cpu: bool = True, pack: bool = True) -> ModuleType:
     """Start ComfyUI in process with a temporary base directory, load the pack, and let `kindred` mean the loaded one.
 
-    Returns the host's `nodes` module. Raises RuntimeError when the folder is no ComfyUI or the pack does not load.
+    pack: False leaves the host alone. Returns the host's `nodes` module. Raises RuntimeError when the folder is no ComfyUI or the
+    pack does not load.
     """
     if not (host / "main.py").is_file():
         raise RuntimeError(f"KINDRED_HOST is {host}, which holds no main.py")
@@ -32,6 +33,8 @@ def boot(host: Path, cpu: bool = True) -> ModuleType:
         sys.argv = argv
     for name in ("input", "output", "temp", "user"):
         (Path(base) / name).mkdir(exist_ok=True)
+    if not pack:
+        return nodes
     if not asyncio.run(nodes.load_custom_node(str(ROOT), module_parent="custom_nodes")):
         raise RuntimeError("ComfyUI could not load the pack; its log above says why")
     loaded = str(ROOT).replace(".", "_x_")  # the host's own naming
