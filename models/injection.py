@@ -20,7 +20,7 @@ from .masks import resize_soft, resize_user_mask, token_map, token_weights
 from .reading import Merge as Merge
 from .reading import References, attend_group, attend_sharing, beside_others, take_parts
 from .reading import gather_parts as gather_parts
-from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, select_blocks
+from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, block_name, select_blocks
 from .sharing import Sharing
 
 SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
@@ -235,7 +235,9 @@ class Run:
     parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
     latent: Grid = (0, 0)
     active: list[ActiveInjection] = field(default_factory=list)
-    pending: AttnCall | None = None  # the call whose attention function comes next
+    current: AttnCall | None = None  # the call that the UNet is in
+    pending: AttnCall | None = None  # the same, while its attention function comes next
+    asked: tuple[int, ...] = ()  # the shape of its queries' tokens [b n c]
 
     def read_conds(self, conds: Mapping[str, list[dict[str, Any]]]) -> None:
         """Give every processed cond its own uuid (the host shares one between area twins) and remember its role."""
@@ -267,11 +269,22 @@ class Run:
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
         self.active, self.watchers, self.sites, self.parts = [], [], {}, {}
-        self.pending = None
+        self.current = self.pending = None
 
     def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
         """What the parts of a call read of every active injection; empty where they read nothing."""
-        found = [r for i in self.active for r in i.references(call, self.sites[call.block], q, k, v)]
+        if not self.active:
+            return []
+        site = self.sites[call.block]
+        try:
+            found = [r for i in self.active for r in i.references(call, site, q, k, v)]
+        except AttributeError as error:
+            layer = site.module.attn2 if call.cross else site.module.attn1
+            if hasattr(layer, "to_k") and hasattr(layer, "to_v"):
+                raise
+            raise ValueError(f"Kindred: another node put {type(layer).__name__} in the place of the attention of block "
+                             f"{block_name(call.block)}, and it has no keys and values (to_k, to_v) to read. Remove that node, or choose "
+                             "other blocks.") from error
         return found if any(isinstance(r, Sharing) or r.read_by(call, p) for r in found for p in range(len(call.roles))) else []
 
     def attend(self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

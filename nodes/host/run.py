@@ -14,11 +14,12 @@ import torch
 from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch, optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ...models.attention import FusedAttend
 from ...models.injection import ActiveInjection, PassEnds, Run
-from ...models.reference import BlockId, Half, RowReader
+from ...models.reference import BlockId, Half, RowReader, block_name
 from ...models.story import QueryRecorder, Story
 from .model import KEY, Conditioning, attention_sites, log
 from .stages import Stages
@@ -87,9 +88,10 @@ class SamplerRun(Run):
 def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
-        run.pending = run.call(options)
+        _say_unheard(run, n)
+        run.current = run.call(options)
         for watcher in run.watchers:
-            n = watcher.self_tokens(run.pending, n)
+            n = watcher.self_tokens(run.current, n)
         run.end_if_complete()
     return n, context, value
 
@@ -97,9 +99,9 @@ def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, A
 @torch.compiler.disable
 def _attn1_output_patch(out: Tensor, options: dict[str, Any]) -> Tensor:
     run: Run | None = options.get(KEY)
-    if isinstance(run, Run) and run.pending is not None:
+    if isinstance(run, Run) and run.current is not None:
         for watcher in run.watchers:
-            out = watcher.self_output(run.pending, out)
+            out = watcher.self_output(run.current, out)
         run.end_if_complete()
     return out
 
@@ -118,8 +120,31 @@ def _output_block_patch(h: Tensor, skip: Tensor, options: dict[str, Any]) -> tup
 def _attn2_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
-        run.pending = run.call(options, context.shape[1])
+        _say_unheard(run, n)
+        run.current = run.call(options, context.shape[1])
     return n, context, value
+
+
+@torch.compiler.disable
+def _last_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Behind the others' patches, which may attend to something of their own: the next attention is the block's."""
+    run: Run | None = options.get(KEY)
+    if isinstance(run, Run):
+        run.pending, run.asked = run.current, tuple(n.shape)
+    return n, context, value
+
+
+def _say_unheard(run: Run, x: Tensor) -> None:
+    """Say once where something should have been read, but another node computed the attention past the host's function."""
+    call, run.pending = run.pending, None
+    if call is None or not isinstance(run, SamplerRun) or "unheard" in run.ways:
+        return
+    tokens = x.new_empty(run.asked)
+    if run.found(call, tokens, tokens, tokens):
+        run.ways.add("unheard")
+        log.info("Kindred: another node computes the %s-attention of block %s by itself, at least in some passes, so nothing of ours is "
+                 "read there then. PAG does so in its own pass, and there it is right; else remove that node, or put it on a model of its "
+                 "own.", "cross" if call.cross else "self", block_name(call.block))
 
 
 def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
@@ -135,6 +160,7 @@ def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
         call = run.pending if isinstance(run, Run) else None
         if call is None or mask is not None or kwargs.get("skip_reshape"):
             return attend(q, k, v, heads, mask)
+        run.pending = None  # one attention is the block's; what others attend to until the next is theirs
         for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)
         run.end_if_complete()
@@ -145,7 +171,7 @@ def _override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
 
 
 class _Beside:
-    """A neighbour's replacement f of a block's cross-attention, with ours beside it: f + (ours - plain), which is ours where f is plain.
+    """A neighbour's replacement f of a block's attention, with ours beside it: f + (ours - plain), which is ours where f is plain.
 
     What f computes by itself stays its own, whether it hands its options on (the override would hear it) or not.
     """
@@ -159,7 +185,7 @@ class _Beside:
             return self.f(q, k, v, options)
         call, run.pending, heads = run.pending, None, options["n_heads"]
         out = self.f(q, k, v, options)
-        for watcher in run.watchers:
+        for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -179,7 +205,7 @@ def _until_complete(executor: Any, x: Tensor, timesteps: Tensor | None = None, c
 
 
 def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
-    """A copy of the options with the run in it; last in every chain that matters, so the order of nodes does not.
+    """A copy of the options with the run in it; first and last in every chain that matters, so the order of nodes does not.
 
     watched: also hand outputs of self-attentions and of blocks to the run's watchers.
     """
@@ -193,9 +219,12 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
     if watched:
         ours |= {"attn1_output_patch": _attn1_output_patch, "output_block_patch": _output_block_patch}
     for name, patch in ours.items():
-        patches[name] = [patch, *(p for p in patches.get(name, ()) if p is not patch)]  # first: it sees norm(x) as it is
-    replaced = transformer.get("patches_replace", {}).get("attn2", {})
-    replaced.update({block: f if isinstance(f, _Beside) else _Beside(f) for block, f in replaced.items()})
+        theirs = [p for p in patches.get(name, ()) if p is not patch and p is not _last_patch]
+        last = [_last_patch] if name in ("attn1_patch", "attn2_patch") else []
+        patches[name] = [patch, *theirs, *last]  # first: it sees norm(x) as it is
+    for name in ("attn1", "attn2"):
+        replaced = transformer.get("patches_replace", {}).get(name, {})
+        replaced.update({block: f if isinstance(f, _Beside) else _Beside(f) for block, f in replaced.items()})
     previous = transformer.get("optimized_attention_override")
     transformer["optimized_attention_override"] = _override(getattr(previous, KEY, (previous,))[0])
     return options
@@ -307,6 +336,8 @@ def _apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = 
     """ConsiStory eq. (4): where the story asks for it, a pass without sharing comes first, on the same input."""
     options = transformer_options or {}
     run = options.get(KEY)
+    if _compiled(executor.class_obj, options):
+        kwargs[KEY] = "run"  # the compiler keeps no guard on the options: a call that looks like a plain one runs what was compiled for it
     story = run.story if isinstance(run, SamplerRun) else None
     if story is None or not story.wants_vanilla(run.parts_of(options)):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -319,6 +350,11 @@ def _apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = 
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
         run.active, run.watchers, story.vanilla = active, watchers, {}
+
+
+def _compiled(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether torch.compile stands between the model and its UNet: the host's node as a wrapper, others' as the module itself."""
+    return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}) or hasattr(model.diffusion_model, "_orig_mod")
 
 
 def injected(model: ModelPatcher) -> tuple[Injection, ...]:
