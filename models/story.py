@@ -144,7 +144,8 @@ class Story(Watcher):
         grid = self._grid(self.layout.divisor)
         masks = self.masks(grid)
         if masks is None or self.features is None:
-            log.warning("%s: this sampler run ends before the pictures can be compared, so no features are injected.", NODE)
+            log.warning("%s: the pictures could not be compared, so no features are injected: this sampler run ends before, or a node "
+                        "that skips calls (EasyCache, LazyCache) skipped the one in which they are.", NODE)
             return
         k = self.anchor_count
         if self.recorder:
