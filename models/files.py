@@ -23,25 +23,33 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         discard(stale)
     size = sum(t.numel() * t.element_size() for t in tensors)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    place = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = place / "file.partial"
     try:
+        place.mkdir()  # safetensors writes beside the name it is given, and a kill leaves that too
         yield partial
+        plain = place / "plain.partial"
+        plain.touch()
+        partial.chmod(plain.stat().st_mode)  # safetensors makes files that nobody else may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        discard(place)
         flush_folder(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         if type(error) is RuntimeError and "inline_container" not in str(error):  # so begins what torch.save says of a disk
             raise
-        discard(partial)  # its room is free again
+        discard(place)  # its room is free again
         raise refusal(path, size, getattr(error, "strerror", None) or str(error).splitlines()[0]) from error
     finally:
-        discard(partial)
+        discard(place)
 
 
-def discard(partial: Path) -> None:
-    with contextlib.suppress(OSError):  # a disk that became read-only; on Windows, somebody else's that is still open
-        partial.unlink(missing_ok=True)
+def discard(place: Path) -> None:
+    """What cannot go stays: a disk that became read-only; on Windows, somebody else's that is still open."""
+    shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        place.unlink(missing_ok=True)  # of an older Kindred, which had no folder for it
 
 
 def flush_folder(folder: Path) -> None:

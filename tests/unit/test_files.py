@@ -9,6 +9,7 @@ import pytest
 import torch
 from kindred.models import files
 from kindred.models.files import whole
+from safetensors.torch import save_file
 
 PLACE = "cat.safetensors"
 
@@ -27,17 +28,30 @@ def test_bytes_and_then_the_name_are_flushed(tmp_path, monkeypatch) -> None:
         sync(handle)
 
     def rename(source, target) -> None:
-        told.append(f"{source.name} -> {target.name}")
+        told.append(f"{source.parent.name}/{source.name} -> {target.name}")
         replace(source, target)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", rename)
     save(tmp_path / PLACE)
-    assert told == ["3 bytes", f".{PLACE}.{os.getpid()}.partial -> {PLACE}", "folder"]
+    assert told == ["3 bytes", f".{PLACE}.{os.getpid()}.partial/file.partial -> {PLACE}", "folder"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other rights")
+def test_who_may_read_is_what_the_system_says_and_not_what_a_library_does(tmp_path) -> None:
+    """safetensors 0.8 makes its files the owner's alone: a folder of models for several users would have strangers' files in it."""
+    with whole(tmp_path / PLACE) as partial:
+        save_file({"a": torch.zeros(2)}, partial)
+    (tmp_path / "other").touch()
+    assert stat.S_IMODE((tmp_path / PLACE).stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
 
 
 def test_a_folder_that_cannot_be_flushed_is_no_fault(tmp_path, monkeypatch) -> None:
-    def refuse(*given) -> int:
-        raise PermissionError(errno.EACCES, "Windows")
+    opened = os.open
+
+    def refuse(name, *given) -> int:
+        if os.path.isdir(name):
+            raise PermissionError(errno.EACCES, "Windows")
+        return opened(name, *given)
     monkeypatch.setattr(files.os, "open", refuse)
     save(tmp_path / PLACE)
     assert (tmp_path / PLACE).read_bytes() == b"new"
@@ -49,6 +63,8 @@ def test_what_a_killed_process_left_of_this_name_goes_and_nothing_else(tmp_path)
     stays = [f".{PLACE}.1.partial", ".cat1.safetensors.1.partial", f".{name}", "x.partial"]
     for file in left + stays:
         (tmp_path / file).write_bytes(b"half")
+    (tmp_path / f".{name}.2.partial").mkdir()
+    (tmp_path / f".{name}.2.partial" / ".tmpAbc").write_bytes(b"half")
     save(tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, *stays])
 
