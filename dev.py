@@ -22,7 +22,9 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -33,21 +35,47 @@ from environment import Environment, Refusal, clean_environment, existing, setup
 
 def run(environment: Environment, arguments: list[str], **extra: str) -> int:
     """Run the environment's Python from the repository's root; the child dies with this process. Returns its exit code."""
+    return together(environment, [arguments], **extra)[0][0]
+
+
+def together(environment: Environment, commands: Sequence[list[str]], **extra: str) -> list[tuple[int, float]]:
+    """Several at once, the first in the open; what the others say is shown once all have ended. Returns exit codes and seconds."""
     settings = clean_environment(KINDRED_HOST=str(environment.host), PYTHONUNBUFFERED="1", **extra)
-    with subprocess.Popen([str(environment.python), *arguments], cwd=ROOT, env=settings) as process:
+    begun, ended, start = [], {}, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands[1:]]
         try:
-            return process.wait()
+            for arguments, out in zip(commands, [None, *said]):
+                begun.append(subprocess.Popen([str(environment.python), *arguments], cwd=ROOT, env=settings, stdout=out,
+                                              stderr=None if out is None else subprocess.STDOUT))
+            while len(ended) < len(begun):
+                for i, process in enumerate(begun):
+                    if i not in ended and process.poll() is not None:
+                        ended[i] = process.returncode, time.monotonic() - start
+                time.sleep(0.05 if len(ended) < len(begun) else 0)
         except BaseException:
-            process.terminate()
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            for process in begun:
+                process.terminate()
+            for process in begun:
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    process.kill()
             raise
+        finally:
+            for out in said:
+                out.seek(0)
+                sys.stdout.flush()
+                sys.stdout.buffer.write(out.read())
+                sys.stdout.flush()
+    return [ended[i] for i in range(len(begun))]
 
 
 def test(environment: Environment, expression: str | None, fast: bool) -> int:
-    """Linter, then the rooms of tests/ from the cheapest to the dearest; a failing stage ends the run."""
+    """Linter, then the rooms of tests/ from the cheapest to the dearest; a failing stage ends the run.
+
+    The last two wait for one server each, so they run beside one another.
+    """
     lacking = [name for name in ("ruff", "pytest", "hypothesis", "xdist", "playwright", "comfy_cli")
                if subprocess.run([str(environment.python), "-c", f"import {name}"], capture_output=True).returncode]
     if lacking:
@@ -57,26 +85,26 @@ def test(environment: Environment, expression: str | None, fast: bool) -> int:
     for room in ("unit", "host", "e2e", "browser"):
         if any((ROOT / "tests" / room).glob("test_*.py")) and not (fast and room in ("e2e", "browser")):
             argv = ["-m", "pytest", f"tests/{room}", "-q", "-p", "no:cacheprovider", "--durations=5", "--durations-min=3"]
-            if room in ("unit", "host"):  # the other two start servers of their own; xdist would begin the longest files last
+            if room in ("unit", "host"):  # the other two start servers of their own, and keep one for many tests
                 argv += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
             stages.append((room, argv + (["-k", expression] if expression else []) + (["-m", "not slow"] if fast else [])))
     results: list[str] = []
-    for name, argv in stages:
-        print(f"\n== {name} ==", flush=True)
-        start = time.monotonic()
+    failed, at_once = False, [s for s in stages if s[0] in ("e2e", "browser")]
+    for group in [*([s] for s in stages if s not in at_once), *([at_once] if at_once else [])]:
+        print(f"\n== {', then what was beside it: '.join(name for name, _ in group)} ==", flush=True)
         # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
-        code = run(environment, argv, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        empty = code == 5 and expression is not None  # pytest: nothing matched -k in this room
-        blind = code == 77 and name == "browser"  # there is no browser and none could be installed, says its conftest
-        told = "ok" if code == 0 else "nothing selected" if empty else "NOT RUN, NO BROWSER" if blind else f"FAILED ({code})"
-        results.append(f"{name} {told} {time.monotonic() - start:.0f} s")
-        if code and not empty and not blind:
+        ends = together(environment, [argv for _, argv in group], OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        for (name, _), (code, seconds) in zip(group, ends):
+            empty = code == 5 and expression is not None  # pytest: nothing matched -k in this room
+            blind = code == 77 and name == "browser"  # there is no browser and none could be installed, says its conftest
+            told = "ok" if code == 0 else "nothing selected" if empty else "NOT RUN, NO BROWSER" if blind else f"FAILED ({code})"
+            results.append(f"{name} {told} {seconds:.0f} s")
+            failed |= bool(code and not empty and not blind)
+        if failed:
             break
-    else:
-        code = 0
     left = [name for name, _ in stages[len(results):]]
     print("\n" + " | ".join(results) + (f" | not run: {', '.join(left)}" if left else ""), flush=True)
-    return 1 if code else 0
+    return int(failed)
 
 
 def serve(environment: Environment, port: int | None, cpu: bool, base: Path | None) -> int:

@@ -1,11 +1,14 @@
 """dev.py and the environment it makes, without making one: pins, places, faults, sentences."""
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import environment
 import pytest
@@ -154,3 +157,30 @@ def test_the_front_door_needs_only_the_standard_library():
     answer = subprocess.run([sys.executable, "-I", "-S", str(ROOT / "dev.py"), "--help"], capture_output=True, text=True)
     assert answer.returncode == 0
     assert all(word in answer.stdout for word in ("setup", "demo", "test", "serve", "evaluate", "bench", "soak"))
+
+
+def test_what_runs_beside_is_shown_when_all_have_ended(capfd, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    import dev
+    own = SimpleNamespace(python=Path(sys.executable), host=tmp_path)
+    first = ["-c", "import time; print('first'); time.sleep(0.5); print('first ends')"]
+    ends = dev.together(own, [first, ["-c", "import sys; print('second'); sys.exit(3)"]])
+    assert [code for code, _ in ends] == [0, 3] and ends[1][1] <= ends[0][1]
+    assert capfd.readouterr().out.split("\n")[:3] == ["first", "first ends", "second"]
+
+
+def test_nothing_that_ran_beside_outlives_its_end(tmp_path):
+    """A child that waits for long dies with whoever waits for it, and what it said is not lost."""
+    program = ("import dev, sys\nfrom types import SimpleNamespace\nfrom pathlib import Path\nimport signal\n"
+               "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+               "wait = ['-c', \"import os, time; print(os.getpid(), flush=True); time.sleep(60)\"]\n"
+               f"dev.together(SimpleNamespace(python=Path(sys.executable), host=Path({str(tmp_path)!r})), [wait, wait])\n")
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        first = int(parent.stdout.readline())
+        time.sleep(0.3)
+        parent.terminate()
+        second = int(parent.stdout.readline())
+        assert parent.wait(20) == 143
+    for pid in (first, second):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
