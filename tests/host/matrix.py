@@ -68,7 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"sampler {name}": {"sampler": name}
        for name in ("euler_ancestral", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2m", "uni_pc", "ddim", "lcm", "dpm_adaptive")},
     **{f"scheduler {name}": {"scheduler": name, "steps": 4} for name in ("normal", "karras", "sgm_uniform")},
-    "KSamplerAdvanced in two segments": {"way": "segments"},
+    "KSamplerAdvanced in two segments": {"way": "segments", "steps": 4},
     "SamplerCustomAdvanced": {"way": "custom"},
     "DualCFGGuider": {"way": "dual"},
     "PerpNegGuider": {"way": "perpneg"},
