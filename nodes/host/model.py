@@ -4,11 +4,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_sampling
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
@@ -72,6 +74,18 @@ def feature_tap(unet: UNetModel, divisor: int) -> int:
                      "checkpoint.")
 
 
+@contextmanager
+def _own_modules(model: ModelPatcher) -> Iterator[None]:
+    """The model's modules as they were loaded: those that another MODEL's object patches put there stay from its run until the next."""
+    placed = {name: comfy.utils.set_attr(model.model, name, original) for name, original in model.object_patches_backup.items()
+              if isinstance(original, torch.nn.Module)}
+    try:
+        yield
+    finally:
+        for name, other in reversed(placed.items()):
+            comfy.utils.set_attr(model.model, name, other)
+
+
 def model_key(model: ModelPatcher) -> str:
     """A name for the weights and their LoRAs that is the same on every machine: "SD15 1a2b3c4d5e6f"."""
     def tensors(value: object) -> Iterable[object]:
@@ -86,7 +100,9 @@ def model_key(model: ModelPatcher) -> str:
         elif isinstance(value, (float, int, str)):
             yield value
     digest = hashlib.blake2b(digest_size=6)
-    for key, (original, *patches) in model.get_key_patches("diffusion_model.").items():
+    with _own_modules(model):
+        weights = model.get_key_patches("diffusion_model.")
+    for key, (original, *patches) in weights.items():
         if patches or key.endswith(("attn1.to_k.weight", "attn2.to_v.weight")):
             digest.update(repr((key, list(tensors(original[0])), [list(tensors(p)) for p in patches])).encode())
     sampling = model.get_model_object("model_sampling")  # eps, v, zsnr: the same weights read otherwise
