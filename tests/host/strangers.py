@@ -1,0 +1,182 @@
+"""A pack that is not ours and does what the popular ones do to a MODEL, each by the host's own doors, and keeps count of it.
+
+Each function takes a MODEL and a list, and gives a MODEL; the list then holds what the stranger saw or did. What it computes by
+itself (`own`) can be asked again, so that a test can say whether it stayed its own.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from networks import random_model
+from torch import Tensor
+
+from kindred.nodes.host import attention_sites
+
+BLOCKS = tuple(attention_sites(random_model("tiny").model.diffusion_model))
+ODD = frozenset({"middle"})  # stages whose head width the fast kernel does not know
+
+
+def own(q: Tensor, options: dict[str, Any] | None, heads: int) -> Tensor:
+    """Attention over the stranger's four tokens, with the host's options handed on or not."""
+    k, v = (torch.randn(1, 4, q.shape[-1], generator=torch.Generator().manual_seed(n)).expand(len(q), -1, -1).to(q) for n in (1, 2))
+    return optimized_attention(q, k, v, heads, **({} if options is None else {"transformer_options": options}))
+
+
+class Adapter:
+    """As IP-Adapter packs do it: one object per block that later applications of the node add to, asked instead of the host."""
+
+    def __init__(self, weights: tuple[float, ...], hands_on: bool) -> None:
+        self.weights, self.hands_on = weights, hands_on
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        given = options if self.hands_on else None
+        more = {"transformer_options": options} if self.hands_on else {}
+        out = optimized_attention(q, k, v, options["n_heads"], **more)
+        return out + sum(w * own(q, given, options["n_heads"]) for w in self.weights)
+
+
+def adapter(model: Any, attention: str = "attn1", weight: float = 0.7, hands_on: bool = True) -> Any:
+    m = model.clone()
+    known = m.model_options["transformer_options"].get("patches_replace", {}).get(attention, {})
+    for block in BLOCKS:
+        before = getattr(known.get(block[:2]), "weights", ())
+        m.set_model_patch_replace(Adapter((*before, weight), hands_on), attention, *block[:2])
+    return m
+
+
+def patches(model: Any, seen: list) -> Any:
+    """Chained patches everywhere; those behind and before an attention attend to tokens of their own, options handed on."""
+    m = model.clone()
+
+    def before(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        given, alone = (own(n, o, options["n_heads"]) for o in (options, None))
+        seen.append(torch.equal(given, alone))
+        return n + 0.1 * given, context, value
+
+    def behind(n: Tensor, options: dict[str, Any]) -> Tensor:
+        given, alone = (own(n, o, options["n_heads"]) for o in (options, None))
+        seen.append(torch.equal(given, alone))
+        return n + 0.1 * given
+    m.set_model_attn1_patch(before)
+    m.set_model_attn2_patch(before)
+    m.set_model_attn1_output_patch(behind)
+    m.set_model_attn2_output_patch(behind)
+    m.set_model_input_block_patch(lambda h, options: h * 0.99)
+    m.set_model_output_block_patch(lambda h, skip, options: (h * 1.01, skip * 0.99))
+    m.set_model_middle_block_after_patch(lambda args: {"h": args["h"] * 1.01})
+    return m
+
+
+def wrappers(model: Any, seen: list) -> Any:
+    """One wrapper of every kind, and the old slot around the model's function."""
+    m = model.clone()
+
+    def of(kind: str) -> Any:
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(kind)
+            out = executor(*args, **kwargs)
+            return out * 1.01 if kind == WrappersMP.DIFFUSION_MODEL else out
+        return wrapper
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE,
+                 WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+        m.add_wrapper_with_key(kind, "a stranger", of(kind))
+
+    def around(apply: Any, args: dict[str, Any]) -> Tensor:
+        seen.append("model_function_wrapper")
+        return apply(args["input"], args["timestep"], **args["c"])
+    m.set_model_unet_function_wrapper(around)
+    return m
+
+
+def fast_kernel(model: Any, seen: list) -> Any:
+    """As Sage Attention nodes do it: no masks, no odd head widths; those go to the host's function."""
+    m = model.clone()
+    previous = m.model_options["transformer_options"].get("optimized_attention_override")
+
+    def override(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        stage = kwargs["transformer_options"]["block"][0]
+        fit = mask is None and stage not in ODD
+        seen.append("fast" if fit else "host")
+        out = func(q, k, v, heads, mask=mask, **kwargs) if previous is None else previous(func, q, k, v, heads, mask=mask, **kwargs)
+        return out.bfloat16().to(q) if fit else out  # its precision is less
+    m.model_options["transformer_options"]["optimized_attention_override"] = override
+    return m
+
+
+def strict_kernel(model: Any, seen: list) -> Any:
+    """One that refuses a mask in its own words."""
+    m = model.clone()
+
+    def override(func: Any, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if mask is not None:
+            raise RuntimeError("this kernel knows no masks")
+        return func(*args, **kwargs)
+    m.model_options["transformer_options"]["optimized_attention_override"] = override
+    return m
+
+
+def block_forward(model: Any, seen: list) -> Any:
+    """A transformer block's forward as an object patch around the host's."""
+    m = model.clone()
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.forward"
+    forward = m.get_model_object(name)
+
+    def patched(x: Tensor, **kwargs: Any) -> Tensor:
+        seen.append("forward")
+        return forward(x, **kwargs) * 1.05
+    m.add_object_patch(name, patched)
+    return m
+
+
+class Layered(torch.nn.Module):
+    """As layered diffusion does it: an attention that keeps no to_q, to_k and to_v, and asks the host's kernel without its options."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.asked = [inner]  # in a list: not a submodule
+
+    def forward(self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **kwargs: Any) -> Tensor:
+        context = x if context is None else context
+        inner = self.asked[0]
+        q, k, v = inner.to_q(x), inner.to_k(context), inner.to_v(context if value is None else value)
+        return inner.to_out(optimized_attention(q, k, v, inner.heads)) * 1.05
+
+
+def layered(model: Any, attention: str = "attn1") -> Any:
+    m = model.clone()
+    name = f"diffusion_model.middle_block.1.transformer_blocks.0.{attention}"
+    m.add_object_patch(name, Layered(m.get_model_object(name)))
+    return m
+
+
+def in_silence(model: Any) -> Any:
+    """A block's self-attention computed past the host's function, its layers where they were."""
+    m = model.clone()
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1"
+    inner = m.get_model_object(name)
+
+    def forward(x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **kwargs: Any) -> Tensor:
+        context = x if context is None else context
+        q, k, v = inner.to_q(x), inner.to_k(context), inner.to_v(context if value is None else value)
+        return inner.to_out(optimized_attention(q, k, v, inner.heads))
+    m.add_object_patch(name + ".forward", forward)
+    return m
+
+
+def guidance(model: Any, seen: list) -> Any:
+    """As automatic CFG packs do it: functions before, in the place of, and behind the guidance; both halves at CFG 1 too."""
+    m = model.clone()
+
+    def before(args: dict[str, Any]) -> list[Tensor]:
+        seen.append(len(args["conds_out"]))
+        return args["conds_out"]
+
+    def instead(args: dict[str, Any]) -> Tensor:
+        return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"] * 0.9
+    m.set_model_sampler_pre_cfg_function(before)
+    m.set_model_sampler_cfg_function(instead, disable_cfg1_optimization=True)
+    m.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 1.01)
+    return m

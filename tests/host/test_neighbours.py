@@ -1,0 +1,189 @@
+"""Every inject node beside the host's own patches, before and behind them: both are felt, or a sentence says what to do.
+
+After each cell no run of ours is alive, the input MODEL is as it was, and the plain picture comes back bit for bit.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_freelunch import FreeU, FreeU_V2
+from comfy_extras.nodes_hypertile import HyperTile
+from comfy_extras.nodes_mahiro import Mahiro
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfy_extras.nodes_tcfg import TCFG
+from comfy_extras.nodes_tomesd import TomePatchModel
+from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing
+from studio import differs, photo, pictures
+from torch import Tensor
+
+LAW = pytest.mark.parametrize
+EVERY = tuple(OURS)
+MOST = tuple(c for c in OURS if c != "story")  # FreeU, PAG and SAG beside a story alone: test_story_compose.py
+LONG = os.environ.get("KINDRED_LONG") == "1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """patch: the neighbour's node; how: what a sampler is given; refused: what stories say to it; columns: those worth a run."""
+    patch: Callable[[Any], Any]
+    how: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    columns: tuple[str, ...] = EVERY
+    live: str = ""  # what a reference read live says to it
+    no_one_alone: bool = False  # it changes a picture only by what it does to others'
+
+
+def soft_mask() -> dict[str, Tensor]:
+    """A photo to be inpainted, the mask a slope."""
+    return photo(pictures=2) | {"noise_mask": torch.linspace(0, 1, 64).expand(1, 64, 64)}
+
+
+TILES = "ConsiStory Shared Attention: the model was given 32 pictures at once, but the batch has 2.*remove the node that splits them"
+WINDOWS = "ConsiStory Shared Attention: the model was given 1 pictures at once, but the batch has 2.*remove the node that splits them"
+GRID = r"ConsiStory Shared Attention: block \w+ \d has \d+ tokens .* where the latent's size makes .*merges or tiles tokens.*remove it"
+LIVE = "Kindred: block .* gave 4 tokens where the reference has 4x4. A node that changes the grid .*remove it"
+ROWS = {
+    "FreeU": Row(lambda m: FreeU.execute(m, 1.3, 1.4, 0.9, 0.2)[0], columns=MOST),
+    "FreeU V2": Row(lambda m: FreeU_V2.execute(m, 1.3, 1.4, 0.9, 0.2)[0], columns=("self live", "sharing", "all")),
+    "PAG": Row(lambda m: PerturbedAttentionGuidance.execute(m, 2.0)[0], columns=MOST),
+    "SAG": Row(lambda m: SelfAttentionGuidance.execute(m, 0.5, 2.0)[0], columns=MOST),
+    "HyperTile": Row(lambda m: HyperTile.execute(m, 32, 1, 0, False)[0], {"size": (16, 16)}, refused=TILES),
+    "ToMe": Row(lambda m: TomePatchModel.execute(m, 0.3)[0], refused=GRID),
+    "Deep Shrink": Row(lambda m: PatchModelAddDownscale.execute(m, 2, 2.0, 0.0, 0.5, True, "bilinear", "bilinear")[0], refused=GRID,
+                       live=LIVE),
+    "context windows": Row(lambda m: ContextWindowsManualNode.execute(m, 1, 0, "standard_static", 1, False, "pyramid", 0, False)[0],
+                           refused=WINDOWS, no_one_alone=True),
+    "Differential Diffusion": Row(lambda m: DifferentialDiffusion.execute(m, 1.0)[0], {"latent": soft_mask()},
+                                  columns=("self cached", "all")),
+    "RescaleCFG": Row(lambda m: RescaleCFG().patch(m, 0.7)[0], columns=("all",)),
+    "Mahiro": Row(lambda m: Mahiro.execute(m)[0], columns=("all",)),
+    "TCFG": Row(lambda m: TCFG.execute(m)[0], columns=("all",)),
+}
+CELLS = [(row, column) for row, told in ROWS.items() for column in told.columns]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    with leaving_nothing():
+        yield
+
+
+@cache
+def neighbour_alone(row: str, steps: int) -> Tensor:
+    return pictures(ROWS[row].patch(MODEL), (0, 1), steps=steps, **ROWS[row].how)
+
+
+@LAW(("row", "column"), CELLS)
+def test_both_are_felt_in_either_order_or_a_sentence_says_what_to_do(row, column):
+    ours, theirs, how = OURS[column], ROWS[row].patch, ROWS[row].how
+    refused = ROWS[row].refused if column in STORIES else ROWS[row].live if column == "self live" else ""
+    if refused:
+        for model in (ours(theirs(MODEL)), theirs(ours(MODEL))):
+            with pytest.raises(ValueError, match=refused):
+                ours.sampled(model, **how)
+        return
+    before, behind = ours.sampled(ours(theirs(MODEL)), **how), ours.sampled(theirs(ours(MODEL)), **how)
+    without = ours.sampled(ours(MODEL), **how) if how else alone(column)
+    assert torch.equal(before, behind)
+    assert differs(before, neighbour_alone(row, ours.steps)) > FELT
+    assert differs(before, without) < TIGHT if ROWS[row].no_one_alone else differs(before, without) > FELT
+
+
+# what is not the same in either order ----------------------------------------------------------------------------------------
+
+
+def v_prediction(model):
+    return ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]
+
+
+def zero_terminal(model):
+    return ModelSamplingDiscrete().patch(model, "eps", True)[0]
+
+
+@LAW(("sampling", "column"), [(v_prediction, column) for column in EVERY] + [(zero_terminal, "self cached")])
+def test_a_reference_belongs_to_one_kind_of_sampling(sampling, column):
+    """Before the reference is made it is part of the model; behind it the reference is refused, with both models named."""
+    ours, other = OURS[column], sampling(MODEL)
+    before = ours.sampled(ours(other, maker=other))
+    if column in READERS:
+        words = r"was made with model SD15 \w+, but the model given is SD15 \w+ .*Wire the same MODEL"
+        with pytest.raises(ValueError, match=words):
+            ours(other)
+        with pytest.raises(ValueError, match=words):
+            ours.sampled(sampling(ours(MODEL)))
+    else:
+        assert torch.equal(ours.sampled(sampling(ours(MODEL))), before)
+    assert differs(before, pictures(other, (0, 1), steps=ours.steps)) > FELT < differs(before, alone(column))
+
+
+@LAW("skipping", [EasyCacheNode, LazyCacheNode])
+@LAW("first", [True, False])
+@LAW("column", ["self cached", "cross", "all"])
+def test_calls_that_are_skipped_carry_what_was_injected_before_and_stories_say_so(skipping, first, column, caplog):
+    ours = OURS[column]
+
+    def theirs(model):
+        return skipping.execute(model, 3.0, 0.0, 1.0, False)[0]  # as bold as it goes: nearly every call it may skip
+    out = ours.sampled(ours(theirs(MODEL)) if first else theirs(ours(MODEL)))
+    assert torch.isfinite(out).all() and differs(out, alone(column)) > FELT
+    assert differs(out, pictures(theirs(MODEL), (0, 1), steps=ours.steps)) > FELT
+    assert ("EasyCache, LazyCache" in caplog.text) == (column in STORIES)
+
+
+# torch.compile -------------------------------------------------------------------------------------------------------------
+
+
+def compiled(model, backend: str = "eager"):
+    """As the host's node does it: its guards forget the options, patches among them."""
+    m = model.clone(disable_dynamic=True)
+    set_torch_compile_wrapper(model=m, backend=backend, options={"guard_filter_fn": skip_torch_compile_dict})
+    return m
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_model_that_was_compiled_and_run_without_us_still_reads_what_is_injected(fresh_compiler):
+    """And back: what was compiled for one is never run for the other."""
+    model, ours = compiled(MODEL), OURS["all"]
+    none = pictures(model, (0, 1), steps=1)
+    assert differs(none, pictures(MODEL, (0, 1), steps=1)) < TIGHT
+    assert differs(ours.sampled(ours(model)), alone("all")) < TIGHT
+    assert torch.equal(pictures(model, (0, 1), steps=1), none)
+
+
+@pytest.mark.skipif(not LONG, reason="minutes: KINDRED_LONG=1 runs it")
+@LAW("column", EVERY)
+def test_wherever_the_compiler_stands(column, fresh_compiler):
+    model, ours = compiled(MODEL), OURS[column]
+    pictures(model, (0, 1), steps=1)
+    for patched in (ours(model), compiled(ours(MODEL)), ours(compiled(MODEL))):
+        assert differs(ours.sampled(patched), alone(column)) < TIGHT
+
+
+@pytest.mark.skipif(not LONG, reason="minutes: KINDRED_LONG=1 runs it")
+def test_the_hosts_own_compiler(fresh_compiler):
+    ours = OURS["all"]
+    model = TorchCompileModel.execute(MODEL, "inductor")[0]
+    none = pictures(model, (0, 1), steps=ours.steps)
+    assert differs(none, pictures(MODEL, (0, 1), steps=ours.steps)) < FELT
+    for patched in (ours(model), TorchCompileModel.execute(ours(MODEL), "inductor")[0]):
+        assert differs(ours.sampled(patched), alone("all")) < FELT

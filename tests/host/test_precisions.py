@@ -1,0 +1,197 @@
+"""Every inject node on weights in other precisions and with part of them left on the host, and beside a LoRA that the host trained."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import nodes
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_train import LoraModelLoader, TrainLoraNode
+from kindred.miniature.world import CLASSES, SCENES
+from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
+from kindred.nodes.prompts import SubjectPrompts
+from networks import build_model
+from ours import FELT, TIGHT, Column, leaving_nothing
+from studio import STEPS, capture, concept, differs, inject, negative, of_model, pictures, story, subject
+from torch import Tensor
+
+from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
+
+LAW = pytest.mark.parametrize
+HALF, BRAIN, EIGHT = torch.float16, torch.bfloat16, torch.float8_e4m3fn
+# (weights, what they are computed in): the least likeness of an effect to that of float32, of which 1 is the same
+PRECISIONS = {(HALF, torch.float32): 0.9999, (BRAIN, torch.float32): 0.999, (EIGHT, torch.float32): 0.85, (EIGHT, BRAIN): 0.85,
+              (BRAIN, BRAIN): 0.98, (HALF, HALF): 0.999}
+COLUMNS = {
+    "self cached": Column(lambda m, bank: inject(m, bank, 2.0), read=STEPS),
+    "self live": Column(lambda m, bank: inject(m, bank, 2.0), read=STEPS + 2),
+    "cross": Column(lambda m, bank: concept(m, 2.0)),
+    "all": Column(lambda m, bank: story(concept(inject(m, bank, 2.0), 2.0), feature_injection=0.0), read=STEPS),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    with leaving_nothing():
+        yield
+
+
+@cache
+def model_in(weights: torch.dtype, computed: torch.dtype) -> ModelPatcher:
+    """A tiny model as a file of such weights is loaded: kept as they are, cast where they are used."""
+    m = build_model("tiny")
+    m.model.diffusion_model.to(weights)
+    m.model.diffusion_model.dtype = weights
+    m.model.manual_cast_dtype = computed
+    return m
+
+
+@cache
+def pair(weights: torch.dtype, computed: torch.dtype, column: str) -> tuple[Tensor, Tensor]:
+    """Plain and injected; the reference, where one is read, made in the same precision."""
+    model, ours = model_in(weights, computed), COLUMNS[column]
+    return ours.sampled(model), ours.sampled(ours(model, maker=model))
+
+
+@LAW("column", COLUMNS)
+@LAW("precision", PRECISIONS, ids=[f"{w} in {c}".replace("torch.", "") for w, c in PRECISIONS])
+def test_an_effect_in_another_precision_is_the_effect(precision, column):
+    (none, out), (exact_none, exact) = (pair(*p, column) for p in (precision, (torch.float32, torch.float32)))
+    assert torch.isfinite(out).all() and differs(out, none) > FELT
+    effect, meant = (out - none).flatten(), (exact - exact_none).flatten()
+    assert torch.nn.functional.cosine_similarity(effect, meant, 0) > PRECISIONS[precision]
+
+
+@LAW("precision", PRECISIONS)
+def test_silence_in_another_precision_is_the_plain_picture_bit_for_bit(precision):
+    model = model_in(*precision)
+    silent = story(concept(inject(model, capture(model, negative=negative())[0], 0.0), 0.0), strength=0.0)
+    assert torch.equal(pictures(silent, (0, 1), steps=STEPS), pair(*precision, "all")[0])
+
+
+def test_a_compute_dtype_set_by_another_node():
+    m = build_model("tiny")
+    low = m.clone()
+    low.set_model_compute_dtype(BRAIN)
+    ours = COLUMNS["all"]
+    out = ours.sampled(ours(low, maker=low))
+    assert torch.isfinite(out).all() and differs(out, ours.sampled(low)) > FELT
+
+
+# a part of the weights left behind ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def little_memory() -> Iterator[list[bool]]:
+    """As --lowvram does it: half of the weights stay where they are and are cast, LoRA and all, at each use."""
+    load, left = ModelPatcher.load, []
+
+    def partly(self: ModelPatcher, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
+               full_load: bool = False) -> None:
+        load(self, device_to, self.model_size() // 2, force_patch_weights)
+        left.append(self.model.model_lowvram)
+    comfy.model_management.unload_all_models()
+    ModelPatcher.load = partly
+    try:
+        yield left
+    finally:
+        ModelPatcher.load = load
+        comfy.model_management.unload_all_models()
+
+
+def with_lora(model: ModelPatcher) -> ModelPatcher:
+    """Every self-attention's keys and values, so that some of them are patched where they lie and some where they are used."""
+    m, g = model.clone(), torch.Generator().manual_seed(4)
+    weights = {k: v for k, v in m.model.state_dict().items() if k.endswith(("attn1.to_k.weight", "attn1.to_v.weight"))}
+    m.add_patches({k: ("diff", (0.3 * v.std() * torch.randn(v.shape, generator=g),)) for k, v in weights.items()}, 1.0)
+    return m
+
+
+@LAW("column", ["self live", "all"])
+def test_partly_loaded_weights_draw_the_same(column):
+    ours, whole, model = COLUMNS[column], with_lora(build_model("tiny")), with_lora(build_model("tiny"))
+    exact = ours.sampled(ours(whole, maker=whole))
+    with little_memory() as left:
+        assert differs(ours.sampled(ours(model, maker=model)), exact) < TIGHT
+    assert any(left) and differs(exact, ours.sampled(whole)) > FELT
+
+
+# a LoRA that the host trained --------------------------------------------------------------------------------------------------
+
+
+@cache
+@torch.inference_mode()
+def miniature() -> SimpleNamespace:
+    model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint("kindred_miniature.safetensors")[:3]
+    lines = "\n".join(f"a {CLASSES[0]} in the {scene}" for scene in SCENES[:2])
+    return SimpleNamespace(model=model, positive=SubjectPrompts.execute(clip, lines, CLASSES[0]).result[0],
+                           coarse=SubjectPrompts.execute(clip, f"a photo of a {CLASSES[0]}", CLASSES[0]).result[0],
+                           negative=nodes.CLIPTextEncode().encode(clip, "")[0], photo={"samples": vae.encode(subject(size=(128, 128)))},
+                           encoder=ConceptEncoderLoad.execute("kindred_miniature_concept.safetensors").result[0])
+
+
+@cache
+@torch.inference_mode()
+def trained() -> dict[str, Tensor]:
+    """The host's Train LoRA on the miniature, two steps of one picture."""
+    m = miniature()
+    one = {"batch_size": 1, "steps": 2, "grad_accumulation_steps": 1, "learning_rate": 0.05, "rank": 2, "optimizer": "SGD",
+           "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False,
+           "algorithm": "LoRA", "gradient_checkpointing": False, "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]",
+           "bucket_mode": False, "bypass_mode": False}
+    lora = TrainLoraNode.execute(model=[m.model], latents=[m.photo], positive=[m.coarse], **{k: [v] for k, v in one.items()}).result[0]
+    return {k: v.clone() if "lora_up" not in k else torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v) * 0.1
+            for k, v in lora.items()}  # two steps move too little to be felt
+
+
+@torch.inference_mode()
+def drawn(model: Any) -> Tensor:
+    m = miniature()
+    return nodes.common_ksampler(model, 3, 2, 4.0, "euler", "ddim_uniform", m.positive, m.negative,
+                                 {"samples": torch.zeros(2, *m.photo["samples"].shape[1:])})[0]["samples"]
+
+
+@torch.inference_mode()
+def lora(model: Any, bypass: bool = False) -> Any:
+    return LoraModelLoader.execute(model, trained(), 1.0, bypass).result[0]
+
+
+@torch.inference_mode()
+def read(model: Any, maker: Any) -> Any:
+    m = miniature()
+    bank = RefUNetCapture.execute(maker, m.coarse, 2, "ddim_uniform", latent=m.photo).result[0]
+    return MaskedSelfAttnInject.execute(model, bank, weight=2.0).result[0]
+
+
+@torch.inference_mode()
+def detailed(model: Any) -> Any:
+    return CrossAttnDetailInject.execute(model, miniature().encoder, subject(size=(128, 128)), start_percent=0.0).result[0]
+
+
+@LAW("bypass", [False, True])
+def test_a_lora_of_the_hosts_trainer_before_a_reference_and_never_behind_it(bypass):
+    """Its keys are another model's: refused at the node where it stands before a plain reference, at the sampler behind one."""
+    m, patched = miniature(), lora(miniature().model, bypass)
+    before = of_model(m.model)
+    out = drawn(read(patched, maker=patched))
+    assert torch.isfinite(out).all() and differs(out, drawn(patched)) > FELT < differs(out, drawn(read(m.model, maker=m.model)))
+    words = r"was made with model \w+ \w+, but the model given is \w+ \w+ \(weights and LoRAs count\)"
+    with pytest.raises(ValueError, match=words):
+        read(patched, maker=m.model)
+    with pytest.raises(ValueError, match=words):
+        drawn(lora(read(m.model, maker=m.model), bypass))
+    assert of_model(m.model) == before
+
+
+@LAW("node", [detailed, story])
+def test_a_lora_of_the_hosts_trainer_on_either_side_of_what_reads_no_reference(node):
+    m = miniature()
+    outs = [drawn(node(lora(m.model))), drawn(lora(node(m.model)))]
+    assert torch.equal(*outs)
+    assert min(differs(outs[0], drawn(other)) for other in (m.model, node(m.model), lora(m.model))) > FELT

@@ -1,0 +1,162 @@
+"""Every inject node beside another pack that does what the popular ones do (strangers.py), in both orders of application."""
+from __future__ import annotations
+
+import pytest
+import strangers
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing
+from strangers import BLOCKS, adapter
+from studio import MOMENTS, STEPS, bank_of, capture, concept, differs, inject, negative, pictures, sample, story
+
+from kindred.nodes.host import model_key
+
+LAW = pytest.mark.parametrize
+COLUMNS = ("self cached", "cross", "all")
+CHAINED = [strangers.patches, strangers.wrappers, strangers.fast_kernel, strangers.block_forward, strangers.guidance]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    with leaving_nothing():
+        yield
+
+
+@LAW("stranger", CHAINED)
+@LAW("column", COLUMNS)
+def test_what_chains_is_felt_in_either_order(stranger, column):
+    """Both effects are there, and nothing that the stranger attends to by itself is joined by anything of ours."""
+    ours, seen = OURS[column], []
+    before, behind = ours.sampled(ours(stranger(MODEL, seen))), ours.sampled(stranger(ours(MODEL), seen))
+    assert torch.equal(before, behind)
+    assert differs(before, alone(column)) > FELT < differs(before, pictures(stranger(MODEL, []), (0, 1), steps=ours.steps))
+    if stranger is strangers.patches:
+        assert seen and all(seen)
+    elif stranger is strangers.wrappers:
+        assert {*seen} == {WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE,
+                           WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL, "model_function_wrapper"}
+    elif stranger is strangers.fast_kernel:
+        assert {*seen} == {"fast", "host"}  # ours asks with masks: they find their way to the host's function
+    else:
+        assert seen
+
+
+def test_both_halves_are_heard_at_cfg_1_where_another_pack_wants_them():
+    seen, ours = [], OURS["self cached"]
+    out = ours.sampled(strangers.guidance(ours(MODEL), seen), cfg=1.0)
+    assert {*seen} == {2} and differs(out, pictures(strangers.guidance(MODEL, []), (0, 1), steps=STEPS, cfg=1.0)) > FELT
+
+
+# replaced self-attention -----------------------------------------------------------------------------------------------------
+
+
+def same(hands_on):
+    """A replacement that is the plain attention."""
+    def f(q, k, v, options):
+        return optimized_attention(q, k, v, options["n_heads"], **({"transformer_options": options} if hands_on else {}))
+    return f
+
+
+def replaced(model, f):
+    m = model.clone()
+    for block in BLOCKS:
+        m.set_model_attn1_replace(f, *block)
+    return m
+
+
+@LAW("hands_on", [False, True])
+@LAW("column", ["self cached", "all"])
+def test_beside_a_plain_replacement_of_self_attention_ours_is_ours(hands_on, column):
+    ours = OURS[column]
+    for model in (ours(replaced(MODEL, same(hands_on))), replaced(ours(MODEL), same(hands_on))):
+        assert differs(ours.sampled(model), alone(column)) < TIGHT
+
+
+@LAW("hands_on", [False, True])
+def test_what_another_adapter_adds_to_self_attention_stays_its_own_beside_ours(hands_on):
+    """f + (ours - plain) in every layer: written out by hand, in the place of a replacement that hands nothing on."""
+    reads = bank_of()
+
+    def both(kernel):
+        def f(q, k, v, options):
+            return kernel(q, k, v, options) + 0.7 * strangers.own(q, None, options["n_heads"])
+        return f
+    meant = sample(inject(replaced(MODEL, both(same(False))), reads, 2.0))
+    outs = [sample(m) for m in (inject(adapter(MODEL, hands_on=hands_on), reads, 2.0),
+                                adapter(inject(MODEL, reads, 2.0), hands_on=hands_on))]
+    assert torch.equal(*outs) and differs(outs[0], meant) < TIGHT
+    assert min(differs(outs[0], sample(m)) for m in (adapter(MODEL), inject(MODEL, reads, 2.0), MODEL)) > FELT
+
+
+@LAW("attention", ["attn1", "attn2"])
+def test_beside_an_adapter_that_hands_its_options_on_silence_is_its_own_bit_for_bit(attention):
+    theirs = adapter(MODEL, attention)
+    none = sample(theirs)
+    for model in (inject(theirs, capture(theirs, negative=negative())[0], 0.0), concept(theirs, 0.0),
+                  inject(theirs, bank_of(), 2.0, start_percent=0.4, end_percent=0.5)):
+        assert torch.equal(sample(model), none)
+
+
+@LAW("attention", ["attn1", "attn2"])
+@LAW("column", ["all"])
+def test_adapters_on_either_side_of_ours_add_up(attention, column):
+    """Theirs twice, ours between: the second application finds the first, not us, in its place."""
+    ours = OURS[column]
+    outs = [ours.sampled(m) for m in (adapter(ours(adapter(MODEL, attention, 0.3)), attention, 0.4), ours(adapter(MODEL, attention, 0.7)))]
+    assert differs(*outs) < TIGHT
+    assert differs(outs[0], alone(column)) > FELT < differs(outs[0], pictures(adapter(MODEL, attention), (0, 1), steps=ours.steps))
+
+
+def test_a_story_blends_queries_and_mixes_features_through_a_replacement():
+    theirs = adapter(MODEL)
+    less = [{"query_blend": 0.0, "query_blend_end": 0.0}, {"feature_injection": 0.0}]
+    told = [pictures(story(theirs, **how), (0, 1)) for how in ({}, *less)]
+    assert all(differs(told[0], other) > FELT for other in told[1:]) and differs(told[0], pictures(theirs, (0, 1), steps=MOMENTS)) > FELT
+
+
+# where ours cannot be read ---------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_without_keys_is_refused_in_words():
+    """Layered diffusion and IP-Adapter crash on it; whoever reads nothing there is not concerned."""
+    for model in (inject(strangers.layered(MODEL), bank_of()), strangers.layered(inject(MODEL, bank_of()))):
+        with pytest.raises(ValueError, match="Layered in the place of the attention of block middle 0.*to_k.*Remove that node, or choose"):
+            sample(model)
+    decoder = strangers.layered(inject(MODEL, bank_of(), 2.0, blocks="decoder"))
+    assert differs(sample(decoder), sample(strangers.layered(MODEL))) > FELT
+    assert differs(sample(concept(strangers.layered(MODEL), 2.0)), sample(strangers.layered(MODEL))) > FELT
+
+
+def test_a_key_does_not_depend_on_what_ran_before():
+    """The host leaves a model's objects in the shared network until another model runs."""
+    key = model_key(MODEL)
+    sample(strangers.layered(MODEL))
+    assert model_key(MODEL) == key == model_key(strangers.layered(MODEL)) and "Layered" in str(MODEL.model.diffusion_model.middle_block)
+
+
+def test_a_block_that_is_computed_past_the_host_is_said_once(caplog):
+    caplog.set_level("INFO")
+    silent = strangers.in_silence(inject(MODEL, bank_of(), 2.0))
+    blocks = "input 1, input 3, output"
+    assert differs(sample(silent), sample(inject(MODEL, bank_of(), 2.0, blocks=blocks))) < TIGHT  # the others are read
+    assert caplog.text.count("computes the self-attention of block middle 0 by itself") == 1
+    caplog.clear()
+    sample(strangers.in_silence(inject(MODEL, bank_of(), 2.0, blocks="decoder")))
+    sample(strangers.in_silence(concept(MODEL, 2.0)))
+    assert "by itself" not in caplog.text  # nothing should have been read there
+
+
+def test_pag_in_its_own_pass_is_said_once(caplog):
+    """Its perturbed pass has no self-attention in the middle, reference or not: as its authors mean it."""
+    caplog.set_level("INFO")
+    sample(PerturbedAttentionGuidance.execute(inject(MODEL, bank_of(), 2.0), 2.0)[0])
+    assert caplog.text.count("PAG does so in its own pass") == 1
+
+
+def test_a_kernel_that_refuses_masks_refuses_in_its_own_words():
+    """Ours needs a mask where a weight is not 1; at weight 1 none is asked for."""
+    with pytest.raises(RuntimeError, match="this kernel knows no masks"):
+        sample(inject(strangers.strict_kernel(MODEL, []), bank_of(), 2.0))
+    assert differs(sample(inject(strangers.strict_kernel(MODEL, []), bank_of(), 1.0)), sample(inject(MODEL, bank_of(), 1.0))) < TIGHT
