@@ -144,6 +144,8 @@ def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: 
     conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
     inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]))
     inner.read_conds(conds)
-    comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
-                                   _bare(run.model_options, inner, watched=True))
-    inner.close()
+    try:
+        comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
+                                       _bare(run.model_options, inner, watched=True))
+    finally:
+        inner.close()
