@@ -4,6 +4,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import comfy.clip_vision
@@ -13,6 +14,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from networks import build_model
 from studio import TOWER, fingerprint, of_model, sample
 
@@ -183,6 +185,53 @@ def test_a_cancelled_run_keeps_what_it_learned_and_goes_on_as_if_it_had_not_stop
     assert (folder / "new.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
     train(steps=4)  # nothing is left to do: the encoder comes from the state
     assert seen.losses == whole
+
+
+@contextmanager
+def at_pass(number, act):
+    """`act` at the beginning of UNet pass `number` of whatever trains; yields the passes begun."""
+    begun, forward = [], UNetModel.forward
+
+    def counted(self, *args, **kwargs):
+        begun.append(1)
+        if len(begun) == number:
+            act()
+        return forward(self, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNetModel, "forward", counted)
+        yield begun
+
+
+def starve():
+    raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@LAW("fault", ["interrupt", "memory"])
+def test_stopped_at_any_unet_call_of_any_step_it_goes_on_as_if_it_had_not_been(world, train, seen, folder, fault):
+    """Two batches to a step: in the middle of one, nothing of it is learned. An interrupt saves, running out of memory keeps what was."""
+    how = {"steps": 3, "accumulate": 2, "batch": 1, "save_every": 1 if fault == "memory" else 250}
+    act, error = ((comfy.model_management.interrupt_current_processing, comfy.model_management.InterruptProcessingException)
+                  if fault == "interrupt" else (starve, comfy.model_management.OOM_EXCEPTION))
+    with at_pass(0, None) as begun:
+        train(save_name="whole", **how)
+    assert len(begun) == 6
+    losses, before = list(seen.losses), of_model(world["model"])
+    for number in range(1, 7):
+        seen.refs.clear()
+        with at_pass(number, act), pytest.raises(error):
+            train(**how)
+        gc.collect()
+        assert seen.refs and not [r() for r in seen.refs if r() is not None], number
+        assert not comfy.model_management.in_training and not comfy.model_management.processing_interrupted()
+        done = (number - 1) // 2
+        assert sorted(p.name for p in folder.glob("new*")) == ["new.safetensors", "new.training"] * (done > 0), number
+        assert not done or load_concept_encoder(folder / "new.safetensors").config.training["steps"] == done
+        train(**how)
+        assert seen.losses == losses and of_model(world["model"]) == before, number
+        assert (folder / "new.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes(), number
+        for name in ("new.safetensors", "new.training"):
+            (folder / name).unlink()
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_cancelled_before_the_first_step_nothing_is_saved(train, folder):
