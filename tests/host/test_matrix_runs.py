@@ -90,6 +90,32 @@ def test_rows_together_draw_and_leave_nothing(rows, column, before):
     assert torch.equal(again, none) and state_again == state
 
 
+def keep_an_injection(held: list) -> None:
+    held.append(NODES[STORY](MODEL, Setting()))
+
+
+def change_the_model(held: list) -> None:
+    MODEL.model_options["of a test"] = 1
+
+
+def change_the_plain_picture(held: list) -> None:
+    MODEL.model.model_sampling.sigma_data = 1.5
+
+
+@pytest.mark.parametrize("left", [keep_an_injection, change_the_model, change_the_plain_picture])
+def test_what_every_cell_goes_through_sees_what_is_left(left, before):
+    """An object of the pack, an entry in the MODEL's options, and something of the host that only shows in a plain picture."""
+    held, data = [], MODEL.model.model_sampling.sigma_data
+    try:
+        with pytest.raises(AssertionError), leaving_nothing(before):
+            left(held)
+    finally:
+        MODEL.model_options.pop("of a test", None)
+        MODEL.model.model_sampling.sigma_data = data
+    with leaving_nothing(before):
+        pass
+
+
 # what makes references, and what it refuses ------------------------------------------------------------------------------------
 
 
