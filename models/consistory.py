@@ -83,9 +83,9 @@ class Schedule:
         """Steps of the first of two stages: as far as the features that pictures are compared by, or in the official order all."""
         return len(self.sigmas) if self.settings.official else self.step(self.features_at) + 1
 
-    def calls(self, known: bool) -> int:
-        """Passes of the UNet in this run, of a sampler that asks once a step (performance.md 1.5); known: the subject at the first."""
-        steps, shares = range(len(self.sigmas)), self.settings.weight and self.settings.dropout < 1
+    def calls(self, known: bool, steps: int) -> int:
+        """Passes of the UNet in so many steps of a sampler that asks once a step (performance.md 1.5); known: the subject at the first."""
+        steps, shares = range(steps), self.settings.weight and self.settings.dropout < 1
         twice = self.first_injection is not None
         asked = [*steps[:self.first_stage], *steps[self.step(self.first_injection):]] if twice else steps
         return sum(1 + bool(shares and (known or i) and self.blend(self.sigmas[i])) for i in asked)

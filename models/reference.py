@@ -52,6 +52,10 @@ class Keeps(str, Enum):
     HIDDEN = "hidden states"
     KEYS_VALUES = "keys and values"  # twice the memory
 
+    def projects(self, size: float) -> bool:
+        """Whether hidden states of so many bytes are kept as keys and values."""
+        return self is Keeps.KEYS_VALUES or self is Keeps.AUTO and 2 * size <= KEYS_VALUES_UP_TO
+
 
 @dataclass(frozen=True)
 class SubjectTokens:
@@ -263,8 +267,9 @@ class RowReader:
     Samplers go from noise to picture, so the next row is the one before; another one that is asked for is copied then.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, pins: bool = True) -> None:
+        """pins: rows may be put into pinned memory first; else, or where there is none left, the host waits for each copy."""
+        self.device, self.pins = device, pins
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[tuple[int, int], tuple[Tensor, torch.cuda.Event]] = {}
 
@@ -283,11 +288,20 @@ class RowReader:
         return row
 
     def _begin(self, rows: Tensor | Sequence[Tensor], step: int) -> None:
-        """One copy of a pinned row: of a pageable one the host would wait."""
         row = rows[step]
         with torch.cuda.stream(self._stream):
-            far = (row if row.is_pinned() else row.pin_memory()).to(self.device, non_blocking=True)
+            far = self._pinned(row).to(self.device, non_blocking=True)
             self._ahead[id(rows), step] = far, self._stream.record_event()
+
+
+    def _pinned(self, row: Tensor) -> Tensor:
+        if not self.pins or row.is_pinned():
+            return row
+        try:
+            return row.pin_memory()
+        except RuntimeError:  # systems bound how much there may be
+            self.pins = False
+            return row
 
 
 Project = Callable[[BlockId, Tensor], Tensor]  # tokens [l c] of a block, in host memory -> its keys and values side by side
@@ -315,9 +329,9 @@ class BankBuilder:
         if self.masks is not None:
             tokens = {block: kept_of(block, grids[block], t, self._positions(grids[block], t.device)) for block, t in tokens.items()}
         if not self._steps and (total := sum(t.numel() * t.element_size() for t in tokens.values()) * steps) > LARGE:
-            log.warning("Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, a smaller token share%s or "
-                        "precision float16 need less.", total / 1e9, *(("", "") if self.masks else (" until the mask is known",
-                                                                                                    ", a wired mask")))
+            when, less = ("", "a smaller token_share") if self.masks else (" until the mask is known", "a wired mask")
+            log.warning("Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, %s or precision float16 need "
+                        "less.", total / 1e9, when, less)
         self._steps[half, step] = {b: t.to("cpu", self.precision or t.dtype, copy=True) for b, t in tokens.items()}
 
     def _positions(self, grid: Grid, device: torch.device) -> Tensor:
@@ -333,16 +347,18 @@ class BankBuilder:
         layers = tuple(Layer(block, grids[block], tokens.shape[-1]) for block, tokens in first.items())
         bank = ReferenceBank(trajectory, prompts, layers, masks, {}, model_key, maps, share=self.share)
         size = sum(len(bank.kept[layer.grid]) * layer.channels * first[layer.block].element_size() for layer in layers) * len(self._steps)
-        if self.keeps is Keeps.HIDDEN or self.keeps is Keeps.AUTO and 2 * size > KEYS_VALUES_UP_TO:
+        if not self.keeps.projects(size):
             project = None
         features, widths = {}, {}
         for half in dict.fromkeys(h for h, _ in self._steps):
-            rows = []
-            for step in sorted(s for h, s in self._steps if h is half):
+            steps = sorted(s for h, s in self._steps if h is half)
+            for i, step in enumerate(steps):
                 full = self._steps.pop((half, step))
                 row = {b: t if project is None else project(b, t).to(t)
                        for b, t in (full if self.masks is not None else bank.keep(full)).items()}
                 widths = {b: t.shape[-1] for b, t in row.items()}
-                rows.append(torch.cat([t.flatten() for t in row.values()]))
-            features[half] = torch.stack(rows)
+                whole = torch.cat([t.flatten() for t in row.values()])
+                if not i:
+                    features[half] = whole.new_empty(len(steps), len(whole))
+                features[half][i] = whole
         return replace(bank, layers=tuple(replace(layer, channels=widths[layer.block]) for layer in layers), features=features)

@@ -156,8 +156,9 @@ class StoryInjection:
                       None if self.masks is None else self.masks.cpu(), self.recorder)
         if self.recorder:
             self.recorder.count = story.anchor_count
-        plain, calls = len(run.sigmas), schedule.calls(self.masks is not None or self.bank is not None)
-        log.info("%s: %d pictures in %d calls of the UNet where the plain run has %d (%.2f times); up to %.1f MB beside it.", STORY,
+        plain, calls = run.steps, schedule.calls(self.masks is not None or self.bank is not None, run.steps)
+        log.info("%s: %d pictures in %d calls of the UNet where the plain run has %d (%.2f times; of samplers that ask once a step); up to "
+                 "%.1f MB beside it.", STORY,
                  run.pictures, calls, plain, calls / plain,
                  self.held(run.guider.model_patcher, (run.pictures, 0, *run.latent)) / 1e6)
         return story

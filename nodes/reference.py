@@ -177,6 +177,7 @@ class RefUNetCapture(io.ComfyNode):
                                   project)
         calls = len(down) - 1 + (inversion is None)
         held = len(prompts) * (len(down) - 1) * bytes_of_step(sites, grids, masks, shape[0], token_share, halved or host.computes_in(model))
+        held *= 2 if masks is not None and Keeps(keeps).projects(held) else 1
         log.info("%s: reads the photo in %d calls of the UNet; its features take %.1f MB of main memory%s.", CAPTURE, calls, held / 1e6,
                  " until the mask is known" if masks is None else "")
         bank = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), read, recorder, calls,

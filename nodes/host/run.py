@@ -11,9 +11,10 @@ import comfy.model_patcher
 import comfy.model_sampling
 import nodes
 import torch
+from comfy.cli_args import args
 from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch, optimized_attention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_all_wrappers
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from ...models.injection import ActiveInjection, PassEnds, Run
 from ...models.reference import BlockId, Half, RowReader, block_name
 from ...models.story import QueryRecorder, Story
 from .model import KEY, Conditioning, attention_sites, log
-from .stages import Stages
+from .stages import Stages, begin_keyframes
 
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
@@ -47,6 +48,7 @@ class SamplerRun(Run):
     ways: set[str] = field(default_factory=set)  # cached, live: each is logged once
     pictures: int = 0  # in the sampled batch
     sigmas: tuple[float, ...] = ()  # of this sampler run, descending, without the last 0
+    steps: int = 0
     story: Story | None = None
     rows: RowReader | None = None  # of the banks that this run reads
     foreseen: Foreseen | None = None
@@ -54,16 +56,16 @@ class SamplerRun(Run):
     def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
-        self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.tolist() if s > 0)
+        self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if s > 0)  # latents are float32, and so is what is asked
+        self.steps = len(sigmas) - 1
         self.sites = attention_sites(guider.inner_model.diffusion_model)
         self.read_conds(guider.conds)
-        self.rows = RowReader(self.device_and_dtype[0])
+        self.rows = RowReader(self.device_and_dtype[0], pins=not args.disable_pinned_memory)
         self.active = [active for injection in self.injections if (active := injection.start_run(self)) is not None]
         stories = [active for active in self.active if isinstance(active, Story)]
         self.watchers = [w for w in self.watchers if w is not self.story] + stories
         self.story = next(iter(stories), None)
-        if self.story:
-            self.stages = Stages(self.story)
+        self.stages = Stages(self.story) if self.story else None
 
     def timesteps(self) -> tuple[float, ...]:
         """The model's own timestep, 0 to 999, at each of the run's sigmas."""
@@ -267,12 +269,13 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     def whole(options: dict[str, Any]) -> Tensor:
         run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
         sample = run.stages.sample if run.stages else _in_one_stage
-        run.foreseen = _foresees(run, executor.class_obj, sigmas) if options is not extra_args else None
+        run.foreseen = _foresees(run, executor.class_obj) if options is not extra_args else None
         return sample(executor, guider, sigmas, options, callback, noise, *args, **kwargs)
     out = whole(dict(extra_args))
     if run.foreseen is None or run.foreseen.right:
         return out
-    log.info("Kindred: another node asks the model for noise levels of its own, so the picture is made again with those.")
+    log.info("Kindred: the model was asked for other noise levels than the sampler's, so the picture is made again with those.")
+    begin_keyframes(guider)
     return whole(extra_args)
 
 
@@ -302,12 +305,15 @@ class Foreseen:
         return not self.asked or torch.cat(self.asked).tolist() == self.told
 
 
-def _foresees(run: SamplerRun, sampler: Any, sigmas: Tensor) -> Foreseen | None:
-    """None where only the question itself tells its noise level."""
+def _foresees(run: SamplerRun, sampler: Any) -> Foreseen | None:
+    """None where only the question itself tells its noise level, or another node may stand between the sampler and us."""
     story = run.story and (run.story.stage or run.story.recorder)  # stages compare each question with the last run's anyway
-    if story or getattr(sampler, "sampler_function", None) not in _IN_ORDER or getattr(sampler, "extra_options", {}).get("s_churn"):
+    known = any(getattr(sampler, "sampler_function", None) is f for f in _IN_ORDER)
+    if story or not known or getattr(sampler, "extra_options", {}).get("s_churn"):
         return None
-    return Foreseen([s for s in reversed(sigmas.tolist()) if s > 0])
+    between = [w for kind in (WrappersMP.PREDICT_NOISE, WrappersMP.SAMPLER_SAMPLE)
+               for w in get_all_wrappers(kind, run.model_options, is_model_options=True) if w not in (_predict_noise, _sampler_sample)]
+    return None if between else Foreseen(list(reversed(run.sigmas)))
 
 
 def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:

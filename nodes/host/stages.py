@@ -16,6 +16,13 @@ class _FirstStageDone(Exception):
     """Leaves the host's sampler where the first stage needs no more of it."""
 
 
+def begin_keyframes(guider: Any) -> None:
+    """Those of hooks only move forward, and a sampler that ran before has moved them."""
+    for cond in (cond for conds in guider.conds.values() for cond in conds if cond.get("hooks")):
+        for hook in cond["hooks"].hooks:
+            hook.initialize_timesteps(guider.inner_model)
+
+
 @dataclass
 class Stages:
     """The sampler runs again from the same noise; until the first injection it is handed the first stage's answers.
@@ -47,9 +54,7 @@ class Stages:
             except _FirstStageDone:
                 pass
         story.begin_second_stage()
-        for cond in (cond for conds in guider.conds.values() for cond in conds if cond.get("hooks")):
-            for hook in cond["hooks"].hooks:  # their keyframes only move forward, and the first stage has moved them
-                hook.initialize_timesteps(guider.inner_model)
+        begin_keyframes(guider)
         self._replaying = True
         out = executor(guider, sigmas, extra_args, told(first), noise, latent_image, denoise_mask, disable_pbar, **kwargs)
         story.finish()

@@ -5,7 +5,7 @@ import logging
 from functools import partial
 
 import comfy.model_management
-import comfy.sampler_helpers
+import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -64,7 +64,7 @@ def test_samplers_that_ask_otherwise_are_read(sampler, reads):
 
 
 def stranger(model, times: float):
-    """Another pack's wrapper that asks twice, the second time at a noise level of its own."""
+    """Another pack's wrapper that asks twice, the first time at a noise level of its own."""
     model = model.clone()
 
     def twice(executor, x, timestep, options, seed):
@@ -77,28 +77,65 @@ def stranger(model, times: float):
 @LAW("patched", [lambda m: inject(m, bank_of()), lambda m: inject(concept(m), bank_of()), lambda m: story(m, feature_injection=0.0)],
      ids=["self", "both", "story"])
 @LAW("theirs_first", [True, False])
-def test_who_asks_for_levels_of_its_own_gets_the_picture_of_those(patched, theirs_first, reads, monkeypatch, caplog):
-    """The guess is checked after the run, and the picture made again where it was wrong."""
-    caplog.set_level(logging.INFO)
+def test_beside_another_wrapper_every_level_is_read(patched, theirs_first, reads, monkeypatch):
+    """It may ask for levels of its own, or leave some out as LazyCache does, and keep a state of its own."""
     model = patched(stranger(MODEL, 0.9)) if theirs_first else stranger(patched(MODEL), 0.9)
     how = {"start_step": 0, "last_step": 3}
     before = reads["runs"]
     found = pictures(model, **how)
-    asked, again = reads["runs"] - before, "made again" in caplog.text
+    assert reads == {"foreseen": 0, "runs": before + 1}
     read_each(monkeypatch)
     assert torch.equal(found, pictures(model, **how))
-    assert (asked, again) == ((2, True) if theirs_first else (1, False))  # whoever is behind us asks the model, not us
+
+
+@LAW("start", [0.0, 0.15])
+def test_a_cache_that_skips_steps_is_never_run_twice(start, reads):
+    from comfy_extras.nodes_easycache import LazyCacheNode
+    cached = LazyCacheNode.execute(MODEL, reuse_threshold=1.0, start_percent=start, end_percent=0.95, verbose=False).result[0]
+    model, before = inject(cached, bank_of()), reads["runs"]
+    assert torch.isfinite(sample(model, steps=10)).all() and reads == {"foreseen": 0, "runs": before + 1}
+
+
+class Twice(comfy.samplers.CFGGuider):
+    """A guider of another pack, past all wrappers: it asks twice, the first time at a noise level of its own."""
+
+    def __call__(self, x, timestep, *args, **kwargs):
+        super().__call__(x, timestep * 0.9, *args, **kwargs)
+        return super().__call__(x, timestep, *args, **kwargs)
+
+
+def guided(model, guider=comfy.samplers.CFGGuider, sigmas=None, sampler=None):
+    asks = guider(model)
+    asks.set_conds(prompt(), negative())
+    asks.set_cfg(4.0)
+    with torch.inference_mode():
+        return asks.sample(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 4, 8, 8),
+                           sampler or comfy.samplers.ksampler("euler"), bank_of().trajectory.sigmas.flip(0) if sigmas is None else sigmas,
+                           seed=1)
+
+
+@LAW("patched", [lambda m: inject(m, bank_of()), lambda m: inject(concept(m), bank_of())], ids=["self", "both"])
+def test_who_asks_for_levels_of_its_own_gets_the_picture_of_those(patched, reads, monkeypatch, caplog):
+    """The guess is checked after the run, and the picture made again where it was wrong; keyframes of hooks begin again."""
+    caplog.set_level(logging.INFO)
+    began, model = [], patched(MODEL)
+    monkeypatch.setattr(host_run, "begin_keyframes", began.append)
+    before = reads["runs"]
+    found = guided(model, Twice)
+    assert reads["runs"] == before + 2 and "made again" in caplog.text and len(began) == 1
+    read_each(monkeypatch)
+    assert torch.equal(found, guided(model, Twice))
+
+
+def test_sigmas_of_any_precision_are_asked_for_once(reads):
+    sigmas = bank_of().trajectory.sigmas.flip(0)
+    model, before = inject(MODEL, bank_of()), reads["runs"]
+    single, double = (guided(model, sigmas=sigmas.to(kind)) for kind in (torch.float32, torch.float64))
+    assert reads == {"foreseen": 2 * (len(sigmas) - 1), "runs": before + 2} and differs(double, single) < EXACT
 
 
 def test_a_churned_sampler_is_read(reads):
-    from comfy.samplers import ksampler
-    model, sigmas = inject(MODEL, bank_of()), bank_of().trajectory.sigmas.flip(0)
-    from comfy_extras.nodes_custom_sampler import Guider_Basic
-    guider = Guider_Basic(model)
-    guider.set_conds(prompt())
-    with torch.inference_mode():
-        out = guider.sample(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 4, 8, 8),
-                            ksampler("euler", {"s_churn": 2.0}), sigmas, seed=1)
+    out = guided(inject(MODEL, bank_of()), sampler=comfy.samplers.ksampler("euler", {"s_churn": 2.0}))
     assert torch.isfinite(out).all() and reads["foreseen"] == 0
 
 

@@ -73,6 +73,19 @@ def test_a_wrong_guess_is_dropped_and_the_right_row_read(cuda) -> None:
     assert torch.equal(reader(ROWS, 0), ROWS[0]) and torch.equal(reader(ROWS, 3), ROWS[3]) and len(reader._ahead) == 1
 
 
+def test_where_no_memory_can_be_pinned_rows_come_all_the_same(cuda, monkeypatch) -> None:
+    tried = []
+
+    def full(self):
+        tried.append(self)
+        raise RuntimeError("CUDA error: out of memory")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", full)
+    for reader in (RowReader(torch.device("cuda:0")), RowReader(torch.device("cuda:0"), pins=False)):
+        for i in (3, 2, 1):
+            assert torch.equal(reader(ROWS, i), ROWS[i])
+    assert len(tried) == 1
+
+
 def test_two_banks_do_not_take_each_others_rows(cuda) -> None:
     reader, others = RowReader(torch.device("cuda:0")), [torch.full((3,), float(i)) for i in range(4)]
     for i in (3, 2, 1, 0):
