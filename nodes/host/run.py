@@ -56,7 +56,7 @@ class SamplerRun(Run):
     def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
-        self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if s > 0)  # latents are float32, and so is what is asked
+        self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if s > 0)  # float32, as latents are
         self.steps = len(sigmas) - 1
         self.sites = attention_sites(guider.inner_model.diffusion_model)
         self.read_conds(guider.conds)
