@@ -105,7 +105,8 @@ class AnchorRecorder:
         row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
         if row is None:
             raise ValueError(f"ConsiStory Anchor Sampler: at sigma {sigma:.4g} no whole picture passed through the model, so there is "
-                             "nothing to keep of the anchors. Remove what crops or skips its calls (area prompts alone, EasyCache).")
+                             "nothing to keep of the anchors. Remove what crops or skips its calls: a timestep range of the positive "
+                             "prompt, area prompts alone, EasyCache.")
         return row
 
     def _joined(self, row: Row, half: Half) -> Tensor:

@@ -86,10 +86,10 @@ class RefUNetCapture(io.ComfyNode):
                 io.Combo.Input("precision", options=["as computed", "float16"], default="as computed", advanced=True,
                                tooltip="How the features are stored in memory. float16 halves the memory of a model that computes in "
                                        "float32."),
-                io.Combo.Input("keeps", options=[k.value for k in Keeps], default=Keeps.AUTO.value, advanced=True,
+                io.Combo.Input("keeps", options=[k.value for k in Keeps], default=Keeps.AUTO.value, optional=True, advanced=True,
                                tooltip="What is held of each token. keys and values make every later step a little faster and take "
                                        "twice the memory of hidden states; automatic takes them up to 1 GB."),
-                io.Float.Input("token_share", default=1.0, min=0.05, max=1.0, step=0.05, advanced=True,
+                io.Float.Input("token_share", default=1.0, min=0.05, max=1.0, step=0.05, optional=True, advanced=True,
                                tooltip="How much of the subject's tokens is kept, evenly spread: less takes less memory and time, and "
                                        "those that are kept speak the louder."),
                 host.Inversion.Input("inversion", optional=True, tooltip="From DDIM Invert: its latents are read, one call per step."),

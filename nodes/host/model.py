@@ -149,8 +149,8 @@ def computes_in(model: ModelPatcher) -> torch.dtype:
 
 def token_sizes(model: ModelPatcher, latent: Sequence[int]) -> dict[BlockId, tuple[int, int]]:
     """Tokens of one picture and their channels in every self-attention layer; latent: its size (y, x) in cells."""
-    return {block: (math.prod(grid_of(tuple(latent), site.divisor)), site.module.attn1.to_k.out_features)
-            for block, site in attention_sites(model.model.diffusion_model).items()}
+    return {block: (math.prod(grid_of(tuple(latent), site.divisor)), getattr(getattr(site.module.attn1, "to_k", None), "out_features", 0))
+            for block, site in attention_sites(model.model.diffusion_model).items()}  # 0: another node's layer, refused where it is read
 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:

@@ -142,7 +142,7 @@ def test_anchors_of_samplers_that_choose_their_own_noise_levels(sampler):
 
 
 @pytest.mark.parametrize(("prompts", "said"), [("area alone", "no whole picture passed through the model.*Remove"),
-                                               ("late alone", "the positive prompt was not sampled.*Remove the timestep range")])
+                                               ("late alone", "no whole picture passed through the model.*Remove.* a timestep range")])
 def test_anchors_need_their_prompt_at_every_step_and_for_the_whole_picture(prompts, said):
     """Known only once the sampler has run."""
     s = Setting(prompts=prompts)
