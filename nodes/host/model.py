@@ -129,15 +129,17 @@ def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> No
 def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
     """A file may name any model; ValueError where the reference's layers, text or latents are not this one's."""
     sites = attention_sites(model.model.diffusion_model)
+    own = {block: (site.module.attn1.to_k, site.module.attn2.to_k) for block, site in sites.items()
+           if hasattr(site.module.attn1, "to_k") and hasattr(site.module.attn2, "to_k")}  # else another node's, refused where it is read
     for layer in bank.layers:
-        attn = sites[layer.block].module.attn1 if layer.block in sites else None
-        widths = (attn.to_k.in_features, 2 * attn.to_k.out_features) if attn is not None else ("none",)  # hidden states; keys and values
-        if layer.channels not in widths:
+        to_k = own[layer.block][0] if layer.block in own else None
+        widths = (to_k.in_features, 2 * to_k.out_features) if to_k is not None else ("none",)  # hidden states; keys and values
+        if layer.channels not in widths and (layer.block in own or layer.block not in sites):
             raise ValueError(f"{node}: the reference has {layer.channels} channels in {block_name(layer.block)}, but the model given has "
                              f"{' or '.join(map(str, widths))}, though both are called {bank.model_key}. Make the reference again.")
-    wanted = model.get_model_object("latent_format").latent_channels, next(iter(sites.values())).module.attn2.to_k.in_features
+    wanted = model.get_model_object("latent_format").latent_channels, next((k.in_features for _, k in own.values()), None)
     found = {(bank.trajectory.latents.shape[2], prompt.cross.shape[-1]) for prompt in bank.prompts.values()}
-    if found != {wanted}:
+    if own and found != {wanted}:
         raise ValueError(f"{node}: the reference has (latent channels, text width) {sorted(found)}, but the model given has {wanted}, "
                          f"though both are called {bank.model_key}. Make the reference again.")
 
