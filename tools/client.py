@@ -204,13 +204,14 @@ class Client:
 
     def run(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None, timeout: float = 900) -> dict[str, Any]:
         """Queue, follow to the end and return node id -> outputs. NodeFailed, PromptRefused, Interrupted, HostError."""
+        listener = Client(self.url, self.headers)  # an id of its own: the host forgets an id, newer lines too, whenever a line of it closes
         with contextlib.ExitStack() as stack:
             try:  # listen before queueing, or the first messages are lost
-                line = self.websocket()
+                line = listener.websocket()
                 stack.callback(line.close)
             except OSError:
                 line = None
-            prompt_id = self.queue(prompt)
+            prompt_id = listener.queue(prompt)
             for message in self._messages(line, prompt_id, timeout):
                 kind, data = message["type"], message.get("data", {})
                 if data.get("prompt_id") != prompt_id or on_progress is None:

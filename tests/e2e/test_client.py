@@ -1,5 +1,6 @@
 """The API client against the real host, with the host's own nodes only."""
 import struct
+import time
 import zlib
 
 import pytest
@@ -61,6 +62,22 @@ def test_without_a_websocket_it_polls(client, monkeypatch):
     outputs = client.run({"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 7}},
                           "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}, timeout=60)
     assert outputs["2"]["images"]
+
+
+def test_a_line_that_closes_late_takes_no_progress_from_a_newer_one(client):
+    """The host drops whatever line an id has when one of that id closes, as the last run's does while the next one starts."""
+    late, seen = client.websocket(), []
+
+    def hang_up(progress: Progress) -> None:
+        if not seen:
+            late.close()
+            time.sleep(0.5)
+        seen.append(progress)
+    slow = {"class_type": "ImageScale", "inputs": {"upscale_method": "lanczos", "width": 4096, "height": 4096, "crop": "disabled"}}
+    chain = {str(key): slow | {"inputs": slow["inputs"] | {"image": [str(key - 1), 0], "width": 4096 - key}} for key in range(2, 8)}
+    client.run({"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 9}}, **chain,
+                "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}}, hang_up, timeout=120)
+    assert {"7", "8"} <= {progress.node for progress in seen}
 
 
 def test_no_server_is_a_sentence():
