@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +15,11 @@ from ..models import inversion as method
 from ..models.attention import SELF_ODDS, ReferenceTokens, WeightMode, dial
 from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask, grid_of, map_blocks
 from ..models.inversion import InversionTrajectory
-from ..models.masks import resize_user_mask, union_of_first
+from ..models.masks import Threshold, resize_user_mask, union_of_first
 from ..models.overlay import draw_masks
 from ..models.reference import (
-    BankBuilder, BlockId, Grid, Half, Halves, Keeps, ReferenceBank, block_name, keys_values, select_blocks, thinned,
+    BankBuilder, BlockId, Grid, Half, Halves, Keeps, ReferenceBank, ReferencePrompt, block_name, keys_values,
+    select_blocks, thinned,
 )
 from . import host
 
@@ -41,8 +42,8 @@ def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], None]) ->
 
 
 def one_pass_loop(z0: Tensor, down: Tensor, prompt: str, key: str, name: str, keep: Callable[[int], None]) -> host.Loop:
-    """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the generation will ask for (performance.md "
-      "1.2)."""
+    """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the generation will ask for (performance.md
+    1.2)."""
     def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> InversionTrajectory:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)
@@ -52,6 +53,60 @@ def one_pass_loop(z0: Tensor, down: Tensor, prompt: str, key: str, name: str, ke
         latents = method.ddim_invert(denoise, z0.to(device), up, label="source", evaluate_last=True, on_step=step)
         return InversionTrajectory(up, latents.cpu(), "ddim, one pass", prompt, key, name)
     return loop
+
+
+@dataclass
+class RefUNetPass:
+    """The Ref-UNet's pass over a photo: its tokens of every step, the subject's mask from its words' maps, and the bank made of both."""
+    sites: Mapping[BlockId, BlockSite]
+    grids: Mapping[BlockId, Grid]  # of the blocks that are kept
+    whole: Grid  # [y x] of the latent
+    prompts: Mapping[Half, ReferencePrompt]
+    steps: int
+    recorder: Recorder
+    builder: BankBuilder  # with the masks, where they are wired; else they are found
+    threshold: Threshold
+    mask_steps: int  # tau
+    maps: dict[int, Tensor] = field(default_factory=dict)  # [r y x] per step; none where the masks are wired
+
+    def keep(self, i: int) -> None:
+        """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0."""
+        for half in self.prompts:
+            self.builder.add(half, i - 1, self.recorder.of(half), len(self.prompts) * self.steps, self.grids)
+        if self.builder.masks is None:
+            found = self.recorder.word_map()
+            if found is None:
+                raise ValueError(f"{CAPTURE}: another node replaces the cross-attention of "
+                                 f"{', '.join(map(block_name, self.recorder.map_blocks))}, "
+                                 "so the subject's word cannot be followed there. Wire a mask, or put that node behind this one.")
+            self.maps[i] = found.cpu()
+
+    def found_masks(self) -> dict[Grid, Tensor]:
+        """bool [r y x] per grid: where the subject's words light up in the noisiest steps, eq. (4), (5)."""
+        noisiest_first = [self.maps[i] for i in sorted(self.maps, reverse=True)]
+        masks = {grid: union_of_first(noisiest_first, self.mask_steps, self.threshold, grid) for grid in {*self.grids.values(), self.whole}}
+        words = ", ".join(map(repr, self.prompts[Half.COND].subject.words))
+        check_masks(masks[self.whole], f"{words} lights up nowhere. Describe what the photo shows, or wire a mask.")
+        return masks
+
+    def finish(self, trajectory: InversionTrajectory, key: str, device: torch.device) -> ReferenceBank:
+        """The bank, once every step is kept and while the model is still loaded."""
+        masks = self.found_masks() if self.builder.masks is None else self.builder.masks
+        computed = next(iter(self.recorder.tokens.values())).dtype
+
+        def project(block: BlockId, tokens: Tensor) -> Tensor:
+            return torch.cat(keys_values(self.sites[block].module.attn1, tokens.to(device, computed)), -1).cpu()
+        maps = torch.stack([self.maps[i] for i in sorted(self.maps)]) if self.maps else None
+        return self.builder.finish(self.grids, masks, trajectory, self.prompts, key, maps, project)
+
+    def bytes_held(self, pictures: int, dtype: torch.dtype) -> int:
+        """Of main memory while the pass runs: of all hidden states, or of what is kept where the masks are wired."""
+        masks, keeps = self.builder.masks, self.builder.keeps
+        tokens = {grid: pictures * math.prod(grid) if masks is None else
+                  len(thinned(masks[grid].flatten().nonzero().squeeze(1), self.builder.share)) for grid in self.grids.values()}
+        step = sum(tokens[grid] * self.sites[block].module.attn1.to_k.in_features for block, grid in self.grids.items()) * dtype.itemsize
+        held = len(self.prompts) * self.steps * step
+        return held * 2 if masks is not None and keeps.projects(held) else held
 
 
 class RefUNetCapture(io.ComfyNode):
@@ -131,72 +186,48 @@ class RefUNetCapture(io.ComfyNode):
             down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
             z0 = host.latent_in(model, latent["samples"], CAPTURE)
             shape = z0.shape
-        prompts = {Half.COND: host.read_prompt(positive, "positive", CAPTURE, shape[0])}
-        if negative is not None:
-            prompts[Half.UNCOND] = host.read_prompt(negative, "negative", CAPTURE, shape[0])
-        if mask is None and prompts[Half.COND].subject is None:
-            raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
-                             f"mask is wired. "
-                             "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject.")
+        prompts = read_prompts(positive, negative, shape[0], masked=mask is not None)
         whole = tuple(shape[2:])
         grids = {block: grid_of(whole, sites[block].divisor) for block in wanted}
         masks = None if mask is None else user_masks(mask, shape[0], {*grids.values(), whole})
         recorder = Recorder(wanted, () if masks else map_blocks(mask_blocks, sites, CAPTURE), prompts[Half.COND])
-        halved = torch.float16 if precision == "float16" else None
-        builder, maps = BankBuilder(halved, masks, token_share, Keeps(keeps)), {}
-
-        def keep(i: int) -> None:
-            for half in prompts:
-                builder.add(half, i - 1, recorder.of(half), len(prompts) * (len(down) - 1), grids)
-            if masks is None:
-                found = recorder.word_map()
-                if found is None:
-                    raise ValueError(f"{CAPTURE}: another node replaces the cross-attention of "
-                                     f"{', '.join(map(block_name, recorder.map_blocks))}, "
-                                     "so the subject's word cannot be followed there. Wire a mask, or put that node behind this one.")
-                maps[i] = found.cpu()
+        builder = BankBuilder(torch.float16 if precision == "float16" else None, masks, token_share, Keeps(keeps))
+        reading = RefUNetPass(sites, grids, whole, prompts, len(down) - 1, recorder, builder,
+                              OTSU if mask_threshold == OTSU else mask_value, mask_steps)
         if inversion is not None:
-            loop = replay_loop(inversion, keep)
+            loop = replay_loop(inversion, reading.keep)
         else:
-            loop = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, keep)
+            loop = one_pass_loop(z0, down, prompts[Half.COND].text, key, name, reading.keep)
 
         def read(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> ReferenceBank:
             """The whole pass, and what needs the loaded model after it."""
-            trajectory, found = loop(denoise, device, progress), masks
-            if found is None:
-                noisiest_first = [maps[i] for i in sorted(maps, reverse=True)]
-                threshold = OTSU if mask_threshold == OTSU else mask_value
-                found = {grid: union_of_first(noisiest_first, mask_steps, threshold, grid) for grid in {*grids.values(), whole}}
-                words = ", ".join(map(repr, prompts[Half.COND].subject.words))
-                check_masks(found[whole], f"{words} lights up nowhere. Describe what the photo shows, or wire a mask.")
-            computed = next(iter(recorder.tokens.values())).dtype
-
-            def project(block: BlockId, tokens: Tensor) -> Tensor:
-                return torch.cat(keys_values(sites[block].module.attn1, tokens.to(device, computed)), -1).cpu()
-            return builder.finish(grids, found, trajectory, prompts, key, torch.stack([maps[i] for i in sorted(maps)]) if maps else None,
-                                  project)
+            return reading.finish(loop(denoise, device, progress), key, device)
         calls = len(down) - 1 + (inversion is None)
-        held = len(prompts) * (len(down) - 1) * bytes_of_step(sites, grids, masks, shape[0], token_share, halved or host.computes_in(model))
-        held *= 2 if masks is not None and Keeps(keeps).projects(held) else 1
-        log.info("%s: reads the photo in %d calls of the UNet; its features take %.1f MB of main memory%s.", CAPTURE, calls, held / 1e6,
+        log.info("%s: reads the photo in %d calls of the UNet; its features take %.1f MB of main memory%s.", CAPTURE, calls,
+                 reading.bytes_held(shape[0], builder.precision or host.computes_in(model)) / 1e6,
                  " until the mask is known" if masks is None else "")
         bank = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), read, recorder, calls,
                                    ends_early=inversion is not None)
-        masks = bank.masks
+        found = bank.masks[whole]
         log.info("%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject", CAPTURE, bank.trajectory.schedule, len(bank.layers),
-                 bank.bytes / 1e6, 100 * bank.masks[whole].float().mean())
-        picture = masks[whole].float().repeat_interleave(8, 1).repeat_interleave(8, 2)
-        drawn = found_picture(host.rough_pictures(model, bank.trajectory.latents[0]), masks[whole], picture)
+                 bank.bytes / 1e6, 100 * found.float().mean())
+        picture = found.float().repeat_interleave(8, 1).repeat_interleave(8, 2)
+        drawn = found_picture(host.rough_pictures(model, bank.trajectory.latents[0]), found, picture)
         shown = ui.ImageSaveHelper.save_images(drawn, "kindred_subject", io.FolderType.temp, cls, compress_level=1)
         return io.NodeOutput(bank, picture, ui=ui.SavedImages(shown))
 
 
-def bytes_of_step(sites: Mapping[BlockId, BlockSite], grids: Mapping[BlockId, Grid], masks: Mapping[Grid, Tensor] | None, pictures: int,
-                  share: float, dtype: torch.dtype) -> int:
-    """Of the hidden states that one step of one half leaves while a pass runs; masks: where they are known before."""
-    kept = {grid: pictures * math.prod(grid) if masks is None else len(thinned(masks[grid].flatten().nonzero().squeeze(1), share))
-            for grid in grids.values()}
-    return sum(kept[grid] * sites[block].module.attn1.to_k.in_features for block, grid in grids.items()) * dtype.itemsize
+def read_prompts(positive: host.Conditioning, negative: host.Conditioning | None, pictures: int,
+                 masked: bool) -> dict[Half, ReferencePrompt]:
+    """The prompts of a pass; ValueError where positive marks no subject and no mask is wired that would show it."""
+    prompts = {Half.COND: host.read_prompt(positive, "positive", CAPTURE, pictures)}
+    if negative is not None:
+        prompts[Half.UNCOND] = host.read_prompt(negative, "negative", CAPTURE, pictures)
+    if not masked and prompts[Half.COND].subject is None:
+        raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
+                         f"mask is wired. "
+                         "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject.")
+    return prompts
 
 
 def found_picture(rough: Tensor | None, masks: Tensor, picture: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import comfy.k_diffusion.sampling
 import comfy.model_patcher
 import comfy.model_sampling
 import nodes
@@ -14,7 +13,7 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch, optimized_attention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_all_wrappers
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ...models.attention import FusedAttend
 from ...models.injection import ActiveInjection, PassEnds, Run
 from ...models.reference import BlockId, Half, RowReader, block_name
 from ...models.story import QueryRecorder, Story
+from .foresight import Foreseen, foresee
 from .model import KEY, Conditioning, attention_sites, log
 from .stages import Stages, begin_keyframes
 
@@ -269,7 +269,7 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     def whole(options: dict[str, Any]) -> Tensor:
         run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
         sample = run.stages.sample if run.stages else _in_one_stage
-        run.foreseen = _foresees(run, executor.class_obj) if options is not extra_args else None
+        run.foreseen = foresee(executor.class_obj, run.sigmas, run.story, run.model_options) if options is not extra_args else None
         return sample(executor, guider, sigmas, options, callback, noise, *args, **kwargs)
     out = whole(dict(extra_args))
     if run.foreseen is None or run.foreseen.right:
@@ -277,43 +277,6 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     log.info("Kindred: the model was asked for other noise levels than the sampler's, so the picture is made again with those.")
     begin_keyframes(guider)
     return whole(extra_args)
-
-
-# Their n-th question is at the n-th sigma, and what they draw they draw from their seed: comfy/k_diffusion/sampling.py
-_IN_ORDER = {getattr(comfy.k_diffusion.sampling, name, None) for name in (
-    "sample_euler", "sample_euler_ancestral", "sample_dpmpp_2m", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde", "sample_lcm", "sample_ddpm",
-    "sample_lms", "sample_ipndm", "sample_deis")} - {None}
-
-
-@dataclass
-class Foreseen:
-    """Which noise levels a sampler will ask for, so that no step waits for the device to read one; checked after the run."""
-    ahead: list[float]  # the next one last
-    asked: list[Tensor] = field(default_factory=list)  # [1] each
-    told: list[float] = field(default_factory=list)
-
-    def next(self, timestep: Tensor) -> float | None:
-        """None: there are more questions than were foreseen."""
-        if not self.ahead:
-            return None
-        self.asked.append(timestep.flatten()[:1])
-        self.told.append(self.ahead.pop())
-        return self.told[-1]
-
-    @property
-    def right(self) -> bool:
-        return not self.asked or torch.cat(self.asked).tolist() == self.told
-
-
-def _foresees(run: SamplerRun, sampler: Any) -> Foreseen | None:
-    """None where only the question itself tells its noise level, or another node may stand between the sampler and us."""
-    story = run.story and (run.story.stage or run.story.recorder)  # stages compare each question with the last run's anyway
-    known = any(getattr(sampler, "sampler_function", None) is f for f in _IN_ORDER)
-    if story or not known or getattr(sampler, "extra_options", {}).get("s_churn"):
-        return None
-    between = [w for kind in (WrappersMP.PREDICT_NOISE, WrappersMP.SAMPLER_SAMPLE)
-               for w in get_all_wrappers(kind, run.model_options, is_model_options=True) if w not in (_predict_noise, _sampler_sample)]
-    return None if between else Foreseen(list(reversed(run.sigmas)))
 
 
 def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,11 +11,11 @@ import comfy.sd
 import pytest
 import torch
 from evaluation.judges import LEAST_FACE, AestheticHead, Asked, Clip, Dino, Faces, load_faces, load_head, load_text, load_vision
+from judged import clip as random_clip
+from judged import cosine, noise, randomized
 from kindred.miniature.world import held_out_identity, render
 from safetensors.torch import save_file
 from studio import TOWER
-from test_evaluation import clip as random_clip
-from test_evaluation import cosine, noise, randomized
 from torch import Tensor
 
 LAW = pytest.mark.parametrize

@@ -14,6 +14,7 @@ from studio import bank_of, capture, concept, counted, differs, inject, negative
 
 from kindred.models.attention import FusedAttend
 from kindred.models.reference import Keeps
+from kindred.nodes.host import foresight
 from kindred.nodes.host import run as host_run
 
 MODEL = random_model("tiny")
@@ -26,7 +27,7 @@ IN_ORDER = ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sd
 def reads(monkeypatch):
     """How many noise levels were foreseen, and how many runs were made again."""
     seen = {"foreseen": 0, "runs": 0}
-    begin, ahead = host_run.SamplerRun.begin, host_run.Foreseen.next
+    begin, ahead = host_run.SamplerRun.begin, foresight.Foreseen.next
 
     def counted_begin(self, *args):
         seen["runs"] += 1
@@ -37,7 +38,7 @@ def reads(monkeypatch):
         seen["foreseen"] += told is not None
         return told
     monkeypatch.setattr(host_run.SamplerRun, "begin", counted_begin)
-    monkeypatch.setattr(host_run.Foreseen, "next", counted_next)
+    monkeypatch.setattr(foresight.Foreseen, "next", counted_next)
     return seen
 
 
@@ -45,7 +46,7 @@ def reads(monkeypatch):
 
 
 def read_each(monkeypatch):
-    monkeypatch.setattr(host_run, "_IN_ORDER", set())
+    monkeypatch.setattr(foresight, "_IN_ORDER", set())
 
 
 @LAW("sampler", IN_ORDER)

@@ -24,7 +24,7 @@ from kindred.models.concept import load_concept_encoder
 from kindred.models.training import Trainer, TrainSettings, draw
 from kindred.nodes import host, training
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
-from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order, draw_curve
+from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order
 
 SMALLER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
            "hidden_act": "quick_gelu"}
@@ -392,12 +392,3 @@ def test_a_model_that_cannot_be_read_again_or_is_of_another_kind(train, world):
     other = SimpleNamespace(encoder=SimpleNamespace(config=SimpleNamespace(layers=((("input", 1, 0), 320),), width=768, family="SD15")))
     with pytest.raises(ValueError, match="trained for SD15"):
         train(tower="as wired", concept_encoder=other)
-
-
-def test_the_curve_is_readable_for_any_number_of_steps():
-    for losses in ([], [0.3], [0.3, 0.1], [0.2] * 50, (1 / np.arange(1, 20_000)).tolist()):
-        picture = draw_curve(losses, max(len(losses), 10))
-        inked = (np.asarray(picture) < 128).any(-1)
-        assert picture.size == (768, 432) and inked.any() and inked.mean() < 0.2
-    assert training.ticks(0, 1000, False) == [0, 200, 400, 600, 800, 1000]
-    assert training.ticks(0.03, 4, True) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])

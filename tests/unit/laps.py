@@ -1,0 +1,18 @@
+"""Rounds that nobody measured: what the laws of tools/bench.py are said in."""
+from __future__ import annotations
+
+from benching.catalogue import PLAIN
+from benching.ground import Setting
+from benching.rounds import Lap
+
+SETTING = Setting("sd15", 64, 2, "fp32", "cpu", "pytorch", 1, 0.25)
+SOFTWARE = {"host": "0.30.0", "torch": "2.11", "python": "3.13", "machine": "a machine"}
+
+
+def lap(seconds, calls=2, rows=4, **more):
+    many = isinstance(seconds, tuple)
+    return Lap(seconds if many else (seconds,), calls if isinstance(calls, tuple) else (calls,), rows, **more)
+
+
+def rounds_of(plain, cached, **more):
+    return [{(PLAIN, 1): lap(a), ("cached", 1): lap(b, **more)} for a, b in zip(plain, cached)]
