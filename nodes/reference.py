@@ -131,9 +131,9 @@ class RefUNetCapture(io.ComfyNode):
             down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
             z0 = host.latent_in(model, latent["samples"], CAPTURE)
             shape = z0.shape
-        prompts = {Half.COND: host.read_prompt(positive, "positive", CAPTURE, shape[0])}
+        prompts = {Half.COND: host.read_prompt(model, positive, "positive", CAPTURE, shape[0])}
         if negative is not None:
-            prompts[Half.UNCOND] = host.read_prompt(negative, "negative", CAPTURE, shape[0])
+            prompts[Half.UNCOND] = host.read_prompt(model, negative, "negative", CAPTURE, shape[0])
         if mask is None and prompts[Half.COND].subject is None:
             raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
                              f"mask is wired. "
