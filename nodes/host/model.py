@@ -31,13 +31,19 @@ log = logging.getLogger(__name__)
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 
+def network(model: ModelPatcher) -> torch.nn.Module:
+    """What this MODEL computes with, whatever another one left in its place; the UNet itself where torch.compile stands around it."""
+    unet = model.get_model_object("diffusion_model")
+    return getattr(unet, "_orig_mod", unet)
+
+
 def require_unet(model: ModelPatcher, node: str) -> BaseModel:
     """The BaseModel behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
     base = model.model
     sampling = model.get_model_object("model_sampling")
-    if not isinstance(base.diffusion_model, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
+    if not isinstance(network(model), UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
         raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
-                         f"{type(base.model_config).__name__} ({type(base.diffusion_model).__name__}, "
+                         f"{type(base.model_config).__name__} ({type(network(model)).__name__}, "
                          f"{'flow' if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__}). "
                          "Load an SD1.5, SD2.x or SDXL checkpoint.")
     return base
