@@ -356,7 +356,8 @@ class AnchorSampler(io.ComfyNode):
             raise ValueError(f"{SAMPLER}: {bad} of {out['samples'].numel()} values of the pictures are NaN or infinite, so nothing of them "
                              "can be kept. Start ComfyUI with --fp32-unet or --force-upcast-attention, or sample with KSampler.")
         s = story.settings
-        prompts = {half: host.first_rows(prompt, recorder.count) for half, prompt in ((Half.COND, positive), (Half.UNCOND, negative))}
+        both = {Half.COND: positive, Half.UNCOND: negative}
+        prompts = {half: host.first_rows(model, prompt, recorder.count) for half, prompt in both.items()}
         settings = {"anchors": s.anchors, "seed": s.seed, "weight": s.weight, "dropout": s.dropout, "query_blend": s.blend[0],
                     "feature_injection": s.injection, "halves": s.halves.value, "order": OFFICIAL if s.official else FAST}
         final = host.to_model_scale(model, out["samples"][:recorder.count])

@@ -62,7 +62,7 @@ class DDIMInvert(io.ComfyNode):
         host.require_unet(model, NODE)
         down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, NODE)
         z0 = host.latent_in(model, latent["samples"], NODE)
-        prompt = host.read_prompt(positive, "positive", NODE, len(z0))
+        prompt = host.read_prompt(model, positive, "positive", NODE, len(z0))
         loop = ddim_loop(z0, down, check) if method == DDIM else edit_friendly_loop(z0, down, seed, check)
         total = (len(down) - 1) * (2 if check else 1)
         latents, maps, back = host.reference_pass(model, z0.shape, down, prompt, None, loop, total=total)

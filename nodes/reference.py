@@ -186,7 +186,7 @@ class RefUNetCapture(io.ComfyNode):
             down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
             z0 = host.latent_in(model, latent["samples"], CAPTURE)
             shape = z0.shape
-        prompts = read_prompts(positive, negative, shape[0], masked=mask is not None)
+        prompts = read_prompts(model, positive, negative, shape[0], masked=mask is not None)
         whole = tuple(shape[2:])
         grids = {block: grid_of(whole, sites[block].divisor) for block in wanted}
         masks = None if mask is None else user_masks(mask, shape[0], {*grids.values(), whole})
@@ -217,12 +217,12 @@ class RefUNetCapture(io.ComfyNode):
         return io.NodeOutput(bank, picture, ui=ui.SavedImages(shown))
 
 
-def read_prompts(positive: host.Conditioning, negative: host.Conditioning | None, pictures: int,
+def read_prompts(model: Any, positive: host.Conditioning, negative: host.Conditioning | None, pictures: int,
                  masked: bool) -> dict[Half, ReferencePrompt]:
     """The prompts of a pass; ValueError where positive marks no subject and no mask is wired that would show it."""
-    prompts = {Half.COND: host.read_prompt(positive, "positive", CAPTURE, pictures)}
+    prompts = {Half.COND: host.read_prompt(model, positive, "positive", CAPTURE, pictures)}
     if negative is not None:
-        prompts[Half.UNCOND] = host.read_prompt(negative, "negative", CAPTURE, pictures)
+        prompts[Half.UNCOND] = host.read_prompt(model, negative, "negative", CAPTURE, pictures)
     if not masked and prompts[Half.COND].subject is None:
         raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
                          f"mask is wired. "

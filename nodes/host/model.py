@@ -16,6 +16,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter.bypass import BypassInjectionManager
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
@@ -31,13 +32,19 @@ log = logging.getLogger(__name__)
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 
+def network(model: ModelPatcher) -> torch.nn.Module:
+    """What this MODEL computes with, whatever another one left in its place; the UNet itself where torch.compile stands around it."""
+    unet = model.get_model_object("diffusion_model")
+    return getattr(unet, "_orig_mod", unet)
+
+
 def require_unet(model: ModelPatcher, node: str) -> BaseModel:
     """The BaseModel behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
     base = model.model
     sampling = model.get_model_object("model_sampling")
-    if not isinstance(base.diffusion_model, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
+    if not isinstance(network(model), UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
         raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
-                         f"{type(base.model_config).__name__} ({type(base.diffusion_model).__name__}, "
+                         f"{type(base.model_config).__name__} ({type(network(model)).__name__}, "
                          f"{'flow' if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__}). "
                          "Load an SD1.5, SD2.x or SDXL checkpoint.")
     return base
@@ -86,27 +93,46 @@ def _own_modules(model: ModelPatcher) -> Iterator[None]:
             comfy.utils.set_attr(model.model, name, other)
 
 
+def _told(value: object, dtype: torch.dtype | None = None) -> Iterable[object]:
+    """What tells one patch of the weights from another, cheaply; dtype: what its tensors will be cast to."""
+    if isinstance(value, Tensor):
+        yield tuple(value.shape)
+        yield value.detach().flatten()[:4].to(dtype or value.dtype).float().tolist()
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _told(v, dtype)
+    elif hasattr(value, "weights"):
+        yield from _told(value.weights, dtype)
+    elif isinstance(value, (float, int, str)):
+        yield value
+
+
+def _bypassing(model: ModelPatcher) -> list[tuple[str, float, list[object]]]:
+    """The pieces of LoRAs in bypass mode: layer, strength, weights. The host keeps them in its injections' closures alone.
+
+    A piece is cast to its layer's precision where it first runs, in place; it is told as it will be then, so its name does not change.
+    """
+    functions = [one.inject for many in model.injections.values() for one in many]
+    held = [cell.cell_contents for function in functions for cell in getattr(function, "__closure__", None) or ()]
+    hooks = [hook for manager in held if isinstance(manager, BypassInjectionManager) for hook in manager.hooks]
+    names = {id(module): name for name, module in model.model.named_modules()} if hooks else {}
+    cast = {dtype: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    return sorted(((names.get(id(hook.module), ""), hook.multiplier, [*_told(hook.adapter, cast.get(hook.module.weight.dtype))])
+                   for hook in hooks), key=lambda piece: piece[0])
+
+
 def model_key(model: ModelPatcher) -> str:
     """A name for the weights and their LoRAs that is the same on every machine: "SD15 1a2b3c4d5e6f"."""
-    def tensors(value: object) -> Iterable[object]:
-        if isinstance(value, Tensor):
-            yield tuple(value.shape)
-            yield value.detach().flatten()[:4].float().tolist()
-        elif isinstance(value, (list, tuple)):
-            for v in value:
-                yield from tensors(v)
-        elif hasattr(value, "weights"):
-            yield from tensors(value.weights)
-        elif isinstance(value, (float, int, str)):
-            yield value
     digest = hashlib.blake2b(digest_size=6)
     with _own_modules(model):
-        weights = model.get_key_patches("diffusion_model.")
+        weights, beside = model.get_key_patches("diffusion_model."), _bypassing(model)
     for key, (original, *patches) in weights.items():
         if patches or key.endswith(("attn1.to_k.weight", "attn2.to_v.weight")):
-            digest.update(repr((key, list(tensors(original[0])), [list(tensors(p)) for p in patches])).encode())
+            digest.update(repr((key, list(_told(original[0])), [list(_told(p)) for p in patches])).encode())
     sampling = model.get_model_object("model_sampling")  # eps, v, zsnr: the same weights read otherwise
     digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), sorted(model.injections))).encode())
+    if beside:
+        digest.update(repr(beside).encode())
     return f"{type(model.model.model_config).__name__} {digest.hexdigest()}"
 
 

@@ -17,7 +17,7 @@ from .model import KEY, SPECIAL, TEXT, Conditioning, log
 from .run import SamplerRun, install
 
 
-def read_prompt(conditioning: Conditioning, name: str, node: str, pictures: int) -> ReferencePrompt:
+def read_prompt(model: ModelPatcher, conditioning: Conditioning, name: str, node: str, pictures: int) -> ReferencePrompt:
     """The one plain prompt of a reference pass over r pictures; ValueError where several, masked or timed prompts are wired."""
     special = sorted({k for _, extras in conditioning for k in SPECIAL if extras.get(k) is not None})
     if len(conditioning) != 1 or special:
@@ -27,16 +27,23 @@ def read_prompt(conditioning: Conditioning, name: str, node: str, pictures: int)
     if cross.shape[0] not in (1, pictures):
         raise ValueError(f"{node}: {name} holds {cross.shape[0]} prompts for {pictures} reference picture{'s' * (pictures > 1)}. "
                          "Write one line in Subject Prompts, or one line per picture.")
-    plain = {k: v for k, v in extras.items() if isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
-    return ReferencePrompt(str(extras.get(TEXT, "")), cross, plain, extras.get(SUBJECT))
+    return ReferencePrompt(str(extras.get(TEXT, "")), cross, _plain(model, extras), extras.get(SUBJECT))
 
 
-def first_rows(conditioning: Conditioning, rows: int) -> ReferencePrompt:
+def first_rows(model: ModelPatcher, conditioning: Conditioning, rows: int) -> ReferencePrompt:
     """What the first pictures of a batch were asked for; of several prompts the first, without what is not a prompt."""
     cross, extras = conditioning[0]
-    plain = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in extras.items()
-             if isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
+    plain = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in _plain(model, extras).items()}
     return ReferencePrompt("\n".join(str(extras.get(TEXT, "")).splitlines()[:rows]), cross[:rows], plain, extras.get(SUBJECT))
+
+
+def _plain(model: ModelPatcher, extras: Mapping[str, Any]) -> dict[str, Tensor | int | float | str]:
+    """What a prompt says beside its words, as far as a file can hold it and this model reads it.
+
+    Without a text projection in the checkpoint (SD1.5) the host's pooled text is whatever lay in memory; such a model reads none.
+    """
+    unread = ("pooled_output",) if model.model.diffusion_model.num_classes is None else ()
+    return {k: v for k, v in extras.items() if k not in unread and isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
 
 
 def _conditioning(prompt: ReferencePrompt) -> Conditioning:

@@ -79,8 +79,8 @@ def paper_bank(family: str, keeps: Keeps = Keeps.AUTO) -> ReferenceBank:
     sigmas = host_model.schedule(model, "ddim_uniform", STEPS).flip(0)
     path = InversionTrajectory(sigmas, torch.zeros(len(sigmas), 1, 4, side, side), "paper", "", "paper", "paper")
     row = torch.zeros(sum(int(masks[layer.grid].sum()) * layer.channels for layer in layers), device=META).expand(STEPS, -1)
-    prompts = {Half.COND: host.read_prompt(coarse(family), "positive", "paper", 1),
-               Half.UNCOND: host.read_prompt(negative(family), "negative", "paper", 1)}
+    prompts = {Half.COND: host.read_prompt(model, coarse(family), "positive", "paper", 1),
+               Half.UNCOND: host.read_prompt(model, negative(family), "negative", "paper", 1)}
     bank = ReferenceBank(path, prompts, layers, masks, dict.fromkeys(Half, row), "paper")
     assert bank.kept
     return bank

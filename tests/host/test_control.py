@@ -16,6 +16,7 @@ from kindred.miniature.measure import overlap
 from kindred.miniature.reader import MASK_GRID, load_reader
 from kindred.miniature.registration import MiniatureLatent
 from kindred.miniature.world import CLASSES, SCENES, prompt
+from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.prompts import SubjectPrompts
 from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
 from studio import ConsiStory, differs
@@ -131,28 +132,53 @@ def test_training_and_host_put_the_same_network_together():
 
 @cache
 @torch.inference_mode()
-def injecting():
-    """Masked Self-Attn Inject of the first picture, captured for the same steps."""
+def bank():
+    """Of the first picture, captured for the same steps."""
     model, clip, vae = loaded()
     coarse = SubjectPrompts.execute(clip, "a photo of a cat", "cat").result[0]
     latent = {"samples": vae.encode(torch.from_numpy(world().images[:1]).float() / 255)}
-    bank = RefUNetCapture.execute(model, coarse, STEPS, "ddim_uniform", latent=latent).result[0]
-    return MaskedSelfAttnInject.execute(model, bank).result[0]
+    return RefUNetCapture.execute(model, coarse, STEPS, "ddim_uniform", latent=latent).result[0]
 
 
-@cache
 @torch.inference_mode()
-def telling():
-    return ConsiStory.execute(loaded()[0]).result[0]
+def injecting(model):
+    return MaskedSelfAttnInject.execute(model, bank()).result[0]
 
 
-@pytest.mark.parametrize("patched", [injecting, telling])
-def test_it_composes_with_an_injection(patched):
+@torch.inference_mode()
+def telling(model):
+    return ConsiStory.execute(model).result[0]
+
+
+@torch.inference_mode()
+def detailing(model):
+    """Cross-Attn Detail Inject of the same picture, with its defaults."""
+    encoder = ConceptEncoderLoad.execute("kindred_miniature_concept.safetensors").result[0]
+    return CrossAttnDetailInject.execute(model, encoder, torch.from_numpy(world().images[:1]).float() / 255).result[0]
+
+
+def everything(model):
+    return telling(detailing(injecting(model)))
+
+
+@pytest.mark.parametrize("patch", [injecting, telling, detailing, everything])
+def test_it_composes_with_an_injection(patch):
     """Together: finite, other than each alone, and the subject still stands where the silhouette is."""
-    alone, together = sampled(patched(), conditions()), sampled(patched(), applied())
+    patched = patch(loaded()[0])
+    alone, together = sampled(patched, conditions()), sampled(patched, applied())
     for other in (alone, steered(), plain()):
         assert differs(together, other) > 0.05
-    assert iou(together) > iou(alone) + 0.1
+    assert iou(together) > iou(alone) + 0.3
+
+
+def test_whose_node_ran_first_is_not_felt():
+    """It hangs on the prompts and ours on the model, but both are read in one run: the hint before ours, and behind, after runs of each."""
+    hinted = applied()
+    before = sampled(everything(loaded()[0]), hinted, 2)
+    patched = everything(loaded()[0])
+    for own in (sampled(patched, conditions(), 2), sampled(loaded()[0], hinted, 2)):
+        assert differs(own, before) > 0.05
+    assert torch.equal(sampled(patched, applied(), 2), before)
 
 
 def test_nothing_stays_behind():

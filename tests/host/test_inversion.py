@@ -23,7 +23,7 @@ LAW = pytest.mark.parametrize
 @torch.inference_mode()
 def through(model, down: Tensor, loop):
     """Run loop(denoise) at guidance 1 through the host's sampling, as the nodes do."""
-    prompt = door.read_prompt(coarse(), "positive", "test", 1)
+    prompt = door.read_prompt(model, coarse(), "positive", "test", 1)
     return door.reference_pass(model, photo()["samples"].shape, down, prompt, None, lambda denoise, device, progress: loop(denoise))
 
 

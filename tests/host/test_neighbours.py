@@ -27,8 +27,10 @@ from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing
-from studio import differs, photo, pictures
+from studio import bank_of, concept, differs, inject, photo, pictures, story
 from torch import Tensor
+
+from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
 EVERY = tuple(OURS)
@@ -170,12 +172,32 @@ def test_a_model_that_was_compiled_and_run_without_us_still_reads_what_is_inject
     assert torch.equal(pictures(model, (0, 1), steps=1), none)
 
 
+def module_compiled(model, backend: str = "eager"):
+    """As other packs' nodes do it: the compiled network as an object patch, which stands in the model's place from its first run on."""
+    m = model.clone()
+    m.add_object_patch("diffusion_model", torch.compile(m.get_model_object("diffusion_model"), backend=backend))
+    return m
+
+
+@LAW("stance", ["force_eager", pytest.param("default", marks=pytest.mark.skipif(not LONG, reason="half a minute: KINDRED_LONG=1 runs it"))])
+def test_a_network_that_another_pack_compiled_is_read_and_stands_in_nobodys_way(stance, fresh_compiler):
+    """Also once it ran, and for the plain MODEL of the same checkpoint: the host leaves it there until another model runs."""
+    model, reads, key = module_compiled(MODEL), bank_of(steps=1), model_key(MODEL)
+    meant, none = (pictures(m, (0, 1), steps=1) for m in (inject(MODEL, reads, 2.0), MODEL))
+    with torch.compiler.set_stance(stance):  # force_eager: the module that torch.compile gives, of which nothing is traced
+        assert differs(pictures(inject(model, reads, 2.0), (0, 1), steps=1), meant) < TIGHT
+    assert differs(meant, none) > FELT
+    assert hasattr(MODEL.model.diffusion_model, "_orig_mod")
+    for node in (lambda m: inject(m, reads), concept, story):
+        assert model_key(node(model)) == key == model_key(node(MODEL))
+
+
 @pytest.mark.skipif(not LONG, reason="minutes: KINDRED_LONG=1 runs it")
 @LAW("column", EVERY)
 def test_wherever_the_compiler_stands(column, fresh_compiler):
     model, ours = compiled(MODEL), OURS[column]
     pictures(model, (0, 1), steps=1)
-    for patched in (ours(model), compiled(ours(MODEL)), ours(compiled(MODEL))):
+    for patched in (ours(model), compiled(ours(MODEL)), ours(compiled(MODEL)), ours(module_compiled(MODEL)), module_compiled(ours(MODEL))):
         assert differs(ours.sampled(patched), alone(column)) < TIGHT
 
 
