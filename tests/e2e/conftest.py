@@ -15,7 +15,7 @@ def server() -> Iterator[HostServer]:
     """One server for the whole run; server.base is its base directory, server.tail() the end of its log."""
     if not HOST:
         pytest.skip("no host: KINDRED_HOST names a ComfyUI folder (python3 dev.py test sets it)")
-    with HostServer(cpu=True, threads=min(4, os.cpu_count() or 1)) as running:
+    with HostServer(cpu=True, threads=1) as running:  # another stage runs beside this one
         yield running
 
 

@@ -74,7 +74,7 @@ class Other:
         self.shared.mkdir()
         config = self.base.parent / "paths.yaml"
         config.write_text(f"shared:\n  base_path: {self.shared}\n  kindred_references: .\n", "utf-8")
-        self.words = {"cpu": True, "threads": min(4, os.cpu_count() or 1), "arguments": ["--extra-model-paths-config", str(config)]}
+        self.words = {"cpu": True, "threads": 1, "arguments": ["--extra-model-paths-config", str(config)]}
         self.server = HostServer(base=self.base, **self.words)
         self.server.__enter__()
 

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from networks import build_model
+from refusals import LONG
 from studio import anchors, capture, coarse, counted, differs, inject, negative, passes, photo, pictures, prompt, sample, story
 
 from kindred.models.reference import Half, ReferenceBank
@@ -53,7 +54,8 @@ def test_capture_and_injection(model, family, blocks, grids, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "family", "blocks", "grids", "at"), [
     ("sd15", "sd15", 9, {(8, 12), (4, 6), (2, 3)}, (4, 6)),
-    ("sd21", "sd21", 9, {(8, 12), (4, 6), (2, 3)}, (4, 6)),
+    pytest.param("sd21", "sd21", 9, {(8, 12), (4, 6), (2, 3)}, (4, 6),
+                 marks=pytest.mark.skipif(LONG == 1, reason="half a minute: KINDRED_LONG=1 runs it")),
     ("sdxl", "sdxl", 36, {(4, 6), (2, 3)}, (4, 6)),
 ], indirect=["model"], ids=["sd15", "sd21", "sdxl"])
 def test_a_story(model, family, blocks, grids, at):

@@ -28,6 +28,7 @@ HALF, BRAIN, EIGHT = torch.float16, torch.bfloat16, torch.float8_e4m3fn
 # (weights, what they are computed in): the least likeness of an effect to that of float32, of which 1 is the same
 PRECISIONS = {(HALF, torch.float32): 0.9999, (BRAIN, torch.float32): 0.999, (EIGHT, torch.float32): 0.85, (EIGHT, BRAIN): 0.85,
               (BRAIN, BRAIN): 0.98, (HALF, HALF): 0.999}
+ALONE_TOO = ((HALF, torch.float32), (EIGHT, torch.float32), (BRAIN, BRAIN))  # each injection by itself, and not all of them at once only
 COLUMNS = {
     "self cached": Column(lambda m, bank: inject(m, bank, 2.0), read=STEPS),
     "self live": Column(lambda m, bank: inject(m, bank, 2.0), read=STEPS + 2),
@@ -59,8 +60,8 @@ def pair(weights: torch.dtype, computed: torch.dtype, column: str) -> tuple[Tens
     return ours.sampled(model), ours.sampled(ours(model, maker=model))
 
 
-@LAW("column", COLUMNS)
-@LAW("precision", PRECISIONS, ids=[f"{w} in {c}".replace("torch.", "") for w, c in PRECISIONS])
+@LAW(("precision", "column"), [pytest.param(p, column, id="{} in {}, {}".format(*p, column).replace("torch.", "")) for p in PRECISIONS
+                               for column in (COLUMNS if p in ALONE_TOO else ["all"])])
 def test_an_effect_in_another_precision_is_the_effect(precision, column):
     (none, out), (exact_none, exact) = (pair(*p, column) for p in (precision, (torch.float32, torch.float32)))
     assert torch.isfinite(out).all() and differs(out, none) > FELT
