@@ -112,7 +112,7 @@ def test_an_encoder_is_saved_in_its_folder_or_not_at_all(name):
     home = concept_folder().resolve()
     assert all(path.resolve().is_relative_to(home) and len(path.name) < 240 for path in paths)
     assert all((BASE / path).resolve().is_relative_to(home) for path in new)
-    assert bool(paths) != bool(said)
+    assert bool(paths) != bool(said) and (said or not set(name) & set(':*?"<>|'))  # Windows knows no such file
     assert not said or said.startswith("Concept Encoder Train: save_name is ") and "Give the name of a file" in said and not new
 
 
