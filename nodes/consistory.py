@@ -254,7 +254,7 @@ class ConsiStory(io.ComfyNode):
                 injection_start_percent: float = 0.1, injection_end_percent: float = 0.32, blocks: str = "decoder",
                 mask_blocks: str = "auto", halves: str = Halves.COND.value, order: str = FAST, align_keys: bool = True,
                 reference: ReferenceBank | None = None, masks: Tensor | None = None) -> io.NodeOutput:
-        unet = host.require_unet(model, STORY).diffusion_model
+        unet = host.require_unet(model, STORY)
         sites = host.attention_sites(unet)
         if any(isinstance(i, StoryInjection) for i in host.injected(model)):
             raise ValueError(f"{STORY}: the model already comes from {STORY}. Use one; several subjects are words of Subject Prompts, "

@@ -170,7 +170,7 @@ class RefUNetCapture(io.ComfyNode):
                 keeps: str = Keeps.AUTO.value, token_share: float = 1.0,
                 inversion: InversionTrajectory | None = None, latent: dict[str, Any] | None = None,
                 negative: host.Conditioning | None = None, mask: Tensor | None = None, sigmas: Tensor | None = None) -> io.NodeOutput:
-        sites = host.attention_sites(host.require_unet(model, CAPTURE).diffusion_model)
+        sites = host.attention_sites(host.require_unet(model, CAPTURE))
         wanted = select_blocks(blocks, tuple(sites), CAPTURE)
         if not 0 < token_share <= 1:
             raise ValueError(f"{CAPTURE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject).")
@@ -365,7 +365,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
     def execute(cls, model: Any, reference: ReferenceBank, strength: float = 1.0, weight: float = 1.0,
                 weight_mode: str = WeightMode.LOGIT_BIAS.value, blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0,
                 halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
-        sites = host.attention_sites(host.require_unet(model, INJECT).diffusion_model)
+        sites = host.attention_sites(host.require_unet(model, INJECT))
         host.require_reference(INJECT, reference, model)
         wanted = select_blocks(blocks, tuple(sites), INJECT)
         missing = [block_name(b) for b in wanted if b not in reference.blocks]

@@ -230,7 +230,7 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
     dtype, device = precision(order)
     base = host.model_key(order.model)
     with host.training(order.model, dtype or torch.float32, NODE) as copy:
-        sites = host.attention_sites(copy.model.diffusion_model)
+        sites = host.attention_sites(host.require_unet(copy, NODE))
         text = {b: (s.module.attn2.to_k.weight.float().cpu(), s.module.attn2.to_v.weight.float().cpu()) for b, s in sites.items()}
         encoder = order.encoder(family, layers, width, text)
         size = order.size or host.SIDES.get(family, 512)

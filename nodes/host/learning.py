@@ -22,7 +22,7 @@ from ...models.attention import product_attend
 from ...models.concept import KeysValues
 from ...models.injection import Merge, Part, Role, Run
 from ...models.training import Learning, checkpointed
-from .model import Conditioning, attention_sites
+from .model import Conditioning, attention_sites, network
 from .run import install
 
 MOST_PROMPTS = 4096  # kept encoded
@@ -76,12 +76,12 @@ class FrozenUNet:
         self.model, self.merge, self.device = model.model.requires_grad_(False), merge, model.load_device
         sampling = model.get_model_object("model_sampling")
         self.sigmas, self.velocity = sampling.sigmas.float().cpu(), isinstance(sampling, comfy.model_sampling.V_PREDICTION)
-        self.sites = attention_sites(self.model.diffusion_model)
+        self.sites = attention_sites(network(model))
         self.options = comfy.model_patcher.create_model_options_clone(model.model_options)
         kernel = _products if self.device.type == "cpu" else lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
         self.options.setdefault("transformer_options", {}).setdefault("optimized_attention_override", kernel)  # sage cannot go back
         self.prompts, self.encoded = prompts, {}
-        unet = self.model.diffusion_model
+        unet = network(model)
         for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks) if checkpointing else ():
             for layer in block:
                 layer.forward = checkpointed(layer.forward)

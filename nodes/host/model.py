@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import comfy.model_sampling
@@ -14,7 +14,6 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
-from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from comfy_api.v0_0_2 import io
@@ -38,16 +37,16 @@ def network(model: ModelPatcher) -> torch.nn.Module:
     return getattr(unet, "_orig_mod", unet)
 
 
-def require_unet(model: ModelPatcher, node: str) -> BaseModel:
-    """The BaseModel behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
-    base = model.model
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(network(model), UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
+def require_unet(model: ModelPatcher, node: str) -> UNetModel:
+    """The UNet behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
+    unet, sampling = network(model), model.get_model_object("model_sampling")
+    if not isinstance(unet, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
+        remedy = ("Remove the node that puts a network of its own in the UNet's place." if "diffusion_model" in model.object_patches
+                  else "Load an SD1.5, SD2.x or SDXL checkpoint.")
         raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
-                         f"{type(base.model_config).__name__} ({type(network(model)).__name__}, "
-                         f"{'flow' if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__}). "
-                         "Load an SD1.5, SD2.x or SDXL checkpoint.")
-    return base
+                         f"{type(model.model.model_config).__name__} ({type(unet).__name__}, "
+                         f"{'flow' if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__}). {remedy}")
+    return unet
 
 
 def attention_sites(unet: UNetModel) -> dict[BlockId, BlockSite]:
@@ -107,13 +106,19 @@ def _told(value: object, dtype: torch.dtype | None = None) -> Iterable[object]:
         yield value
 
 
+def _closure(function: object) -> Iterator[object]:
+    """What a function holds of where it was written; another pack's may have been given up before all of it was there."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
+
+
 def _bypassing(model: ModelPatcher) -> list[tuple[str, float, list[object]]]:
     """The pieces of LoRAs in bypass mode: layer, strength, weights. The host keeps them in its injections' closures alone.
 
     A piece is cast to its layer's precision where it first runs, in place; it is told as it will be then, so its name does not change.
     """
-    functions = [one.inject for many in model.injections.values() for one in many]
-    held = [cell.cell_contents for function in functions for cell in getattr(function, "__closure__", None) or ()]
+    held = [found for many in model.injections.values() for one in many for found in _closure(one.inject)]
     hooks = [hook for manager in held if isinstance(manager, BypassInjectionManager) for hook in manager.hooks]
     names = {id(module): name for name, module in model.model.named_modules()} if hooks else {}
     cast = {dtype: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -154,7 +159,7 @@ def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> No
 
 def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
     """A file may name any model; ValueError where the reference's layers, text or latents are not this one's."""
-    sites = attention_sites(model.model.diffusion_model)
+    sites = attention_sites(network(model))
     own = {block: (site.module.attn1.to_k, site.module.attn2.to_k) for block, site in sites.items()
            if hasattr(site.module.attn1, "to_k") and hasattr(site.module.attn2, "to_k")}  # else another node's, refused where it is read
     for layer in bank.layers:
@@ -178,7 +183,7 @@ def computes_in(model: ModelPatcher) -> torch.dtype:
 def token_sizes(model: ModelPatcher, latent: Sequence[int]) -> dict[BlockId, tuple[int, int]]:
     """Tokens of one picture and their channels in every self-attention layer; latent: its size (y, x) in cells."""
     return {block: (math.prod(grid_of(tuple(latent), site.divisor)), getattr(getattr(site.module.attn1, "to_k", None), "out_features", 0))
-            for block, site in attention_sites(model.model.diffusion_model).items()}  # 0: another node's layer, refused where it is read
+            for block, site in attention_sites(network(model)).items()}  # 0: another node's layer, refused where it is read
 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
@@ -234,7 +239,6 @@ def percent_to_sigma(model: ModelPatcher, percent: float) -> float:
 
 def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
     """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
-    base = require_unet(model, node)
-    sites = attention_sites(base.diffusion_model)
+    sites = attention_sites(require_unet(model, node))
     width = next(iter(sites.values())).module.attn2.to_k.in_features
-    return type(base.model_config).__name__, tuple((b, s.module.attn2.to_k.out_features) for b, s in sites.items()), width
+    return type(model.model.model_config).__name__, tuple((b, s.module.attn2.to_k.out_features) for b, s in sites.items()), width

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models.injection import SUBJECT, Recorder, Run
 from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
-from .model import KEY, SPECIAL, TEXT, Conditioning, log
+from .model import KEY, SPECIAL, TEXT, Conditioning, log, network
 from .run import SamplerRun, install
 
 
@@ -42,7 +42,7 @@ def _plain(model: ModelPatcher, extras: Mapping[str, Any]) -> dict[str, Tensor |
 
     Without a text projection in the checkpoint (SD1.5) the host's pooled text is whatever lay in memory; such a model reads none.
     """
-    unread = ("pooled_output",) if model.model.diffusion_model.num_classes is None else ()
+    unread = ("pooled_output",) if network(model).num_classes is None else ()
     return {k: v for k, v in extras.items() if k not in unread and isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
 
 

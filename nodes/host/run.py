@@ -22,7 +22,7 @@ from ...models.injection import ActiveInjection, PassEnds, Run
 from ...models.reference import BlockId, Half, RowReader, block_name
 from ...models.story import QueryRecorder, Story
 from .foresight import Foreseen, foresee
-from .model import KEY, Conditioning, attention_sites, log
+from .model import KEY, Conditioning, attention_sites, log, network, require_unet
 from .stages import Stages, begin_keyframes
 
 
@@ -58,7 +58,7 @@ class SamplerRun(Run):
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
         self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if s > 0)  # float32, as latents are
         self.steps = len(sigmas) - 1
-        self.sites = attention_sites(guider.inner_model.diffusion_model)
+        self.sites = attention_sites(network(guider.model_patcher))
         self.read_conds(guider.conds)
         self.rows = RowReader(self.device_and_dtype[0], pins=not args.disable_pinned_memory)
         self.active = [active for injection in self.injections if (active := injection.start_run(self)) is not None]
@@ -238,6 +238,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kw
     injections = original["transformer_options"].get(KEY, ())
     if "multigpu_clones" in original:
         raise ValueError("Kindred: MultiGPU Work Units split the rows that share a subject over several devices. Remove that node.")
+    require_unet(guider.model_patcher, "Kindred")
     for injection in injections:
         injection.check(guider.model_patcher)
     run = SamplerRun(injections=injections)

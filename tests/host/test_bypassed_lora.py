@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy.patcher_extension import PatcherInjection
 from comfy_extras.nodes_train import LoraModelLoader
 from networks import build_model
 from studio import capture, differs, inject, plain, sample
@@ -57,6 +58,18 @@ def test_the_same_lora_is_the_same_key_before_a_run_and_after_it_and_loaded_agai
     assert bank.model_key == key == model_key(model) == model_key(model.clone()) == model_key(again)
     assert differs(sample(inject(again, bank, 2.0)), sample(again)) > 1e-3
     assert differs(sample(again), plain()) > 1e-3
+
+
+def test_what_another_pack_injects_may_hold_a_name_that_was_never_given():
+    def written():
+        def act(model):
+            return never
+        return act
+        never = 0
+    m = build_model("tiny")
+    theirs = m.clone()
+    theirs.set_injections("theirs", [PatcherInjection(inject=written(), eject=lambda model: None)])
+    assert model_key(theirs) not in (model_key(m), model_key(lora(m)))
 
 
 def test_a_reference_is_refused_with_another_lora_in_bypass_mode():

@@ -27,7 +27,7 @@ from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing
-from studio import bank_of, concept, differs, inject, photo, pictures, story
+from studio import bank_of, capture, concept, differs, inject, invert, photo, pictures, story
 from torch import Tensor
 
 from kindred.nodes.host import model_key
@@ -190,6 +190,46 @@ def test_a_network_that_another_pack_compiled_is_read_and_stands_in_nobodys_way(
     assert hasattr(MODEL.model.diffusion_model, "_orig_mod")
     for node in (lambda m: inject(m, reads), concept, story):
         assert model_key(node(model)) == key == model_key(node(MODEL))
+
+
+class Around(torch.nn.Module):
+    """Another pack's network that computes with the UNet and is none."""
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.dtype = unet, unet.dtype
+
+    def forward(self, *args, **kwargs):
+        return self.unet(*args, **kwargs)
+
+
+def around(model):
+    m = model.clone()
+    m.add_object_patch("diffusion_model", Around(m.get_model_object("diffusion_model")))
+    return m
+
+
+def test_a_network_of_another_packs_own_is_refused_in_words_and_the_plain_model_is_read():
+    """Once it ran it stands in the plain MODEL's place too, until that one runs."""
+    theirs, words = around(MODEL), r"needs a UNet .*the model given is SD15 \(Around, .*Remove the node that puts a network of its own"
+    pictures(theirs, (0, 1), steps=1)
+    assert isinstance(MODEL.model.diffusion_model, Around)
+    for node in (capture, invert, lambda m: inject(m, bank_of()), concept, story):
+        with pytest.raises(ValueError, match=words):
+            node(theirs)
+    assert capture(MODEL)[0].model_key == bank_of().model_key
+    pictures(theirs, (0, 1), steps=1)
+    patched = [node(MODEL) for node in (lambda m: inject(m, bank_of()), concept, story)]
+    for model in patched:
+        with pytest.raises(ValueError, match=words):
+            pictures(around(model), (0, 1), steps=4)
+
+
+@pytest.mark.skipif(not LONG, reason="minutes: KINDRED_LONG=1 runs it")
+def test_one_compiled_model_serves_one_node_after_the_other(fresh_compiler):
+    """What was compiled for a reference is not run for a story."""
+    model = compiled(MODEL)
+    for column in ("self cached", "story", "self live", "cross", "all"):
+        assert differs(OURS[column].sampled(OURS[column](model)), alone(column)) < TIGHT, column
 
 
 @pytest.mark.skipif(not LONG, reason="minutes: KINDRED_LONG=1 runs it")
