@@ -152,7 +152,8 @@ def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: 
     inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]))
     inner.read_conds(conds)
     try:
-        comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
-                                       _bare(run.model_options, inner, watched=True))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # others' patches may draw numbers, as token merging does
+            comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
+                                           _bare(run.model_options, inner, watched=True))
     finally:
         inner.close()

@@ -2,6 +2,7 @@
 with this pack's injections. And the miniature's live previews."""
 from __future__ import annotations
 
+import gc
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from kindred.miniature.world import CLASSES, SCENES, prompt
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.prompts import SubjectPrompts
 from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
-from studio import ConsiStory, differs
+from matrix import seed_all, states
+from studio import ConsiStory, differs, of_model
 from torch import Tensor
+
+from kindred.models.injection import Run
 
 pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights: python -m miniature.train control writes them")
 PICTURES, STEPS = 2, 6
@@ -182,10 +186,17 @@ def test_whose_node_ran_first_is_not_felt():
 
 
 def test_nothing_stays_behind():
-    """After everything else, the plain picture once more."""
-    before = sampled(loaded()[0], conditions(), 2)
-    sampled(loaded()[0], applied(), 2)
-    assert torch.equal(sampled(loaded()[0], conditions(), 2), before)
+    """Of all three beside the hint: the plain pictures, the MODEL and the random states are what they were, and no run is alive."""
+    model = loaded()[0]
+    before, was = sampled(model, conditions(), 2), of_model(model)
+    seed_all()
+    hinted, left = sampled(model, applied(), 2), states()
+    patched = everything(model)
+    seed_all()
+    assert differs(sampled(patched, applied(), 2), hinted) > 0.05 and states() == left
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, Run)]
+    assert torch.equal(sampled(model, conditions(), 2), before) and of_model(model) == was
 
 
 def test_live_previews_show_the_picture():

@@ -26,6 +26,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+from matrix import seed_all, states
 from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing
 from studio import bank_of, capture, concept, differs, inject, invert, photo, pictures, story
 from torch import Tensor
@@ -84,9 +85,15 @@ def nothing_is_left():
         yield
 
 
+def drawn(act: Callable[[], Tensor]) -> tuple[Tensor, str]:
+    """The pictures, and the global random states that drawing them leaves."""
+    seed_all()
+    return act(), states()
+
+
 @cache
-def neighbour_alone(row: str, steps: int) -> Tensor:
-    return pictures(ROWS[row].patch(MODEL), (0, 1), steps=steps, **ROWS[row].how)
+def neighbour_alone(row: str, steps: int) -> tuple[Tensor, str]:
+    return drawn(lambda: pictures(ROWS[row].patch(MODEL), (0, 1), steps=steps, **ROWS[row].how))
 
 
 @LAW(("row", "column"), CELLS)
@@ -98,10 +105,11 @@ def test_both_are_felt_in_either_order_or_a_sentence_says_what_to_do(row, column
             with pytest.raises(ValueError, match=refused):
                 ours.sampled(model, **how)
         return
-    before, behind = ours.sampled(ours(theirs(MODEL)), **how), ours.sampled(theirs(ours(MODEL)), **how)
+    (before, left), (behind, left_behind) = (drawn(lambda m=m: ours.sampled(m, **how)) for m in (ours(theirs(MODEL)), theirs(ours(MODEL))))
     without = ours.sampled(ours(MODEL), **how) if how else alone(column)
-    assert torch.equal(before, behind)
-    assert differs(before, neighbour_alone(row, ours.steps)) > FELT
+    none, left_by_them = neighbour_alone(row, ours.steps)
+    assert torch.equal(before, behind) and left == left_behind == left_by_them
+    assert differs(before, none) > FELT
     assert differs(before, without) < TIGHT if ROWS[row].no_one_alone else differs(before, without) > FELT
 
 
