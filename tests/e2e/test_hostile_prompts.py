@@ -83,7 +83,7 @@ def ended(client, timeout: float = 3000) -> None:
 def ours(frames: list[str]) -> bool:
     """Whether the innermost frame lies in the pack."""
     last = next((f for f in reversed(frames) if "File " in f), "")
-    return "custom_nodes/kindred" in last.replace("\\", "/") or str(ROOT) in last
+    return "custom_nodes/kindred" in last.replace("\\", "/") or f"{ROOT}{os.sep}" in last
 
 
 def fault_of_refusal(code: int, body: Any) -> str:
