@@ -76,10 +76,17 @@ class AttnCall:
     cross: bool = False  # cross-attention, whose keys are the text
     repeats: tuple[tuple[int, ...], ...] = ()  # per part, per row (cycled): how many times its text stands in the keys; () is once
     texts: tuple[Part, ...] = ()  # per part: what is known of its text
+    given: Grid | None = None  # size of what the UNet was given, in latent cells; None: not known
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
         return x.chunk(len(self.roles))
+
+    @property
+    def cut(self) -> Grid | None:
+        """The size that a part should have had, where another node cut the latent before the UNet; None where none did."""
+        sizes = (a[:2] if a else self.latent for role, a in zip(self.roles, self.areas) if role is not Role.OTHER)
+        return next((size for size in sizes if self.given and size != self.given), None)
 
     def pictures(self, first: int, last: int) -> AttnCall:
         """The same call with only the pictures first <= i < last of every part."""
@@ -99,6 +106,10 @@ class TargetMask:
         if call.grid[0] * call.grid[1] != q.shape[1]:
             raise ValueError(f"{self.node}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
                              f"({q.shape[1]} tokens for a grid of {call.grid[0]}x{call.grid[1]}: HyperTile does this). "
+                             "Remove that node or the target mask.")
+        if whole := call.cut:
+            raise ValueError(f"{self.node}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
+                             f"({call.given[0]}x{call.given[1]} of a latent of {whole[0]}x{whole[1]}: tiled diffusion does this). "
                              "Remove that node or the target mask.")
         rows = q.shape[0] // len(call.roles)
         if self.mask.shape[0] not in (1, rows):
@@ -234,6 +245,7 @@ class Run:
     sites: dict[BlockId, BlockSite] = field(default_factory=dict)
     parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
     latent: Grid = (0, 0)
+    pictures: int = 0  # in the sampled batch; 0: not known
     active: list[ActiveInjection] = field(default_factory=list)
     current: AttnCall | None = None  # the call that the UNet is in
     pending: AttnCall | None = None  # the same, while its attention function comes next
@@ -250,7 +262,10 @@ class Run:
                                                  None if text is None else text.shape[1], entry.get(REPEATS, (1,)), entry.get(SUBJECT))
 
     def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
-        return [self.parts.get(u, Part()) for u in options.get("uuids") or (None,)]  # called past the sampler: nobody we know
+        """The parts of a call in their order. Tiled diffusion stacks several tiles of all of them, one tile behind the other."""
+        parts = [self.parts.get(u, Part()) for u in options.get("uuids") or (None,)]  # called past the sampler: nobody we know
+        rows, whole = options.get("original_shape", (0,))[0], len(parts) * self.pictures
+        return parts * (rows // whole) if whole and rows > whole and not rows % whole else parts
 
     def call(self, options: Mapping[str, Any], text: int | None = None) -> AttnCall:
         """Translate extra_options; text: tokens of the context of a cross-attention, None in self-attention."""
@@ -258,7 +273,8 @@ class Run:
         repeats = () if text is None else tuple(tuple(r * max(text // (p.text or text), 1) for r in p.repeats) for p in parts)
         return AttnCall((*options["block"], options["block_index"]), tuple(options["activations_shape"][2:]),
                         tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent, text is not None,
-                        repeats if any(r != 1 for part in repeats for r in part) else (), tuple(parts))
+                        repeats if any(r != 1 for part in repeats for r in part) else (), tuple(parts),
+                        tuple(options["original_shape"][2:]) if "original_shape" in options else None)
 
     def end_if_complete(self) -> None:
         """PassEnds where the rest of this pass is for nobody."""

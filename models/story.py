@@ -277,6 +277,9 @@ class Story(Watcher):
             raise ValueError(f"{NODE}: the model was given {x.shape[0]} pictures at once, but the batch has {self.pictures}. Pictures that "
                              "share a subject must be sampled together: remove the node that splits them (context windows, HyperTile).")
         rows, columns = self._grid(self.layout.divisors[call.block])
+        if call.cut:
+            raise ValueError(f"{NODE}: the model was given {call.given[0]}x{call.given[1]} of a latent of {call.cut[0]}x{call.cut[1]}. "
+                             "Pictures that share a subject must be sampled whole: remove the node that cuts them (tiled diffusion).")
         if x.shape[1] != rows * columns or call.grid != (rows, columns):
             raise ValueError(f"{NODE}: block {block_name(call.block)} has {x.shape[1]} tokens ({call.grid[0]}x{call.grid[1]}) where the "
                              f"latent's size makes {rows}x{columns}. A node that changes the grid (Deep Shrink), merges or tiles tokens is "

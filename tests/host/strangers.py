@@ -91,6 +91,32 @@ def wrappers(model: Any, seen: list) -> Any:
     return m
 
 
+def tiles(model: Any, seen: list, overlap: int = 0, stacked: bool = False) -> Any:
+    """As tiled diffusion does it: the model asked about the upper and the lower part of the latent, and their mean where they overlap.
+
+    stacked: in one call, the one's rows of cond and uncond behind the other's.
+    """
+    m = model.clone()
+
+    def around(apply: Any, args: dict[str, Any]) -> Tensor:
+        x, t, c = args["input"], args["timestep"], args["c"]
+        half = x.shape[2] // 2
+        crops = x[:, :, :half + overlap], x[:, :, half - overlap:]
+        seen.extend(crop.shape[2:] for crop in crops)
+        if stacked:
+            twice = {k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in c.items()}
+            answers = apply(torch.cat(crops), torch.cat([t, t]), **twice).chunk(2)
+        else:
+            answers = [apply(crop, t, **c) for crop in crops]
+        out, times = torch.zeros_like(x), torch.zeros_like(x)
+        for rows, answer in zip((slice(None, half + overlap), slice(half - overlap, None)), answers):
+            out[:, :, rows] += answer
+            times[:, :, rows] += 1
+        return out / times
+    m.set_model_unet_function_wrapper(around)
+    return m
+
+
 def fast_kernel(model: Any, seen: list) -> Any:
     """As Sage Attention nodes do it: no masks, no odd head widths; those go to the host's function."""
     m = model.clone()

@@ -1,6 +1,8 @@
 """Every inject node beside another pack that does what the popular ones do (strangers.py), in both orders of application."""
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import strangers
 import torch
@@ -14,7 +16,7 @@ from studio import MOMENTS, STEPS, bank_of, capture, concept, differs, inject, n
 from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
-COLUMNS = ("self cached", "cross", "all")
+COLUMNS = ("self cached", "self live", "cross", "all")  # all: cached
 CHAINED = [strangers.patches, strangers.wrappers, strangers.fast_kernel, strangers.block_forward, strangers.guidance]
 
 
@@ -67,17 +69,18 @@ def replaced(model, f):
 
 
 @LAW("hands_on", [False, True])
-@LAW("column", ["self cached", "all"])
+@LAW("column", ["self cached", "self live", "all"])
 def test_beside_a_plain_replacement_of_self_attention_ours_is_ours(hands_on, column):
     ours = OURS[column]
     for model in (ours(replaced(MODEL, same(hands_on))), replaced(ours(MODEL), same(hands_on))):
         assert differs(ours.sampled(model), alone(column)) < TIGHT
 
 
+@LAW("read", [STEPS, MOMENTS], ids=["cached", "live"])
 @LAW("hands_on", [False, True])
-def test_what_another_adapter_adds_to_self_attention_stays_its_own_beside_ours(hands_on):
+def test_what_another_adapter_adds_to_self_attention_stays_its_own_beside_ours(hands_on, read):
     """f + (ours - plain) in every layer: written out by hand, in the place of a replacement that hands nothing on."""
-    reads = bank_of()
+    reads = bank_of(steps=read)
 
     def both(kernel):
         def f(q, k, v, options):
@@ -94,8 +97,8 @@ def test_what_another_adapter_adds_to_self_attention_stays_its_own_beside_ours(h
 def test_beside_an_adapter_that_hands_its_options_on_silence_is_its_own_bit_for_bit(attention):
     theirs = adapter(MODEL, attention)
     none = sample(theirs)
-    for model in (inject(theirs, capture(theirs, negative=negative())[0], 0.0), concept(theirs, 0.0),
-                  inject(theirs, bank_of(), 2.0, start_percent=0.4, end_percent=0.5)):
+    for model in (inject(theirs, capture(theirs, negative=negative())[0], 0.0), inject(theirs, bank_of(steps=MOMENTS), 0.0),
+                  concept(theirs, 0.0), inject(theirs, bank_of(), 2.0, start_percent=0.4, end_percent=0.5)):
         assert torch.equal(sample(model), none)
 
 
@@ -116,12 +119,72 @@ def test_a_story_blends_queries_and_mixes_features_through_a_replacement():
     assert all(differs(told[0], other) > FELT for other in told[1:]) and differs(told[0], pictures(theirs, (0, 1), steps=MOMENTS)) > FELT
 
 
+# a latent cut into tiles -----------------------------------------------------------------------------------------------------
+
+TALL, CORNER = (16, 8), torch.zeros(1, 16, 8)
+CORNER[:, :8] = 1
+TILED = {"two calls": strangers.tiles, "one call": partial(strangers.tiles, stacked=True)}
+ELSEWHERE = torch.tensor([13.1, 1.17, 0.0])
+TOLD = {"cached": lambda m: inject(m, bank_of(steps=1), 2.0),
+        "live": lambda m: inject(m, capture(MODEL, sigmas=ELSEWHERE)[0], 2.0),
+        "two references": lambda m: inject(inject(m, bank_of(steps=1), 2.0), bank_of(steps=1, seed=4), 0.5, halves="both"),
+        "cross": lambda m: concept(m, 2.0)}
+
+
+@LAW("told", TOLD)
+def test_every_tile_reads_the_whole_subject(told, caplog):
+    """Tiles that do not meet are pictures of their own: what the model gives for both is what it gives for each."""
+    caplog.set_level("INFO")
+    ours, noise = TOLD[told], 14 * torch.randn(2, 4, *TALL, generator=torch.Generator().manual_seed(1))
+
+    def drawn(model, latent):
+        return sample(model, steps=1, latent=latent, disable_noise=True)
+    each = torch.cat([drawn(ours(MODEL), half) for half in noise.chunk(2, 2)], 2)
+    for way in TILED.values():
+        assert differs(drawn(way(ours(MODEL), []), noise), each) < TIGHT
+    assert differs(each, drawn(strangers.tiles(MODEL, []), noise)) > FELT
+    assert ("is read live" in caplog.text) == (told == "live")
+
+
+@LAW("column", ["self cached", "self live", "cross"])
+def test_beside_tiles_that_overlap_both_are_felt(column):
+    ours = OURS[column]
+
+    def theirs(model):
+        return strangers.tiles(model, [], overlap=2)
+    before, behind = ours.sampled(ours(theirs(MODEL)), size=TALL), ours.sampled(theirs(ours(MODEL)), size=TALL)
+    assert torch.equal(before, behind)
+    assert differs(before, pictures(theirs(MODEL), (0, 1), steps=ours.steps, size=TALL)) > FELT < differs(
+        before, ours.sampled(ours(MODEL), size=TALL))
+
+
+@LAW("way", TILED)
+@LAW("node", ["self", "cross"])
+def test_a_target_mask_is_refused_where_the_latent_is_cut(node, way):
+    """It lies over the whole picture, and nobody says which part of that a tile is."""
+    def ours(model):
+        return concept(model, target_mask=CORNER) if node == "cross" else inject(model, bank_of(steps=1), target_mask=CORNER)
+    for model in (TILED[way](ours(MODEL), []), ours(TILED[way](MODEL, []))):
+        with pytest.raises(ValueError, match="a target mask needs whole pictures.*8x8 of a latent of 16x8: tiled diffusion.*Remove that"):
+            sample(model, steps=1, size=TALL)
+
+
+@LAW("way", TILED)
+@LAW("column", ["story", "all"])
+def test_a_story_is_refused_where_the_latent_is_cut(column, way):
+    ours = OURS[column]
+    for model in (TILED[way](ours(MODEL), []), ours(TILED[way](MODEL, []))):
+        with pytest.raises(ValueError, match="ConsiStory.*given 8x8 of a latent of 16x8.*remove the node that cuts"):
+            ours.sampled(model, size=TALL)
+
+
 # where ours cannot be read ---------------------------------------------------------------------------------------------------
 
 
 def test_a_layer_without_keys_is_refused_in_words():
     """Layered diffusion and IP-Adapter crash on it; whoever reads nothing there is not concerned."""
-    for model in (inject(strangers.layered(MODEL), bank_of()), strangers.layered(inject(MODEL, bank_of()))):
+    for model in (inject(strangers.layered(MODEL), bank_of()), strangers.layered(inject(MODEL, bank_of())),
+                  inject(strangers.layered(MODEL), bank_of(steps=MOMENTS)), strangers.layered(inject(MODEL, bank_of(steps=MOMENTS)))):
         with pytest.raises(ValueError, match="Layered in the place of the attention of block middle 0.*to_k.*Remove that node, or choose"):
             sample(model)
     decoder = strangers.layered(inject(MODEL, bank_of(), 2.0, blocks="decoder"))
