@@ -291,7 +291,7 @@ class ConsiStory(io.ComfyNode):
         host.require_reference(STORY, reference, model)
         missing = [block_name(b) for b in sorted(wanted) if b not in reference.blocks]
         if missing:
-            raise ValueError(f"{STORY}: blocks is {blocks!r}, but the reference does not hold {', '.join(missing)}; it holds "
+            raise ValueError(f"{STORY}: blocks is {blocks[:200]!r}, but the reference does not hold {', '.join(missing)}; it holds "
                              f"{', '.join(map(block_name, reference.blocks))}. Choose the same blocks where the reference is made.")
         if halves is Halves.BOTH and Half.UNCOND not in reference.features:
             remedy = (f"Make the anchors with halves {Halves.BOTH.value!r} and a CFG above 1" if reference.anchors

@@ -46,7 +46,7 @@ class LoadPhoto(io.ComfyNode):
     def validate_inputs(cls, image: str) -> bool | str:
         """Also brings an example back where somebody emptied the temp folder."""
         offer_examples([path for path in EXAMPLES if host.example_name(path) == image])
-        return host.picture_exists(image) or f"{NODE}: there is no picture {image!r}. Choose one of the list, or upload it."
+        return host.picture_exists(image) or f"{NODE}: there is no picture {image!r:.200}. Choose one of the list, or upload it."
 
     @classmethod
     def fingerprint_inputs(cls, image: str) -> str:

@@ -99,14 +99,15 @@ class SubjectPrompts(io.ComfyNode):
             chunks = tokens_of(clip, text)
             here = {word for word, ids in zip(words, pieces) if ids and subject_positions(chunks, [ids])}
             if words and not here:
-                raise ValueError(f"{NODE}: line {number}, {text!r}, does not contain the subject {' or '.join(map(repr, words))}. "
+                raise ValueError(f"{NODE}: line {number}, {text[:200]!r}, does not contain the subject "
+                                 f"{' or '.join(map(repr, words)):.200}. "
                                  "Write the subject word in every line exactly as in the subject field.")
             seen |= here
             positions.append(subject_positions(chunks, pieces))
             each.append(tuple(subject_positions(chunks, [ids]) for ids in pieces))
         for word in words:
             if word not in seen:
-                raise ValueError(f"{NODE}: no line contains the subject {word!r}; the lines are {texts}. "
+                raise ValueError(f"{NODE}: no line contains the subject {word[:200]!r}; the lines are {str(texts):.800}. "
                                  "Correct the word or take it out of the subject field.")
         encoded = [encode(clip, text) for text in texts]
         rows = [c for c, _ in encoded]

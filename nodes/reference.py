@@ -224,7 +224,7 @@ def read_prompts(model: Any, positive: host.Conditioning, negative: host.Conditi
     if negative is not None:
         prompts[Half.UNCOND] = host.read_prompt(model, negative, "negative", CAPTURE, pictures)
     if not masked and prompts[Half.COND].subject is None:
-        raise ValueError(f"{CAPTURE}: positive ({prompts[Half.COND].text or 'a CLIP Text Encode'!r}) marks no subject word, and no "
+        raise ValueError(f"{CAPTURE}: positive ({(prompts[Half.COND].text or 'a CLIP Text Encode')[:200]!r}) marks no subject word, and no "
                          f"mask is wired. "
                          "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject.")
     return prompts
