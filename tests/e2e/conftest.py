@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from client import Client, HostServer
 
+sys.path.append(str(Path(__file__).resolve().parent))  # tests import prompt_mutants from here
 HOST = os.environ.get("KINDRED_HOST")
 
 
