@@ -85,7 +85,9 @@ class AttnCall:
     @property
     def cut(self) -> Grid | None:
         """The size that a part should have had, where another node cut the latent before the UNet; None where none did."""
-        sizes = (a[:2] if a else self.latent for role, a in zip(self.roles, self.areas) if role is not Role.OTHER)
+        y, x = self.latent  # an area may reach over the edge, where the host ends it
+        sizes = ((min(a[0], y - a[2]), min(a[1], x - a[3])) if a else (y, x) for role, a in zip(self.roles, self.areas)
+                 if role is not Role.OTHER)
         return next((size for size in sizes if self.given and size != self.given), None)
 
     def pictures(self, first: int, last: int) -> AttnCall:
