@@ -122,14 +122,14 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
     for term in filter(None, (t.strip().lower() for t in wanted.split(","))):
         if term in presets:
             found = {b for i, b in enumerate(available) if presets[term](i, b)}
-        elif match := re.fullmatch(r"(input|middle|output)\s*(\d+)(?:\s*-\s*(\d+))?(?:\.(\d+))?", term):
+        elif match := re.fullmatch(r"(input|middle|output)\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\.(\d+))?", term):
             stage, first, last, depth = match[1], int(match[2]), int(match[3] or match[2]), match[4]
             found = {b for b in available if b[0] == stage and first <= b[1] <= last and depth in (None, str(b[2]))}
         else:
             found = set()
         if not found:
-            raise ValueError(f"{node}: no attention block matches {term[:200]!r}. This model has "
-                             f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}; presets are {', '.join(presets)}.")
+            raise ValueError(f"{node}: no attention block matches {term[:200]!r}. Choose from this model's "
+                             f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {', '.join(presets)}.")
         chosen |= found
     if not chosen:
         raise ValueError(f"{node}: blocks is empty. Write {' or '.join(presets)}, or a list such as 'output 3-5, middle 0'.")

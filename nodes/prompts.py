@@ -90,9 +90,10 @@ class SubjectPrompts(io.ComfyNode):
     def execute(cls, clip: Any, prompts: str, subject: str, style: str = "") -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
-            raise ValueError(f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach")
+            raise ValueError(f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach.")
         words = [word.strip() for word in subject.split(",") if word.strip()]
-        texts = [f"{style.strip()} {line}".strip() for line in lines]
+        before = " ".join(style.splitlines()).strip()  # a line of texts is a picture
+        texts = [f"{before} {line}".strip() for line in lines]
         pieces = [word_ids(tokens_of(clip, word)) for word in words]
         positions, each, seen = [], [], set()
         for number, text in enumerate(texts, 1):
@@ -107,7 +108,7 @@ class SubjectPrompts(io.ComfyNode):
             each.append(tuple(subject_positions(chunks, [ids]) for ids in pieces))
         for word in words:
             if word not in seen:
-                raise ValueError(f"{NODE}: no line contains the subject {word[:200]!r}; the lines are {str(texts):.800}. "
+                raise ValueError(f"{NODE}: no line contains the subject {word[:100]!r}; the lines are {str(texts):.400}. "
                                  "Correct the word or take it out of the subject field.")
         encoded = [encode(clip, text) for text in texts]
         rows = [c for c, _ in encoded]

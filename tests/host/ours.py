@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from matrix import seed_all, states
 from networks import random_model
 from studio import MOMENTS, STEPS, bank_of, capture, concept, inject, negative, of_model, pictures, sample, story
 from torch import Tensor
@@ -59,6 +60,12 @@ STORIES = {"sharing", "story", "all"}
 def alone(name: str, **how: Any) -> Tensor:
     """A shared picture of one of our columns without neighbours."""
     return OURS[name].sampled(OURS[name](MODEL), **how)
+
+
+def seeded(act: Callable[[], Tensor]) -> tuple[Tensor, str]:
+    """The pictures, and the global random states that drawing them leaves."""
+    seed_all()
+    return act(), states()
 
 
 @cache

@@ -15,7 +15,7 @@ import folder_paths
 import pytest
 
 LONG = 10 if os.environ.get("KINDRED_LONG") == "1" else 1
-REMEDY = re.compile(r"\b(again|Choose|Give|Lower|Use|Update|Remove|Rename|Make|Wire|Take)\b")
+REMEDY = re.compile(r"\b(again|Choose|Correct|Give|Lower|Use|Update|Remove|Rename|Make|Wire|Write|Take)\b")
 
 
 def resident() -> float:

@@ -226,7 +226,7 @@ def test_several_prompts_for_one_picture(act):
      ids=["capture", "inject", "mask_blocks"])
 def test_an_unknown_block(act):
     refuse(lambda: act("decoder, up_blocks 3"), "no attention block matches 'up_blocks 3'", "input 1, input 3, middle 0, output 0",
-           "presets are all")
+           "write a preset: all")
 
 
 def test_a_block_that_was_not_captured():

@@ -12,7 +12,7 @@ import nodes
 
 OURS = {name: kind for name, kind in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("Kindred")}
 WRONG = ("x", "", 5, 0.5, True, {}, {"samples": 1}, {"samples": None}, [], ["a"], [[1, {}]], [[torch.ones(1), {}, 1]], [[torch.ones(1)]],
-(1, 2))
+         (1, 2))
 NUMBERS = ("FLOAT", "INT", "STRING", "BOOLEAN", "COMBO")
 OF_THEIR_OWN = ("strength", "weight", "dropout", "query_blend", "query_blend_end", "feature_injection")  # refused by the node, elsewhere
 

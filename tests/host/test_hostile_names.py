@@ -30,15 +30,12 @@ def shown(name: str) -> str:
 
 NAMES = [
     "../x", "../../x", "..", ".", "", " ", "/", "//x/y", "/x", str(BASE.parent / "x"), "kindred/../../x", "a/../../../x", "a/b/c/d/e/f",
-    "./x",
-    "x/", "..\\x", "..\\..\\x", "C:\\x", "C:/x", "c:x", "\\\\server\\share\\x", "~", "~/x", "$HOME/x", "%USERPROFILE%/x", "file:///x",
-    "a\0b",
-    "\0", "x\0/../../y", "a\nb", "a\rb", "\x1b[31mx", "x" * 300, "x/" * 300, "/".join(["y" * 200] * 30), "\u2025/x", "\uff0e\uff0e/x",
-    "\u2024\u2024/x", "..\u2215x", "..\uff0fx", "\u202egnp", "\ud800", "e\u0301", "\U0001f431", "x.", "x...", "x ", " x", ".hidden",
-    "CON", "NUL", "aux",
-    "com1", "LPT9.txt", "x:y", "x*", "x?", "x|y", "<x>", "x\"y", "%date:yyyy-MM-dd%", "%year%-%month%/x", "%width%", "%", "%s%n", "{0}",
-    "x [temp]",
-    "x [output]", "../x [temp]", "x.safetensors", "x.pt", "-rf", "--help", "`x`", "$(x)", ";x", "&x",
+    "./x", "x/", "..\\x", "..\\..\\x", "C:\\x", "C:/x", "c:x", "\\\\server\\share\\x", "~", "~/x", "$HOME/x", "%USERPROFILE%/x",
+    "file:///x", "a\0b", "\0", "x\0/../../y", "a\nb", "a\rb", "\x1b[31mx", "x" * 300, "x/" * 300, "/".join(["y" * 200] * 30), "\u2025/x",
+    "\uff0e\uff0e/x", "\u2024\u2024/x", "..\u2215x", "..\uff0fx", "\u202egnp", "\ud800", "e\u0301", "\U0001f431", "x.", "x...", "x ",
+    " x", ".hidden", "CON", "NUL", "aux", "com1", "LPT9.txt", "x:y", "x*", "x?", "x|y", "<x>", "x\"y", "%date:yyyy-MM-dd%",
+    "%year%-%month%/x", "%width%", "%", "%s%n", "{0}", "x [temp]", "x [output]", "../x [temp]", "x.safetensors", "x.pt", "-rf", "--help",
+    "`x`", "$(x)", ";x", "&x",
 ]
 
 

@@ -26,8 +26,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
-from matrix import seed_all, states
-from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing
+from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing, seeded
 from studio import bank_of, capture, concept, differs, inject, invert, photo, pictures, story
 from torch import Tensor
 
@@ -70,8 +69,7 @@ ROWS = {
                        live=LIVE),
     "context windows": Row(lambda m: ContextWindowsManualNode.execute(m, 1, 0, "standard_static", 1, False, "pyramid", 0, False)[0],
                            refused=WINDOWS, no_one_alone=True),
-    "Differential Diffusion": Row(lambda m: DifferentialDiffusion.execute(m, 1.0)[0], {"latent": soft_mask()},
-                                  columns=("self cached", "all")),
+    "Differential Diffusion": Row(lambda m: DifferentialDiffusion.execute(m, 1.0)[0], {"latent": soft_mask()}),
     "RescaleCFG": Row(lambda m: RescaleCFG().patch(m, 0.7)[0], columns=("all",)),
     "Mahiro": Row(lambda m: Mahiro.execute(m)[0], columns=("all",)),
     "TCFG": Row(lambda m: TCFG.execute(m)[0], columns=("all",)),
@@ -85,15 +83,9 @@ def nothing_is_left():
         yield
 
 
-def drawn(act: Callable[[], Tensor]) -> tuple[Tensor, str]:
-    """The pictures, and the global random states that drawing them leaves."""
-    seed_all()
-    return act(), states()
-
-
 @cache
 def neighbour_alone(row: str, steps: int) -> tuple[Tensor, str]:
-    return drawn(lambda: pictures(ROWS[row].patch(MODEL), (0, 1), steps=steps, **ROWS[row].how))
+    return seeded(lambda: pictures(ROWS[row].patch(MODEL), (0, 1), steps=steps, **ROWS[row].how))
 
 
 @LAW(("row", "column"), CELLS)
@@ -105,7 +97,7 @@ def test_both_are_felt_in_either_order_or_a_sentence_says_what_to_do(row, column
             with pytest.raises(ValueError, match=refused):
                 ours.sampled(model, **how)
         return
-    (before, left), (behind, left_behind) = (drawn(lambda m=m: ours.sampled(m, **how)) for m in (ours(theirs(MODEL)), theirs(ours(MODEL))))
+    (before, left), (behind, left_behind) = (seeded(lambda m=m: ours.sampled(m, **how)) for m in (ours(theirs(MODEL)), theirs(ours(MODEL))))
     without = ours.sampled(ours(MODEL), **how) if how else alone(column)
     none, left_by_them = neighbour_alone(row, ours.steps)
     assert torch.equal(before, behind) and left == left_behind == left_by_them

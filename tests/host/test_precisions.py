@@ -18,7 +18,7 @@ from kindred.miniature.world import CLASSES, SCENES
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.prompts import SubjectPrompts
 from networks import build_model
-from ours import FELT, TIGHT, Column, leaving_nothing
+from ours import FELT, TIGHT, Column, leaving_nothing, seeded
 from studio import MOMENTS, STEPS, capture, concept, differs, inject, negative, of_model, pictures, story, subject
 from torch import Tensor
 
@@ -60,9 +60,11 @@ def model_in(weights: torch.dtype, computed: torch.dtype) -> ModelPatcher:
 
 @cache
 def pair(weights: torch.dtype, computed: torch.dtype, column: str) -> tuple[Tensor, Tensor]:
-    """Plain and injected; the reference, where one is read, made in the same precision."""
+    """Plain and injected, which leave the same random states; the reference, where one is read, made in the same precision."""
     model, ours = model_in(weights, computed), COLUMNS[column]
-    return ours.sampled(model), ours.sampled(ours(model, maker=model))
+    (none, left), (out, left_by_us) = (seeded(lambda m=m: ours.sampled(m)) for m in (model, ours(model, maker=model)))
+    assert left == left_by_us
+    return none, out
 
 
 @LAW(("precision", "column"), [pytest.param(p, column, id="{} in {}, {}".format(*p, column).replace("torch.", "")) for p in PRECISIONS
@@ -152,10 +154,11 @@ def with_lora(model: ModelPatcher) -> ModelPatcher:
 @LAW("column", ["self live", "all", "whole story"])
 def test_partly_loaded_weights_draw_the_same(column):
     ours, whole, model = COLUMNS[column], with_lora(build_model("tiny")), with_lora(build_model("tiny"))
-    exact = ours.sampled(ours(whole, maker=whole))
+    (none, state), (exact, _) = (seeded(lambda m=m: ours.sampled(m)) for m in (whole, ours(whole, maker=whole)))
     with little_memory() as left:
-        assert differs(ours.sampled(ours(model, maker=model)), exact) < TIGHT
-    assert any(left) and differs(exact, ours.sampled(whole)) > FELT
+        out, state_after = seeded(lambda: ours.sampled(ours(model, maker=model)))
+    assert differs(out, exact) < TIGHT and state_after == state
+    assert any(left) and differs(exact, none) > FELT
 
 
 # a LoRA that the host trained --------------------------------------------------------------------------------------------------
@@ -215,8 +218,9 @@ def test_a_lora_of_the_hosts_trainer_before_a_reference_and_never_behind_it(bypa
     """Its keys are another model's: refused at the node where it stands before a plain reference, at the sampler behind one."""
     m, patched = miniature(), lora(miniature().model, bypass)
     before = of_model(m.model)
-    out = drawn(read(patched, maker=patched))
-    assert torch.isfinite(out).all() and differs(out, drawn(patched)) > FELT < differs(out, drawn(read(m.model, maker=m.model)))
+    (none, left), (out, left_by_us) = (seeded(lambda n=n: drawn(n)) for n in (patched, read(patched, maker=patched)))
+    assert left == left_by_us
+    assert torch.isfinite(out).all() and differs(out, none) > FELT < differs(out, drawn(read(m.model, maker=m.model)))
     words = r"was made with model \w+ \w+, but the model given is \w+ \w+ \(weights and LoRAs count\)"
     with pytest.raises(ValueError, match=words):
         read(patched, maker=m.model)
@@ -228,6 +232,7 @@ def test_a_lora_of_the_hosts_trainer_before_a_reference_and_never_behind_it(bypa
 @LAW("node", [detailed, story])
 def test_a_lora_of_the_hosts_trainer_on_either_side_of_what_reads_no_reference(node):
     m = miniature()
-    outs = [drawn(node(lora(m.model))), drawn(lora(node(m.model)))]
-    assert torch.equal(*outs)
-    assert min(differs(outs[0], drawn(other)) for other in (m.model, node(m.model), lora(m.model))) > FELT
+    (before, left), (behind, left_behind), (none, left_by_them) = (
+        seeded(lambda n=n: drawn(n)) for n in (node(lora(m.model)), lora(node(m.model)), lora(m.model)))
+    assert torch.equal(before, behind) and left == left_behind == left_by_them
+    assert min(differs(before, other) for other in (none, drawn(m.model), drawn(node(m.model)))) > FELT

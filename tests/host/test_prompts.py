@@ -4,59 +4,24 @@ from __future__ import annotations
 from functools import cache
 from types import SimpleNamespace
 
-import comfy.sd
 import comfy.sd1_clip
-import comfy.sdxl_clip
-import comfy.supported_models_base
 import pytest
 import torch
+from words import WIDTH, clip, tokenizer
 
 from kindred.models.reference import SubjectTokens
 from kindred.models.injection import SUBJECT
 from kindred.nodes.host import TEXT
 from kindred.nodes.prompts import SubjectPrompts, batch_rows, subject_positions, tokens_of, word_ids
 
-WIDTH = 32
 LAW = pytest.mark.parametrize
-
-
-class TinyText(comfy.sd1_clip.SDClipModel):
-    """The host's CLIP text model with one narrow layer."""
-
-    def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, dtype=dtype, return_projected_pooled=False, model_options=model_options, textmodel_json_config={
-            "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_act": "quick_gelu",
-            "max_position_embeddings": 77, "eos_token_id": 49407, "projection_dim": WIDTH, "layer_norm_eps": 1e-5})
-
-
-class TinyClip(comfy.sd1_clip.SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, dtype=dtype, model_options=model_options, clip_model=TinyText)
-
-
-@cache
-def clip():
-    """A CLIP as CheckpointLoaderSimple gives it: real tokenizer, random text model."""
-    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, TinyClip)
-    made = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
-    generator = torch.Generator().manual_seed(0)
-    for name, p in made.cond_stage_model.named_parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.3 if p.ndim > 1 else torch.full(p.shape, float(name.endswith("weight")))
-    return made
-
-
-@cache
-def tokenizer(kind: str):
-    """Only the words: what tokens_of needs of a CLIP."""
-    made = {"sd1": comfy.sd1_clip.SD1Tokenizer, "sdxl": comfy.sdxl_clip.SDXLTokenizer}[kind]()
-    return SimpleNamespace(tokenize=made.tokenize_with_weights)
 
 
 @torch.inference_mode()
 def encode(prompts: str, subject: str = "", style: str = ""):
     """-> cross [b w c], extras, count."""
     (entry,), count, texts = SubjectPrompts.execute(clip(), prompts, subject, style).result
-    assert texts.splitlines() == [f"{style} {line.strip()}".strip() for line in prompts.splitlines() if line.strip()]
+    assert texts.splitlines() == [f"{' '.join(style.split())} {line.strip()}".strip() for line in prompts.splitlines() if line.strip()]
     return entry[0], entry[1], count
 
 
@@ -194,6 +159,12 @@ def test_the_style_goes_before_every_line():
     assert extras[TEXT] == "watercolour of a cat\nwatercolour of my cat"
     assert torch.equal(cross, encode("watercolour of a cat\nwatercolour of my cat")[0])
     assert extras[SUBJECT].positions == (find("watercolour of a cat", "cat"),) * 2
+
+
+def test_a_style_of_several_lines_stands_in_one():
+    """A line of texts is a picture to whoever reads them."""
+    _, extras, count = encode("a cat\nmy cat", "cat", " watercolour\nof \r\n")
+    assert count == 2 and extras[TEXT] == "watercolour of a cat\nwatercolour of my cat"
 
 
 def test_without_a_subject_nothing_is_marked():

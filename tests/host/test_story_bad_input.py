@@ -110,7 +110,7 @@ def test_a_weight_or_a_count_that_is_none(how):
 
 @LAW("name", ["blocks", "mask_blocks"])
 def test_an_unknown_block(name):
-    refuse(lambda: story(MODEL, **{name: "up_blocks 3"}), NODE, "no attention block matches 'up_blocks 3'", "output 0", "presets are all")
+    refuse(lambda: story(MODEL, **{name: "up_blocks 3"}), NODE, "no attention block matches 'up_blocks 3'", "output 0", "a preset: all")
 
 
 def test_two_of_the_node():

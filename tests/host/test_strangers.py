@@ -9,7 +9,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing
+from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing, seeded
 from strangers import BLOCKS, adapter
 from studio import MOMENTS, STEPS, bank_of, capture, concept, differs, inject, negative, pictures, sample, story
 
@@ -29,11 +29,12 @@ def nothing_is_left():
 @LAW("stranger", CHAINED)
 @LAW("column", COLUMNS)
 def test_what_chains_is_felt_in_either_order(stranger, column):
-    """Both effects are there, and nothing that the stranger attends to by itself is joined by anything of ours."""
+    """Both effects are there, nothing that the stranger attends to by itself is joined by ours, and no random state is moved."""
     ours, seen = OURS[column], []
-    before, behind = ours.sampled(ours(stranger(MODEL, seen))), ours.sampled(stranger(ours(MODEL), seen))
-    assert torch.equal(before, behind)
-    assert differs(before, alone(column)) > FELT < differs(before, pictures(stranger(MODEL, []), (0, 1), steps=ours.steps))
+    (before, left), (behind, left_behind), (none, left_by_them) = (
+        seeded(lambda m=m: ours.sampled(m)) for m in (ours(stranger(MODEL, seen)), stranger(ours(MODEL), seen), stranger(MODEL, [])))
+    assert torch.equal(before, behind) and left == left_behind == left_by_them
+    assert differs(before, alone(column)) > FELT < differs(before, none)
     if stranger is strangers.patches:
         assert seen and all(seen)
     elif stranger is strangers.wrappers:
@@ -103,7 +104,7 @@ def test_beside_an_adapter_that_hands_its_options_on_silence_is_its_own_bit_for_
 
 
 @LAW("attention", ["attn1", "attn2"])
-@LAW("column", ["all"])
+@LAW("column", ["self cached", "cross", "story", "all"])
 def test_adapters_on_either_side_of_ours_add_up(attention, column):
     """Theirs twice, ours between: the second application finds the first, not us, in its place."""
     ours = OURS[column]
