@@ -193,7 +193,16 @@ class ReferenceBank:
     @cached_property
     def loudness(self) -> dict[Grid, float]:
         """How many tokens of the subject each kept one stands for, per grid: 1 where all are kept."""
-        return {grid: int(mask.sum()) / max(len(self.kept[grid]), 1) if self.share < 1 else 1.0 for grid, mask in self.masks.items()}
+        if self.share == 1:
+            return dict.fromkeys(self.grids.values(), 1.0)
+        return {grid: int(mask.sum()) / max(len(self.kept[grid]), 1) for grid, mask in self.masks.items()}
+
+    @cached_property
+    def most_kept(self) -> dict[Grid, int]:
+        """The most tokens [l] of each grid that any step holds."""
+        if self.anchors is None:
+            return {grid: len(positions) for grid, positions in self.kept.items()}
+        return {grid: max(map(len, rows)) for grid, rows in self.anchors.kept.items()}
 
     @property
     def blocks(self) -> tuple[BlockId, ...]:

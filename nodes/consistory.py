@@ -173,12 +173,16 @@ class StoryInjection:
         source, anchors = GeneratedAnchors(self.bank, run, halves), self.bank.anchors
         rows = {sigma: source.row(sigma) for sigma in run.sigmas}
         if schedule.first_injection:
-            order = anchors.settings.get("order")
+            order = str(anchors.settings.get("order"))[:40]
             if anchors.features is None:
                 raise ValueError(f"{STORY}: feature_injection is {self.settings.injection}, but the anchors of the reference were made "
                                  "with 0. Set it to 0 here, or make the anchors with feature injection.")
             if order != (wanted := OFFICIAL if self.settings.official else FAST):
                 raise ValueError(f"{STORY}: order is {wanted!r}, but the reference's anchors were made with {order!r}. Choose the same.")
+            stored = {layer.block for layer in anchors.output_layers}
+            if stored and (lacking := [block_name(b) for b in sorted(self.layout.output_blocks - stored)]):
+                raise ValueError(f"{STORY}: features are to be injected in {', '.join(lacking)}, of which the reference's anchors hold "
+                                 f"nothing (they do of {', '.join(map(block_name, sorted(stored)))}). Make the anchors again.")
             missing = [s for s in run.sigmas if schedule.injects(s) and not len(anchors.outputs[rows[s]]) and len(anchors.subject)]
             if missing:
                 held = [s for s, row in rows.items() if len(anchors.outputs[row])]

@@ -104,7 +104,7 @@ def matches_panel(pictures: Tensor, bank: ReferenceBank) -> Tensor:
     grids = [grid for grid in (*bank.masks, *(grid_of(latent, 2 ** k) for k in range(6))) if grid[0] * grid[1] == n]
     if not grids:
         raise ValueError(f"{NODE}: the reference's features have {n} tokens a picture, which fits no grid of a {latent[0]}x{latent[1]} "
-                         "latent. A node that changes the grid (Deep Shrink, token merging) was on the model: make the anchors without it.")
+                         "latent. A node that changes the grid (Deep Shrink, token merging) was on the model. Make the anchors without it.")
     if bank.anchors.subject is None:
         subjects = bank.masks[grids[0]].flatten(1)
     else:

@@ -279,7 +279,7 @@ class MaskedSelfInjection:
     def held(self, model: Any, shape: Sequence[int]) -> int:
         """Bytes on the device: this step's row and the next one, and the longest keys and values of a layer."""
         width, sizes = host.computes_in(model).itemsize, host.token_sizes(model, shape[2:])
-        kept = {layer: len(self.bank.kept[layer.grid]) for layer in self.bank.layers}
+        kept = {layer: self.bank.most_kept[layer.grid] for layer in self.bank.layers}
         row = sum(kept[layer] * layer.channels for layer in self.bank.layers)
         readers = shape[0] * (1 if self.halves is Halves.COND else 2)
         longest = max(2 * (sizes[layer.block][0] + kept[layer]) * sizes[layer.block][1] for layer in self.bank.layers)

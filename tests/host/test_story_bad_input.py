@@ -16,6 +16,7 @@ from studio import (
     coarse,
     counted,
     differs,
+    inject,
     negative,
     photo,
     pictures,
@@ -24,7 +25,7 @@ from studio import (
     story,
 )
 
-from kindred.models.reference import BANK_VERSION
+from kindred.models.reference import BANK_VERSION, block_name
 from kindred.nodes.host import model_key
 
 MODEL = random_model("tiny")
@@ -200,6 +201,24 @@ def test_anchors_of_a_shorter_window(how):
     held = bank(**how)
     refuse(lambda: pictures(story(MODEL, reference=held), [2]), NODE, "features are to be injected at 1 noise levels, from sigma",
            "where the anchors of the reference hold none", "Take the injection's start and end percent that the anchors were made with")
+
+
+def test_anchors_that_hold_nothing_of_a_layer_that_features_go_into():
+    """As a damaged file may tell it."""
+    held, sound = bank(), bank().anchors
+    first, *others = sound.output_layers
+    other = replace(held, anchors=replace(sound, output_layers=(replace(first, block=("input", 99, 0)), *others)))
+    refuse(lambda: pictures(story(MODEL, reference=other), [2]), NODE, f"features are to be injected in {block_name(first.block)}, of "
+           "which the reference's anchors hold nothing", "Make the anchors again")
+
+
+def test_anchors_without_masks_are_read_where_they_hold_the_noise_level():
+    """A story that never saw its subject leaves such anchors."""
+    held, bare = bank(), replace(bank(), masks={})
+    out, meant = (pictures(inject(MODEL, b, 2.0), [2]) for b in (bare, held))
+    assert torch.equal(out, meant) and differs(out, pictures(MODEL, [2])) > 1e-3
+    refuse(lambda: pictures(inject(MODEL, bare, 2.0), [2], sampler="dpm_2"), "this sampler asks for sigma", "which the reference does not "
+           "hold", "Take the sampler, scheduler and steps of the reference")
 
 
 def test_blocks_that_the_anchors_do_not_hold():

@@ -125,6 +125,7 @@ LIES = {
     "outputs of other tokens": (lambda told: told["anchors"]["output_layers"][0].__setitem__(5, 6),
                                 "the anchors' outputs are [15] at step 1, but the tokens kept there need [18]"),
     "another grid": (lambda told: told["layers"][0].__setitem__(3, 5), "input 1 has 5x6 tokens, but nothing says which of them are kept"),
+    "a mask less": (lambda told: told["masks"].pop(0), "there are masks of", "but none of"),
     "other channels": (lambda told: told["layers"][0].__setitem__(5, 4), "the features of the cond half are", "need"),
     "a layer of no UNet": (lambda told: told["layers"][0].__setitem__(0, "side"), "a layer lies in 'side'"),
     "a layer too short": (lambda told: told["layers"][0].pop(), "does not fit together"),
