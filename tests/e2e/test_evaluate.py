@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on(once, tmp_path):
     assert process.returncode == 130 and "the same command goes on from here" in said
     before = journal.read_text().splitlines()
     assert 3 <= len(before) < 10
-    assert tables(run(tmp_path, *SMALL, "--processes", "2")) == tables(told)
+    assert tables(run(tmp_path, *SMALL, "--processes", "1")) == tables(told)
     after = journal.read_text().splitlines()
     assert after[:len(before)] == before and len(after) == 10
 

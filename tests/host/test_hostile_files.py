@@ -41,8 +41,9 @@ def banks() -> dict[str, ReferenceBank]:
 def drawings(bank: ReferenceBank) -> list[Callable[[], Tensor]]:
     """A picture with it, through every node that reads one."""
     drawn = torch.rand(bank.pictures, 16, 16, 3)
+    halves = "both" if len(bank.features) == 2 else "cond only"
     acts: list[Callable[[], Tensor]] = [lambda: sample(inject(MODEL, bank), steps=2, size=(4, 4), cfg=1.0),
-                                        lambda: pictures(story(MODEL, reference=bank), (5,), steps=3)]
+                                        lambda: pictures(story(MODEL, reference=bank, halves=halves), (5,), steps=3)]
     acts += [partial(panel, drawn, bank) for why, panel in ((why_no_masks, masks_panel), (why_no_matches, matches_panel)) if not why(bank)]
     return acts + [partial(heat_panel, drawn, bank, percent) for percent in (-1.0, 0.0, 1.0) if not why_no_heat(bank)]
 
