@@ -1,6 +1,7 @@
 """Sheets that nodes show: pictures in rows, and scores over pictures, drawn with Pillow in a typeface that is everywhere."""
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -107,13 +108,13 @@ def has(font: Any, character: str) -> bool:
 def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
     """A text in at most so many lines of at most this width; what does not fit ends in an ellipsis. Words are broken if they must."""
     made: list[str] = []
-    for word in text.split():
-        while word:
+    for word in text[:lines * int(width) + 1].split():  # no character is narrower than a pixel: the rest is never seen
+        while word and len(made) <= lines:
             joined = f"{made[-1]} {word}" if made else word
             if made and font.getlength(joined) <= width:
                 made[-1], word = joined, ""
             else:
-                cut = next((n for n in range(len(word), 1, -1) if font.getlength(word[:n]) <= width), 1)
+                cut = max(bisect_right(range(1, len(word) + 1), width, key=lambda n: font.getlength(word[:n])), 1)
                 made, word = [*made, word[:cut]], word[cut:]
     if len(made) > lines:
         last = made[lines - 1]

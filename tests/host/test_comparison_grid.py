@@ -1,6 +1,8 @@
 """Host laws of Comparison Grid: where every picture and every word stands, and what is refused."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from judged import grid, noise
@@ -102,6 +104,15 @@ def test_wrapped_words_stay_within_their_width(text):
     assert len(made) <= 3 and all(font.getlength(line) <= 90 for line in made)
     everything = drawing.wrapped(text, font, 90, 99)
     assert "".join(everything).replace(" ", "") == text.replace(" ", "") and (made == everything) == (len(everything) <= 3)
+
+
+@LAW("text", ["x" * 100_000, "\u200b" * 100_000, "a " * 50_000, "i" * 100_000])
+def test_of_a_text_of_any_length_no_more_is_measured_than_can_be_seen(text):
+    """A caption of one word of 3,000 letters once kept a server busy for minutes."""
+    font, measured = drawing.typeface(14, "a"), []
+    told = SimpleNamespace(getlength=lambda part: measured.append(len(part)) or font.getlength(part))
+    made = drawing.wrapped(text, told, 90, 3)
+    assert len(made) <= 3 and sum(measured) < 20_000
 
 
 def test_a_picture_is_fitted_whole_and_never_vanishes():
