@@ -128,7 +128,7 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
         else:
             found = set()
         if not found:
-            raise ValueError(f"{node}: no attention block matches {term[:200]!r}. Choose from this model's "
+            raise ValueError(f"{node}: no attention block matches {term!r:.200}. Choose from this model's "
                              f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {', '.join(presets)}.")
         chosen |= found
     if not chosen:

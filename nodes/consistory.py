@@ -295,7 +295,7 @@ class ConsiStory(io.ComfyNode):
         host.require_reference(STORY, reference, model)
         missing = [block_name(b) for b in sorted(wanted) if b not in reference.blocks]
         if missing:
-            raise ValueError(f"{STORY}: blocks is {blocks[:200]!r}, but the reference does not hold {', '.join(missing)}; it holds "
+            raise ValueError(f"{STORY}: blocks is {blocks!r:.200}, but the reference does not hold {', '.join(missing)}; it holds "
                              f"{', '.join(map(block_name, reference.blocks))}. Choose the same blocks where the reference is made.")
         if halves is Halves.BOTH and Half.UNCOND not in reference.features:
             remedy = (f"Make the anchors with halves {Halves.BOTH.value!r} and a CFG above 1" if reference.anchors
@@ -352,6 +352,9 @@ class AnchorSampler(io.ComfyNode):
                 "feature_injection 0; black masks)")
             raise ValueError(f"{SAMPLER}: the model given {why}. Wire ConsiStory Shared Attention{' without a reference' * bool(story)} "
                              "before it.")
+        if denoise <= 0:
+            raise ValueError(f"{SAMPLER}: denoise is {denoise}, so no step is sampled and there is nothing to keep of the anchors. Give "
+                             "more than 0; 1 begins from noise.")
         recorder = AnchorRecorder(torch.float16 if precision == "float16" else None)
         recording = host.inject(model, replace(story, recorder=recorder), instead_of=story)
         out = host.sample(recording, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise)

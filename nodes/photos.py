@@ -39,7 +39,7 @@ class LoadPhoto(io.ComfyNode):
         try:
             return io.NodeOutput(*host.load_picture(image))
         except Exception as error:  # the host's readers fail in words of their libraries
-            raise ValueError(f"{NODE}: {image[:80]!r} cannot be read ({type(error).__name__}: {str(error).strip():.120}). Upload it again "
+            raise ValueError(f"{NODE}: {image!r:.80} cannot be read ({type(error).__name__}: {str(error).strip():.120}). Upload it again "
                              "as a PNG or JPEG of 8 bits a colour.") from error
 
     @classmethod

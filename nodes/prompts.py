@@ -43,8 +43,8 @@ def batch_rows(rows: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> 
     w = math.lcm(*(row.shape[1] for row in rows))
     if w > MOST_TOKENS:
         raise ValueError(f"{NODE}: the prompts are {', '.join(str(row.shape[1]) for row in rows)} tokens long, which only fit one batch at "
-                         f"{w} "
-                         f"tokens each (the limit is {MOST_TOKENS}). Bring the lines to similar lengths, or sample them apart.")
+                         f"{w} tokens each (the limit is {MOST_TOKENS}). Shorten the longest, bring the lines to similar lengths, or "
+                         "sample them apart.")
     moved = tuple(tuple(p + start for start in range(0, w, row.shape[1]) for p in places) for row, places in zip(rows, positions))
     return torch.cat([row.repeat(1, w // row.shape[1], 1) for row in rows]), moved
 
@@ -100,7 +100,7 @@ class SubjectPrompts(io.ComfyNode):
             chunks = tokens_of(clip, text)
             here = {word for word, ids in zip(words, pieces) if ids and subject_positions(chunks, [ids])}
             if words and not here:
-                raise ValueError(f"{NODE}: line {number}, {text[:200]!r}, does not contain the subject "
+                raise ValueError(f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
                                  f"{' or '.join(map(repr, words)):.200}. "
                                  "Write the subject word in every line exactly as in the subject field.")
             seen |= here
@@ -108,7 +108,7 @@ class SubjectPrompts(io.ComfyNode):
             each.append(tuple(subject_positions(chunks, [ids]) for ids in pieces))
         for word in words:
             if word not in seen:
-                raise ValueError(f"{NODE}: no line contains the subject {word[:100]!r}; the lines are {str(texts):.400}. "
+                raise ValueError(f"{NODE}: no line contains the subject {word!r:.100}; the lines are {str(texts):.400}. "
                                  "Correct the word or take it out of the subject field.")
         encoded = [encode(clip, text) for text in texts]
         rows = [c for c, _ in encoded]

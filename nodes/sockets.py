@@ -14,7 +14,8 @@ WIRES = {"LATENT": "VAE Encode or Empty Latent Image", "CONDITIONING": "Subject 
          "CLIP": "Load Checkpoint", "VAE": "Load Checkpoint", "IMAGE": "Load Image or VAE Decode", "MASK": "Load Image (as Mask)",
          "SIGMAS": "a scheduler", "CLIP_VISION": "Load CLIP Vision", "KINDRED_INVERSION": "DDIM Invert",
          "KINDRED_REFERENCE": "Ref-UNet Feature Capture or Load Reference", "KINDRED_CONCEPT_ENCODER": "Concept Encoder Load"}
-SAID = ("strength", "weight", "dropout", "query_blend", "query_blend_end", "feature_injection")  # of which their nodes say more
+SAID = ("strength", "weight", "dropout", "query_blend", "query_blend_end", "feature_injection", "filename_prefix",
+        "save_name")  # of which their nodes say more
 TENSORS = ("IMAGE", "MASK", "SIGMAS")
 WRITTEN = (str, int, float, bool, list, tuple, dict)  # what JSON holds
 
@@ -59,10 +60,12 @@ def refuse(node: str, name: str, asked: Any, value: Any) -> None:
     if kind in WIRES:
         if value is None and asked.optional or fits(kind, value):
             return
-        raise ValueError(f"{node}: {name} is {type(value).__name__} {str(value)[:40]!r}, where a wire of {kind} belongs. Wire "
+        raise ValueError(f"{node}: {name} is {type(value).__name__} {str(value)!r:.40}, where a wire of {kind} belongs. Wire "
                          f"{WIRES[kind]} into it.")
     if kind in ("FLOAT", "INT") and name not in SAID and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{node}: {name} is {value}. Give a number from {asked.min} to {asked.max}.")
+    if kind == "STRING" and name not in SAID and any("\ud800" <= c <= "\udfff" for c in str(value)):  # tokenizers take no such text
+        raise ValueError(f"{node}: {name} is {value!r:.60}, which holds half a character. Write it again.")
 
 
 def fits(kind: str, value: Any) -> bool:

@@ -95,7 +95,7 @@ class Order:
         folder, name = host.concept_folder().resolve(), self.save_name.strip().removesuffix(".safetensors").replace("\\", "/")
         path, fits = folder / f"{name}.safetensors", host.nameable(name) and len(name.encode()) < 200  # systems allow 255, less for ours
         if not fits or not Path(name).name.strip(". ") or set(name) & set(':*?"<>|') or not path.resolve().is_relative_to(folder):
-            raise ValueError(f"{NODE}: save_name is {self.save_name[:60]!r}. Give the name of a file in {folder}, for instance my_subject.")
+            raise ValueError(f"{NODE}: save_name is {self.save_name!r:.60}. Give the name of a file in {folder}, for instance my_subject.")
         state = path.with_suffix(".training")
         if self.resume and path.exists() and not state.exists():
             raise ValueError(f"{NODE}: {path.name} is there already, without the state of a training beside it. Choose another save_name, "

@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT]  # `python -m pytest` puts it there
-sys.path.append(str(ROOT / "tools"))
+sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
 
 from checkout import as_kindred  # noqa: E402
 

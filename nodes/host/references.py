@@ -45,7 +45,7 @@ def new_reference_path(prefix: str) -> tuple[Path, str]:
         (path.parent / f".{path.name}.{'0' * 16}").exists()  # as long as the name it is written under
     except (ValueError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"filename_prefix is {prefix[:60]!r}, which no file can be called ({why}). Give a short name such as "
+        raise ValueError(f"filename_prefix is {prefix!r:.60}, which no file can be called ({why}). Give a short name such as "
                          "kindred/reference.") from error
     return path, Path(subfolder, path.name).as_posix()
 

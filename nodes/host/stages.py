@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...models.consistory import SLACK
-from ...models.story import Story
+from ...models.story import NODE, Story
+from .model import KEY, log
 
 
 class _FirstStageDone(Exception):
@@ -33,6 +35,7 @@ class Stages:
     story: Story
     _answers: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)  # sigma, x, denoised: before the first injection
     _replaying: bool = False
+    _heard: int = 0  # questions of the sampler in its last run that came to the story
     _done: bool = False  # the first injection's noise level was reached: what follows differs in the second stage
 
     def sample(self, executor: Callable[..., Tensor], guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any,
@@ -41,7 +44,7 @@ class Stages:
         story, second = self.story, len(sigmas) - 1
         if not story.stage:
             out = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar, **kwargs)
-            story.finish()
+            self._finish(extra_args["model_options"], second)
             return out
         first = story.schedule.first_stage
 
@@ -55,10 +58,18 @@ class Stages:
                 pass
         story.begin_second_stage()
         begin_keyframes(guider)
-        self._replaying = True
+        self._replaying, self._heard = True, 0
         out = executor(guider, sigmas, extra_args, told(first), noise, latent_image, denoise_mask, disable_pbar, **kwargs)
-        story.finish()
+        self._finish(extra_args["model_options"], second)
         return out
+
+    def _finish(self, model_options: dict[str, Any], steps: int) -> None:
+        """The story is told; steps that another node answered before it could be asked are named."""
+        self.story.finish()
+        others = model_options["transformer_options"].get("wrappers", {}).get(WrappersMP.PREDICT_NOISE, {}).keys() - {KEY}
+        if others and self._heard < steps:  # adaptive samplers may ask less often by themselves
+            log.warning("%s: %d of %d steps were answered by another node without the model, so nothing was shared there. LazyCache does "
+                        "this: remove it, or let it begin later.", NODE, steps - self._heard, steps)
 
     def replayed(self, sigma: float, x: Tensor) -> Tensor | None:
         """What the first stage answered to this very question, in its order; None: the model has to be asked."""
@@ -85,5 +96,6 @@ class Stages:
             raise _FirstStageDone
 
     def _record(self, sigma: float, x: Tensor) -> None:
+        self._heard += 1
         if self.story.recorder:
             self.story.recorder.latent(sigma, x)

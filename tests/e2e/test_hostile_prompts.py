@@ -22,8 +22,10 @@ import pytest
 from client import ROOT
 from PIL import Image
 from prompt_mutants import Mutator, Prompt, small
+from remedy import REMEDY
 
 LONG = 5 if os.environ.get("KINDRED_LONG") == "1" else 1
+THE_HOSTS = ("outside the output folder is not allowed",)  # sentences of the host that reach the user through a node of ours
 SENTENCES = ("ValueError", "FileNotFoundError", "OSError", "PermissionError")  # what a node of ours says is one of these
 
 
@@ -71,10 +73,12 @@ def fault_of_run(history: dict[str, Any] | None) -> tuple[str, str]:
     for kind, data in history["status"]["messages"]:
         if kind == "execution_error":
             said, name = data["exception_message"].strip(), data["exception_type"].split(".")[-1]
+            words = f"{data['node_type']}: {name}: {said[:300]} {''.join(data['traceback'][-1:])[-200:]}"
+            if data["node_type"].startswith("Kindred"):  # wherever in the end it was raised
+                fits = name in SENTENCES and len(said) <= 700 and REMEDY.search(said) or any(word in said for word in THE_HOSTS)
+                return ("refused while it ran", "") if fits else ("failed", words)
             if name not in SENTENCES and ours(data["traceback"]):
-                return "failed", f"{data['node_type']}: {name}: {said[:200]} {data['traceback'][-1][-200:]}"
-            if data["node_type"].startswith("Kindred") and name in SENTENCES and (len(said) < 15 or len(said) > 2000):
-                return "failed", f"{data['node_type']}: no sentence: {said[:300]!r}"
+                return "failed", words
             return "refused while it ran", ""
     return ("drew", "") if history["status"]["status_str"] == "success" else ("failed", str(history["status"])[:300])
 

@@ -5,7 +5,6 @@ KINDRED_LONG=1: ten times as many damaged files.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from typing import Any
 
 import folder_paths
 import pytest
+from remedy import REMEDY
 
 LONG = 10 if os.environ.get("KINDRED_LONG") == "1" else 1
-REMEDY = re.compile(r"\b(again|Choose|Correct|Give|Lower|Use|Update|Remove|Rename|Make|Wire|Write|Take)\b")
 
 
 def resident() -> float:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from mutations import Mutator, Trap, changed, strangers, torn
 from networks import random_model
-from refusals import LONG, REMEDY, faults_of, resident
+from refusals import LONG, faults_of, resident
+from remedy import REMEDY
 from safetensors.torch import save_file
 from studio import concept, fresh_encoder, sample
 

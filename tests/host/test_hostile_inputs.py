@@ -15,6 +15,7 @@ WRONG = ("x", "", 5, 0.5, True, {}, {"samples": 1}, {"samples": None}, [], ["a"]
          (1, 2))
 NUMBERS = ("FLOAT", "INT", "STRING", "BOOLEAN", "COMBO")
 OF_THEIR_OWN = ("strength", "weight", "dropout", "query_blend", "query_blend_end", "feature_injection")  # refused by the node, elsewhere
+NAMES_OF_FILES = ("filename_prefix", "save_name")  # test_hostile_names.py
 
 
 def inputs(kind: type) -> list[tuple[str, str, Any]]:
@@ -52,6 +53,16 @@ def test_a_number_that_is_none_is_refused(name):
             for value in (math.nan, math.inf, -math.inf):
                 with pytest.raises(ValueError, match=f"{key} is {value}. Give a number from {asked.min} to {asked.max}"):
                     kind.execute(**given(kind, key, value))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_half_a_character_is_refused(name):
+    """JSON may hold one; tokenizers raise a TypeError of their own."""
+    kind = OURS[name]
+    for key, told, _ in inputs(kind):
+        if told == "STRING" and key not in NAMES_OF_FILES:
+            with pytest.raises(ValueError, match=f"{key} is .*which holds half a character. Write it again"):
+                kind.execute(**given(kind, key, "a\ud800cat"))
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -26,7 +26,8 @@ from kindred.nodes.training import Order
 OUT = Path(folder_paths.get_output_directory()).resolve()
 BLOCKS = tuple(attention_sites(random_model("tiny").model.diffusion_model))
 PIECES = st.sampled_from(("cat", "a ", " ", ",", "\n", "\r\n", "\u2028", "\0", "(", ")", ":1.2)", ":1e999)", ":nan)", "\\", "[", "]",
-                          "{a|b}", "embedding:x", "BREAK", "<lora:x:1>", "\U0001f431", "\u202e", "e\u0301", "\ufeff", "red " * 90, "x" * 3000))
+                          "{a|b}", "embedding:x", "BREAK", "<lora:x:1>", "\U0001f431", "\u202e", "e\u0301", "\ufeff", "\ud800",
+                          "red " * 90, "x" * 3000, "\U000e0001" * 300))
 TEXTS = st.lists(PIECES | st.text(max_size=6), max_size=12).map("".join)
 TERMS = st.sampled_from(("all", "encoder", "masactrl", "input", "middle", "output", "input 1", "output 3-5", "middle 0.0", "-", ".", ",",
                          " ", "9" * 5000, "\u0661", "\xb2", "0", "1", "ALL"))
@@ -38,6 +39,7 @@ PATHS = st.lists(STEPS | st.text(max_size=6), max_size=10).map("".join)
 @settings(max_examples=60)
 @given(TEXTS.filter(lambda text: len(text.splitlines()) < 9), TEXTS, TEXTS)
 @example("a (cat:1.2) on a mat", "cat", "")
+@example("\U000e0001" * 300, "cat", "")
 @example("a cat\nred " + "red " * 90 + "cat", "cat,", "watercolour of (")
 @torch.inference_mode()
 def test_any_prompt_is_a_row_whose_subject_stands_where_it_is_marked_or_is_refused(prompts, subject, style):

@@ -26,6 +26,7 @@ from studio import (
 )
 
 from kindred.models.reference import BANK_VERSION, block_name
+from kindred.nodes.consistory import AnchorSampler
 from kindred.nodes.host import model_key
 
 MODEL = random_model("tiny")
@@ -246,6 +247,12 @@ def test_both_halves_of_photos_that_have_one():
 def test_an_anchor_sampler_without_a_story():
     refuse(lambda: anchors(MODEL), SAMPLER, "the model given does not come from ConsiStory Shared Attention", "Wire ConsiStory Shared "
            "Attention before it")
+
+
+def test_an_anchor_sampler_that_samples_nothing():
+    given = prompts_of((0, 1)), negative(), photo(pictures=2)
+    refuse(lambda: AnchorSampler.execute(story(MODEL), 1, 2, 4.0, "euler", "normal", *given, 0.0), SAMPLER, "denoise is 0.0",
+           "Give more than 0")
 
 
 def test_an_anchor_sampler_behind_a_reader():

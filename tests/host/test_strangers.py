@@ -16,7 +16,7 @@ from studio import MOMENTS, STEPS, bank_of, capture, concept, differs, inject, n
 from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
-COLUMNS = ("self cached", "self live", "cross", "all")  # all: cached
+COLUMNS = ("self cached", "self live", "cross", "sharing", "story", "all")  # all: cached
 CHAINED = [strangers.patches, strangers.wrappers, strangers.fast_kernel, strangers.block_forward, strangers.guidance]
 
 
