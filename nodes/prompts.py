@@ -112,6 +112,10 @@ class SubjectPrompts(io.ComfyNode):
                                  "Correct the word or take it out of the subject field.")
         encoded = [encode(clip, text) for text in texts]
         rows = [c for c, _ in encoded]
+        for number, (text, row) in enumerate(zip(texts, rows), 1):
+            if not torch.isfinite(row).all():
+                raise ValueError(f"{NODE}: line {number}, {text!r:.200}, is encoded as {int((~torch.isfinite(row)).sum())} NaN or infinite "
+                                 "values. Correct a weight such as (cat:nan), or start ComfyUI with --fp32-text-enc.")
         cross, positions = batch_rows(rows, positions)
         extras = dict(encoded[0][1])
         for key, value in extras.items():  # pooled_output and other per-prompt tensors become rows of the batch too

@@ -3,4 +3,4 @@ from __future__ import annotations
 
 import re
 
-REMEDY = re.compile(r"\b(again|Choose|Correct|Encode|Give|Lower|Use|Update|Remove|Rename|Shorten|Make|Wire|Write|Take)\b")
+REMEDY = re.compile(r"\b(again|Choose|Correct|Encode|Give|Lower|Use|Update|Raise|Remove|Rename|Shorten|Show|Start|Make|Wire|Write|Take)\b")

@@ -18,7 +18,8 @@ from soaking.mix import MIX, PICTURES, SAVERS, Graph, Turn, own
 
 STEPS = 4
 # the second time out of the cache where it still is, else anew
-ORDER = ("check", "saves", "loads", "anchored", "more", "told", "other seed", "saves", "anchored", "more", "check")
+ORDER = ("check", "saves", "loads", "both", "anchored", "more", "told", "other seed", "both", "saves", "anchored", "more", "inverted",
+         "check")
 MODES = {"everything": ["--cache-lru", "500"], "nothing": ["--cache-none"], "no RAM left": ["--cache-ram", "100000", "100000"]}
 if os.environ.get("KINDRED_LONG") == "1":  # these keep what the usual one keeps
     MODES |= {"classic": ["--cache-classic"], "one result": ["--cache-lru", "1"], "high RAM": ["--high-ram"]}

@@ -15,22 +15,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from networks import random_model
 from studio import (
-    anchors,
-    bank_of,
-    capture,
-    concept,
-    encoder_of,
-    fingerprint,
-    inject,
-    invert,
-    negative,
-    of_bank,
-    of_encoder,
-    of_model,
-    pictures,
-    plain,
-    sample,
-    story,
+    anchors, bank_of, capture, concept, encoder_of, fingerprint, inject, invert, negative, of_bank, of_encoder, of_model, pictures, plain,
+    sample, story,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,7 +26,7 @@ from kindred.models.injection import Recorder, Run
 from kindred.models.reference import BankBuilder, ReferenceBank
 from kindred.models.story import QueryRecorder, Story
 from kindred.nodes.concept import ActiveConcept
-from kindred.nodes.host import KEY, SamplerRun
+from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
 from kindred.nodes.host.stages import Stages
 from kindred.nodes.library import SaveReference
 from kindred.nodes.reference import ActiveMaskedSelf
@@ -364,6 +350,18 @@ def test_memory_that_runs_out_while_a_bank_is_copied(name, cls, method, born, mo
     assert operations
     for number in few(len(operations)):
         disturbed(name, born, OutOfMemory, scarce(monkeypatch, cls, method, number), f"operation {number}", again=number == len(operations))
+
+
+def test_memory_that_runs_out_while_a_photo_is_read(born, monkeypatch):
+    """By the node, before any sampler begins."""
+    (whole, *_), before = undisturbed("concept"), state()
+    with scarce(monkeypatch, ManagedEncoder, "encode", 0) as operations:
+        JOBS["concept"](MODEL)
+    for number in few(len(operations)):
+        with scarce(monkeypatch, ManagedEncoder, "encode", number), pytest.raises(OutOfMemory):
+            JOBS["concept"](MODEL)
+        assert state() == before and JOBS["concept"](MODEL) == whole, f"operation {number} of {len(operations)}"
+    assert len(operations) > 10
 
 
 def test_memory_that_runs_out_while_a_reference_is_saved_leaves_no_file(born, monkeypatch):

@@ -94,7 +94,7 @@ def test_rows_together_draw_and_leave_nothing(rows, column, before):
             out, left = seeded(model, s, mark)
             assert torch.isfinite(out).all() and left == state
             stays = s.prompts == "area alone" and column in STORIES or s.batch == 1 and column in (SHARED, STORY)
-            assert torch.equal(out, none) if stays else differs(out, none) > 1e-3
+            assert torch.equal(out, none) if stays else min(map(differs, out.split(1), none.split(1))) > 1e-3
             del model
     again, state_again = seeded(MODEL, s)
     assert torch.equal(again, none) and state_again == state

@@ -168,6 +168,9 @@ def ways(caplog: pytest.LogCaptureFixture) -> list[str]:
     ("dpmpp_2s_ancestral", "karras", 1.0, {"live"}),
     ("euler", "karras", 1.0, {"live"}),
     ("euler", "ddim_uniform", 0.5, None),
+    ("euler_cfg_pp", "ddim_uniform", 1.0, {"cached"}),
+    ("euler_ancestral_cfg_pp", "ddim_uniform", 1.0, {"cached"}),
+    ("dpmpp_2m_cfg_pp", "ddim_uniform", 1.0, {"cached"}),
 ])
 def test_any_sampler_and_schedule(sampler, scheduler, denoise, taken, caplog):
     caplog.set_level(logging.INFO)

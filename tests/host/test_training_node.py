@@ -206,12 +206,19 @@ def starve():
     raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@LAW("fault", ["interrupt", "memory"])
+def fail():
+    raise NotImplementedError("another pack's patch")
+
+
+FAULTS = {"interrupt": (comfy.model_management.interrupt_current_processing, comfy.model_management.InterruptProcessingException),
+          "memory": (starve, comfy.model_management.OOM_EXCEPTION), "neighbour": (fail, NotImplementedError)}
+
+
+@LAW("fault", FAULTS)
 def test_stopped_at_any_unet_call_of_any_step_it_goes_on_as_if_it_had_not_been(world, train, seen, folder, fault):
-    """Two batches to a step: in the middle of one, nothing of it is learned. An interrupt saves, running out of memory keeps what was."""
-    how = {"steps": 2, "accumulate": 2, "batch": 1, "save_every": 1 if fault == "memory" else 250}
-    act, error = ((comfy.model_management.interrupt_current_processing, comfy.model_management.InterruptProcessingException)
-                  if fault == "interrupt" else (starve, comfy.model_management.OOM_EXCEPTION))
+    """Two batches to a step: in the middle of one, nothing of it is learned. An interrupt saves, an error keeps what was."""
+    how = {"steps": 2, "accumulate": 2, "batch": 1, "save_every": 250 if fault == "interrupt" else 1}
+    act, error = FAULTS[fault]
     with at_pass(0, None) as begun:
         train(save_name="whole", **how)
     assert len(begun) == 4
