@@ -183,7 +183,7 @@ def file_of(mode: str, size: tuple[int, int]) -> tuple[bytes, str]:
     kind = {"CMYK": "tiff", "F": "tiff", "YCbCr": "jpeg", "PA": "tiff", "I": "tiff"}.get(mode, "png")
     grey = colours.convert("L")
     made = {"I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 200), "I": lambda: grey.convert("I"),
-            "F": lambda: grey.convert("F"), "PA": lambda: grey.convert("LA")}.get(mode, lambda: colours.convert(mode))()
+            "F": lambda: grey.convert("F"), "PA": lambda: colours.convert("P").convert("PA")}.get(mode, lambda: colours.convert(mode))()
     made.save(out, kind)
     return out.getvalue(), {"jpeg": "jpg"}.get(kind, kind)
 

@@ -71,6 +71,17 @@ def both(turn: Turn) -> Graph:
     return shown(graph, demo.PICTURES)
 
 
+def everything(turn: Turn) -> Graph:
+    """Both injections and a story of two pictures on one model."""
+    graph = both(turn)
+    graph[demo.PROMPTS]["inputs"]["prompts"] = "a photo of a cat on the beach\na photo of a cat in the snow"
+    graph[demo.SIZE]["inputs"]["batch_size"] = 2
+    how = read("story")[story.STORY]["inputs"] | {"model": graph[demo.SAMPLER]["inputs"]["model"], "seed": turn.number}
+    graph["story"] = {"class_type": "KindredConsiStory", "inputs": how}
+    graph[demo.SAMPLER]["inputs"]["model"] = ["story", 0]
+    return graph
+
+
 def own(turn: Turn) -> Graph:
     """Self-attention injection alone."""
     graph = both(turn)
@@ -198,7 +209,8 @@ def stopped(turn: Turn) -> Graph:
 
 MIX: dict[str, Callable[[Turn], Graph]] = {
     "plain": plain, "own": own, "told": told, "cross": cross, "saves": saves, "anchored": anchored, "live": live, "more": more,
-    "both": both, "loads": loads, "scored": scored, "inverted": inverted, "fails": fails, "stopped": stopped, "check": check}
+    "both": both, "everything": everything, "loads": loads, "scored": scored, "inverted": inverted, "fails": fails, "stopped": stopped,
+    "check": check}
 ENDS = {"fails": "failed", "stopped": "interrupted"}  # the others give pictures
 NEEDS = {"loads": "saves", "more": "anchored", "fails": "anchored"}  # kinds that read what another one saved
 SAVERS = {"saves": "save", "anchored": story.SAVE}  # the node that says what was written
