@@ -119,7 +119,8 @@ def test_keyframes_of_hooks_begin_again_with_the_second_stage():
     hook = SimpleNamespace(initialize_timesteps=lambda given: order.append(("keyframes", given is model)))
     guider = SimpleNamespace(inner_model=model, conds={"positive": [{"hooks": SimpleNamespace(hooks=[hook])}, {}]})
     told = SimpleNamespace(stage=1, schedule=SimpleNamespace(first_stage=3), begin_second_stage=lambda: None, finish=lambda: None)
-    Stages(told).sample(lambda *_, **__: order.append("sampler"), guider, torch.linspace(3, 0, 4), {}, None, torch.zeros(1))
+    given = {"model_options": {"transformer_options": {}}}
+    Stages(told).sample(lambda *_, **__: order.append("sampler"), guider, torch.linspace(3, 0, 4), given, None, torch.zeros(1))
     assert order == ["sampler", ("keyframes", True), "sampler"]
 
 
