@@ -71,7 +71,7 @@ def test_the_shipped_workflow_runs_as_it_is(client, untouched):
     ({PROMPTS: {"prompts": "a photo of a cat\na photo of a bird"}}, ["line 2", "'a photo of a bird'", "'cat'"]),
     ({CAPTURE: {"blocks": "output 9"}}, ["'output 9'", "output 0"]),
     ({INJECT: {"halves": "both"}}, ["'both'", "cond", "negative"]),
-    ({CAPTURE: {"mask_blocks": "nowhere"}}, ["'nowhere'", "presets"]),
+    ({CAPTURE: {"mask_blocks": "nowhere"}}, ["'nowhere'", "write a preset"]),
 ])
 def test_bad_input_is_a_sentence_and_the_server_lives_on(client, untouched, changes, words):
     with pytest.raises(NodeFailed) as failed:
