@@ -217,8 +217,7 @@ FAULTS = {"interrupt": (comfy.model_management.interrupt_current_processing, com
 @LAW("fault", FAULTS)
 def test_stopped_at_any_unet_call_of_any_step_it_goes_on_as_if_it_had_not_been(world, train, seen, folder, fault):
     """Two batches to a step: in the middle of one, nothing of it is learned. An interrupt saves, an error keeps what was."""
-    how = {"steps": 2, "accumulate": 2, "batch": 1, "save_every": 250 if fault == "interrupt" else 1}
-    act, error = FAULTS[fault]
+    (act, error), how = FAULTS[fault], {"steps": 2, "accumulate": 2, "batch": 1, "save_every": 250 if fault == "interrupt" else 1}
     with at_pass(0, None) as begun:
         train(save_name="whole", **how)
     assert len(begun) == 4
