@@ -292,7 +292,7 @@ def check(bank: ReferenceBank) -> None:
         check_tokens(f"the features of the {half.value} half", rows, bank.layers, kept, t)
     whole = tuple(bank.trajectory.latents.shape[-2:])
     lacking = {*bank.grids.values(), *([whole] if a is None else [])} - bank.masks.keys()
-    if lacking and (a is None or bank.masks):  # anchors of a story that never saw its subject have none
+    if lacking and (a is None or bank.masks):  # anchors whose words nobody heard in the cross-attention have none
         have, need = (" and ".join(f"{y}x{x}" for y, x in grids) for grids in (bank.masks, sorted(lacking)))
         raise ValueError(f"there are masks of {have or 'no grid'}, but none of {need}")
     if a is not None:

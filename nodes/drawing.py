@@ -108,7 +108,7 @@ def has(font: Any, character: str) -> bool:
 def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
     """A text in at most so many lines of at most this width; what does not fit ends in an ellipsis. Words are broken if they must."""
     made: list[str] = []
-    for word in text[:lines * int(width) + 1].split():  # no character is narrower than a pixel: the rest is never seen
+    for word in " ".join(text.split())[:lines * int(width) + 1].split():  # what can be seen is a pixel wide at least
         while word and len(made) <= lines:
             joined = f"{made[-1]} {word}" if made else word
             if made and font.getlength(joined) <= width:

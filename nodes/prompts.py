@@ -55,7 +55,11 @@ def encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:
     if len(entries) != 1:
         raise ValueError(f"{NODE}: this CLIP schedules {len(entries)} encodings for one prompt (a hook with keyframes). "
                          "Use a CLIP without scheduled hooks; schedule the model's LoRA instead.")
-    return entries[0][0], dict(entries[0][1])
+    cross, extras = entries[0]
+    if not torch.isfinite(cross).all():
+        raise ValueError(f"{NODE}: the line {text!r:.200} is encoded as {int((~torch.isfinite(cross)).sum())} NaN or infinite values. "
+                         "Correct a weight such as (cat:nan), or start ComfyUI with --fp32-text-enc.")
+    return cross, dict(extras)
 
 
 class SubjectPrompts(io.ComfyNode):
@@ -112,10 +116,6 @@ class SubjectPrompts(io.ComfyNode):
                                  "Correct the word or take it out of the subject field.")
         encoded = [encode(clip, text) for text in texts]
         rows = [c for c, _ in encoded]
-        for number, (text, row) in enumerate(zip(texts, rows), 1):
-            if not torch.isfinite(row).all():
-                raise ValueError(f"{NODE}: line {number}, {text!r:.200}, is encoded as {int((~torch.isfinite(row)).sum())} NaN or infinite "
-                                 "values. Correct a weight such as (cat:nan), or start ComfyUI with --fp32-text-enc.")
         cross, positions = batch_rows(rows, positions)
         extras = dict(encoded[0][1])
         for key, value in extras.items():  # pooled_output and other per-prompt tensors become rows of the batch too

@@ -106,6 +106,10 @@ def test_wrapped_words_stay_within_their_width(text):
     assert "".join(everything).replace(" ", "") == text.replace(" ", "") and (made == everything) == (len(everything) <= 3)
 
 
+def test_a_caption_behind_many_spaces_is_drawn():
+    assert drawing.wrapped(" " * 5000 + "a" + " " * 5000 + "b", drawing.typeface(14, "a"), 90, 3) == ["a b"]
+
+
 @LAW("text", ["x" * 100_000, "\u200b" * 100_000, "a " * 50_000, "i" * 100_000])
 def test_of_a_text_of_any_length_no_more_is_measured_than_can_be_seen(text):
     """A caption of one word of 3,000 letters once kept a server busy for minutes."""

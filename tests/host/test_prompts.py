@@ -197,7 +197,7 @@ def test_a_subject_of_marks_alone_is_not_in_the_line(subject):
 
 @LAW("weight", ["nan", "inf", "1e999"])
 def test_a_weight_that_is_none_is_refused(weight):
-    with pytest.raises(ValueError, match=r"line 2, 'a \(cat:.*', is encoded as \d+ NaN or infinite values. Correct a weight such as"):
+    with pytest.raises(ValueError, match=r"the line 'a \(cat:.*' is encoded as \d+ NaN or infinite values. Correct a weight such as"):
         encode(f"a cat\na (cat:{weight})", "cat")
 
 

@@ -214,7 +214,7 @@ def test_anchors_that_hold_nothing_of_a_layer_that_features_go_into():
 
 
 def test_anchors_without_masks_are_read_where_they_hold_the_noise_level():
-    """A story that never saw its subject leaves such anchors."""
+    """As they are left where nobody heard the subject's words in the cross-attention."""
     held, bare = bank(), replace(bank(), masks={})
     out, meant = (pictures(inject(MODEL, b, 2.0), [2]) for b in (bare, held))
     assert torch.equal(out, meant) and differs(out, pictures(MODEL, [2])) > 1e-3
