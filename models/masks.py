@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OTSU_BINS = 256
+ROUNDING = 1e-6  # a spread below this share of a map's greatest value is how float32 rounded, which differs by processor
 
 Threshold = float | Literal["otsu"]
 
@@ -77,19 +78,26 @@ def otsu_threshold(soft: Tensor, axes: int = 2) -> Tensor:
     return centres.gather(1, between.argmax(-1, keepdim=True)).reshape(soft.shape[:-axes])  # constant: every centre is the value
 
 
+def says_something(soft: Tensor) -> Tensor:
+    """Soft maps [r y x] -> bool [r 1 1]: False for a constant map, the rounding of its values aside."""
+    low, high = soft.amin((-2, -1), keepdim=True), soft.amax((-2, -1), keepdim=True)
+    return high - low > ROUNDING * torch.maximum(low.abs(), high.abs())
+
+
 def binarise(soft: Tensor, threshold: Threshold = "otsu") -> Tensor:
     """Soft maps [r y x] -> bool [r y x], True strictly above the threshold.
 
     "otsu": each map's own. A number theta in 0..1 acts on the map normalised from its minimum to its maximum (A states
-    neither; method default: Otsu, or 0.3). A constant map is empty both ways. Raises ValueError for theta outside 0..1.
+    neither; method default: Otsu, or 0.3). A map that is constant but for rounding is empty both ways. Raises ValueError for
+    theta outside 0..1.
     """
     soft = soft.double()
     if threshold == "otsu":
-        return soft > otsu_threshold(soft)[..., None, None]
+        return (soft > otsu_threshold(soft)[..., None, None]) & says_something(soft)
     if isinstance(threshold, str) or not 0 <= threshold <= 1:
         raise ValueError(f'Mask threshold: "otsu" or a number from 0 to 1; got {threshold!r}.')
     low, high = soft.amin((-2, -1), keepdim=True), soft.amax((-2, -1), keepdim=True)
-    return soft - low > threshold * (high - low)  # undivided, so a constant map is no NaN
+    return (soft - low > threshold * (high - low)) & says_something(soft)  # undivided, so a constant map is no NaN
 
 
 def resize_soft(soft: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import resize_soft
+from .masks import resize_soft, says_something
 
 OUTLINE = (1.0, 0.8, 0.1)  # around a mask, on the grey side of its edge
 DIMMED = 0.45  # how bright the grey around the subject is
@@ -43,10 +43,11 @@ def draw_heat(images: Tensor, maps: Tensor) -> Tensor:
     _same_count(images, maps, "maps")
     maps = maps.float().to(images.device)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    shares = (maps - low) / (high - low).where(high > low, torch.ones_like(low))
+    told = says_something(maps)
+    shares = (maps - low) / (high - low).where(told, torch.ones_like(low))
     shares = resize_soft(shares, (images.shape[1], images.shape[2])).clamp(0, 1)
     drawn = torch.lerp(_grey(images).expand_as(images), heat_colours(shares).to(images), ALPHA)
-    return torch.where((high > low)[..., None], drawn, images)
+    return torch.where(told[..., None], drawn, images)
 
 
 def draw_matches(images: Tensor, grid: tuple[int, int], subjects: Tensor, source: Tensor, keep: Tensor) -> Tensor:

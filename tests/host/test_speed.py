@@ -212,8 +212,8 @@ def test_weights_joined_by_sums_give_the_picture_of_the_mask(way, monkeypatch):
 
 def test_another_attention_than_torchs_is_never_gone_past(monkeypatch):
     """Sage, flash, xformers or a pack's own: it is asked, with a mask."""
-    monkeypatch.setattr(host_run, "FusedAttend", None)  # would raise
     model, masks = inject(MODEL, bank_of(), 2.0), []
+    monkeypatch.setattr(host_run, "FusedAttend", None)  # would raise
 
     def theirs(func, q, k, v, heads, mask=None, **kwargs):
         masks.append(mask is not None)

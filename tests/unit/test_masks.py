@@ -141,6 +141,16 @@ def test_a_constant_map_is_empty(value, threshold) -> None:
     assert otsu_threshold(flat).isfinite().all() and not binarise(flat, threshold).any()
 
 
+@pytest.mark.parametrize("value", [1e-30, 0.3, -2.0, 7e4])
+@pytest.mark.parametrize("threshold", ["otsu", 0.0, 0.3])
+def test_a_map_that_is_constant_but_for_rounding_is_empty(value, threshold) -> None:
+    """What a softmax or a resize leaves of a constant is a matter of the processor; ten times that is contrast."""
+    last_bits = 1 + 6e-7 * (rand(2, 5, 7, seed=6, dtype=torch.float64) - 0.5)
+    assert not binarise(value * last_bits, threshold).any()
+    inside = binarise(value * (1 + 10 * (last_bits - 1)), threshold).sum((1, 2))
+    assert ((0 < inside) & (inside < 35)).all()
+
+
 @pytest.mark.parametrize("scale, shift", [(2.0, 0.0), (0.25, 3.0), (1024.0, -7.0)])
 def test_masks_ignore_an_affine_change(scale, shift) -> None:
     x = (rand(4, 16, 12, seed=5, dtype=torch.float64) * 2**20).round() / 2**20  # so that a * x + b is exact
