@@ -105,9 +105,9 @@ def test_no_shipped_file_trips_the_registrys_scanner():
     assert not trips, "\n".join(trips)
 
 
-def test_no_file_is_longer_than_400_lines():
+def test_no_file_is_longer_than_500_lines():
     lengths = {name: len((ROOT / name).read_text("utf-8").splitlines()) for name in files(".py") if not name.startswith("tests/")}
-    assert not {name: length for name, length in lengths.items() if length > 400}
+    assert not {name: length for name, length in lengths.items() if length > 500}
 
 
 def test_no_drawer_for_odds_and_ends():
