@@ -99,7 +99,7 @@ class FusedAttend:
     """The host's own `attend` where that is torch's fused attention, whose kernel also tells the log-sum-exp of its softmax.
 
     With it a weighted reference is read beside the own tokens and joined after, which needs no mask (a mask takes every flash
-    kernel away) and no copy of the own keys: performance.md 2.2. Shorter calls take the mask: there the join's five operations
+    kernel away) and no copy of the own keys (method.md 4). Shorter calls take the mask: there the join's five operations
     cost more.
     """
     attend: Attend
@@ -286,7 +286,7 @@ def _weighs(references: Sequence[ReferenceTokens]) -> bool:
 
 
 def _joined_by_sums(attend: FusedAttend, q: Tensor, k: Tensor, v: Tensor, references: Sequence[ReferenceTokens], heads: int) -> Tensor:
-    """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j exp(s_j) (performance.md 2.3)."""
+    """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j exp(s_j) (method.md 4, I11)."""
     quiet = [ref for ref in references if not _loudness(ref)]
     b = k.shape[0]
     if quiet:

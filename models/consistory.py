@@ -84,7 +84,7 @@ class Schedule:
         return len(self.sigmas) if self.settings.official else self.step(self.features_at) + 1
 
     def calls(self, known: bool, steps: int) -> int:
-        """Passes of the UNet in so many steps of a sampler that asks once a step (performance.md 1.5); known: the subject at the first."""
+        """Passes of the UNet in so many steps of a sampler that asks once a step; known: the subject at the first."""
         steps, shares = range(steps), self.settings.weight and self.settings.dropout < 1
         twice = self.first_injection is not None
         asked = [*steps[:self.first_stage], *steps[self.step(self.first_injection):]] if twice else steps

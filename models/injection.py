@@ -61,13 +61,13 @@ def map_divisor(sites: Mapping[BlockId, BlockSite]) -> int:
 
 
 def grid_of(latent: Grid, divisor: int) -> Grid:
-    """Token grid of a block: every stride-2 convolution rounds up (host.md 1.3)."""
+    """Token grid of a block: every stride-2 convolution rounds up."""
     return -(-latent[0] // divisor), -(-latent[1] // divisor)
 
 
 @dataclass(frozen=True)
 class AttnCall:
-    """One attention call of the host, translated: extra_options of BasicTransformerBlock.forward (host.md 1.3)."""
+    """One attention call of the host, translated: extra_options of BasicTransformerBlock.forward."""
     block: BlockId
     grid: Grid
     roles: tuple[Role, ...]  # per equal part of the batch, in the host's order

@@ -22,7 +22,7 @@ Grid = tuple[int, int]  # (y, x) tokens
 BANK_VERSION = 1
 LOG_SIGMA_TOLERANCE = 1e-3  # of one sampler's sigmas through float32; a step of any real schedule is far more
 LARGE = 4e9  # bytes of main memory worth a warning
-KEYS_VALUES_UP_TO = 1e9  # bytes that an automatic bank takes for keys and values; performance.md 1.3: SD1.5 has 0.58 GB, SDXL 5.2
+KEYS_VALUES_UP_TO = 1e9  # bytes that an automatic bank takes for keys and values; SD1.5 has 0.58 GB, SDXL 5.2
 GOLDEN = 0.6180339887498949  # its multiples fall apart from one another as evenly as can be
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Halves(str, Enum):
 
 
 class Keeps(str, Enum):
-    """What a bank holds of a token (performance.md 1.3): to project it is 0.4 % of an SD1.5 step for each half."""
+    """What a bank holds of a token: to project it is 0.4 % of an SD1.5 step for each half."""
     AUTO = "automatic"  # keys and values where they take no more than KEYS_VALUES_UP_TO
     HIDDEN = "hidden states"
     KEYS_VALUES = "keys and values"  # twice the memory
@@ -214,7 +214,7 @@ class ReferenceBank:
 
     @property
     def bytes(self) -> int:
-        """Bytes held by the features: steps x halves x sum over layers of l * c * itemsize (performance.md 1.3)."""
+        """Bytes held by the features: steps x halves x sum over layers of l * c * itemsize."""
         held = [*self.features.values(), *((*self.anchors.first.values(), self.anchors.outputs) if self.anchors else ())]
         return sum(row.numel() * row.element_size() for rows in held for row in rows)
 
@@ -271,7 +271,7 @@ def gather(tokens: Tensor, kept: Tensor) -> Tensor:
 
 
 class RowReader:
-    """Rows of a bank on a device; on CUDA the next one is copied behind the step that computes (performance.md 5.5).
+    """Rows of a bank on a device; on CUDA the next one is copied behind the step that computes.
 
     Samplers go from noise to picture, so the next row is the one before; another one that is asked for is copied then.
     """

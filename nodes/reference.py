@@ -42,8 +42,7 @@ def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], None]) ->
 
 
 def one_pass_loop(z0: Tensor, down: Tensor, prompt: str, key: str, name: str, keep: Callable[[int], None]) -> host.Loop:
-    """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the generation will ask for (performance.md
-    1.2)."""
+    """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the generation will ask for."""
     def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> InversionTrajectory:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)
@@ -303,7 +302,7 @@ class ActiveMaskedSelf:
         self.tokens = host.reference_tokens(self.run, c.bank, sigma, c.sources) if inside else None
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
-        """Keys and values of the reference, projected once per call and not once per row (performance.md 1.2)."""
+        """Keys and values of the reference, projected once per call and not once per row."""
         c = self.config
         if call.cross or self.tokens is None or call.block not in c.blocks:
             return []

@@ -1,4 +1,4 @@
-"""ConsiStory's two stages inside one sampler run: one progress bar, no UNet call twice (performance.md 1.5)."""
+"""ConsiStory's two stages inside one sampler run: one progress bar, no UNet call twice."""
 from __future__ import annotations
 
 from collections.abc import Callable

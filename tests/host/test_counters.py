@@ -1,4 +1,4 @@
-"""Exact counters at full size, beside the plain sampler of the same process: performance.md 4.1, the gates of 4.3."""
+"""Exact counters at full size, beside the plain sampler of the same process, with gates (docs/performance.md)."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -76,7 +76,7 @@ def added(spent: Counting, beside: Counting) -> int:
 
 @LAW(("family", "u"), [("sd15", 0.803e12), ("sdxl", 6.761e12)])
 def test_the_plain_step_is_what_the_limits_say(family, u):
-    """performance.md 1.1: two rows of U each in one call, and no sync but at the run's beginning."""
+    """Two rows of U each in one call, and no sync but at the run's beginning."""
     spent = plain(family)
     assert spent.flops == pytest.approx(2 * u, rel=1e-3) and spent.unet_calls == 1
     assert spent.attention == {FUSED: 2 * LAYERS[family]}
@@ -180,7 +180,7 @@ def test_a_live_pass_stops_at_the_last_layer_that_is_read(family, bound):
 @LAW(("family", "keeps", "gigabytes"), [("sd15", Keeps.HIDDEN, 0.289), ("sd15", Keeps.KEYS_VALUES, 0.578), ("sdxl", Keeps.HIDDEN, 2.62),
                                         ("sdxl", Keeps.KEYS_VALUES, 5.24)])
 def test_a_bank_is_as_large_as_the_formula(family, keeps, gigabytes):
-    """performance.md 1.3: steps x halves x sum over the layers of kept tokens x channels x bytes; there 50, 1 and 2."""
+    """Steps x halves x sum over the layers of kept tokens x channels x bytes; there 50, 1 and 2."""
     bank, sites = paper_bank(family, keeps), host.attention_sites(paper_model(family).model.diffusion_model)
     tokens = {layer.grid: int(bank.masks[layer.grid].sum()) for layer in bank.layers}
     row = sum(tokens[layer.grid] * sites[layer.block].module.attn1.to_k.in_features for layer in bank.layers)

@@ -29,7 +29,7 @@ ONCE = 6  # in a whole run: positions of the words, matches, masks where the sta
                         ({"weight": 0.0, "feature_injection": 0.0}, 50)],
      ids=["fast", "official", "no injection", "no blend", "nothing"])
 def test_passes_of_fifty_steps(how, count, caplog):
-    """performance.md 1.5: 37 + 45 + 6 and 50 + 45 + 6; the windows are the node's own. It is said before the run."""
+    """37 + 45 + 6 and 50 + 45 + 6; the windows are the node's own. It is said before the run."""
     caplog.set_level("INFO")
     with torch.inference_mode():
         model = ConsiStory.execute(MODEL, **how).result[0]

@@ -19,7 +19,7 @@ HOST = {"comfy", "folder_paths", "nodes", "server", "execution", "comfy_extras",
 HOST_DOORS = {"nodes/host.py", "miniature/registration.py"}
 ROOMS = ("nodes", "models", "miniature", "web", "workflows", "tools", "tests")
 
-# what the registry's scanner flags by plain text, whatever the code means (ecosystem notes, trap 9)
+# what the registry's scanner flags by plain text, whatever the code means
 FLAGGED = ["os.environ.get(", "subprocess", "os.system", "urlopen", "requests.", "urllib.request", "sqlite", "eval(", "exec("]
 FLAGGED_SCRIPT = FLAGGED[:7] + [".connect(", ".bind("]
 # a word ends here: model.eval() and re.compile are no calls of the builtins

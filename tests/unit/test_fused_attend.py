@@ -1,4 +1,4 @@
-"""Laws of weighted references read through the log-sum-exp of torch's fused attention (performance.md 2.2, 2.3)."""
+"""Laws of weighted references read through the log-sum-exp of torch's fused attention."""
 from __future__ import annotations
 
 import pytest

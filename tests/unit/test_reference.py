@@ -177,7 +177,7 @@ def test_the_builder_keeps_copies_and_lets_go_of_full_tokens() -> None:
 
 
 def test_bytes_are_steps_times_halves_times_kept_tokens() -> None:
-    """performance.md 1.3: t x halves x sum over layers of l * c * itemsize."""
+    """Steps x halves x sum over layers of l * c * itemsize."""
     row = 4 * 3 + 3 * 5 + 3 * 5
     assert bank().bytes == 3 * 2 * row * 4
     assert bank((Half.COND,), torch.float16).bytes == 3 * 1 * row * 2

@@ -1,4 +1,4 @@
-"""Laws of a bank's rows on their way to a device: the next one is copied behind the step that computes (performance.md 5.5)."""
+"""Laws of a bank's rows on their way to a device: the next one is copied behind the step that computes."""
 from __future__ import annotations
 
 from types import SimpleNamespace

@@ -138,7 +138,7 @@ def test_nothing_to_read_is_the_hosts_own_call(story) -> None:
 
 
 def test_weight_one_needs_no_mask_and_no_token_that_nobody_reads() -> None:
-    """performance.md 1.5: gathered, and the others of one call; log W is a bias per key, never per query."""
+    """Gathered, and the others of one call; log W is a bias per key, never per query."""
     shapes: list[tuple[int, ...]] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:

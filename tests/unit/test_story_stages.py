@@ -80,7 +80,7 @@ def test_every_level_asked_twice_and_runs_in_a_row() -> None:
 
 @pytest.mark.parametrize("official", [False, True])
 def test_what_the_first_stage_answered_need_not_be_asked_again(official) -> None:
-    """performance.md 1.5: and the calls are those of the schedule, plain ones in the blend's window only."""
+    """The calls are those of the schedule, plain ones in the blend's window only."""
     runs = [Studio(NOISE[:3], TEXTS[:3], told(3, official=official), replay=replay) for replay in (True, False)]
     close(runs[0].sample(), runs[1].sample())
     first = [10.0, 6.0, 6.0, 4.0, 2.5, 1.5] + [0.8, 0.3] * official  # no plain pass while no mask is known

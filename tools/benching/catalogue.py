@@ -46,7 +46,7 @@ CASES = {case.name: case for case in (
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
 DEFAULT = ("pass_through_b1", "extra_b1", "cached_b1", "cached_b4", "live_b1", "live_b4", "cold_b1", "concept_b1", "shared_b4")
 
-# at full size and fifty steps; performance.md 4.3 and the issue on speed
+# at full size and fifty steps; the gates of the tests
 TARGETS: dict[str, dict[tuple[str, Key], float]] = {
     "cpu": {("sd", ("cached", 1)): 1.15, ("sd", ("cached", 4)): 1.12, ("sd", ("live", 1)): 1.65, ("sd", ("live", 4)): 1.25,
             ("sd", ("cold", 1)): 1.70, ("sdxl", ("cached", 1)): 1.10, ("*", ("concept", 1)): 1.04, ("*", ("shared", 4)): 1.15,
