@@ -32,32 +32,33 @@ class _Block(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """Pictures [b 3 8y 8x] in 0..1 -> latents [b 8 y x]."""
+    """Pictures [b 3 8y 8x] in 0..1 -> latents [b c y x]."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, channels: int = LATENT_CHANNELS, width: int = 64) -> None:
         layers: list[nn.Module] = [_conv(3, width), _Block(width)]
         for _ in range(3):
             layers += [_conv(width, width, stride=2, bias=False), _Block(width), _Block(width), _Block(width)]
-        super().__init__(*layers, _conv(width, LATENT_CHANNELS))
+        super().__init__(*layers, _conv(width, channels))
 
 
 class Decoder(nn.Sequential):
-    """Latents [b 8 y x] -> pictures [b 3 8y 8x] in about 0..1."""
+    """Latents [b c y x] -> pictures [b 3 8y 8x] in about 0..1."""
 
-    def __init__(self, width: int = 64) -> None:
-        layers: list[nn.Module] = [_Clamp(), _conv(LATENT_CHANNELS, width), nn.ReLU()]
+    def __init__(self, channels: int = LATENT_CHANNELS, width: int = 64) -> None:
+        layers: list[nn.Module] = [_Clamp(), _conv(channels, width), nn.ReLU()]
         for _ in range(3):
             layers += [_Block(width), _Block(width), _Block(width), nn.Upsample(scale_factor=2), _conv(width, width, bias=False)]
         super().__init__(*layers, _Block(width), _conv(width, 3))
 
 
 class Autoencoder(nn.Module):
-    """Both halves under the names the host's loader looks for."""
+    """Both halves under the names the host's loader looks for; channels: of its latents, at most 16."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = LATENT_CHANNELS) -> None:
         super().__init__()
-        self.taesd_encoder = Encoder()
-        self.taesd_decoder = Decoder()
+        self.channels = channels
+        self.taesd_encoder = Encoder(channels)
+        self.taesd_decoder = Decoder(channels)
 
         for module in self.modules():
             if isinstance(module, _Block):  # every residual branch starts silent: without norms it hardly learns otherwise
@@ -71,7 +72,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def start_from_principal_components(self, pictures: Tensor) -> None:
-        """Sets the encoder to the eight main components of 8 x 8 blocks of `pictures` [b 3 y x]; the decoder then learns at once.
+        """Sets the encoder to the main components, one per latent channel, of 8 x 8 blocks of `pictures` [b 3 y x]; the decoder then learns at once.
 
         Pixels are never negative, so they pass ReLUs unchanged: two strided layers lay 4 x 4 pixels out as 48 channels, the
         third computes components as pairs of opposite sign, the last subtracts the pairs. Other channels stay random.
@@ -99,12 +100,12 @@ class Autoencoder(nn.Module):
         third[:16, :width, 1:, 1:] = axes.view(16, width, 2, 2)
         third[16:32] = -third[:16]
         last.weight.zero_()
-        for channel in range(LATENT_CHANNELS):
+        for channel in range(self.channels):
             last.weight[channel, channel, 1, 1], last.weight[channel, 16 + channel, 1, 1] = 1, -1
-        last.bias.copy_(-(axes @ mean)[:LATENT_CHANNELS])
+        last.bias.copy_(-(axes @ mean)[: self.channels])
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """[b 3 8y 8x] in 0..1 -> [b 8 y x], about unit spread."""
+        """[b 3 8y 8x] in 0..1 -> [b c y x], about unit spread."""
         return self.taesd_encoder(pictures)
 
     def coarse(self, pictures: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ class Autoencoder(nn.Module):
         return latents, nn.Sequential(*decoder[:-2], nn.ReLU(), decoder[-1])(latents + spread).float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[b 8 y x] -> [b 3 8y 8x], clamped to 0..1."""
+        """[b c y x] -> [b 3 8y 8x], clamped to 0..1."""
         return self.taesd_decoder(latents).clamp(0, 1)
 
 

@@ -11,12 +11,16 @@ from .training import Run, as_pictures, load, save
 
 
 @torch.no_grad()
-def latents_of(run: Run, count: int) -> Tensor:
-    """Raw latents [b 8 16 16] of this worker's share of the first `count` renderings, half precision; made once."""
-    path = run.folder / f"latents-{count}-{run.rank}of{run.workers}.pt"
+def latents_of(run: Run, count: int, name: str = "") -> Tensor:
+    """Raw latents [b c 16 16] of this worker's share of the first `count` renderings, half precision; made once.
+
+    name: before the names of its files, of the miniature whose autoencoder it is.
+    """
+    path = run.folder / f"{name}latents-{count}-{run.rank}of{run.workers}.pt"
     if not path.exists():
-        model = Autoencoder().to(run.device, memory_format=torch.channels_last)
-        model.load_state_dict(load(run.folder / "autoencoder.pt", run.device)["model"])
+        weights = load(run.folder / f"{name}autoencoder.pt", run.device)["model"]
+        model = Autoencoder(weights["taesd_decoder.1.weight"].shape[1]).to(run.device, memory_format=torch.channels_last)
+        model.load_state_dict(weights)
         encoder = list(model.taesd_encoder)
         short = nn.Sequential(encoder[0], nn.ReLU(), *encoder[2:])  # the full-size block is the identity
         images = training_set(run.folder, run.renderings).images[run.rank : count : run.workers]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 LATENT_CHANNELS = 8
+FLOW_CHANNELS = 16  # of the latents of the flow miniature
+FLOW = "flow-"  # before the names of its files in a work folder
 CONTEXT = 64  # width of the text encoder
 WORDS = 77
 LAYOUT = {  # what the host's model_detection reads back from the weights, in its own words

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 
+from .layout import FLOW, FLOW_CHANNELS
 from .training import Run
 
-STEPS = {"autoencoder": 1600, "control": 1200, "decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
+STEPS = {"autoencoder": 1600, "control": 1200, "decoder": 3000, "flow-autoencoder": 4000, "flow-decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("renderings", "autoencoder", "decoder", "reader", "tower", "unet", "pack", "control", "all"))
+    parser.add_argument("part", choices=("renderings", *sorted(STEPS), "pack", "all"))
     parser.add_argument("--folder", type=Path, required=True, help="work folder for renderings and checkpoints")
     parser.add_argument("--host", type=Path, help="a ComfyUI folder: the UNet's own class and the tokenizer come from there")
     parser.add_argument("--device", default="cpu")
@@ -68,6 +69,11 @@ def _train(run: Run, given: argparse.Namespace) -> None:
         from .train_autoencoder import train_autoencoder
 
         train_autoencoder(run, given.steps or STEPS["decoder"], peak=1e-3, decoder_only=True)
+    if given.part in ("flow-autoencoder", "flow-decoder"):
+        from .train_autoencoder import train_autoencoder
+
+        tuned = given.part == "flow-decoder"
+        train_autoencoder(run, given.steps or STEPS[given.part], decoder_only=tuned, channels=FLOW_CHANNELS, name=FLOW)
     if "reader" in wanted and run.rank == 0:
         from .train_reader import train_reader
 

@@ -48,16 +48,25 @@ def _whole(images: np.ndarray, known: Tensor, draw: torch.Generator, run: Run) -
     return pixels, known[index][:, :, y : y + 12, x : x + 12].float().to(run.device)
 
 
-def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, decoder_only: bool = False) -> Autoencoder:
+def train_autoencoder(
+    run: Run,
+    steps: int,
+    batch: int = 8,
+    peak: float = 1e-3,
+    decoder_only: bool = False,
+    channels: int = LATENT_CHANNELS,
+    name: str = "",
+) -> Autoencoder:
     """Resumes from autoencoder.pt (decoder.pt when only the decoder is tuned) in the run's folder if it is there.
 
-    With `decoder_only` the encoder, and with it every latent that the UNet has learnt, stays as autoencoder.pt holds it.
+    With `decoder_only` the encoder, and with it every latent that the network has learnt, stays as autoencoder.pt holds it.
+    channels: of its latents; name: before the names of its files.
     """
-    path = run.folder / ("decoder.pt" if decoder_only else "autoencoder.pt")
+    path = run.folder / f"{name}{'decoder' if decoder_only else 'autoencoder'}.pt"
     torch.manual_seed(run.seed)
-    model = Autoencoder().to(run.device, memory_format=torch.channels_last)
+    model = Autoencoder(channels).to(run.device, memory_format=torch.channels_last)
     if decoder_only:
-        model.load_state_dict(load(run.folder / "autoencoder.pt", run.device)["model"])
+        model.load_state_dict(load(run.folder / f"{name}autoencoder.pt", run.device)["model"])
         model.taesd_encoder.requires_grad_(False)
     else:
         first = training_set(run.folder, run.renderings).images[:200]
@@ -80,7 +89,7 @@ def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, 
             optimizer.load_state_dict(saved)
         average, start = state["model"], state["step"]
     images = training_set(run.folder, run.renderings).images
-    known = latents_of(run, min(LATENTS, run.renderings)) if decoder_only else None
+    known = latents_of(run, min(LATENTS, run.renderings), name) if decoder_only else None
     images = images[run.rank : LATENTS : run.workers] if decoder_only else images
     began, total = time.monotonic(), 0.0
     for step in range(start, steps):
@@ -89,7 +98,7 @@ def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, 
         spread = NOISE[0] + (NOISE[1] - NOISE[0]) * min(step / (0.7 * steps), 1)
         spread = NOISE[2] if decoder_only else spread
         with torch.autocast(run.device.type, torch.bfloat16):
-            shape = (len(pictures), LATENT_CHANNELS, pictures.shape[2] // 8, pictures.shape[3] // 8)
+            shape = (len(pictures), channels, pictures.shape[2] // 8, pictures.shape[3] // 8)
             noise = spread * torch.randn(shape, generator=draw).to(run.device)
             if decoder_only:
                 rebuilt = model.taesd_decoder(latents + noise).float()
@@ -111,12 +120,12 @@ def train_autoencoder(run: Run, steps: int, batch: int = 8, peak: float = 1e-3, 
         total += squared.item()
         if (step + 1) % 100 == 0 and run.rank == 0:
             seconds = (time.monotonic() - began) / (step + 1 - start)
-            log.info("autoencoder %d/%d squared %.5f moments %.3f %.3f s/step", step + 1, steps, total / 100, moments.item(), seconds)
+            log.info("%sautoencoder %d/%d squared %.5f moments %.3f %.3f s/step", name, step + 1, steps, total / 100, moments.item(), seconds)
             total = 0.0
         if ((step + 1) % 500 == 0 or step + 1 == steps) and run.rank == 0:
             states = [optimizer.state_dict() for optimizer in optimizers]
             save(path, {"model": average, "raw": model.state_dict(), "optimizers": states, "step": step + 1})
-            judge = Autoencoder().to(run.device)
+            judge = Autoencoder(channels).to(run.device)
             judge.load_state_dict(average)
             log.info("held-out PSNR %.2f dB", held_out_psnr(judge, run.device))
     return model
