@@ -124,7 +124,7 @@ class RefUNetCapture(io.ComfyNode):
                                                           "(Subject Prompts)."),
                 io.Int.Input("steps", default=50, min=2, max=1000,
                              tooltip="With a latent: the steps of the sampler that will generate. Unused with an inversion."),
-                io.Combo.Input("scheduler", options=host.SCHEDULERS, default="ddim_uniform",
+                io.Combo.Input("scheduler", options=host.schedulers(), default="ddim_uniform",
                                tooltip="With a latent: the scheduler of the sampler that will generate. Unused with an inversion."),
                 io.String.Input("blocks", default="all", advanced=True,
                                 tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, masactrl, or a list such as "

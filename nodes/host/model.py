@@ -138,12 +138,24 @@ def model_key(model: ModelPatcher) -> str:
     digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), sorted(model.injections))).encode())
     if beside:
         digest.update(repr(beside).encode())
-    return f"{type(model.model.model_config).__name__} {digest.hexdigest()}"
+    return f"{family(model)} {digest.hexdigest()}"
+
+
+def family(model: ModelPatcher) -> str:
+    """The host's name of its kind; behind a slash that of its latents, where they are not its kind's (Playground 2.5 is an SDXL)."""
+    kind, latents = type(model.model.model_config), type(model.get_model_object("latent_format"))
+    return kind.__name__ + (f"/{latents.__name__}" if latents is not kind.latent_format else "")
+
+
+def _without_latents(key: str) -> str:
+    """A model's name as older versions wrote it."""
+    kind, _, rest = key.partition(" ")
+    return f"{kind.partition('/')[0]} {rest}"
 
 
 def require_same_model(node: str, what: str, made_with: str, given: str) -> None:
     """Features of one set of weights mean nothing to another."""
-    if made_with != given:
+    if _without_latents(made_with) != _without_latents(given):
         raise ValueError(f"{node}: the {what} was made with model {made_with}, but the model given is {given} (weights and LoRAs count). "
                          f"Wire the same MODEL, LoRAs included, into the node that made the {what}.")
 
@@ -191,8 +203,14 @@ def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
 
 
-SCHEDULERS = list(comfy.samplers.SCHEDULER_NAMES)
-SAMPLERS = list(comfy.samplers.SAMPLER_NAMES)
+def schedulers() -> list[str]:
+    """The host's own list, as its KSampler reads it: packs that load after us add to it, or put another one in its place."""
+    return comfy.samplers.KSampler.SCHEDULERS
+
+
+def samplers() -> list[str]:
+    """The same of samplers."""
+    return comfy.samplers.KSampler.SAMPLERS
 
 
 def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
