@@ -14,7 +14,7 @@ from ..models.anchors import AnchorRecorder
 from ..models.attention import STORY_ODDS, dial
 from ..models.consistory import Schedule, StorySettings, dropped
 from ..models.correspondence import smooth
-from ..models.injection import Recorder, Role, grid_of, map_blocks, map_divisor
+from ..models.injection import BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
 from ..models.masks import resize_user_mask
 from ..models.reference import BlockId, Half, Halves, ReferenceBank, block_name, select_blocks, split_row
 from ..models.story import NODE as STORY
@@ -186,10 +186,20 @@ class StoryInjection:
             missing = [s for s in run.sigmas if schedule.injects(s) and not len(anchors.outputs[rows[s]]) and len(anchors.subject)]
             if missing:
                 held = [s for s, row in rows.items() if len(anchors.outputs[row])]
+                where = f" (they do from {max(held):.4g} to {min(held):.4g})" if held else ""
                 raise ValueError(f"{STORY}: features are to be injected at {len(missing)} noise levels, from sigma {missing[0]:.4g} on, "
-                                 f"where the anchors of the reference hold none (they do from {max(held):.4g} to {min(held):.4g}). Take "
-                                 "the injection's start and end percent that the anchors were made with.")
+                                 f"where the anchors of the reference hold none{where}. Take the injection's start and end percent that "
+                                 "the anchors were made with.")
         return source
+
+
+def layout_of(unet: Any, sites: Mapping[BlockId, BlockSite]) -> Layout:
+    """Features at twice the maps' resolution, or where there is self-attention beside the middle that is nearest to it."""
+    wanted = max(map_divisor(sites) // 2, 1)
+    outside = [block for block in host.self_attentions(sites) if block[0] != "middle"]
+    divisor = min((sites[b].divisor for b in outside), key=lambda d: (d > wanted, abs(d - wanted)), default=wanted)
+    return Layout({b: site.divisor for b, site in sites.items()}, frozenset(b for b in outside if sites[b].divisor == divisor),
+                  host.feature_tap(unet, divisor), divisor)
 
 
 class ConsiStory(io.ComfyNode):
@@ -263,7 +273,7 @@ class ConsiStory(io.ComfyNode):
         if any(isinstance(i, StoryInjection) for i in host.injected(model)):
             raise ValueError(f"{STORY}: the model already comes from {STORY}. Use one; several subjects are words of Subject Prompts, "
                              "separated by commas.")
-        wanted = frozenset(select_blocks(blocks, tuple(sites), STORY))
+        wanted = frozenset(select_blocks(blocks, host.self_attentions(sites), STORY))
         for name, value in (("dropout", dropout), ("query_blend", query_blend), ("query_blend_end", query_blend_end),
                             ("feature_injection", feature_injection)):
             if not 0 <= value <= 1:
@@ -273,10 +283,9 @@ class ConsiStory(io.ComfyNode):
         weight, feature_injection = weight * dial(strength, STORY, STORY_ODDS), feature_injection * strength
         if reference is not None:
             wanted = cls.require_readable(model, reference, wanted, blocks, Halves(halves))
-        divisor = max(map_divisor(sites) // 2, 1)
-        layout = Layout({b: site.divisor for b, site in sites.items()},
-                        frozenset(b for b, site in sites.items() if site.divisor == divisor and b[0] != "middle"),
-                        host.feature_tap(unet, divisor), divisor)
+        layout = layout_of(unet, sites)
+        if not layout.output_blocks:  # attention in the middle alone
+            feature_injection = 0.0
         blend_until, start, end = (host.percent_to_sigma(model, p)
                                    for p in (blend_end_percent, injection_start_percent, injection_end_percent))
         settings = StorySettings(wanted, map_blocks(mask_blocks, sites, STORY), anchors, seed, weight, dropout,

@@ -171,7 +171,7 @@ class RefUNetCapture(io.ComfyNode):
                 inversion: InversionTrajectory | None = None, latent: dict[str, Any] | None = None,
                 negative: host.Conditioning | None = None, mask: Tensor | None = None, sigmas: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, CAPTURE))
-        wanted = select_blocks(blocks, tuple(sites), CAPTURE)
+        wanted = select_blocks(blocks, host.self_attentions(sites), CAPTURE)
         if not 0 < token_share <= 1:
             raise ValueError(f"{CAPTURE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject).")
         if (inversion is None) == (latent is None):
@@ -367,7 +367,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, INJECT))
         host.require_reference(INJECT, reference, model)
-        wanted = select_blocks(blocks, tuple(sites), INJECT)
+        wanted = select_blocks(blocks, host.self_attentions(sites), INJECT)
         missing = [block_name(b) for b in wanted if b not in reference.blocks]
         if missing and blocks.strip().lower() != "all":
             raise ValueError(f"{INJECT}: {', '.join(missing)} not captured; the reference holds "

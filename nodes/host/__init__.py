@@ -9,7 +9,7 @@ from .learning import SIDES, FrozenUNet, Interrupted, progress, training
 from .model import (
     KEY, SAMPLERS, SCHEDULERS, TEXT, Conditioning, Encoder, Inversion, Reference, attention_sites, chosen_sigmas, computes_in, cross_layers,
     feature_tap, latent_in, latent_out, model_key, percent_to_sigma, require_reference, require_same_model, require_unet,
-    to_model_scale, token_sizes,
+    self_attentions, to_model_scale, token_sizes,
 )
 from .page import tell
 from .photos import example_name, input_pictures, load_picture, offer_example, picture_exists, picture_fingerprint
@@ -26,6 +26,6 @@ __all__ = [
     "model_key", "nameable", "new_reference_path", "offer_example", "percent_to_sigma", "picture_embeddings", "picture_exists",
     "picture_fingerprint", "pictures_in", "progress", "read_prompt", "reference_files", "reference_pass", "reference_path",
     "reference_tokens", "register_folders", "register_references", "require_reference", "require_same_model", "require_unet",
-    "rough_pictures", "sample", "tell", "text_embeddings", "to_model_scale", "token_sizes", "tower_title", "training",
-    "watch_reference",
+    "rough_pictures", "sample", "self_attentions", "tell", "text_embeddings", "to_model_scale", "token_sizes", "tower_title",
+    "training", "watch_reference",
 ]
