@@ -111,8 +111,9 @@ class PhotoAnchors:
 @dataclass(frozen=True, eq=False)
 class StoryInjection:
     """Configuration of one ConsiStory Shared Attention node."""
-    settings: StorySettings
+    settings: StorySettings  # without its windows, which are of the schedule that will be sampled
     layout: Layout
+    moments: tuple[float, float, float]  # shares of that schedule: blending's end, injection's start and end
     bank: ReferenceBank | None = None
     masks: Tensor | None = None  # [1|b Y X]
     recorder: AnchorRecorder | None = None
@@ -133,7 +134,8 @@ class StoryInjection:
         return (queries + rows * max(2 * (1 + others) * n * c for n, c in shared)) * width
 
     def start_run(self, run: host.SamplerRun) -> Story | None:
-        s, k = self.settings, self.settings.anchors
+        until, *inject = run.at(*self.moments)
+        s, k = replace(self.settings, blend_until=until, inject=tuple(inject)), self.settings.anchors
         if run.pictures == 1 and self.bank is None and self.recorder is None:
             log.info("%s: one picture has nobody to share with, so it stays plain. Raise the batch size, or wire a reference.", STORY)
             return None
@@ -169,7 +171,7 @@ class StoryInjection:
             return None
         halves = tuple(h for h in self.bank.features if self.settings.halves.source(h))
         if self.bank.anchors is None:
-            return PhotoAnchors(self.bank, run, halves, self.settings, self.layout, schedule)
+            return PhotoAnchors(self.bank, run, halves, schedule.settings, self.layout, schedule)
         source, anchors = GeneratedAnchors(self.bank, run, halves), self.bank.anchors
         rows = {sigma: source.row(sigma) for sigma in run.sigmas}
         if schedule.first_injection:
@@ -286,16 +288,15 @@ class ConsiStory(io.ComfyNode):
         layout = layout_of(unet, sites)
         if not layout.output_blocks:  # attention in the middle alone
             feature_injection = 0.0
-        blend_until, start, end = (host.percent_to_sigma(model, p)
-                                   for p in (blend_end_percent, injection_start_percent, injection_end_percent))
         settings = StorySettings(wanted, map_blocks(mask_blocks, sites, STORY), anchors, seed, weight, dropout,
-                                 (query_blend, query_blend_end), blend_until, feature_injection, (start, end), Halves(halves),
-                                 order == OFFICIAL, align_keys)
+                                 (query_blend, query_blend_end), injection=feature_injection, halves=Halves(halves),
+                                 official=order == OFFICIAL, align_keys=align_keys)
+        moments = (blend_end_percent, injection_start_percent, injection_end_percent)
         drawn = None if masks is None else masks.reshape(-1, *masks.shape[-2:])
         nothing = (not weight or dropout == 1) and not (feature_injection and injection_start_percent < injection_end_percent)
         if nothing or (drawn is not None and not (drawn > 0.5).any()):
             return io.NodeOutput(model.clone())
-        return io.NodeOutput(host.inject(model, StoryInjection(settings, layout, reference, drawn)))
+        return io.NodeOutput(host.inject(model, StoryInjection(settings, layout, moments, reference, drawn)))
 
     @staticmethod
     def require_readable(model: Any, reference: ReferenceBank, wanted: frozenset[BlockId], blocks: str,

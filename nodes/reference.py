@@ -262,7 +262,7 @@ class MaskedSelfInjection:
     weight: float
     mode: WeightMode
     blocks: frozenset[BlockId]
-    start: float  # sigmas between which the reference is read
+    start: float  # shares of the sampled schedule between which the reference is read
     end: float
     halves: Halves
     target_mask: Tensor | None = None  # [1|b y x] at the mask's own size
@@ -286,7 +286,8 @@ class MaskedSelfInjection:
         return (2 * len(self.sources) * row + readers * longest) * width
 
     def start_run(self, run: host.SamplerRun) -> ActiveMaskedSelf:
-        return ActiveMaskedSelf(self, run, target=None if self.target_mask is None else TargetMask(self.target_mask, INJECT))
+        target = None if self.target_mask is None else TargetMask(self.target_mask, INJECT)
+        return ActiveMaskedSelf(self, run, run.at(self.start, self.end), target=target)
 
 
 @dataclass
@@ -294,12 +295,13 @@ class ActiveMaskedSelf:
     """A MaskedSelfInjection during one run: the current step's tokens, and target masks per grid."""
     config: MaskedSelfInjection
     run: host.SamplerRun
+    window: tuple[float, ...]  # sigmas: from, until
     tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     target: TargetMask | None = None
 
     def begin_step(self, sigma: float) -> None:
         c = self.config
-        inside = c.end <= sigma <= c.start
+        inside = self.window[1] <= sigma <= self.window[0]
         self.tokens = host.reference_tokens(self.run, c.bank, sigma, c.sources) if inside else None
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
@@ -377,10 +379,9 @@ class MaskedSelfAttnInject(io.ComfyNode):
             raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the plain concatenation.")
         mode = WeightMode(weight_mode)
         weight *= dial(strength, INJECT, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
-        window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         injection = MaskedSelfInjection(reference, weight, mode, frozenset(wanted) & frozenset(reference.blocks),
-                                        *window, Halves(halves), mask)
+                                        start_percent, end_percent, Halves(halves), mask)
         if not injection.sources <= reference.features.keys():
             raise ValueError(f"{INJECT}: halves is {halves!r}, but the reference holds only the "
                              f"{', '.join(h.value for h in reference.features)} half. "

@@ -262,11 +262,6 @@ def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
     return model.model.process_latent_out(samples)
 
 
-def percent_to_sigma(model: ModelPatcher, percent: float) -> float:
-    """Share of the model's own schedule (0 = all noise) as a sigma."""
-    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
-
-
 def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
     """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
     with _own_modules(model):
