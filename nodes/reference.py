@@ -241,6 +241,10 @@ def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
     mask = mask.reshape(-1, *mask.shape[-2:]).cpu()
     if mask.shape[0] not in (1, r):
         raise ValueError(f"{CAPTURE}: {mask.shape[0]} masks for {r} reference picture{'s' * (r > 1)}. Wire one mask, or one per picture.")
+    corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    if (corners > 0.5).all() and not (mask > 0.5).all():
+        log.warning("%s: the wired mask marks all four corners of the photo and %.0f %% of it. If the photo is a cut-out, its mask is "
+                    "what is transparent, so the background: put InvertMask between.", CAPTURE, 100 * (mask > 0.5).float().mean())
     masks = {grid: resize_user_mask(mask, grid).expand(r, -1, -1) for grid in grids}
     for found in masks.values():
         check_masks(found, "the wired mask is empty (all black). Paint the subject white.")
