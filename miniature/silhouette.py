@@ -1,6 +1,8 @@
 """Draws the example hint of the ControlNet: `python -m miniature.silhouette` writes silhouette.png, a cat, white on black."""
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from PIL import Image
 
@@ -16,4 +18,5 @@ def example() -> np.ndarray:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     Image.fromarray(example()).save(EXAMPLE, optimize=True)

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,20 +14,25 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .claims import dead, hold, release
+
 
 @contextmanager
 def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
     """Yields a temporary path to write; renamed to `path` when the block ends well, removed when it does not.
 
-    A kill, a power cut or a full disk leaves the older file as it was; what a killed process left of this name goes first.
-    tensors: most of what will be written. Raises OSError where the disk does, whoever wrote, with the folder and its room.
+    A kill, a power cut or a full disk leaves the older file as it was; what a killed process left of this name goes first, what a living
+    one is writing stays. tensors: most of what will be written. Raises OSError where the disk does, whoever wrote, with the folder and
+    its room.
     """
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        discard(stale)
+        if dead(stale.with_suffix(".lock")):
+            discard(stale)
     size = sum(t.numel() * t.element_size() for t in tensors)
-    place = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial = place / "file.partial"
+    place = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**8):08}.partial")  # other machines count from 1 too
+    partial, lock, handle = place / "file.partial", place.with_suffix(".lock"), None
     try:
+        handle = hold(lock)
         place.mkdir()  # safetensors writes beside the name it is given, and a kill leaves that too
         yield partial
         plain = place / "plain.partial"
@@ -40,9 +47,16 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
         if type(error) is RuntimeError and "inline_container" not in str(error):  # so begins what torch.save says of a disk
             raise
         discard(place)  # its room is free again
-        raise refusal(path, size, getattr(error, "strerror", None) or str(error).splitlines()[0]) from error
+        if handle is not None:
+            release(lock, handle)
+            handle = None
+        told = refusal(path, size, getattr(error, "strerror", None) or str(error).splitlines()[0])
+        told.errno = getattr(error, "errno", None)
+        raise told from error
     finally:
         discard(place)
+        if handle is not None:
+            release(lock, handle)
 
 
 def discard(place: Path) -> None:
@@ -68,3 +82,12 @@ def refusal(path: Path, size: int, said: str) -> OSError:
     with contextlib.suppress(OSError):  # the folder itself may be gone
         room.append(f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there")
     return OSError(f"{path.name} could not be written to {path.parent}: {'; '.join([said, ' and '.join(room)]).rstrip('; ')}")
+
+
+def remedy(error: OSError) -> str:
+    """What a person can do about a file that the system refused."""
+    known = {errno.EROFS: "choose an output folder that can be written to (--output-directory)",
+             errno.EACCES: "let ComfyUI write there, or choose another output folder (--output-directory)",
+             errno.ENOTDIR: "move the file that lies where the folder should be",
+             errno.ENAMETOOLONG: "give a shorter name"}
+    return known.get(error.errno, known[errno.EACCES] if error.errno == errno.EPERM else "make room there")

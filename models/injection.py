@@ -46,6 +46,7 @@ class BlockSite:
     """A transformer block of the UNet: its module (attn1, attn2), and how many times smaller than the latent its grid is."""
     module: nn.Module
     divisor: int
+    self_attention: bool = True  # False: its attn1 reads the text too, as in the first level of SDXS 0.9
 
 
 def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tuple[BlockId, ...]:

@@ -118,6 +118,10 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
         "all": lambda i, b: True, "encoder": lambda i, b: b[0] == "input", "middle": lambda i, b: b[0] == "middle",
         "decoder": lambda i, b: b[0] == "output", "masactrl": lambda i, b: i >= 10,
     }
+    if not available:
+        raise ValueError(f"{node}: this model has no block with self-attention, so there is nothing to read. Load an SD1.5, SD2.x or SDXL "
+                         "checkpoint.")
+    there = ", ".join(name for name, fits in presets.items() if any(fits(i, b) for i, b in enumerate(available)))
     chosen: set[BlockId] = set()
     for term in filter(None, (t.strip().lower() for t in wanted.split(","))):
         if term in presets:
@@ -129,10 +133,10 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
             found = set()
         if not found:
             raise ValueError(f"{node}: no attention block matches {term!r:.200}. Choose from this model's "
-                             f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {', '.join(presets)}.")
+                             f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {there}.")
         chosen |= found
     if not chosen:
-        raise ValueError(f"{node}: blocks is empty. Write {' or '.join(presets)}, or a list such as 'output 3-5, middle 0'.")
+        raise ValueError(f"{node}: blocks is empty. Write {there.replace(', ', ' or ')}, or a list such as 'output 3-5, middle 0'.")
     return tuple(b for b in available if b in chosen)
 
 

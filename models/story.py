@@ -280,6 +280,10 @@ class Story(Watcher):
         if call.cut:
             raise ValueError(f"{NODE}: the model was given {call.given[0]}x{call.given[1]} of a latent of {call.cut[0]}x{call.cut[1]}. "
                              "Pictures that share a subject must be sampled whole: remove the node that cuts them (tiled diffusion).")
+        if x.shape[1] > rows * columns and call.grid == (rows, columns):
+            raise ValueError(f"{NODE}: in block {block_name(call.block)} each picture has {x.shape[1]} keys where its own {rows}x{columns} "
+                             f"tokens make {rows * columns}: another node lengthened them (StyleAligned shares every picture with all). "
+                             "Remove that node; this one shares the subject alone.")
         if x.shape[1] != rows * columns or call.grid != (rows, columns):
             raise ValueError(f"{NODE}: block {block_name(call.block)} has {x.shape[1]} tokens ({call.grid[0]}x{call.grid[1]}) where the "
                              f"latent's size makes {rows}x{columns}. A node that changes the grid (Deep Shrink), merges or tiles tokens is "

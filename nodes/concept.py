@@ -73,7 +73,7 @@ class ConceptInjection:
     weight: float
     mode: WeightMode
     merge: Merge
-    start: float  # sigmas between which the concept is read
+    start: float  # shares of the sampled schedule between which the concept is read
     end: float
     halves: Halves
     target_mask: Tensor | None = None  # [1|b y x] at its own size
@@ -98,7 +98,7 @@ class ConceptInjection:
                 log_mask = torch.full((k.shape[1],), share, device=device) if self.pictures > 1 and half is Half.COND else None
                 made[half, block] = ReferenceTokens(k, v, self.weight, self.mode, log_mask)
         target = None if self.target_mask is None else TargetMask(self.target_mask, INJECT)
-        return ActiveConcept(self, made, target)
+        return ActiveConcept(self, made, target, run.at(self.start, self.end))
 
 
 @dataclass
@@ -107,10 +107,11 @@ class ActiveConcept:
     config: ConceptInjection
     tokens: Mapping[tuple[Half, BlockId], ReferenceTokens]
     target: TargetMask | None
+    window: tuple[float, ...]  # sigmas: from, until
     inside: bool = False
 
     def begin_step(self, sigma: float) -> None:
-        self.inside = self.config.end <= sigma <= self.config.start
+        self.inside = self.window[1] <= sigma <= self.window[0]
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         if not (call.cross and self.inside) or (Half.COND, call.block) not in self.tokens:
@@ -196,6 +197,5 @@ class CrossAttnDetailInject(io.ComfyNode):
         if chosen is Halves.BOTH:
             made[Half.UNCOND] = concept_encoder.encode(image, empty=True)
         tokens = {half: {b: tuple(t.flatten(0, 1)[None] for t in kv[b]) for b in wanted} for half, kv in made.items()}
-        window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
-        injection = ConceptInjection(tokens, len(image), weight, mode, how, *window, chosen, mask)
+        injection = ConceptInjection(tokens, len(image), weight, mode, how, start_percent, end_percent, chosen, mask)
         return io.NodeOutput(host.inject(model, injection))

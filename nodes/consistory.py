@@ -14,7 +14,7 @@ from ..models.anchors import AnchorRecorder
 from ..models.attention import STORY_ODDS, dial
 from ..models.consistory import Schedule, StorySettings, dropped
 from ..models.correspondence import smooth
-from ..models.injection import Recorder, Role, grid_of, map_blocks, map_divisor
+from ..models.injection import BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
 from ..models.masks import resize_user_mask
 from ..models.reference import BlockId, Half, Halves, ReferenceBank, block_name, select_blocks, split_row
 from ..models.story import NODE as STORY
@@ -111,8 +111,9 @@ class PhotoAnchors:
 @dataclass(frozen=True, eq=False)
 class StoryInjection:
     """Configuration of one ConsiStory Shared Attention node."""
-    settings: StorySettings
+    settings: StorySettings  # without its windows, which are of the schedule that will be sampled
     layout: Layout
+    moments: tuple[float, float, float]  # shares of that schedule: blending's end, injection's start and end
     bank: ReferenceBank | None = None
     masks: Tensor | None = None  # [1|b Y X]
     recorder: AnchorRecorder | None = None
@@ -133,7 +134,8 @@ class StoryInjection:
         return (queries + rows * max(2 * (1 + others) * n * c for n, c in shared)) * width
 
     def start_run(self, run: host.SamplerRun) -> Story | None:
-        s, k = self.settings, self.settings.anchors
+        until, *inject = run.at(*self.moments)
+        s, k = replace(self.settings, blend_until=until, inject=tuple(inject)), self.settings.anchors
         if run.pictures == 1 and self.bank is None and self.recorder is None:
             log.info("%s: one picture has nobody to share with, so it stays plain. Raise the batch size, or wire a reference.", STORY)
             return None
@@ -169,7 +171,7 @@ class StoryInjection:
             return None
         halves = tuple(h for h in self.bank.features if self.settings.halves.source(h))
         if self.bank.anchors is None:
-            return PhotoAnchors(self.bank, run, halves, self.settings, self.layout, schedule)
+            return PhotoAnchors(self.bank, run, halves, schedule.settings, self.layout, schedule)
         source, anchors = GeneratedAnchors(self.bank, run, halves), self.bank.anchors
         rows = {sigma: source.row(sigma) for sigma in run.sigmas}
         if schedule.first_injection:
@@ -186,10 +188,20 @@ class StoryInjection:
             missing = [s for s in run.sigmas if schedule.injects(s) and not len(anchors.outputs[rows[s]]) and len(anchors.subject)]
             if missing:
                 held = [s for s, row in rows.items() if len(anchors.outputs[row])]
+                where = f" (they do from {max(held):.4g} to {min(held):.4g})" if held else ""
                 raise ValueError(f"{STORY}: features are to be injected at {len(missing)} noise levels, from sigma {missing[0]:.4g} on, "
-                                 f"where the anchors of the reference hold none (they do from {max(held):.4g} to {min(held):.4g}). Take "
-                                 "the injection's start and end percent that the anchors were made with.")
+                                 f"where the anchors of the reference hold none{where}. Take the injection's start and end percent that "
+                                 "the anchors were made with.")
         return source
+
+
+def layout_of(unet: Any, sites: Mapping[BlockId, BlockSite]) -> Layout:
+    """Features at twice the maps' resolution, or where there is self-attention beside the middle that is nearest to it."""
+    wanted = max(map_divisor(sites) // 2, 1)
+    outside = [block for block in host.self_attentions(sites) if block[0] != "middle"]
+    divisor = min((sites[b].divisor for b in outside), key=lambda d: (d > wanted, abs(d - wanted)), default=wanted)
+    return Layout({b: site.divisor for b, site in sites.items()}, frozenset(b for b in outside if sites[b].divisor == divisor),
+                  host.feature_tap(unet, divisor), divisor)
 
 
 class ConsiStory(io.ComfyNode):
@@ -263,7 +275,7 @@ class ConsiStory(io.ComfyNode):
         if any(isinstance(i, StoryInjection) for i in host.injected(model)):
             raise ValueError(f"{STORY}: the model already comes from {STORY}. Use one; several subjects are words of Subject Prompts, "
                              "separated by commas.")
-        wanted = frozenset(select_blocks(blocks, tuple(sites), STORY))
+        wanted = frozenset(select_blocks(blocks, host.self_attentions(sites), STORY))
         for name, value in (("dropout", dropout), ("query_blend", query_blend), ("query_blend_end", query_blend_end),
                             ("feature_injection", feature_injection)):
             if not 0 <= value <= 1:
@@ -273,20 +285,18 @@ class ConsiStory(io.ComfyNode):
         weight, feature_injection = weight * dial(strength, STORY, STORY_ODDS), feature_injection * strength
         if reference is not None:
             wanted = cls.require_readable(model, reference, wanted, blocks, Halves(halves))
-        divisor = max(map_divisor(sites) // 2, 1)
-        layout = Layout({b: site.divisor for b, site in sites.items()},
-                        frozenset(b for b, site in sites.items() if site.divisor == divisor and b[0] != "middle"),
-                        host.feature_tap(unet, divisor), divisor)
-        blend_until, start, end = (host.percent_to_sigma(model, p)
-                                   for p in (blend_end_percent, injection_start_percent, injection_end_percent))
+        layout = layout_of(unet, sites)
+        if not layout.output_blocks:  # attention in the middle alone
+            feature_injection = 0.0
         settings = StorySettings(wanted, map_blocks(mask_blocks, sites, STORY), anchors, seed, weight, dropout,
-                                 (query_blend, query_blend_end), blend_until, feature_injection, (start, end), Halves(halves),
-                                 order == OFFICIAL, align_keys)
+                                 (query_blend, query_blend_end), injection=feature_injection, halves=Halves(halves),
+                                 official=order == OFFICIAL, align_keys=align_keys)
+        moments = (blend_end_percent, injection_start_percent, injection_end_percent)
         drawn = None if masks is None else masks.reshape(-1, *masks.shape[-2:])
         nothing = (not weight or dropout == 1) and not (feature_injection and injection_start_percent < injection_end_percent)
         if nothing or (drawn is not None and not (drawn > 0.5).any()):
             return io.NodeOutput(model.clone())
-        return io.NodeOutput(host.inject(model, StoryInjection(settings, layout, reference, drawn)))
+        return io.NodeOutput(host.inject(model, StoryInjection(settings, layout, moments, reference, drawn)))
 
     @staticmethod
     def require_readable(model: Any, reference: ReferenceBank, wanted: frozenset[BlockId], blocks: str,
@@ -322,9 +332,9 @@ class AnchorSampler(io.ComfyNode):
                 io.Int.Input("steps", default=50, min=1, max=10000, tooltip="Start with 50. Further pictures need the same steps."),
                 io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="How closely the prompt is followed. Start with 5, or with 4 for the miniature."),
-                io.Combo.Input("sampler_name", options=host.SAMPLERS, default="ddim",
+                io.Combo.Input("sampler_name", options=host.samplers(), default="ddim",
                                tooltip="Start with ddim. Further pictures need the same sampler."),
-                io.Combo.Input("scheduler", options=host.SCHEDULERS, default="ddim_uniform",
+                io.Combo.Input("scheduler", options=host.schedulers(), default="ddim_uniform",
                                tooltip="Start with ddim_uniform. Further pictures need the same scheduler."),
                 io.Conditioning.Input("positive", tooltip="From Subject Prompts, one line per picture."),
                 io.Conditioning.Input("negative", tooltip="What to avoid, from CLIP Text Encode; it may be empty."),

@@ -36,7 +36,7 @@ class DDIMInvert(io.ComfyNode):
                                                           "Prompts)."),
                 io.Int.Input("steps", default=50, min=2, max=1000,
                              tooltip="Take the steps of the sampler that will generate: then no reference pass runs while it samples."),
-                io.Combo.Input("scheduler", options=host.SCHEDULERS, default="ddim_uniform",
+                io.Combo.Input("scheduler", options=host.schedulers(), default="ddim_uniform",
                                tooltip="Take the scheduler of the sampler that will generate."),
                 io.Combo.Input("method", options=[DDIM, EDIT_FRIENDLY], default=DDIM, advanced=True,
                                tooltip="ddim: deterministic, one path. edit-friendly ddpm: independent noise at every step; "

@@ -6,6 +6,7 @@ import logging
 from comfy_api.v0_0_2 import io, ui
 
 from ..models.bank_file import load_reference, save_reference
+from ..models.files import remedy
 from ..models.reference import ReferenceBank
 from . import host
 
@@ -36,15 +37,12 @@ class SaveReference(io.ComfyNode):
     @classmethod
     def execute(cls, reference: ReferenceBank, filename_prefix: str = "kindred/reference") -> io.NodeOutput:
         try:
-            path, name = host.new_reference_path(filename_prefix)
-        except ValueError as error:
-            raise ValueError(f"{SAVE}: {error}") from error
-        try:
-            save_reference(reference, path)
+            with host.new_reference_path(filename_prefix) as (path, name):
+                save_reference(reference, path)
         except ValueError as error:
             raise ValueError(f"{SAVE}: {error}") from error
         except OSError as error:
-            raise OSError(f"{SAVE}: {error}. Nothing of it is left; make room there and queue it again.") from error
+            raise OSError(f"{SAVE}: {error.strerror or error}. Nothing of it is left; {remedy(error)} and queue it again.") from error
         shown = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         if not host.is_listed(path):
             shown += f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder and output/kindred"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.injection import REPEATS, SUBJECT
 from ..models.reference import SubjectTokens
+from ..models.words import Piece, positions_of, subjects_in
 from .host import TEXT
 
 NODE = "Subject Prompts"
@@ -18,24 +19,11 @@ MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common mult
 Token = tuple[Any, ...]  # (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
 
 
-def subject_positions(chunks: Sequence[Sequence[Token]], words: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Positions, counted over all chunks, of every occurrence of every word's pieces (method.md 3.6 Q4: all of both).
-
-    chunks: the host's tokens of a prompt, with word numbers; words: token ids of each subject word or phrase.
-    """
-    places = [(i, t[0]) for i, t in enumerate(t for chunk in chunks for t in chunk) if t[2] != 0]
-    ids = [token if isinstance(token, int) else None for _, token in places]
-    found: set[int] = set()
-    for pieces in words:
-        for start in range(len(ids) - len(pieces) + 1):
-            if ids[start:start + len(pieces)] == list(pieces):
-                found.update(places[i][0] for i in range(start, start + len(pieces)))
-    return tuple(sorted(found))
-
-
-def word_ids(chunks: Sequence[Sequence[Token]]) -> list[int]:
-    """The token ids of a tokenized word or phrase, without start, end and padding."""
-    return [t[0] for chunk in chunks for t in chunk if t[2] != 0 and isinstance(t[0], int)]
+def pieces_of(clip: Any, text: str) -> list[Piece]:
+    """A text's tokens as the vocabulary spells them, counted over all chunks, without start, end and padding."""
+    tokens = [token for chunk in tokens_of(clip, text) for token in chunk]
+    return [(place, clip.tokenizer.untokenize([(token[0], 1.0)])[0][1] if isinstance(token[0], int) else
+             token[0].float().cpu().numpy().tobytes()) for place, token in enumerate(tokens) if token[2] != 0]
 
 
 def batch_rows(rows: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
@@ -95,21 +83,22 @@ class SubjectPrompts(io.ComfyNode):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach.")
-        words = [word.strip() for word in subject.split(",") if word.strip()]
+        words = subjects_in(subject)
         before = " ".join(style.splitlines()).strip()  # a line of texts is a picture
         texts = [f"{before} {line}".strip() for line in lines]
-        pieces = [word_ids(tokens_of(clip, word)) for word in words]
+        spelled = [pieces_of(clip, word) for word in words]
         positions, each, seen = [], [], set()
         for number, text in enumerate(texts, 1):
-            chunks = tokens_of(clip, text)
-            here = {word for word, ids in zip(words, pieces) if ids and subject_positions(chunks, [ids])}
+            prompt = pieces_of(clip, text) if words else []
+            places = tuple(positions_of(prompt, [word]) for word in spelled)
+            here = {word for word, found in zip(words, places) if found}
             if words and not here:
                 raise ValueError(f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
                                  f"{' or '.join(map(repr, words)):.200}. "
                                  "Write the subject word in every line exactly as in the subject field.")
             seen |= here
-            positions.append(subject_positions(chunks, pieces))
-            each.append(tuple(subject_positions(chunks, [ids]) for ids in pieces))
+            positions.append(tuple(sorted({place for found in places for place in found})))
+            each.append(places)
         for word in words:
             if word not in seen:
                 raise ValueError(f"{NODE}: no line contains the subject {word!r:.100}; the lines are {str(texts):.400}. "

@@ -124,7 +124,7 @@ class RefUNetCapture(io.ComfyNode):
                                                           "(Subject Prompts)."),
                 io.Int.Input("steps", default=50, min=2, max=1000,
                              tooltip="With a latent: the steps of the sampler that will generate. Unused with an inversion."),
-                io.Combo.Input("scheduler", options=host.SCHEDULERS, default="ddim_uniform",
+                io.Combo.Input("scheduler", options=host.schedulers(), default="ddim_uniform",
                                tooltip="With a latent: the scheduler of the sampler that will generate. Unused with an inversion."),
                 io.String.Input("blocks", default="all", advanced=True,
                                 tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, masactrl, or a list such as "
@@ -170,7 +170,7 @@ class RefUNetCapture(io.ComfyNode):
                 inversion: InversionTrajectory | None = None, latent: dict[str, Any] | None = None,
                 negative: host.Conditioning | None = None, mask: Tensor | None = None, sigmas: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, CAPTURE))
-        wanted = select_blocks(blocks, tuple(sites), CAPTURE)
+        wanted = select_blocks(blocks, host.self_attentions(sites), CAPTURE)
         if not 0 < token_share <= 1:
             raise ValueError(f"{CAPTURE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject).")
         if (inversion is None) == (latent is None):
@@ -241,6 +241,10 @@ def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
     mask = mask.reshape(-1, *mask.shape[-2:]).cpu()
     if mask.shape[0] not in (1, r):
         raise ValueError(f"{CAPTURE}: {mask.shape[0]} masks for {r} reference picture{'s' * (r > 1)}. Wire one mask, or one per picture.")
+    corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    if (corners > 0.5).all() and not (mask > 0.5).all():
+        log.warning("%s: the wired mask marks all four corners of the photo and %.0f %% of it. If the photo is a cut-out, its mask is "
+                    "what is transparent, so the background: put InvertMask between.", CAPTURE, 100 * (mask > 0.5).float().mean())
     masks = {grid: resize_user_mask(mask, grid).expand(r, -1, -1) for grid in grids}
     for found in masks.values():
         check_masks(found, "the wired mask is empty (all black). Paint the subject white.")
@@ -261,7 +265,7 @@ class MaskedSelfInjection:
     weight: float
     mode: WeightMode
     blocks: frozenset[BlockId]
-    start: float  # sigmas between which the reference is read
+    start: float  # shares of the sampled schedule between which the reference is read
     end: float
     halves: Halves
     target_mask: Tensor | None = None  # [1|b y x] at the mask's own size
@@ -285,7 +289,8 @@ class MaskedSelfInjection:
         return (2 * len(self.sources) * row + readers * longest) * width
 
     def start_run(self, run: host.SamplerRun) -> ActiveMaskedSelf:
-        return ActiveMaskedSelf(self, run, target=None if self.target_mask is None else TargetMask(self.target_mask, INJECT))
+        target = None if self.target_mask is None else TargetMask(self.target_mask, INJECT)
+        return ActiveMaskedSelf(self, run, run.at(self.start, self.end), target=target)
 
 
 @dataclass
@@ -293,12 +298,13 @@ class ActiveMaskedSelf:
     """A MaskedSelfInjection during one run: the current step's tokens, and target masks per grid."""
     config: MaskedSelfInjection
     run: host.SamplerRun
+    window: tuple[float, ...]  # sigmas: from, until
     tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     target: TargetMask | None = None
 
     def begin_step(self, sigma: float) -> None:
         c = self.config
-        inside = c.end <= sigma <= c.start
+        inside = self.window[1] <= sigma <= self.window[0]
         self.tokens = host.reference_tokens(self.run, c.bank, sigma, c.sources) if inside else None
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
@@ -366,7 +372,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
         sites = host.attention_sites(host.require_unet(model, INJECT))
         host.require_reference(INJECT, reference, model)
-        wanted = select_blocks(blocks, tuple(sites), INJECT)
+        wanted = select_blocks(blocks, host.self_attentions(sites), INJECT)
         missing = [block_name(b) for b in wanted if b not in reference.blocks]
         if missing and blocks.strip().lower() != "all":
             raise ValueError(f"{INJECT}: {', '.join(missing)} not captured; the reference holds "
@@ -376,10 +382,9 @@ class MaskedSelfAttnInject(io.ComfyNode):
             raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the plain concatenation.")
         mode = WeightMode(weight_mode)
         weight *= dial(strength, INJECT, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
-        window = [host.percent_to_sigma(model, p) for p in (start_percent, end_percent)]
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         injection = MaskedSelfInjection(reference, weight, mode, frozenset(wanted) & frozenset(reference.blocks),
-                                        *window, Halves(halves), mask)
+                                        start_percent, end_percent, Halves(halves), mask)
         if not injection.sources <= reference.features.keys():
             raise ValueError(f"{INJECT}: halves is {halves!r}, but the reference holds only the "
                              f"{', '.join(h.value for h in reference.features)} half. "

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..models.concept import ConceptConfig, ConceptEncoder, Preprocessing, check_layers
+from ..models.files import remedy
 from ..models.injection import Merge
 from ..models.training import Examples, OneProcess, Trainer, TrainSettings, read_state
 from . import host
@@ -278,8 +279,8 @@ class Saving:
             self.trainer.save(self.path, self.state, self.made_with, self.facts)
         except OSError as error:
             kept = f"{self.path.name} of step {self.saved} is whole and stays" if self.saved else "nothing was saved before"
-            raise OSError(f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. Make room and queue the same "
-                          f"again: it goes on from step {self.saved}.") from error
+            raise OSError(f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. To go on, {remedy(error)} and "
+                          f"queue the same again: it goes on from step {self.saved}.") from error
         self.saved = self.trainer.step_number
         log.info("%s: step %d of %d saved as %s", NODE, self.saved, self.trainer.settings.steps, self.path)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import subprocess
+import sys
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def files(*suffixes: str) -> list[str]:
     """Paths, relative to the root, of what git tracks or would track; ends of names narrow them down."""
     told = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8", errors="surrogateescape")
     if told.returncode == 0:
         names = [name for name in told.stdout.split("\0") if name and (ROOT / name).is_file()]
     else:  # an unpacked archive, no git
@@ -55,4 +56,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     main()

@@ -304,7 +304,8 @@ def exit_code(jobs: Sequence[Job], runners: Sequence[Runner], stopped: bool) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script that starts us with & has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         plan, jobs = planned(given)
         headers = dict(re.split(r":\s*", words, maxsplit=1) for words in given.header)
@@ -325,4 +326,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     sys.exit(main())

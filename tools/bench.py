@@ -250,7 +250,7 @@ def both(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
 
 def peak_of(given: argparse.Namespace, key: Key) -> int:
     """Peak memory of a child that samples this case once."""
-    done = subprocess.run(child(given, "--one", name_of(key)), stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(child(given, "--one", name_of(key)), stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     if done.returncode:
         raise Refusal(f"--memory: the process that measured {name_of(key)} ended with code {done.returncode}; memory may have run out. "
                       "Give a smaller --latent, or leave out --memory.")
@@ -273,4 +273,5 @@ def tell_peak(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     sys.exit(main())

@@ -69,8 +69,8 @@ def get_browser() -> Path:
     prefix = [] if root else [sudo, "-n"]
     print("No browser here: installing chromium with apt-get (about 110 MB, once).", file=sys.stderr, flush=True)
     for arguments in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", "chromium"]):
-        done = subprocess.run([*prefix, apt, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                              env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+        done = subprocess.run([*prefix, apt, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+                              errors="replace", env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
         if done.returncode:
             raise NoBrowser(f"apt-get {' '.join(arguments)} failed: {done.stdout.strip()[-300:]}")
     found = find_browser()

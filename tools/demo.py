@@ -292,6 +292,7 @@ def report(given: argparse.Namespace, command: str, asked: Mapping[str, Any], fi
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     try:
         sys.exit(main())
     except HostError as error:

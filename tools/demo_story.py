@@ -269,4 +269,5 @@ def write(given: argparse.Namespace, told: Mapping[str, Told], figures: dict[str
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     sys.exit(main())

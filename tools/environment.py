@@ -69,7 +69,7 @@ def find_python() -> tuple[str, tuple[int, int]]:
         path = shutil.which(name)
         if not path or (name == sys.executable and not oldest <= sys.version_info[:2] <= newest):
             continue
-        answer = subprocess.run([path, "-c", probe], capture_output=True, text=True)
+        answer = subprocess.run([path, "-c", probe], capture_output=True, encoding="utf-8", errors="replace")
         if answer.returncode == 0:
             major, minor = map(int, answer.stdout.split())
             if oldest <= (major, minor) <= newest:
@@ -273,7 +273,8 @@ def make(home: Path, interpreter: str) -> None:
     venv, log = home / "venv", home / "setup.log"
     print(f"Making Kindred's environment in {home} (once: about 2.7 GB to fetch, 6 GB on disk).", flush=True)
     with Progress("1/4 virtual environment") as progress:
-        made = subprocess.run([interpreter, "-m", "venv", str(venv)], capture_output=True, text=True, env=clean_environment())
+        made = subprocess.run([interpreter, "-m", "venv", str(venv)], capture_output=True, encoding="utf-8", errors="replace",
+                              env=clean_environment())
         if made.returncode:
             raise Refusal(f"{interpreter} could not make a virtual environment: {(made.stderr or made.stdout).strip()[-300:]}")
     python = venv_python(venv)

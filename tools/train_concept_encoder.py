@@ -371,4 +371,5 @@ class Training:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     sys.exit(main())

@@ -83,7 +83,7 @@ class FrozenUNet:
         self.prompts, self.encoded = prompts, {}
         unet = network(model)
         for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks) if checkpointing else ():
-            for layer in block:
+            for layer in block or ():  # some have no middle block
                 layer.forward = checkpointed(layer.forward)
 
     def load(self) -> None:
@@ -96,7 +96,7 @@ class FrozenUNet:
             kept = [(cross.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in extras.items()})
                     for cross, extras in self.prompts[text]]
             cond, = comfy.samplers.encode_model_conds(self.model.extra_conds, comfy.sampler_helpers.convert_cond(kept), x[:1],
-                                                      self.device, "positive")
+                                                      self.device, "positive", latent_image=x[:1])  # inpainting models ask for its size
             found = {k: getattr(c, "cond", None) for k, c in cond["model_conds"].items()}
             if len(self.encoded) >= MOST_PROMPTS:
                 del self.encoded[next(iter(self.encoded))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -37,45 +37,75 @@ def network(model: ModelPatcher) -> torch.nn.Module:
     return getattr(unet, "_orig_mod", unet)
 
 
+def other_work(model: ModelPatcher, unet: UNetModel, sampling: object) -> str | None:
+    """What one of the host's UNets does instead of making pictures from text; None where it does just that."""
+    kinds = {kind.__name__ for kind in type(model.model).__mro__}
+    image_to_image = getattr(comfy.model_sampling, "IMG_TO_IMG", ())
+    if unet.use_temporal_resblocks or "SVD_img2vid" in kinds:  # SV3D too
+        return "for videos"
+    if "Stable_Zero123" in kinds:
+        return "for other views of a picture"
+    if "SD_X4Upscaler" in kinds:
+        return "for upscaling"
+    if hasattr(unet, "heatmap_head"):  # SDPose
+        return "for poses"
+    if "Lotus" in kinds or isinstance(sampling, image_to_image):
+        return "from picture to picture in one step"
+    return None if attention_sites(unet) else "without attention"
+
+
 def require_unet(model: ModelPatcher, node: str) -> UNetModel:
     """The UNet behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
     unet, sampling = network(model), model.get_model_object("model_sampling")
     if not isinstance(unet, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
+        why = "flow" if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__
+    else:
+        why = other_work(model, unet, sampling)
+    if why:
         remedy = ("Remove the node that puts a network of its own in the UNet's place." if "diffusion_model" in model.object_patches
                   else "Load an SD1.5, SD2.x or SDXL checkpoint.")
         raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
-                         f"{type(model.model.model_config).__name__} ({type(unet).__name__}, "
-                         f"{'flow' if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__}). {remedy}")
+                         f"{type(model.model.model_config).__name__} ({type(unet).__name__}, {why}). {remedy}")
     return unet
+
+
+def _resizes(layer: torch.nn.Module, way: type[torch.nn.Module]) -> bool:
+    """Whether a layer is a Downsample or an Upsample, or a residual block with one inside (resblock_updown)."""
+    return isinstance(layer, way) or isinstance(getattr(layer, "h_upd", None), way)
 
 
 def attention_sites(unet: UNetModel) -> dict[BlockId, BlockSite]:
     """Every transformer block in the order the UNet runs them."""
     sites: dict[BlockId, BlockSite] = {}
     divisor = 1
-    stages = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
-    for stage, blocks in stages:
+    middle = () if unet.middle_block is None else (unet.middle_block,)  # KOALA and SDXS have none
+    for stage, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
         for index, layers in enumerate(blocks):
             depth = 0
             for layer in layers:
                 if isinstance(layer, SpatialTransformer):
                     for block in layer.transformer_blocks:
-                        sites[stage, index, depth] = BlockSite(block, divisor)
+                        sites[stage, index, depth] = BlockSite(block, divisor, not getattr(block, "disable_self_attn", False))
                         depth += 1
-                elif isinstance(layer, Downsample):
+                elif _resizes(layer, Downsample):
                     divisor *= 2
-                elif isinstance(layer, Upsample):
+                elif _resizes(layer, Upsample):
                     divisor //= 2
     return sites
 
 
+def self_attentions(sites: Mapping[BlockId, BlockSite]) -> tuple[BlockId, ...]:
+    """The blocks whose attn1 attends to the picture's own tokens."""
+    return tuple(block for block, site in sites.items() if site.self_attention)
+
+
 def feature_tap(unet: UNetModel, divisor: int) -> int:
     """The first output block whose incoming features have this divisor: DIFT's up block 0 of SDXL, 1 of SD1.x and 2.x."""
-    here = 2 ** sum(isinstance(layer, Downsample) for layers in unet.input_blocks for layer in layers)
+    here = 2 ** sum(_resizes(layer, Downsample) for layers in unet.input_blocks for layer in layers)
     for index, layers in enumerate(unet.output_blocks):
         if here == divisor:
             return index
-        here //= 2 ** sum(isinstance(layer, Upsample) for layer in layers)
+        here //= 2 ** sum(_resizes(layer, Upsample) for layer in layers)
     raise ValueError(f"Kindred: this UNet has no output block at a {divisor}th of the latent's size. Load an SD1.5, SD2.x or SDXL "
                      "checkpoint.")
 
@@ -138,12 +168,24 @@ def model_key(model: ModelPatcher) -> str:
     digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), sorted(model.injections))).encode())
     if beside:
         digest.update(repr(beside).encode())
-    return f"{type(model.model.model_config).__name__} {digest.hexdigest()}"
+    return f"{family(model)} {digest.hexdigest()}"
+
+
+def family(model: ModelPatcher) -> str:
+    """The host's name of its kind; behind a slash that of its latents, where they are not its kind's (Playground 2.5 is an SDXL)."""
+    kind, latents = type(model.model.model_config), type(model.get_model_object("latent_format"))
+    return kind.__name__ + (f"/{latents.__name__}" if latents is not kind.latent_format else "")
+
+
+def _without_latents(key: str) -> str:
+    """A model's name as older versions wrote it."""
+    kind, _, rest = key.partition(" ")
+    return f"{kind.partition('/')[0]} {rest}"
 
 
 def require_same_model(node: str, what: str, made_with: str, given: str) -> None:
     """Features of one set of weights mean nothing to another."""
-    if made_with != given:
+    if _without_latents(made_with) != _without_latents(given):
         raise ValueError(f"{node}: the {what} was made with model {made_with}, but the model given is {given} (weights and LoRAs count). "
                          f"Wire the same MODEL, LoRAs included, into the node that made the {what}.")
 
@@ -191,8 +233,14 @@ def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
 
 
-SCHEDULERS = list(comfy.samplers.SCHEDULER_NAMES)
-SAMPLERS = list(comfy.samplers.SAMPLER_NAMES)
+def schedulers() -> list[str]:
+    """The host's own list, as its KSampler reads it: packs that load after us add to it, or put another one in its place."""
+    return comfy.samplers.KSampler.SCHEDULERS
+
+
+def samplers() -> list[str]:
+    """The same of samplers."""
+    return comfy.samplers.KSampler.SAMPLERS
 
 
 def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
@@ -232,13 +280,9 @@ def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
     return model.model.process_latent_out(samples)
 
 
-def percent_to_sigma(model: ModelPatcher, percent: float) -> float:
-    """Share of the model's own schedule (0 = all noise) as a sigma."""
-    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
-
-
 def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
     """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
-    sites = attention_sites(require_unet(model, node))
-    width = next(iter(sites.values())).module.attn2.to_k.in_features
-    return type(model.model.model_config).__name__, tuple((b, s.module.attn2.to_k.out_features) for b, s in sites.items()), width
+    with _own_modules(model):
+        to_k = {block: site.module.attn2.to_k for block, site in attention_sites(require_unet(model, node)).items()}
+    width = next(iter(to_k.values())).in_features
+    return type(model.model.model_config).__name__, tuple((block, layer.out_features) for block, layer in to_k.items()), width

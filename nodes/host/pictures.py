@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.latent_formats
 import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -15,16 +16,17 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
     made_with: a model_key, whose first word is the family; the family knows the scale of its latents. ValueError where the family
     is unknown, the VAE reads other channels, or what it gives is not finite.
     """
-    name = made_with.split(" ")[0]
+    name, _, own = made_with.split(" ")[0].partition("/")
     family = next((kind for kind in comfy.supported_models.models if kind.__name__ == name), None)
-    if family is None:
+    scale = getattr(comfy.latent_formats, own, None) if own else getattr(family, "latent_format", None)
+    if scale is None:
         raise ValueError(f"{node}: the reference was made with a model of the kind {name}, which this ComfyUI does not know. Update "
                          "ComfyUI, or install the pack that brings this kind.")
     channels = getattr(vae, "latent_channels", latents.shape[1])
     if channels != latents.shape[1]:
         raise ValueError(f"{node}: the reference has latents of {latents.shape[1]} channels, but the VAE reads {channels}. Wire the VAE "
                          f"of the checkpoint that made the reference ({made_with}).")
-    pictures = vae.decode(family.latent_format().process_out(latents)).float().cpu()
+    pictures = vae.decode(scale().process_out(latents)).float().cpu()
     if not pictures.isfinite().all():
         raise ValueError(f"{node}: the VAE gave NaN or infinite pixels. A VAE in fp16 does this to some pictures: start ComfyUI with "
                          "--fp32-vae or use another VAE.")

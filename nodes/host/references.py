@@ -1,10 +1,19 @@
 """Saved references: where they lie, and where the next one goes."""
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from unicodedata import category
 
 import folder_paths
+
+from ...models.claims import first_free
 
 REFERENCES = "kindred_references"  # their folder beside checkpoints and loras
 
@@ -31,23 +40,54 @@ def reference_path(name: str) -> Path:
     return path
 
 
-def new_reference_path(prefix: str) -> tuple[Path, str]:
-    """A path that does not exist yet, numbered as the host numbers what it saves, and its name below the output folder.
+@contextmanager
+def new_reference_path(prefix: str) -> Iterator[tuple[Path, str]]:
+    """A path that no file has, numbered as the host numbers what it saves, and its name below the output folder; no other process gets
+    it while the block runs.
 
-    Raises the host's own Exception for a prefix that leads out of the output folder, ValueError for one that no file can have.
+    `%date:yyyy-MM-dd%` is filled in as the canvas does. Raises the host's own Exception for a prefix that leads out of the output
+    folder, ValueError for one that no file can have, OSError where the system refuses the folder.
     """
+    folder, name, counter, subfolder = _numbered(prefix)
+    paths = (Path(folder, f"{name}_{n:05}_.safetensors") for n in count(counter))  # the host counts from 1 where a prefix ends in a slash
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(first_free(paths))
+        except OSError as error:
+            raise OSError(error.errno, f"{folder} cannot be written to: {error.strerror or error}") from error
+        yield path, Path(subfolder, path.name).as_posix()
+
+
+def _numbered(prefix: str) -> tuple[str, str, int, str]:
+    """The folder, the name, the first number and the subfolder of a prefix."""
     try:
         if not nameable(prefix):
             raise ValueError("it holds characters that cannot be seen")
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-        while (path := Path(folder, f"{name}_{counter:05}_.safetensors")).exists():  # the host counts from 1 where a prefix ends in a slash
-            counter += 1
-        (path.parent / f".{path.name}.{'0' * 16}").exists()  # as long as the name it is written under
+        if not os.path.basename(os.path.normpath(prefix)).strip(" ."):
+            raise ValueError("it is empty")
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(dated(prefix, datetime.now()),
+                                                                               folder_paths.get_output_directory())
+        Path(folder, f".{name}_{counter:05}_.safetensors.{'0' * 24}").exists()  # as long as the name it is written under
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+            raise OSError(error.errno, f"the folder of filename_prefix {prefix!r:.60} cannot be used: {error.strerror}"
+                                       f"{f' ({error.filename})' if error.filename else ''}") from error
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ValueError(f"filename_prefix is {prefix!r:.60}, which no file can be called ({why}). Give a short name such as "
                          "kindred/reference.") from error
-    return path, Path(subfolder, path.name).as_posix()
+    return folder, name, counter, subfolder
+
+
+def dated(prefix: str, now: datetime) -> str:
+    """`%date:yyyy-MM-dd hh:mm:ss%` filled in, as the canvas does before it sends a prompt; over the API nobody else would."""
+    numbers = {"M": now.month, "d": now.day, "h": now.hour, "m": now.minute, "s": now.second}
+
+    def part(match: re.Match[str]) -> str:
+        letters = match[0]
+        if letters[0] == "y":
+            return f"{now.year:04}"[4 - len(letters):]
+        return f"{numbers[letters[0]]:0{len(letters)}}"
+    return re.sub(r"%date:([^%]+)%", lambda match: re.sub("yyyy|yy|MM?|dd?|hh?|mm?|ss?", part, match[1]), prefix)
 
 
 def nameable(text: str) -> bool:

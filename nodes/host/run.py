@@ -75,6 +75,10 @@ class SamplerRun(Run):
             return tuple(((sigmas.log() - low) / (high - low) * 999).tolist())
         return tuple(sampling.timestep(sigmas).float().tolist())
 
+    def at(self, *percents: float) -> tuple[float, ...]:
+        """Shares of the schedule (0 = all noise) as the sigmas of this run's own: another node may have changed it behind ours."""
+        return tuple(float(self.guider.inner_model.model_sampling.percent_to_sigma(p)) for p in percents)
+
     @property
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where and in what the UNet computes."""

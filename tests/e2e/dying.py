@@ -35,7 +35,8 @@ from kindred.nodes.library import SaveReference  # noqa: E402
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
          "hidden_act": "quick_gelu"}
-REFERENCES = Path(host.new_reference_path("kindred/reference")[0]).parent
+with host.new_reference_path("kindred/reference") as (path, _):
+    REFERENCES = path.parent
 CONCEPTS = host.concept_folder()
 
 

@@ -322,10 +322,13 @@ def flops(model, family: str, latent: int, tokens: int, halves: Halves = Halves.
     unet = model.model.diffusion_model.to("meta")
     sites = attention_sites(unet)
     keys_values = {b: (torch.empty(1, tokens, s.module.attn2.to_k.out_features, device="meta"),) * 2 for b, s in sites.items()}
-    config = ConceptInjection({Half.COND: keys_values}, 1, 1.0, WeightMode.LOGIT_BIAS, Merge.CONCAT, 1e9, 0.0, halves)
+    config = ConceptInjection({Half.COND: keys_values}, 1, 1.0, WeightMode.LOGIT_BIAS, Merge.CONCAT, 0.0, 1.0, halves)
 
     class Meta(Run):
         device_and_dtype = torch.device("meta"), torch.float32
+
+        def at(self, *percents: float) -> tuple[float, ...]:
+            return tuple(2 * (1 - p) for p in percents)
     x, width = torch.empty(1, 4, latent, latent, device="meta"), sites["middle", 0, 0].module.attn2.to_k.in_features
     given = {"context": torch.empty(1, 77, width, device="meta")}
     if family == "sdxl":

@@ -209,7 +209,7 @@ def with_concept(family: str, weight: float = 1.0, merge: Merge = Merge.CONCAT, 
     model = paper_model(family)
     made = {block: (torch.empty(1, 257, site.module.attn2.to_k.out_features, device=META),) * 2
             for block, site in host.attention_sites(model.model.diffusion_model).items()}
-    config = ConceptInjection({Half.COND: made}, 1, weight, WeightMode.LOGIT_BIAS, merge, 1e9, 0.0, halves)
+    config = ConceptInjection({Half.COND: made}, 1, weight, WeightMode.LOGIT_BIAS, merge, 0.0, 1.0, halves)
     return first_step(host.inject(model, config), family)
 
 

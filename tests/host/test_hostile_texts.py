@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from networks import random_model
 from refusals import faults_of
 from remedy import REMEDY
-from words import clip, tokenizer
+from words import clip
 
 from kindred.models.injection import SUBJECT
 from kindred.models.reference import select_blocks
@@ -21,7 +21,8 @@ from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.evaluation import ComparisonGrid
 from kindred.nodes.host import TEXT, attention_sites, concept_folder, new_reference_path
 from kindred.nodes.library import LoadReference
-from kindred.nodes.prompts import SubjectPrompts, tokens_of, word_ids
+from kindred.models.words import subjects_in
+from kindred.nodes.prompts import SubjectPrompts, pieces_of, tokens_of
 from kindred.nodes.training import Order
 
 OUT = Path(folder_paths.get_output_directory()).resolve()
@@ -51,13 +52,13 @@ def test_any_prompt_is_a_row_whose_subject_stands_where_it_is_marked_or_is_refus
         return
     ((cross, extras),), count, texts = made
     assert len(cross) == count == len(extras[TEXT].split("\n")) and torch.isfinite(cross).all() and texts == extras[TEXT]
-    words = [word for word in map(str.strip, subject.split(",")) if word]
+    words = subjects_in(subject)
     assert (SUBJECT in extras) == bool(words)
     for row, text in enumerate(texts.split("\n") if words else ()):
-        tokens = [t[0] for chunk in tokens_of(clip(), text) for t in chunk]
-        places = extras[SUBJECT].positions[row]
-        own = {piece for w in words for piece in word_ids(tokens_of(tokenizer("sd1"), w))}
-        assert places and places[-1] < cross.shape[1] and {tokens[p % len(tokens)] for p in places} <= own
+        pieces, places = dict(pieces_of(clip(), text)), extras[SUBJECT].positions[row]
+        own = {c for word in words for _, piece in pieces_of(clip(), word) for c in piece}
+        length = len([t for chunk in tokens_of(clip(), text) for t in chunk])
+        assert places and places[-1] < cross.shape[1] and all(own & {*pieces[p % length]} for p in places)
 
 
 @settings(max_examples=200)
@@ -76,11 +77,16 @@ def said_of(act: Callable[[], Any]) -> tuple[Any, str]:
         return None, str(error)
 
 
+def named(prefix: str) -> tuple[Path, str]:
+    with new_reference_path(prefix) as made:
+        return made
+
+
 @settings(max_examples=200)
 @given(PATHS)
 def test_any_name_of_a_reference_stays_in_the_output_folder_or_is_refused(prefix):
     try:
-        made, said = said_of(lambda: new_reference_path(prefix))
+        made, said = said_of(lambda: named(prefix))
     except Exception as error:
         assert "outside the output folder is not allowed" in str(error)  # the host's own word
         return

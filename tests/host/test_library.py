@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import shutil
@@ -301,3 +302,48 @@ def test_a_file_is_little_more_than_its_features(folder):
         x.numel() * x.element_size() for p in bank.prompts.values() for x in p.extras.values() if isinstance(x, torch.Tensor))
     assert 0 <= (folder / "a.safetensors").stat().st_size - bank.bytes - rest < 6000
     assert load_reference(folder / "a.safetensors").bytes == bank.bytes
+
+
+# what a prefix says ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_date_in_a_prefix_is_filled_in_as_the_canvas_does(out):
+    """The canvas replaces it before it sends a prompt; over the API nobody else would."""
+    from datetime import datetime
+
+    from kindred.nodes.host.references import dated
+    now = datetime(2026, 3, 4, 5, 6, 7)
+    assert dated("%date:yyyy-MM-dd%/%date:hhmmss%", now) == "2026-03-04/050607"
+    assert dated("%date:yy.M.d h:m:s% 100 %width%", now) == "26.3.4 5:6:7 100 %width%"
+    assert re.fullmatch(r"kindred/day \d{4}_00001_\.safetensors, .*", save(bank_of(), "kindred/day %date:yyyy%"))
+
+
+@LAW("prefix", ["", " ", ".", "./", "/."])
+def test_an_empty_prefix_saves_no_hidden_file(prefix):
+    before = set(Path(folder_paths.get_output_directory()).rglob("*"))
+    with pytest.raises(Exception, match="filename_prefix is .*Give a short name|outside the output folder"):
+        save(bank_of(), prefix)
+    assert set(Path(folder_paths.get_output_directory()).rglob("*")) == before
+
+
+@LAW("code, said", [(errno.EROFS, "Read-only file system.*--output-directory"), (errno.ENOTDIR, "Not a directory.*move the file"),
+                    (errno.EACCES, "Permission denied.*let ComfyUI write there"),
+                    (errno.ENOSPC, "No space left on device.*make room there")])
+@LAW("at", ["the folder", "the file"])
+def test_a_fault_of_the_system_is_told_as_what_it_is(code, said, at, out, monkeypatch):
+    def refuse(*given, **more):
+        raise OSError(code, os.strerror(code), str(out))
+    if at == "the folder":
+        monkeypatch.setattr(folder_paths.os, "makedirs", refuse)
+        monkeypatch.setattr(folder_paths.os, "listdir", refuse)
+    else:
+        monkeypatch.setattr(bank_file, "save_file", refuse)
+    with pytest.raises(OSError, match=f"^Save Reference: .*kindred.*{said}"):
+        save(bank_of())
+    monkeypatch.undo()
+    assert not list(out.rglob("*"))
+
+
+def test_a_name_that_is_too_long_is_the_users(out):
+    with pytest.raises(ValueError, match="filename_prefix is .*no file can be called.*Give a short name"):
+        save(bank_of(), "kindred/" + "x" * 300)

@@ -21,7 +21,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_freelunch import FreeU, FreeU_V2
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_mahiro import Mahiro
-from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
+from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete, RescaleCFG
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
@@ -29,7 +29,7 @@ from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing, seeded
-from studio import bank_of, capture, concept, differs, inject, invert, photo, pictures, story
+from studio import STEPS, bank_of, capture, concept, differs, inject, invert, photo, pictures, sample, story
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 
@@ -137,6 +137,36 @@ def test_a_reference_belongs_to_one_kind_of_sampling(sampling, column):
     else:
         assert torch.equal(ours.sampled(sampling(ours(MODEL))), before)
     assert differs(before, none) > FELT < differs(before, alone(column))
+
+
+def edm(least, kind="edm"):
+    return lambda model: ModelSamplingContinuousEDM().patch(model, kind, 80.0, least)[0]
+
+
+SAMPLINGS = {"v": v_prediction, "zsnr": zero_terminal, "v edm": edm(0.002, "v_prediction"), "edm": edm(0.002)}
+WINDOWED = {
+    "cross from": lambda m: concept(m, 2.0, start_percent=0.1), "cross until": lambda m: concept(m, 2.0, end_percent=0.1),
+    "blending": lambda m: story(m, feature_injection=0.0, blend_end_percent=0.1),
+    "injecting from": lambda m: story(m, injection_start_percent=0.45, injection_end_percent=0.9),
+    "injecting until": lambda m: story(m, injection_start_percent=0.1, injection_end_percent=0.45)}
+
+
+@LAW("sampling", SAMPLINGS)
+@LAW("node", WINDOWED)
+def test_percents_are_of_the_schedule_that_is_sampled(sampling, node):
+    """Whether the node that changes the schedule stands before ours or behind."""
+    theirs, ours, how = SAMPLINGS[sampling], WINDOWED[node], {"who": (0, 1), "steps": 7, "scheduler": "normal"}
+    before, behind = (pictures(m, **how) for m in (ours(theirs(MODEL)), theirs(ours(MODEL))))
+    assert torch.equal(before, behind) and differs(before, pictures(theirs(MODEL), **how)) > (0 if sampling == "zsnr" else FELT)
+
+
+@LAW("window", [{"start_percent": 0.45}, {"end_percent": 0.45}], ids=str)
+def test_percents_of_a_reference_too(window):
+    """The least sigma belongs to the schedule, not to what the reference was made with."""
+    made, sampled = edm(0.002)(MODEL), edm(2.0)
+    bank, how = capture(made, steps=STEPS)[0], {"steps": 7, "scheduler": "normal"}
+    before, behind = (sample(m, **how) for m in (inject(sampled(made), bank, 2.0, **window), sampled(inject(made, bank, 2.0, **window))))
+    assert torch.equal(before, behind) and differs(before, sample(sampled(made), **how)) > FELT
 
 
 @LAW("skipping", [EasyCacheNode, LazyCacheNode])

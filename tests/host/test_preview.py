@@ -212,3 +212,21 @@ def test_the_node_explains_itself(node, root):
     assert schema.description and schema.search_aliases and all(told.tooltip for told in (*schema.inputs, *schema.outputs))
     page = (root / "web" / "docs" / "KindredReferencePreview.md").read_text("utf-8")
     assert all(f"**{told.id}**" in page for told in schema.inputs if told.id != "vae") and all(show in page for show in SHOWS)
+
+
+def test_latents_are_decoded_at_the_scale_of_the_instance_and_not_of_its_kind():
+    """Playground 2.5 is an SDXL whose latents have a mean and a spread of their own."""
+    import comfy.latent_formats
+    from networks import build_model
+    model = build_model("tiny_xl")
+    model.model.latent_format = comfy.latent_formats.SDXL_Playground_2_5()
+    prompt = coarse("tiny_xl")
+    given = photo()
+    bank = capture(model, given, prompt, mask=torch.ones(1, 64, 64))[0]
+    assert bank.model_key.startswith("SDXL/SDXL_Playground_2_5 ")
+    vae = Flat()
+    preview(bank, vae, "masks")
+    assert torch.allclose(vae.seen, given["samples"], atol=1e-4)
+    older = replace(bank, model_key=bank.model_key.replace("/SDXL_Playground_2_5", ""))
+    from studio import inject
+    assert inject(model, older) is not None  # a reference of an older Kindred reads on

@@ -12,7 +12,8 @@ from words import WIDTH, clip, tokenizer
 from kindred.models.reference import SubjectTokens
 from kindred.models.injection import SUBJECT
 from kindred.nodes.host import TEXT
-from kindred.nodes.prompts import SubjectPrompts, batch_rows, subject_positions, tokens_of, word_ids
+from kindred.models.words import positions_of
+from kindred.nodes.prompts import SubjectPrompts, batch_rows, pieces_of, tokens_of
 
 LAW = pytest.mark.parametrize
 
@@ -39,7 +40,7 @@ def comfy_vocabulary() -> dict[int, str]:
 
 def find(text: str, *subject: str, kind: str = "sd1") -> tuple[int, ...]:
     door = tokenizer(kind)
-    return subject_positions(tokens_of(door, text), [word_ids(tokens_of(door, s)) for s in subject])
+    return positions_of(pieces_of(door, text), [pieces_of(door, s) for s in subject])
 
 
 # where the words stand (I18) ---------------------------------------------------------------------------------------------------
@@ -117,6 +118,63 @@ def test_sdxls_two_encoders_see_the_same_places():
         both = tokenizer("sdxl").tokenize(text, return_word_ids=True)
         wide, narrow = ([(t[0], t[2]) for chunk in both[k] for t in chunk if t[2]] for k in "gl")
         assert wide == narrow
+
+
+# words as text: what stands beside a word changes how it is cut -----------------------------------------------------------------
+
+
+def marked(text: str, *subject: str) -> str:
+    """What the marked tokens spell."""
+    return "".join(pieces(text, find(text, *subject))).replace("</w>", "")
+
+
+@LAW("text, subject, spelled", [
+    (r"1girl, saber \(fate\), solo", r"saber \(fate\)", "saber(fate),"), ("a (cat:1.2), sitting", "cat", "cat"),
+    ("a photo of a teddy bear's hat", "teddy bear", "teddybear"), ("a gryphon-cat.", "gryphon-cat", "gryphon-cat"),
+    ("cat, dog", "dog", "dog"), ("2girls", "girls", "girls")])
+def test_a_word_is_found_whatever_stands_beside_it(text, subject, spelled):
+    assert marked(text, subject) == spelled
+
+
+@LAW("text, subject", [("a policewoman", "woman"), ("a seahorse", "horse"), ("cats", "cat"), ("a catfish", "cat"),
+                       ("bulldogs", "dog"), ("a teddybear", "teddy bear")])
+def test_a_match_neither_begins_nor_ends_inside_a_word(text, subject):
+    assert find(text, subject) == ()
+
+
+@LAW("text, subject", [("\u4e00\u53ea\u732b\u5728\u6d77\u6ee9\u4e0a", "\u732b"),  # Chinese: a cat on the beach
+                       ("\ud574\ubcc0\uc758 \uace0\uc591\uc774\uac00", "\uace0\uc591\uc774"),  # Korean: with a particle
+                       ("\u6d77\u8fba\u306e\u732b", "\u732b")])  # Japanese
+def test_scripts_without_spaces_and_particles(text, subject):
+    """Every token that holds a byte of it, and at least as many as it has characters."""
+    door = tokenizer("sd1")
+    places = find(text, subject)
+    assert places and len(places) <= len(pieces_of(door, subject)) + 2 and set(places) < {p for p, _ in pieces_of(door, text)}
+    assert find(text, "\u72d7") == ()  # a dog
+
+
+def test_a_korean_match_does_not_begin_inside_a_word():
+    assert find("\uac80\uc740\uace0\uc591\uc774", "\uace0\uc591\uc774") == ()
+
+
+@LAW("between", [",", "\uff0c", "\u3001", ";", "\uff1b", "\n"])
+def test_subjects_are_parted_by_any_comma_or_line(between):
+    assert encode("a cat beside a dog", f"cat{between}dog")[1][SUBJECT].words == ("cat", "dog")
+
+
+def test_an_embedding_is_found_by_its_word(monkeypatch):
+    """Three vectors; other vectors are another embedding."""
+    door = tokenizer("sd1").tokenizer.clip_l
+    vectors = {"mydog": torch.arange(3 * 768.).view(3, 768), "other": torch.ones(2, 768)}
+
+    def load(name: str):
+        name, _, left = name.partition(" ")
+        return vectors.get(name), name, left
+    monkeypatch.setattr(door, "_try_get_embedding", load)
+    monkeypatch.setattr(door, "embedding_directory", "somewhere")
+    assert find("a photo of embedding:mydog on the beach", "embedding:mydog") == (4, 5, 6)
+    assert find("a photo of embedding:other on the beach", "embedding:mydog") == ()
+    assert find("a photo of embedding:mydog on the beach", "beach") == (9,)
 
 
 # what the node gives -----------------------------------------------------------------------------------------------------------
@@ -208,6 +266,7 @@ def test_no_prompt_is_refused(prompts):
 
 
 def test_a_clip_with_scheduled_hooks_is_refused():
-    scheduled = SimpleNamespace(tokenize=tokenizer("sd1").tokenize, encode_from_tokens_scheduled=lambda tokens: [[None, {}], [None, {}]])
+    scheduled = SimpleNamespace(tokenize=tokenizer("sd1").tokenize, tokenizer=tokenizer("sd1").tokenizer,
+                                encode_from_tokens_scheduled=lambda tokens: [[None, {}], [None, {}]])
     with pytest.raises(ValueError, match="schedules 2 encodings for one prompt.*without scheduled hooks"):
         SubjectPrompts.execute(scheduled, "a cat", "cat")

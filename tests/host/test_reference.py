@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,10 +315,10 @@ class Seen:
 
     def mask(self, target: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """[y x] of the first picture."""
-        config = MaskedSelfInjection(bank_of(), 1.0, WeightMode.LOGIT_BIAS, frozenset(), 1e9, 0.0, Halves.COND, target)
+        config = MaskedSelfInjection(bank_of(), 1.0, WeightMode.LOGIT_BIAS, frozenset(), 0.0, 1.0, Halves.COND, target)
         call = AttnCall(("middle", 0, 0), grid, (Role.COND,), (self.area,), self.latent)
         q = torch.zeros(1, grid[0] * grid[1], 8)
-        return config.start_run(None).target(call, q)[0, 0].unflatten(0, grid)
+        return config.start_run(SimpleNamespace(at=lambda *percents: percents)).target(call, q)[0, 0].unflatten(0, grid)
 
 
 @LAW("area", [None, (6, 8, 2, 4)])

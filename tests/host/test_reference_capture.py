@@ -151,3 +151,13 @@ def test_the_subject_of_a_row_per_picture():
     second = [[prompt(6)[0][0], {SUBJECT: SubjectTokens(("cat",), ((9,),))}]]
     alone, _ = capture(MODEL, {"samples": latent["samples"][1:]}, second)
     assert differs(bank.maps[:, 1:], alone.maps) < TIGHT
+
+
+@pytest.mark.parametrize("background, warned", [(True, True), (False, False)])
+def test_a_mask_that_marks_the_background_of_a_cut_out_is_said(caplog, background, warned):
+    """The host's mask of a cut-out is what is transparent."""
+    subject = torch.zeros(1, 64, 64)
+    subject[:, 16:48, 16:48] = 1
+    with caplog.at_level(logging.WARNING):
+        capture(random_model("tiny"), mask=1 - subject if background else subject)
+    assert ("put InvertMask between" in caplog.text) is warned

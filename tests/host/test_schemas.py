@@ -84,3 +84,20 @@ def test_what_changed_since_its_translation_is_told():
     assert schemas.stale(words, made_from) == []
     words["KindredX"]["inputs"] |= {"a": {"name": "a", "tooltip": "new"}, "b": {"name": "b"}}
     assert schemas.stale(words, made_from) == ["KindredX.inputs.a.tooltip: new", "KindredX.inputs.b.name: b"]
+
+
+@pytest.mark.parametrize("how", ["added", "replaced"])
+@pytest.mark.parametrize("name, field, which", [
+    ("KindredRefUNetCapture", "scheduler", "SCHEDULERS"), ("KindredDDIMInvert", "scheduler", "SCHEDULERS"),
+    ("KindredAnchorSampler", "scheduler", "SCHEDULERS"), ("KindredAnchorSampler", "sampler_name", "SAMPLERS")])
+def test_what_a_pack_that_loads_later_adds_is_offered(node, monkeypatch, name, field, which, how):
+    """In the host's own list object, or by another list in its place: as the host's KSampler offers it."""
+    import comfy.samplers
+    theirs = list(getattr(comfy.samplers.KSampler, which))
+    if how == "added":
+        monkeypatch.setattr(comfy.samplers.KSampler, which, theirs)  # an object of the test's own, so that it can be added to
+        theirs.append("a stranger's")
+    else:
+        monkeypatch.setattr(comfy.samplers.KSampler, which, [*theirs, "a stranger's"])
+    inputs = node(name).INPUT_TYPES()["required"]
+    assert "a stranger's" in inputs[field][1]["options"]

@@ -224,3 +224,17 @@ def test_a_kernel_that_refuses_masks_refuses_in_its_own_words():
     with pytest.raises(RuntimeError, match="this kernel knows no masks"):
         sample(inject(strangers.strict_kernel(MODEL, []), bank_of(), 2.0))
     assert differs(sample(inject(strangers.strict_kernel(MODEL, []), bank_of(), 1.0)), sample(inject(MODEL, bank_of(), 1.0))) < TIGHT
+
+
+def test_keys_that_another_node_lengthened_are_named_as_such():
+    """StyleAligned lets every picture read all of the first one beside its own."""
+    model = MODEL.clone()
+
+    def aligned(n, context, value, options):
+        first = context[:1].expand(len(context), -1, -1)
+        return n, torch.cat((context, first), 1), torch.cat((value, first), 1)
+    model.set_model_attn1_patch(aligned)
+    with pytest.raises(ValueError, match=r"each picture has 32 keys where its own 4x4 tokens make 16: another node lengthened them "
+                                         r"\(StyleAligned.*Remove that node"):
+        pictures(story(model), (0, 1))
+    assert torch.isfinite(pictures(model, (0, 1))).all()

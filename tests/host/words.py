@@ -40,6 +40,6 @@ def clip():
 
 @cache
 def tokenizer(kind: str):
-    """Only the words: what tokens_of needs of a CLIP."""
+    """Only the words: what pieces_of needs of a CLIP."""
     made = {"sd1": comfy.sd1_clip.SD1Tokenizer, "sdxl": comfy.sdxl_clip.SDXLTokenizer}[kind]()
-    return SimpleNamespace(tokenize=made.tokenize_with_weights)
+    return SimpleNamespace(tokenize=made.tokenize_with_weights, tokenizer=made)

@@ -38,6 +38,8 @@ class FakeHost:
         self.hold = False  # prompts go on running
         self.lose_post = self.lose_answer = self.bad_gateway = self.refuse = self.forget = self.deaf = self.cut = self.limit = 0
         self.no_websocket = False
+        self.lists_uploads = False  # as references, before it answers that it has them
+        self.sent: list[str] = []
         self.port = port
 
     def __enter__(self) -> FakeHost:
@@ -88,7 +90,11 @@ class FakeHost:
         if words[0] == "ws":
             return self.websocket(handler)
         if words[0] == "object_info":
-            return self.answer(handler, INFO if len(words) == 1 else {words[1]: INFO[words[1]]})
+            info = INFO
+            if self.lists_uploads:
+                files = ["COMBO", {"options": ["old.safetensors", *self.sent]}]
+                info = INFO | {"KindredLoadReference": {"input": {"required": {"file": files}}}}
+            return self.answer(handler, info if len(words) == 1 else {words[1]: info[words[1]]})
         if words[0] == "view":
             return self.answer(handler, ("file " + parse_qs(address.query)["filename"][0]).encode())
         if words[0] == "history":
@@ -111,6 +117,7 @@ class FakeHost:
             if self.limit and len(body) > self.limit:
                 return self.answer(handler, b"too large", 413)
             name = body.split(b'name="image"; filename="')[1].split(b'"')[0].decode()
+            self.sent.append(name)
             self.uploads[name] = body.split(b"\r\n\r\n")[-1].rpartition(b"\r\n--")[0]
             return self.answer(handler, {"name": name, "subfolder": "", "type": "input"})
         if words[0] == "prompt":

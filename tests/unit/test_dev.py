@@ -119,7 +119,7 @@ def test_two_setups_do_not_meet(tmp_path):
         other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         assert "waiting" in other.stdout.readline()
         assert other.poll() is None
-    assert other.communicate(timeout=20)[0].strip() == "in"
+    assert other.communicate()[0].strip() == "in"
 
 
 @pytest.mark.parametrize("text, sentence", [
@@ -163,24 +163,27 @@ def test_what_runs_beside_is_shown_when_all_have_ended(capfd, tmp_path, monkeypa
     monkeypatch.syspath_prepend(ROOT)
     import dev
     own = SimpleNamespace(python=Path(sys.executable), host=tmp_path)
-    first = ["-c", "import time; print('first'); time.sleep(0.5); print('first ends')"]
-    ends = dev.together(own, [first, ["-c", "import sys; print('second'); sys.exit(3)"]])
-    assert [code for code, _ in ends] == [0, 3] and ends[1][1] <= ends[0][1]
+    waits = ("import pathlib, time\nprint('first', flush=True)\n"
+             f"while not pathlib.Path({str(tmp_path / 'over')!r}).exists(): time.sleep(.01)\n")
+    leaves = f"import pathlib, sys; print('second', flush=True); pathlib.Path({str(tmp_path / 'over')!r}).touch(); sys.exit(3)"
+    ends = dev.together(own, [["-c", waits + "print('first ends')"], ["-c", leaves]])
+    assert [code for code, _ in ends] == [0, 3]
     assert capfd.readouterr().out.split("\n")[:3] == ["first", "first ends", "second"]
 
 
 def test_nothing_that_ran_beside_outlives_its_end(tmp_path):
     """A child that waits for long dies with whoever waits for it, and what it said is not lost."""
+    wait = (f"import os, pathlib, time; print(os.getpid(), flush=True); "
+            f"pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(600)")
     program = ("import dev, sys\nfrom types import SimpleNamespace\nfrom pathlib import Path\nimport signal\n"
                "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-               "wait = ['-c', \"import os, time; print(os.getpid(), flush=True); time.sleep(60)\"]\n"
-               f"dev.together(SimpleNamespace(python=Path(sys.executable), host=Path({str(tmp_path)!r})), [wait, wait])\n")
+               f"dev.together(SimpleNamespace(python=Path(sys.executable), host=Path({str(tmp_path)!r})), [['-c', {wait!r}]] * 2)\n")
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
-        first = int(parent.stdout.readline())
-        time.sleep(0.3)
+        while len(list(tmp_path.iterdir())) < 2 and parent.poll() is None:  # both have said who they are
+            time.sleep(0.01)
         parent.terminate()
-        second = int(parent.stdout.readline())
-        assert parent.wait(20) == 143
+        first, second = map(int, parent.stdout.read().split())
+        assert parent.wait() == 143
     for pid in (first, second):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -159,7 +159,7 @@ class Ground:
         made = {half: {block: tuple(self.torch.randn(1, TOKENS, c, generator=drawn) for _ in "kv")
                        for block, c in host.cross_layers(self.model, "bench")[1]}
                 for half in (Half.COND, *[Half.UNCOND] * (chosen is Halves.BOTH))}
-        return host.inject(model, ConceptInjection(made, 1, 1.0, WeightMode.LOGIT_BIAS, Merge.CONCAT, 1e9, 0.0, chosen))
+        return host.inject(model, ConceptInjection(made, 1, 1.0, WeightMode.LOGIT_BIAS, Merge.CONCAT, 0.0, 1.0, chosen))
 
     def passed_through(self) -> Any:
         """Every attention replaced by a function that calls the host's own and nothing else."""
