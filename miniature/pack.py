@@ -12,14 +12,15 @@ from torch import Tensor
 from .autoencoder import Autoencoder
 from .control import WEIGHTS as CONTROL
 from .control import packed
-from .layout import CONTEXT
+from .layout import CONTEXT, FLOW
 from .reader import WEIGHTS as READER
-from .training import load
+from .training import load, save
 from .world import world_hash
 
 log = logging.getLogger(__name__)
 VERSION = "1"
 CHECKPOINT = READER.parent / "checkpoints" / "kindred_miniature.safetensors"
+FLOW_AUTOENCODER = READER.parent / "flow" / "autoencoder.safetensors"  # of the flow miniature, whose transformer is still to come
 TABLE = 49_408  # rows of the standard token table
 
 
@@ -80,7 +81,37 @@ def pack(folder: Path) -> None:
         metadata = {"kindred.reader": VERSION, "kindred.world": world_hash(), "kindred.steps": str(reader["step"])}
         save_file({name: value.half().contiguous() for name, value in reader["model"].items()}, READER, metadata)
         log.info("%s %.2f MiB", READER.name, READER.stat().st_size / 2**20)
+    pack_flow(folder)
     pack_control(folder)
+
+
+def pack_flow(folder: Path) -> None:
+    """Writes the flow miniature's autoencoder if its training has begun in `folder`, as the host's Load VAE reads it."""
+    state = load(folder / f"{FLOW}autoencoder.pt", torch.device("cpu"))
+    if state is None:
+        return
+    tuned = load(folder / f"{FLOW}decoder.pt", torch.device("cpu"))
+    weights = {name: value.half().contiguous() for name, value in (tuned or state)["model"].items()}
+    steps = {"kindred.autoencoder_steps": str(state["step"]), "kindred.decoder_steps": str(tuned["step"] if tuned else 0)}
+    FLOW_AUTOENCODER.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights | {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}, FLOW_AUTOENCODER,
+              {"kindred.flow": VERSION, "kindred.world": world_hash()} | steps)
+    log.info("%s %.2f MiB", FLOW_AUTOENCODER.name, FLOW_AUTOENCODER.stat().st_size / 2**20)
+
+
+def flow_autoencoder() -> dict[str, Tensor]:
+    """The shipped autoencoder of the flow miniature in float32."""
+    from safetensors.torch import load_file
+
+    return {name: value.float() for name, value in load_file(FLOW_AUTOENCODER).items() if name.startswith("taesd")}
+
+
+def begin_flow(folder: Path) -> None:
+    """A work folder without an autoencoder of its own goes on from the shipped one: every machine then trains on the same latents."""
+    path = folder / f"{FLOW}autoencoder.pt"
+    if not path.exists() and FLOW_AUTOENCODER.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save(path, {"model": flow_autoencoder(), "step": 0})
 
 
 def pack_control(folder: Path) -> None:

@@ -17,7 +17,16 @@ import torch
 from .layout import FLOW, FLOW_CHANNELS
 from .training import Run
 
-STEPS = {"autoencoder": 1600, "control": 1200, "decoder": 3000, "flow-autoencoder": 4000, "flow-decoder": 3000, "reader": 1200, "tower": 1500, "unet": 4500}
+STEPS = {
+    "autoencoder": 1600,
+    "control": 1200,
+    "decoder": 3000,
+    "flow-autoencoder": 4000,
+    "flow-decoder": 3000,
+    "reader": 1200,
+    "tower": 1500,
+    "unet": 4500,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,9 +80,12 @@ def _train(run: Run, given: argparse.Namespace) -> None:
 
         train_autoencoder(run, given.steps or STEPS["decoder"], peak=1e-3, decoder_only=True)
     if given.part in ("flow-autoencoder", "flow-decoder"):
+        from .pack import begin_flow
         from .train_autoencoder import train_autoencoder
 
         tuned = given.part == "flow-decoder"
+        if tuned and run.rank == 0:
+            begin_flow(run.folder)
         train_autoencoder(run, given.steps or STEPS[given.part], decoder_only=tuned, channels=FLOW_CHANNELS, name=FLOW)
     if "reader" in wanted and run.rank == 0:
         from .train_reader import train_reader

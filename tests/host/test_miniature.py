@@ -87,3 +87,35 @@ def test_the_autoencoder_starts_as_principal_components():
     assert torch.allclose(torch.cov(latents), torch.eye(8), atol=1e-2)
     full, short = model.encode(pictures[:2]), model.coarse(pictures[:2], torch.zeros(()))[0]
     assert torch.allclose(full, short, atol=1e-5)
+
+
+# the flow miniature's autoencoder ------------------------------------------------------------------------------------------------
+
+
+def test_the_hosts_loader_reads_the_flow_autoencoder_and_its_pictures_come_back_at_30_db():
+    from comfy.sd import VAE
+    from comfy.utils import load_torch_file
+    from kindred.miniature.data import held_out
+    from kindred.miniature.pack import FLOW_AUTOENCODER
+    vae = VAE(sd=load_torch_file(str(FLOW_AUTOENCODER)))
+    images = torch.from_numpy(held_out(32).images).float() / 255
+    with torch.inference_mode():
+        latents = vae.encode(images)
+        rebuilt = vae.decode(latents)
+    assert vae.latent_channels == 16 and latents.shape == (32, 16, 16, 16)
+    assert float(psnr(rebuilt.permute(0, 3, 1, 2), images.permute(0, 3, 1, 2)).mean()) >= 30
+    assert 0.5 < float(latents.std()) < 1.5 and abs(float(latents.mean())) < 0.2
+
+
+def test_a_new_work_folder_goes_on_from_the_shipped_flow_autoencoder(tmp_path):
+    """So the latents are the same on every machine."""
+    from kindred.miniature.layout import FLOW
+    from kindred.miniature.pack import begin_flow, flow_autoencoder
+    from kindred.miniature.training import load
+    begin_flow(tmp_path)
+    state = load(tmp_path / f"{FLOW}autoencoder.pt", torch.device("cpu"))
+    assert all(torch.equal(value, state["model"][name]) for name, value in flow_autoencoder().items())
+    state["step"] = 7
+    torch.save(state, tmp_path / f"{FLOW}autoencoder.pt")
+    begin_flow(tmp_path)
+    assert load(tmp_path / f"{FLOW}autoencoder.pt", torch.device("cpu"))["step"] == 7
