@@ -72,7 +72,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def start_from_principal_components(self, pictures: Tensor) -> None:
-        """Sets the encoder to the main components of 8 x 8 blocks of `pictures` [b 3 y x], one per latent channel; the decoder learns at once.
+        """Sets the encoder to the main components of 8 x 8 blocks of `pictures` [b 3 y x], one per channel; the decoder learns at once.
 
         Pixels are never negative, so they pass ReLUs unchanged: two strided layers lay 4 x 4 pixels out as 48 channels, the
         third computes components as pairs of opposite sign, the last subtracts the pairs. Other channels stay random.
