@@ -75,8 +75,8 @@ class Schedule:
         i = self.sigmas.index(self.features_at)
         gap = self.timesteps[i - 1] - self.timesteps[i] if i else 0.0
         reached = self.timesteps[i] - DIFT_TIMESTEP <= gap  # a run that stops before is still noise where it stops
-        return inside[0] if inside and inside[0] > self.features_at and reached else None
-
+        before = bool(inside) and self.sigmas.index(inside[0]) < i  # not so where sigmas rise
+        return inside[0] if before and inside[0] > self.features_at and reached else None
 
     @cached_property
     def first_stage(self) -> int:
@@ -85,7 +85,7 @@ class Schedule:
 
     def calls(self, known: bool, steps: int) -> int:
         """Passes of the UNet in so many steps of a sampler that asks once a step; known: the subject at the first."""
-        steps, shares = range(steps), self.settings.weight and self.settings.dropout < 1
+        steps, shares = range(min(steps, len(self.sigmas))), self.settings.weight and self.settings.dropout < 1
         twice = self.first_injection is not None
         asked = [*steps[:self.first_stage], *steps[self.step(self.first_injection):]] if twice else steps
         return sum(1 + bool(shares and (known or i) and self.blend(self.sigmas[i])) for i in asked)

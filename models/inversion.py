@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log
+from math import inf, log
 from typing import Literal
 
 import torch
@@ -87,7 +87,7 @@ class InversionTrajectory:
 
         Sigma 0 is near itself only.
         """
-        if sigma <= 0:
+        if not 0 < sigma < inf:
             return 0 if sigma == 0 else None
         gap, index = min((abs(log(known / sigma)), i) for i, known in enumerate(self.sigmas.tolist()) if i > 0)
         return index if gap <= tolerance_log else None

@@ -22,7 +22,7 @@ def psnr(a: Tensor, b: Tensor, peak: float) -> float:
     if not peak > 0:
         raise ValueError(f"PSNR: the peak must be above 0; got {peak}.")
     error = (a.double() - b.double()).square().mean().item()
-    return 10 * log10(peak**2 / error) if error else inf
+    return -inf if error == inf else 10 * log10(peak**2 / error) if error else inf
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:

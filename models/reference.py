@@ -235,7 +235,7 @@ class ReferenceBank:
         """
         path = self.trajectory
         if path.noise_maps is None and sigma <= path.sigmas[-1]:
-            return path.at(sigma)
+            return path.at(max(sigma, 0.0))  # an odd schedule may ask below
         i = 1 + int((path.sigmas[1:] / sigma).log().abs().argmin())
         return path.latents[0] + (path.latents[i] - path.latents[0]) * (sigma / path.sigmas[i])
 

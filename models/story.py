@@ -96,6 +96,8 @@ class Story(Watcher):
     _outputs: Mapping[BlockId, Tensor] | None = None
     _weights: dict[tuple[SubjectTokens, int, int], Tensor] = field(default_factory=dict)
     _told: bool = False
+    _highest: float = 0.0  # noise level so far
+    _fell: bool = False  # below an earlier one: there the subject may be known
 
     def __post_init__(self) -> None:
         self.stage = int(self.schedule.first_injection is not None)
@@ -106,6 +108,7 @@ class Story(Watcher):
     def begin_step(self, sigma: float) -> None:
         self.sigma, self._read, self._outputs = sigma, None, None
         self._seen = False
+        self._fell, self._highest = self._fell or sigma < self._highest, max(sigma, self._highest)
         for held in (self._masks, self._shared, self._kept, self._all_kept, self._subject):
             held.clear()
         self._gathers.begin_step()
@@ -166,7 +169,10 @@ class Story(Watcher):
         log.info("%s: %d of %d subject tokens found their like", NODE, len(targets), int(masks.sum()))
 
     def finish(self) -> None:
-        """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the way."""
+        """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the way; say if nothing was shared."""
+        if not (self._fell or self.anchors) and self.user_masks is None:
+            log.warning("%s: no step of this run comes behind a noisier one, so nothing was shared: where the subject is, is known from "
+                        "the step before alone. Sample 2 steps or more, from much noise to little, or wire masks.", NODE)
         if not self.recorder:
             return
         self._masks.clear()

@@ -134,6 +134,8 @@ class StoryInjection:
         return (queries + rows * max(2 * (1 + others) * n * c for n, c in shared)) * width
 
     def start_run(self, run: host.SamplerRun) -> Story | None:
+        if run.steps < 1 or not run.sigmas:  # the model is not asked at all: SplitSigmas at the first or the last step
+            return None
         until, *inject = run.at(*self.moments)
         s, k = replace(self.settings, blend_until=until, inject=tuple(inject)), self.settings.anchors
         if run.pictures == 1 and self.bank is None and self.recorder is None:
@@ -142,12 +144,16 @@ class StoryInjection:
         if self.masks is None and not any(p.role is Role.COND and p.subject for p in run.parts.values()):
             raise ValueError(f"{STORY}: the positive prompt marks no subject word, and no masks are wired. Encode the prompts with "
                              "Subject Prompts and write the subject there, or wire masks of the subject.")
+        if self.recorder and self.masks is None and run.steps == 1:
+            raise ValueError(f"{SAMPLER}: one step is sampled, but where the subject is, is known from the step before alone, so there is "
+                             "nothing to keep of it. Sample 2 steps or more, or wire masks into ConsiStory Shared Attention.")
         if self.masks is not None and self.masks.shape[0] not in (1, run.pictures):
             raise ValueError(f"{STORY}: {self.masks.shape[0]} masks for {run.pictures} pictures. Wire one mask, or one per picture.")
         if k > run.pictures and self.bank is None:
             log.warning("%s: %d anchors were asked for, but the batch has %d pictures: each of them is an anchor.", STORY, k, run.pictures)
         schedule = Schedule(run.sigmas, run.timesteps(), s)
-        if s.injection and schedule.first_injection is None:
+        falls = sorted(set(run.sigmas), reverse=True) == list(dict.fromkeys(run.sigmas))  # else its end says why nothing is shared
+        if s.injection and schedule.first_injection is None and falls and len(run.sigmas) > 1:
             why = ("ends before the pictures can be compared" if any(map(schedule.injects, run.sigmas)) else
                    "has no step between injection_start_percent and injection_end_percent")
             log.warning("%s: this sampler run %s, so no features are injected.", STORY, why)

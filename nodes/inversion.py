@@ -69,7 +69,8 @@ class DDIMInvert(io.ComfyNode):
         trajectory = InversionTrajectory(down.flip(0), latents, method, prompt.text, host.model_key(model), name, maps)
         report = f"{name}, {method}"
         if back is not None:
-            report += f": round trip {psnr(back, z0, (z0.max() - z0.min()).item()):.1f} dB in latent space"
+            spread = (z0.max() - z0.min()).item() or z0.abs().max().item()  # a photo of one colour has no range
+            report += f": round trip {psnr(back, z0, spread):.1f} dB in latent space"
         log.info("%s: %s", NODE, report)
         host.tell(cls, report)
         return io.NodeOutput(trajectory, latent | {"samples": host.latent_out(model, latents[-1])}, ui=ui.PreviewText(report))

@@ -245,9 +245,10 @@ def samplers() -> list[str]:
 
 def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
     """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
-    name = f"{scheduler}, {steps} steps" if sigmas is None else f"custom, {len(sigmas) - 1} steps"
-    sigmas = (schedule(model, scheduler, steps) if sigmas is None else sigmas).float().cpu()
-    if len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
+    name = f"{scheduler}, {steps} steps" if sigmas is None else f"custom, {max(sigmas.numel() - 1, 0)} steps"
+    given = (schedule(model, scheduler, steps) if sigmas is None else sigmas).float().cpu()
+    sigmas = given.flatten()
+    if given.ndim != 1 or len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
         raise ValueError(f"{node}: sigmas ({name}) must fall from step to step and end in 0, but "
                          f"{[round(s, 4) for s in sigmas.tolist()[:6]]}... "
                          f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "

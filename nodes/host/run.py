@@ -56,7 +56,7 @@ class SamplerRun(Run):
     def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
-        self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if s > 0)  # float32, as latents are
+        self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if 0 < s < math.inf)  # float32
         self.steps = len(sigmas) - 1
         self.sites = attention_sites(network(guider.model_patcher))
         self.read_conds(guider.conds)
@@ -274,7 +274,8 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     def whole(options: dict[str, Any]) -> Tensor:
         run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
         sample = run.stages.sample if run.stages else _in_one_stage
-        run.foreseen = foresee(executor.class_obj, run.sigmas, run.story, run.model_options) if options is not extra_args else None
+        plain = options is not extra_args and len(run.sigmas) >= run.steps  # else some steps are at 0, or at no number
+        run.foreseen = foresee(executor.class_obj, run.sigmas, run.story, run.model_options) if plain else None
         return sample(executor, guider, sigmas, options, callback, noise, *args, **kwargs)
     out = whole(dict(extra_args))
     if run.foreseen is None or run.foreseen.right:
