@@ -4,6 +4,23 @@ from __future__ import annotations
 
 LATENT_CHANNELS = 8
 FLOW_CHANNELS = 16  # of the latents of the flow miniature
+FLOW_LAYOUT = {  # of the host's Flux: two double and eight single blocks on 16 x 16 tokens beside 77 of text
+    "in_channels": FLOW_CHANNELS,
+    "out_channels": FLOW_CHANNELS,
+    "vec_in_dim": 64,
+    "context_in_dim": 64,
+    "hidden_size": 192,
+    "mlp_ratio": 4.0,
+    "num_heads": 6,
+    "depth": 2,
+    "depth_single_blocks": 8,
+    "axes_dim": [8, 12, 12],
+    "theta": 10_000,
+    "patch_size": 1,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+}
 FLOW = "flow-"  # before the names of its files in a work folder
 CONTEXT = 64  # width of the text encoder
 WORDS = 77

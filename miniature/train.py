@@ -21,6 +21,7 @@ STEPS = {
     "autoencoder": 1600,
     "control": 1200,
     "decoder": 3000,
+    "flow": 30_000,
     "flow-autoencoder": 4000,
     "flow-decoder": 3000,
     "reader": 1200,
@@ -87,6 +88,12 @@ def _train(run: Run, given: argparse.Namespace) -> None:
         if tuned and run.rank == 0:
             begin_flow(run.folder)
         train_autoencoder(run, given.steps or STEPS[given.part], decoder_only=tuned, channels=FLOW_CHANNELS, name=FLOW)
+    if given.part == "flow":
+        from .pack import begin_flow
+        from .train_flow import train_flow
+
+        begin_flow(run.folder)
+        train_flow(run, given.host, given.steps or STEPS["flow"])
     if "reader" in wanted and run.rank == 0:
         from .train_reader import train_reader
 
