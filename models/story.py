@@ -171,8 +171,8 @@ class Story(Watcher):
     def finish(self) -> None:
         """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the way; say if nothing was shared."""
         if not (self._fell or self.anchors) and self.user_masks is None:
-            log.warning("%s: no step of this run comes behind a noisier one, so nothing was shared: where the subject is, is known from the "
-                        "step before alone. Sample 2 steps or more, from much noise to little, or wire masks.", NODE)
+            log.warning("%s: no step of this run comes behind a noisier one, so nothing was shared: where the subject is, is known from "
+                        "the step before alone. Sample 2 steps or more, from much noise to little, or wire masks.", NODE)
         if not self.recorder:
             return
         self._masks.clear()

@@ -36,7 +36,8 @@ def kept() -> ReferenceBank:
 
 
 NODES = {**OURS, "masks": lambda m: story(m, masks=torch.ones(1, 64, 64)),
-         "photos": lambda m: story(m, reference=bank_of(steps=MOMENTS), feature_injection=0.0), "further": lambda m: story(m, reference=kept()),
+         "photos": lambda m: story(m, reference=bank_of(steps=MOMENTS), feature_injection=0.0),
+         "further": lambda m: story(m, reference=kept()),
          "official": lambda m: story(m, order="official")}
 
 
