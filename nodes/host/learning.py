@@ -37,7 +37,10 @@ def training(model: ModelPatcher, dtype: torch.dtype, node: str) -> Iterator[Mod
     Weights loaded under inference_mode take no part in a backward pass. The copy and all random draws end with the block.
     """
     if model.cached_patcher_init is None or model.injections:
-        why = "carries a LoRA in bypass mode" if model.injections else "was made by a node that cannot read its weights again"
+        why = "was made by a node that cannot read its weights again"
+        if model.injections:
+            theirs = ", ".join(sorted(map(str, model.injections)))
+            why = f"carries what is added while it runs ({theirs:.80}: a LoRA in bypass mode, or another pack's modules)"
         raise ValueError(f"{node}: the model given {why}, so it cannot be trained through. Wire Load Checkpoint or Load Diffusion Model, "
                          "with Load LoRA if you like, into it.")
     before = comfy.model_management.in_training

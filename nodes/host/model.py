@@ -143,6 +143,41 @@ def _closure(function: object) -> Iterator[object]:
             yield cell.cell_contents
 
 
+def _pack(function: object) -> str:
+    """The top package that a function comes from: a pack, or the host's own; "" where it does not say."""
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    return str(getattr(function, "__module__", None) or "").split(".")[0]
+
+
+def wrapped_injections(model: ModelPatcher) -> list[str]:
+    """Keys of the injections that belong to a wrapper: of the same key, or of the same pack. A pass without wrappers goes without them.
+
+    LoRAs in bypass mode are weights and belong to nobody.
+    """
+    held = (model.wrappers, model.model_options.get("transformer_options", {}).get("wrappers", {}))
+    wrappers = [(key, f) for kinds in held for by_key in kinds.values() for key, many in by_key.items() if key != KEY for f in many]
+    keys, packs = {key for key, _ in wrappers}, {_pack(f) for _, f in wrappers} - {"", "comfy", "comfy_extras", "comfy_api", "nodes"}
+
+    def weights(one: Any) -> bool:
+        return any(isinstance(found, BypassInjectionManager) for found in _closure(one.inject))
+    return [key for key, many in model.injections.items() if not any(map(weights, many))
+            and (key in keys or any(_pack(one.inject) in packs for one in many))]
+
+
+@contextmanager
+def ejected(model: ModelPatcher, keys: Iterable[str]) -> Iterator[None]:
+    """Inside: the network of a running model without what it was given under these keys; afterwards it is back."""
+    given = [one for key in keys for one in model.injections[key]] if model.is_injected else []
+    for one in reversed(given):
+        one.eject(model)
+    try:
+        yield
+    finally:
+        for one in given:
+            one.inject(model)
+
+
 def _bypassing(model: ModelPatcher) -> list[tuple[str, float, list[object]]]:
     """The pieces of LoRAs in bypass mode: layer, strength, weights. The host keeps them in its injections' closures alone.
 
@@ -165,7 +200,8 @@ def model_key(model: ModelPatcher) -> str:
         if patches or key.endswith(("attn1.to_k.weight", "attn2.to_v.weight")):
             digest.update(repr((key, list(_told(original[0])), [list(_told(p)) for p in patches])).encode())
     sampling = model.get_model_object("model_sampling")  # eps, v, zsnr: the same weights read otherwise
-    digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), sorted(model.injections))).encode())
+    modules = sorted({*model.injections} - {*wrapped_injections(model)})
+    digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), modules)).encode())
     if beside:
         digest.update(repr(beside).encode())
     return f"{family(model)} {digest.hexdigest()}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models.injection import SUBJECT, Recorder, Run
 from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
-from .model import KEY, SPECIAL, TEXT, Conditioning, log, network
+from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
 from .run import SamplerRun, install
 
 
@@ -51,7 +51,10 @@ def _conditioning(prompt: ReferencePrompt) -> Conditioning:
 
 
 def _bare(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
-    """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or split calls are not for it."""
+    """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or split calls are not for it.
+
+    Nor are the modules that other packs' wrappers set up (`wrapped_injections`).
+    """
     kept = {k: v for k, v in model_options.get("transformer_options", {}).items() if k not in ("wrappers", "callbacks", KEY)}
     return install({"transformer_options": kept}, run, watched)
 
@@ -101,7 +104,10 @@ def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, po
     calls for the progress bar, where they are not one per step; ends_early: the loop wants no answers, only what `recorder` sees.
     """
     bare = model.clone()
-    bare.wrappers = {}
+    for key in wrapped_injections(model):
+        bare.remove_injections(key)
+        bare.remove_additional_models(key)
+    bare.wrappers, bare.is_injected = {}, False  # the clone's flag tells of the model that is loaded, which the host ejects first
     run = SamplerRun(watchers=[recorder] if recorder else [], ends_early=ends_early)
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run)
@@ -156,7 +162,9 @@ def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: 
     inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]))
     inner.read_conds(conds)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # others' patches may draw numbers, as token merging does
+        patcher = run.guider.model_patcher
+        with ejected(patcher, wrapped_injections(patcher)), torch.random.fork_rng(
+                [device] if device.type == "cuda" else []):  # others' patches may draw numbers, as token merging does
             comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
                                            _bare(run.model_options, inner, watched=True))
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 from networks import random_model
 from torch import Tensor
 
@@ -205,4 +205,70 @@ def guidance(model: Any, seen: list) -> Any:
     m.set_model_sampler_pre_cfg_function(before)
     m.set_model_sampler_cfg_function(instead, disable_cfg1_optimization=True)
     m.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 1.01)
+    return m
+
+
+# modules of its own beside the UNet's -------------------------------------------------------------------------------------------
+
+
+class Motion(torch.nn.Module):
+    """As motion packs do it: every place of a picture attends to the same place of the others; how many there are, a wrapper says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.frames or len(x) % self.frames:
+            raise RuntimeError(f"{len(x)} rows are no whole number of videos of {self.frames} frames")
+        y, (b, c, h, w) = x, x.shape
+        tokens = y.view(b // self.frames, self.frames, c, h * w).permute(0, 3, 1, 2).flatten(0, 1)
+        mixed = optimized_attention(tokens, tokens, tokens, 4).view(b // self.frames, h * w, self.frames, c)
+        return x + 0.3 * mixed.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def motion(model: Any, seen: list, key: str = "motion", wrapped_by: str | None = None) -> Any:
+    """Modules put into blocks by an injection, and wrappers that set them up for a run, under the injection's key or their own."""
+    m, made = model.clone(), [Motion(), Motion()]
+    places = ("input_blocks", 1), ("output_blocks", 2)
+
+    def blocks(patcher: Any) -> list[Any]:
+        return [getattr(patcher.model.diffusion_model, stage)[index] for stage, index in places]
+
+    def put(patcher: Any) -> None:
+        seen.append("put")
+        for block, module in zip(blocks(patcher), made):
+            block.append(module)
+
+    def take(patcher: Any) -> None:
+        seen.append("taken")
+        for block in blocks(patcher):
+            del block[-1]
+
+    def run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for module in made:
+            module.frames = len(noise)
+        try:
+            return executor(noise, *args, **kwargs)
+        finally:
+            for module in made:
+                module.frames = None
+    m.set_injections(key, [PatcherInjection(inject=put, eject=take)])
+    m.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, wrapped_by or key, run)
+    return m
+
+
+def fixture(model: Any, gain: float = 0.2) -> Any:
+    """A module that needs nobody: injected, and no wrapper beside it."""
+    m = model.clone()
+    name, scale = "middle_block", torch.nn.Identity()
+    scale.register_forward_hook(lambda module, args, out: out * (1 + gain))
+
+    def put(patcher: Any) -> None:
+        getattr(patcher.model.diffusion_model, name).append(scale)
+
+    def take(patcher: Any) -> None:
+        del getattr(patcher.model.diffusion_model, name)[-1]
+    put.__module__ = take.__module__ = "another_pack.nodes"
+    m.set_injections("a fixture", [PatcherInjection(inject=put, eject=take)])
     return m
