@@ -28,11 +28,16 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if dead(stale.with_suffix(".lock")):
             discard(stale)
+    for lock in path.parent.glob(f".{glob.escape(path.name)}.*.lock"):  # of one that was killed behind its last step
+        dead(lock)
     size = sum(t.numel() * t.element_size() for t in tensors)
-    place = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**8):08}.partial")  # other machines count from 1 too
-    partial, lock, handle = place / "file.partial", place.with_suffix(".lock"), None
+    place, lock, handle = _place(path), path, None
     try:
-        handle = hold(lock)
+        while handle is None:
+            place = _place(path)
+            lock = place.with_suffix(".lock")
+            handle = hold(lock)
+        partial = place / "file.partial"
         place.mkdir()  # safetensors writes beside the name it is given, and a kill leaves that too
         yield partial
         plain = place / "plain.partial"
@@ -57,6 +62,11 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
         discard(place)
         if handle is not None:
             release(lock, handle)
+
+
+def _place(path: Path) -> Path:
+    """Where `path` is written before it has its name; other machines count their processes from 1 too."""
+    return path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**8):08}.partial")
 
 
 def discard(place: Path) -> None:

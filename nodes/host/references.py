@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from unicodedata import category
 
 import folder_paths
 
-from ...models.claims import first_free
+from ...models.claims import dead, first_free
 
 REFERENCES = "kindred_references"  # their folder beside checkpoints and loras
 
@@ -50,6 +51,9 @@ def new_reference_path(prefix: str) -> Iterator[tuple[Path, str]]:
     """
     folder, name, counter, subfolder = _numbered(prefix)
     paths = (Path(folder, f"{name}_{n:05}_.safetensors") for n in count(counter))  # the host counts from 1 where a prefix ends in a slash
+    for left in Path(folder).glob(f".{glob.escape(name)}_*_.safetensors.*"):
+        if left.suffix in (".claim", ".lock"):  # of a process that was killed behind its last step
+            dead(left)
     with ExitStack() as stack:
         try:
             path = stack.enter_context(first_free(paths))
