@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class AnchorRecorder:
     _tokens: dict[tuple[Row, Half], dict[BlockId, Tensor]] = field(default_factory=dict)
     _kept: dict[Row, dict[Grid, Tensor]] = field(default_factory=dict)
     _outputs: dict[float, dict[BlockId, Tensor]] = field(default_factory=dict)
+    _calls: dict[tuple[Any, ...], int | None] = field(default_factory=dict)  # the call of the model that each came with
     _features: Tensor | None = None
     _subject: Tensor | None = None
 
@@ -48,23 +50,28 @@ class AnchorRecorder:
             held.update(in_host_memory(held, self.precision))  # after the call, not within it
 
     def begin(self, stage: int, sigma: float) -> None:
-        """The model is about to be asked at this noise level: what was kept of it no longer counts. Then the first part counts."""
+        """The model is about to be asked at this noise level: what was kept of it no longer counts. Then the first call counts."""
         for half in Half:
             self._tokens.pop(((stage, sigma), half), None)
         self._kept.pop((stage, sigma), None)
         self._outputs.pop(sigma, None)
 
-    def tokens(self, stage: int, sigma: float, block: BlockId, grid: Grid, half: Half, tokens: Tensor, kept: Tensor) -> None:
-        """Normed tokens [l c] of all anchors at their flat positions [l] among r*n."""
+    def tokens(self, stage: int, sigma: float, block: BlockId, grid: Grid, half: Half, tokens: Tensor, kept: Tensor,
+               call: int | None = None) -> None:
+        """Normed tokens [l c] of all anchors at their flat positions [l] among r*n. Of one call of the model the last pass counts."""
         self.layers.setdefault(block, Layer(block, grid, tokens.shape[-1]))
-        self._tokens.setdefault(((stage, sigma), half), {}).setdefault(block, tokens)
+        self._keep(self._tokens.setdefault(((stage, sigma), half), {}), block, tokens, (stage, sigma, half), call)
         self._kept.setdefault((stage, sigma), {})[grid] = kept
 
-    def output(self, sigma: float, block: BlockId, grid: Grid, x: Tensor) -> None:
-        """Self-attention outputs [b n c] before injection; the subject's are kept."""
+    def output(self, sigma: float, block: BlockId, grid: Grid, x: Tensor, call: int | None = None) -> None:
+        """Self-attention outputs [b n c] before injection; the subject's are kept, as of tokens."""
         self.output_layers.setdefault(block, Layer(block, grid, x.shape[-1]))
         rows = x[:self.count].flatten(0, 1).index_select(0, self._subject.to(x.device))
-        self._outputs.setdefault(sigma, {}).setdefault(block, rows)
+        self._keep(self._outputs.setdefault(sigma, {}), block, rows, (sigma,), call)
+
+    def _keep(self, held: dict[BlockId, Tensor], block: BlockId, rows: Tensor, where: tuple[Any, ...], call: int | None) -> None:
+        if block not in held or (call is not None and self._calls.get((block, *where)) == call):
+            held[block], self._calls[(block, *where)] = rows, call
 
     def matched(self, features: Tensor, subject: Tensor) -> None:
         """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the first stage."""

@@ -121,6 +121,7 @@ def subject_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Te
 class SubjectMaps:
     """The words' cross-attention maps of every noise level so far, each kept once however often it is asked (I37)."""
     _raw: dict[float, dict[tuple[BlockId, object], Tensor]] = field(default_factory=dict)
+    _calls: dict[tuple[BlockId, object], int | None] = field(default_factory=dict)  # the call of the model that each came with
     _mean: dict[float, Tensor] = field(default_factory=dict)
 
     def begin(self, sigma: float) -> None:
@@ -128,9 +129,11 @@ class SubjectMaps:
         for held in (self._raw, self._mean):
             held.pop(sigma, None)
 
-    def add(self, sigma: float, block: BlockId, part: object, maps: Tensor) -> None:
-        """maps [b w y x] of one cross-attention of one part of the batch. The first counts: others' extra passes come after."""
-        self._raw.setdefault(sigma, {}).setdefault((block, part), maps)
+    def add(self, sigma: float, block: BlockId, part: object, maps: Tensor, call: int | None = None) -> None:
+        """maps [b w y x] of one cross-attention of one part of the batch. Of one call of the model the last counts, else the first."""
+        held, key = self._raw.setdefault(sigma, {}), (block, part)
+        if key not in held or (call is not None and self._calls.get(key) == call):
+            held[key], self._calls[key] = maps, call
 
     def forget(self, sigma: float) -> None:
         """Drop this noise level and all below it."""

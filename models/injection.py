@@ -5,7 +5,7 @@ Axes: b rows of a call = parts x pictures, n query tokens, m reference tokens, c
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import pairwise
@@ -22,6 +22,7 @@ from .reading import References, attend_group, attend_sharing, beside_others, ta
 from .reading import gather_parts as gather_parts
 from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, block_name, select_blocks
 from .sharing import Sharing
+from .tracing import Places, Traced, trace
 
 SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
 REPEATS = "kindred_repeats"  # and how many times each row's text stands in it
@@ -78,6 +79,8 @@ class AttnCall:
     repeats: tuple[tuple[int, ...], ...] = ()  # per part, per row (cycled): how many times its text stands in the keys; () is once
     texts: tuple[Part, ...] = ()  # per part: what is known of its text
     given: Grid | None = None  # size of what the UNet was given, in latent cells; None: not known
+    places: tuple[Places | None, ...] = ()  # per part: where in its text each key stands, None: it is not there; (): as the host gave it
+    unknown: str = ""  # why nobody can tell whose the rows are
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
@@ -90,6 +93,23 @@ class AttnCall:
         sizes = ((min(a[0], y - a[2]), min(a[1], x - a[3])) if a else (y, x) for role, a in zip(self.roles, self.areas)
                  if role is not Role.OTHER)
         return next((size for size in sizes if self.given and size != self.given), None)
+
+    def word(self, part: int, positions: Sequence[int], keys: int, text: int) -> list[int] | None:
+        """Which of a part's keys are the words at these positions of its text of so many tokens; None: its text is not there."""
+        if not self.places:  # the host repeats the shorter of two prompts (method.md 2.3)
+            return [p + start for start in range(0, keys // text * text, text) for p in positions] if keys >= text else None
+        places = self.places[part]
+        return None if places is None else [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
+
+    def after(self, traced: Traced) -> AttnCall:
+        """The same call once other nodes' patches copied its parts or changed its keys."""
+        once = [self.texts[p].repeats for p in traced.parts]
+        repeats = [tuple(r * n for n in (own if place is not None else (1,)) for r in times) if times is not None else
+                   self.repeats[p] if self.repeats else (1,)
+                   for p, place, times, own in zip(traced.parts, traced.places, traced.repeats, once)]
+        return replace(self, roles=tuple(self.roles[p] for p in traced.parts), areas=tuple(self.areas[p] for p in traced.parts),
+                       texts=tuple(self.texts[p] for p in traced.parts), places=traced.places if self.cross else (),
+                       repeats=tuple(repeats) if any(r != 1 for row in repeats for r in row) else ())
 
     def pictures(self, first: int, last: int) -> AttnCall:
         """The same call with only the pictures first <= i < last of every part."""
@@ -126,8 +146,11 @@ class TargetMask:
 
 
 class ActiveInjection(Protocol):
-    """An injection during one run: everything of it that changes."""
+    """An injection during one run: everything of it that changes. node: whose; wants: it should be read at this step."""
+    node: str
+    wants: bool
     def begin_step(self, sigma: float) -> None: ...
+    def concerns(self, call: AttnCall) -> bool: ...  # an attention that it is read in
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> Iterable[References | Sharing]: ...
 
 
@@ -168,7 +191,7 @@ class Recorder(Watcher):
         self.tokens: dict[tuple[Half, BlockId], Tensor] = {}
         self.maps: dict[BlockId, Tensor] = {}
         self.grids: dict[BlockId, Grid] = {}
-        self.weights: dict[tuple[int, torch.device], Tensor] = {}  # of the subject's positions, by text length
+        self.weights: dict[tuple[int, torch.device, Places], Tensor | None] = {}  # of the subject's positions among the keys
         self._left: set[tuple[str, BlockId | int | None]] = set()  # what this pass has not reached yet
 
     def begin_pass(self) -> None:
@@ -204,18 +227,23 @@ class Recorder(Watcher):
 
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
         self._left.discard(("map", call.block))
-        if call.block in self.map_blocks and Role.COND in call.roles:
-            i, w = call.roles.index(Role.COND), self.prompt.cross.shape[1]
-            repeats = range(0, k.shape[1] // w * w, w)  # the host repeats the shorter of two prompts (method.md 2.3)
-            if not repeats:  # another pack's own keys, not the text
+        if call.block not in self.map_blocks or call.unknown:
+            return
+        for i in (i for i, role in enumerate(call.roles) if role is Role.COND):
+            key = k.shape[1], k.device, call.places[i] if call.places else ()
+            if key not in self.weights:
+                words = [call.word(i, row, k.shape[1], self.prompt.cross.shape[1]) for row in self.prompt.subject.positions]
+                self.weights[key] = None if None in words else token_weights(words, k.shape[1], k.device)
+            if self.weights[key] is not None:  # else another pack's own keys, not the text
+                self.maps[call.block] = token_map(call.parts(q)[i], call.parts(k)[i], self.weights[key], heads)
                 return
-            if (k.shape[1], k.device) not in self.weights:
-                positions = [[p + r for r in repeats for p in row] for row in self.prompt.subject.positions]
-                self.weights[k.shape[1], k.device] = token_weights(positions, k.shape[1], k.device)
-            self.maps[call.block] = token_map(call.parts(q)[i], call.parts(k)[i], self.weights[k.shape[1], k.device], heads)
 
     def of(self, half: Half) -> dict[BlockId, Tensor]:
-        """Tokens of one half, in the order the UNet ran the blocks."""
+        """Tokens of one half, in the order the UNet ran the blocks; ValueError where some were not seen."""
+        if unseen := sorted(block for block in self.blocks if (half, block) not in self.tokens):
+            raise ValueError(f"Kindred: the pass over the reference saw nothing of {', '.join(map(block_name, unseen))}. Another node "
+                             "computes the network by itself, in a copy of its own. Remove that node from the MODEL; if the error stays, "
+                             "start ComfyUI again, since some packs leave their copy in the checkpoint.")
         return {block: self.tokens[half, block] for block in self.grids if (half, block) in self.tokens}
 
     def word_map(self) -> Tensor | None:
@@ -253,6 +281,12 @@ class Run:
     current: AttnCall | None = None  # the call that the UNet is in
     pending: AttnCall | None = None  # the same, while its attention function comes next
     asked: tuple[int, ...] = ()  # the shape of its queries' tokens [b n c]
+    before: tuple[Tensor, Tensor] | None = None  # tokens [b n c] and context [b t c] as the host gave them
+    traced: dict[tuple[Any, ...], Traced | None] = field(default_factory=dict)
+    compiled: bool = False  # torch.compile stands somewhere in the network
+    drop: Callable[[], None] | None = None  # takes away what was left on a module for its next call
+    wanted: set[int] = field(default_factory=set)  # ids of active ones that should have been read
+    heard: set[int] = field(default_factory=set)  # of those that an attention asked
 
     def read_conds(self, conds: Mapping[str, list[dict[str, Any]]]) -> None:
         """Give every processed cond its own uuid (the host shares one between area twins) and remember its role."""
@@ -279,24 +313,62 @@ class Run:
                         repeats if any(r != 1 for part in repeats for r in part) else (), tuple(parts),
                         tuple(options["original_shape"][2:]) if "original_shape" in options else None)
 
+    def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
+        """The call behind all patches: its rows and keys as they are now, or why that cannot be told.
+
+        Tiles of HyperTile are other rows of the same tokens; in self-attention the keys are no text.
+        """
+        (was, text), self.before = self.before, None
+        cross = call.cross
+        if n.shape[0] == was.shape[0] and (not cross or context.shape[1] == text.shape[1]):
+            return call
+        if not cross and n.shape[0] * n.shape[1] == was.shape[0] * was.shape[1]:
+            return call
+        shapes = was.shape[0], n.shape[0], *((text.shape[1], context.shape[1], context.shape[0]) if cross else ())
+        known = cross, *shapes, *map(id, call.texts)
+        if self.traced.get(known) is None and (known, call.block) not in self.traced:
+            once = [p.text or text.shape[1] for p in call.texts]
+            found = trace(len(call.roles), was, n, *((text, context, once) if cross else ()))
+            self.traced[known if found else (known, call.block)] = found
+        if (found := self.traced.get(known)) is not None:
+            return call.after(found)
+        return replace(call, unknown=f"another node's {'cross' if cross else 'self'}-attention patch gives block {block_name(call.block)} "
+                       f"{n.shape[0]} rows where the model was given {was.shape[0]} ({len(call.roles)} prompts of "
+                       f"{was.shape[0] // len(call.roles)} pictures), and whose they are cannot be told (regional prompts, attention "
+                       "couple). Remove that node.")
+
     def end_if_complete(self) -> None:
         """PassEnds where the rest of this pass is for nobody."""
         if self.ends_early and all(watcher.complete for watcher in self.watchers):
             self.pending = None
             raise PassEnds
 
+    def drop_hook(self) -> None:
+        """Take away what a layer's next call would have been handed."""
+        if self.drop:
+            self.drop()
+        self.drop = None
+
+    def hear(self, call: AttnCall) -> None:
+        """The block's own attention came to where we are asked."""
+        self.heard.update(id(active) for active in self.active if active.concerns(call))
+
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
-        self.active, self.watchers, self.sites, self.parts = [], [], {}, {}
-        self.current = self.pending = None
+        self.active, self.watchers, self.sites, self.parts, self.traced = [], [], {}, {}, {}
+        self.current = self.pending = self.before = None
+        self.drop_hook()
 
     def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
         """What the parts of a call read of every active injection; empty where they read nothing."""
-        if not self.active:
+        concerned = [i for i in self.active if i.concerns(call)]
+        if not concerned:
             return []
+        if call.unknown:
+            raise ValueError(f"{concerned[0].node}: {call.unknown}")
         site = self.sites[call.block]
         try:
-            found = [r for i in self.active for r in i.references(call, site, q, k, v)]
+            found = [r for i in concerned for r in i.references(call, site, q, k, v)]
         except AttributeError as error:
             layer = site.module.attn2 if call.cross else site.module.attn1
             if hasattr(layer, "to_k") and hasattr(layer, "to_v"):
@@ -311,6 +383,7 @@ class Run:
 
         Parts that read nothing stay the host's own.
         """
+        self.hear(call)
         found = self.found(call, q, k, v)
         if not found:
             return attend(q, k, v, heads)
@@ -319,6 +392,8 @@ class Run:
         found = [r for f in found for r in (beside_others(f, call, k, v) if isinstance(f, Sharing) else [f])]
         if k.shape[0] != q.shape[0]:  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
             k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
+        if (seen := self.share_of_own(call, k)) < 1:
+            found = [r.quieter(seen) for r in found]
         rows = q.shape[0] // len(call.roles)
         bounds = sorted({0, rows}.union(*(r.pictures for r in found if r.pictures)))
         if len(bounds) == 2:
@@ -330,6 +405,17 @@ class Run:
             reads = [r.cut(first, last, rows) for r in found if r.covers(first, last)]
             out.append(self.attend_alike(call.pictures(first, last), attend, *own, heads, reads).unflatten(0, (-1, last - first)))
         return torch.cat(out, 1).flatten(0, 1)
+
+    def share_of_own(self, call: AttnCall, k: Tensor) -> float:
+        """How many of the keys that a picture of this size has here a query still sees of its own, k [b n c]: at most 1.
+
+        Tiles, merged tokens and smaller grids leave fewer, beside which a reference would be louder. More of them are another
+        node's reference, which ours stands beside as beside one of our own.
+        """
+        if call.cross or not call.given:
+            return 1.0
+        whole = grid_of(call.given, self.sites[call.block].divisor)
+        return min(k.shape[1] / (whole[0] * whole[1]), 1.0)
 
     def attend_alike(self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int,
                      found: Sequence[References]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import Attend, ReferenceTokens, attend_with_references, blend_queries
+from .attention import Attend, ReferenceTokens, WeightMode, attend_with_references, blend_queries
 from .sharing import Sharing
 
 if TYPE_CHECKING:
@@ -43,6 +43,17 @@ class References:
     def covers(self, first: int, last: int) -> bool:
         return self.pictures is None or self.pictures[0] <= first and last <= self.pictures[1]
 
+    def quieter(self, share: float) -> References:
+        """The same where a query sees only this share of its own keys; what is added beside the softmax is as loud as ever."""
+        if self.merge is Merge.ADD:
+            return self
+        made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
+
+        def of(t: ReferenceTokens) -> ReferenceTokens:
+            return made.setdefault(id(t), quieter(t, share))
+        return replace(self, by_role={k: of(t) for k, t in self.by_role.items()}, by_part={k: of(t) for k, t in self.by_part.items()},
+                       by_row=self.by_row and of(self.by_row))
+
     def cut(self, first: int, last: int, rows: int) -> References:
         """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as they are."""
         made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
@@ -62,6 +73,14 @@ class References:
             mask = mask[:, first:last]
         return replace(self, by_role={k: of(t) for k, t in self.by_role.items()}, by_part={k: of(t) for k, t in self.by_part.items()},
                        query_mask=mask, pictures=None)
+
+
+def quieter(tokens: ReferenceTokens, share: float) -> ReferenceTokens:
+    """Tokens whose share of the softmax is as large beside `share` of the own tokens as it was beside all of them: log `share` more."""
+    if tokens.mode is WeightMode.LOGIT_BIAS:
+        return replace(tokens, weight=tokens.weight * share)
+    less = tokens.k.new_full((tokens.k.shape[1],), log(share), dtype=torch.float32)
+    return replace(tokens, log_mask=less if tokens.log_mask is None else tokens.log_mask + less)
 
 
 def attend_sharing(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, sharing: Sharing) -> Tensor:

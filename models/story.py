@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .injection import AttnCall, BlockSite, Part, References, Role, Watcher
 from .masks import resize_user_mask, token_map, token_weights
 from .reference import BlockId, Grid, Half, SubjectTokens, block_name, keys_values
 from .sharing import Gathers, Sharing
+from .tracing import Places
 
 NODE = "ConsiStory Shared Attention"
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Story(Watcher):
     anchors: AnchorSource | None = None  # else the first pictures of the batch
     user_masks: Tensor | None = None  # [1|b Y X] in 0..1, host memory
     recorder: AnchorRecorder | None = None
+    node: ClassVar[str] = NODE
     stage: int = 0  # 1, 2; 0 where one stage is enough
     sigma: float = 0.0
     maps: SubjectMaps = field(default_factory=SubjectMaps)
@@ -94,10 +96,14 @@ class Story(Watcher):
     _subject: dict[Grid, Tensor | None] = field(default_factory=dict)  # the masks [b n] on the device
     _read: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     _outputs: Mapping[BlockId, Tensor] | None = None
-    _weights: dict[tuple[SubjectTokens, int, int], Tensor] = field(default_factory=dict)
+    _weights: dict[tuple[SubjectTokens, int, int, Places], Tensor | None] = field(default_factory=dict)
     _told: bool = False
     _highest: float = 0.0  # noise level so far
     _fell: bool = False  # below an earlier one: there the subject may be known
+    _calls: int = 0  # of the model
+    _features_of: int | None = None  # the call that DIFT's features come from
+    _no_word: str = ""  # why the subject's word could not be followed in this step
+    _words_heard: bool = False  # a cross-attention with the word in it was heard in this run
 
     def __post_init__(self) -> None:
         self.stage = int(self.schedule.first_injection is not None)
@@ -107,7 +113,7 @@ class Story(Watcher):
 
     def begin_step(self, sigma: float) -> None:
         self.sigma, self._read, self._outputs = sigma, None, None
-        self._seen = False
+        self._seen, self._no_word = False, ""
         self._fell, self._highest = self._fell or sigma < self._highest, max(sigma, self._highest)
         for held in (self._masks, self._shared, self._kept, self._all_kept, self._subject):
             held.clear()
@@ -121,13 +127,25 @@ class Story(Watcher):
         if self.anchors and self.stage == 2 and self.schedule.injects(sigma):
             self.outputs()
 
+    def begin_call(self) -> None:
+        """The model is about to be asked: of the passes of its UNet in one call the last counts, of several calls the first.
+
+        Other nodes ask again after the call (PAG, SAG), and run a reference of their own before it, inside (Reference ControlNets).
+        """
+        self._calls += 1
+
     def end_step(self) -> None:
-        """Say once where the model answered without its attention: then nothing was shared, whatever the settings."""
+        """Say once where the model answered without its attention: then nothing was shared, whatever the settings.
+
+        ValueError where another node left no cross-attention in which the subject's word could be followed.
+        """
+        if self._no_word and self.sigma not in self.maps.sigmas:
+            raise ValueError(f"{NODE}: {self._no_word}")
         if not self._seen and not self._missed:
             self._missed = True
             log.warning("%s: at sigma %.4g the model answered without running its attention, so nothing was shared there. A node that "
-                        "skips calls (EasyCache, LazyCache) does this, or a model compiled before this node: remove the one, put the "
-                        "other behind this node.", NODE, self.sigma)
+                        "skips calls (EasyCache, LazyCache) does this, one that computes the network in a copy of its own, or a model "
+                        "compiled before this node: remove the former, put the latter behind this node.", NODE, self.sigma)
 
     @property
     def first_stage_ends(self) -> bool:
@@ -147,8 +165,12 @@ class Story(Watcher):
         grid = self._grid(self.layout.divisor)
         masks = self.masks(grid)
         if masks is None or self.features is None:
-            log.warning("%s: the pictures could not be compared, so no features are injected: this sampler run ends before, or a node "
-                        "that skips calls (EasyCache, LazyCache) skipped the one in which they are.", NODE)
+            if self.features is not None and not self._words_heard:
+                log.warning("%s: the subject's word could not be followed, so no features are injected: another node computes the "
+                            "network's cross-attention by itself. Remove that node, or wire masks of the subject.", NODE)
+            else:
+                log.warning("%s: the pictures could not be compared, so no features are injected: this sampler run ends before, or a node "
+                            "that skips calls (EasyCache, LazyCache) skipped the one in which they are.", NODE)
             return
         k = self.anchor_count
         if self.recorder:
@@ -263,22 +285,35 @@ class Story(Watcher):
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
         if call.block not in self.settings.map_blocks or self.user_masks is not None:
             return
+        done: set[int] = set()
         for i in self.sharing_parts(call.texts):
             part = call.texts[i]
-            if part.role is not Role.COND or part.subject is None or not part.text or k.shape[1] < part.text:
+            if part.role is not Role.COND or part.subject is None or not part.text or id(part) in done:
                 continue
-            key = part.subject, part.text, k.shape[1]
+            if call.unknown:
+                self._no_word = f"{call.unknown[:-1]}, or wire masks of the subject."
+                continue
+            key = part.subject, part.text, k.shape[1], call.places[i] if call.places else ()
             if key not in self._weights:
-                starts = range(0, k.shape[1] // part.text * part.text, part.text)  # the host repeats the shorter of two prompts
-                words = [[[p + start for start in starts for p in row] for row in word] for word in part.subject.of_words(self.pictures)]
-                self._weights[key] = torch.stack([token_weights(rows, k.shape[1], k.device) for rows in words], -1)
+                words = [[call.word(i, row, k.shape[1], part.text) for row in word] for word in part.subject.of_words(self.pictures)]
+                self._weights[key] = None if any(None in rows for rows in words) else torch.stack(
+                    [token_weights(rows, k.shape[1], k.device) for rows in words], -1)
+            if self._weights[key] is None:
+                self._no_word = (f"another node's cross-attention patch leaves {k.shape[1]} keys of other contents in block "
+                                 f"{block_name(call.block)} where the text has {part.text} tokens, so the subject's word cannot be "
+                                 "followed there (NegPip, regional prompts). Wire masks of the subject, or remove that node.")
+                continue
             q_part = call.parts(q)[i]
             self.require_whole(call, q_part)
             maps = token_map(q_part, call.parts(k)[i], self._weights[key], heads)  # [b n w]
-            self.maps.add(self.sigma, call.block, id(part), maps.movedim(-1, 1).unflatten(2, call.grid))
+            self.maps.add(self.sigma, call.block, id(part), maps.movedim(-1, 1).unflatten(2, call.grid), self._calls or None)
+            self._words_heard = True
+            done.add(id(part))
 
     def require_whole(self, call: AttnCall, x: Tensor) -> None:
         """Every part must hold every picture, whole, or positions would mean other things: ValueError."""
+        if call.unknown:
+            raise ValueError(f"{NODE}: {call.unknown}")
         if x.shape[0] != self.pictures:
             raise ValueError(f"{NODE}: the model was given {x.shape[0]} pictures at once, but the batch has {self.pictures}. Pictures that "
                              "share a subject must be sampled together: remove the node that splits them (context windows, HyperTile).")
@@ -295,6 +330,14 @@ class Story(Watcher):
                              f"latent's size makes {rows}x{columns}. A node that changes the grid (Deep Shrink), merges or tiles tokens is "
                              "on the model: remove it.")
 
+    def require_own_keys(self, call: AttnCall, q: Tensor, k: Tensor) -> None:
+        """A picture's keys must be its own tokens alone, q [b n c], k [b m c]: ValueError."""
+        if k.shape[1] < q.shape[1]:
+            raise ValueError(f"{NODE}: another node shortened the keys of self-attention: block {block_name(call.block)} has {k.shape[1]} "
+                             f"keys for {q.shape[1]} tokens ({call.grid[0]}x{call.grid[1]}), and which of them are left cannot be told. "
+                             "Remove that node.")
+        self.require_whole(call, k)
+
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
         self._seen = True
         if call.block not in self.settings.blocks:
@@ -302,11 +345,11 @@ class Story(Watcher):
         parts = self.sharing_parts(call.texts)
         if self.recorder and parts:
             kept, index = self._recorded(call.grid)
-            for i in parts:
-                part = call.parts(n)[i]
+            for half in {call.roles[i].half: None for i in parts}:  # the first part of each half
+                part = call.parts(n)[next(i for i in parts if call.roles[i].half is half)]
                 self.require_whole(call, part)
-                self.recorder.tokens(self.stage, self.sigma, call.block, call.grid, call.roles[i].half,
-                                     part.flatten(0, 1).index_select(0, index), kept)
+                self.recorder.tokens(self.stage, self.sigma, call.block, call.grid, half, part.flatten(0, 1).index_select(0, index), kept,
+                                     self._calls or None)
         vanilla = self.vanilla.get(call.block)
         if vanilla is None:
             return n
@@ -323,15 +366,21 @@ class Story(Watcher):
             self._all_kept[grid] = kept, kept.to(self.device, non_blocking=True)
         return self._all_kept[grid]
 
+    @property
+    def wants(self) -> bool:
+        return self.settings.weight > 0 and self.settings.dropout < 1
+
+    def concerns(self, call: AttnCall) -> bool:
+        return self.wants and not call.cross and call.block in self.settings.blocks
+
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
         """Eq. (2), (3): gathered tokens beside a picture's own, never a mask over b*n keys."""
         s = self.settings
-        silent = call.cross or call.block not in s.blocks or not s.weight or s.dropout == 1
-        parts = () if silent else self.sharing_parts(call.texts)
+        parts = self.sharing_parts(call.texts) if self.concerns(call) else ()
         if not parts:
             return []
         self.require_whole(call, call.parts(q)[0])
-        self.require_whole(call, call.parts(k)[0])
+        self.require_own_keys(call, call.parts(q)[0], call.parts(k)[0])
         if self.anchors:
             return self._references_to_anchors(call, site, k, parts)
         reads = dict(self.shared(call.grid))
@@ -373,8 +422,8 @@ class Story(Watcher):
         for i in parts:
             x = mixed[i]
             self.require_whole(call, x)
-            if self.recorder and self.targets is not None:  # None: the pictures could not be compared
-                self.recorder.output(self.sigma, call.block, call.grid, x)
+            if self.recorder and self.targets is not None and i == parts[0]:  # None: the pictures could not be compared
+                self.recorder.output(self.sigma, call.block, call.grid, x, self._calls or None)
             if self.targets is not None and len(self.targets):
                 snapshot = self.outputs()[call.block].to(x) if self.anchors else x.flatten(0, 1)
                 mixed[i] = inject(x, snapshot, self.sources, self.targets, self.settings.injection)
@@ -384,7 +433,7 @@ class Story(Watcher):
         if index != self.layout.tap or self.stage != 1 or self.sigma > self.schedule.features_at * (1 + SLACK):
             return
         for i in self.sharing_parts(parts):
-            if parts[i].role is Role.COND and self.features is None:  # the first: others' extra passes come after
-                self.tapped = self.sigma
+            if parts[i].role is Role.COND and (self.features is None or self._features_of == self._calls):
+                self.tapped, self._features_of = self.sigma, self._calls or None
                 self.features = smooth(h.chunk(len(parts))[i].float()).flatten(2).movedim(1, 2)
                 return

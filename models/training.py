@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -84,11 +84,16 @@ class Learning:
     keys_values: KeysValues
     weight: float
     merge: Merge
+    node: ClassVar[str] = "Concept Encoder Train"
+    wants: ClassVar[bool] = True
 
     def begin_step(self, sigma: float) -> None: ...
 
+    def concerns(self, call: AttnCall) -> bool:
+        return call.cross
+
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
-        if not call.cross:
+        if not self.concerns(call):
             return []
         k, v = self.keys_values[call.block]
         return [References({Role.COND: ReferenceTokens(k.to(q), v.to(q), self.weight)}, merge=self.merge)]

@@ -109,12 +109,20 @@ class ActiveConcept:
     target: TargetMask | None
     window: tuple[float, ...]  # sigmas: from, until
     inside: bool = False
+    node: ClassVar[str] = INJECT
+
+    @property
+    def wants(self) -> bool:
+        return self.inside
+
+    def concerns(self, call: AttnCall) -> bool:
+        return call.cross and self.inside and (Half.COND, call.block) in self.tokens
 
     def begin_step(self, sigma: float) -> None:
         self.inside = self.window[1] <= sigma <= self.window[0]
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
-        if not (call.cross and self.inside) or (Half.COND, call.block) not in self.tokens:
+        if not self.concerns(call):
             return []
         halves = self.config.halves
         source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := halves.source(role.half))}

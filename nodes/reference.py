@@ -301,6 +301,14 @@ class ActiveMaskedSelf:
     window: tuple[float, ...]  # sigmas: from, until
     tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     target: TargetMask | None = None
+    node: ClassVar[str] = INJECT
+
+    @property
+    def wants(self) -> bool:
+        return self.tokens is not None
+
+    def concerns(self, call: AttnCall) -> bool:
+        return not call.cross and self.tokens is not None and call.block in self.config.blocks
 
     def begin_step(self, sigma: float) -> None:
         c = self.config
@@ -310,7 +318,7 @@ class ActiveMaskedSelf:
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         """Keys and values of the reference, projected once per call and not once per row."""
         c = self.config
-        if call.cross or self.tokens is None or call.block not in c.blocks:
+        if not self.concerns(call):
             return []
         source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := c.halves.source(role.half))}
         halves = list(dict.fromkeys(source.values()))

@@ -83,7 +83,7 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
-            seen = next(reversed(self.recorder.tokens.values())) if self.run.ends_early else denoised
+            seen = next(reversed(self.recorder.tokens.values()), denoised) if self.run.ends_early else denoised
             if not self.checked and not torch.isfinite(seen).all():
                 raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
                                  "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
@@ -159,7 +159,7 @@ def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: 
     wanted = {"positive": Half.COND, "negative": Half.UNCOND}
     conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
     conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
-    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]))
+    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]), sites=run.sites, compiled=run.compiled)
     inner.read_conds(conds)
     try:
         patcher = run.guider.model_patcher

@@ -18,11 +18,13 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ...models.attention import FusedAttend
-from ...models.injection import ActiveInjection, PassEnds, Run
+from ...models.injection import ActiveInjection, AttnCall, PassEnds, Run
 from ...models.reference import BlockId, Half, RowReader, block_name
 from ...models.story import QueryRecorder, Story
+from .foreign import hands_on, told_once
 from .foresight import Foreseen, foresee
 from .model import KEY, Conditioning, attention_sites, log, network, require_unet
+from .page import warn
 from .stages import Stages, begin_keyframes
 
 
@@ -53,13 +55,24 @@ class SamplerRun(Run):
     rows: RowReader | None = None  # of the banks that this run reads
     foreseen: Foreseen | None = None
 
+    def say_unread(self) -> None:
+        """Warn, once the run is over, of each injection that should have been read and was in no block at no step."""
+        for node in dict.fromkeys(a.node for a in self.active if id(a) in self.wanted - self.heard):
+            warn(f"{node}: nothing of it was read in any block at any step, so it is not in these pictures. Another node computes the "
+                 "network's attention by itself, in a copy of its own. Remove that node from the MODEL; if the warning stays, start "
+                 "ComfyUI again, since some packs leave their copy in the checkpoint.")
+
     def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
         self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if 0 < s < math.inf)  # float32
         self.steps = len(sigmas) - 1
-        self.sites = attention_sites(network(guider.model_patcher))
+        unet = network(guider.model_patcher)
+        self.sites = attention_sites(unet)
+        self.compiled = self.compiled or unet is not guider.model_patcher.get_model_object("diffusion_model") or any(
+            hasattr(module, "_orig_mod") for module in unet.modules())
         self.read_conds(guider.conds)
+        self.wanted, self.heard = set(), set()
         self.rows = RowReader(self.device_and_dtype[0], pins=not args.disable_pinned_memory)
         self.active = [active for injection in self.injections if (active := injection.start_run(self)) is not None]
         stories = [active for active in self.active if isinstance(active, Story)]
@@ -98,6 +111,7 @@ def _attn1_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, A
         run.current = run.call(options)
         for watcher in run.watchers:
             n = watcher.self_tokens(run.current, n)
+        run.before = n, context
         run.end_if_complete()
     return n, context, value
 
@@ -127,7 +141,7 @@ def _attn2_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, A
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
         _say_unheard(run, n)
-        run.current = run.call(options, context.shape[1])
+        run.current, run.before = run.call(options, context.shape[1]), (n, context)
     return n, context, value
 
 
@@ -135,15 +149,26 @@ def _attn2_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, A
 def _last_patch(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Behind the others' patches, which may attend to something of their own: the next attention is the block's."""
     run: Run | None = options.get(KEY)
-    if isinstance(run, Run):
+    if isinstance(run, Run) and run.current is not None and run.before is not None:
+        run.current = run.settled(run.current, n, context)
         run.pending, run.asked = run.current, tuple(n.shape)
+        _hand_on(run, run.current, options)
     return n, context, value
+
+
+def _hand_on(run: Run, call: AttnCall, options: dict[str, Any]) -> None:
+    """Where another pack's copy of the block's forward asks the next attention, it tells it nothing: then we do."""
+    run.drop_hook()
+    site = run.sites.get(call.block)
+    if site is not None and not run.compiled and not hands_on(site.module):
+        run.drop = told_once(site.module.attn2 if call.cross else site.module.attn1,
+                             {**options, "optimized_attention_override": _override(None)})  # not its neighbours' kernels: it asked none
 
 
 def _say_unheard(run: Run, x: Tensor) -> None:
     """Say once where something should have been read, but another node computed the attention past the host's function."""
     call, run.pending = run.pending, None
-    if call is None or not isinstance(run, SamplerRun) or "unheard" in run.ways:
+    if call is None or call.unknown or not isinstance(run, SamplerRun) or "unheard" in run.ways:
         return
     tokens = x.new_empty(run.asked)
     if run.found(call, tokens, tokens, tokens):
@@ -190,6 +215,7 @@ class _Beside:
         if not isinstance(run, Run) or run.pending is None:
             return self.f(q, k, v, options)
         call, run.pending, heads = run.pending, None, options["n_heads"]
+        run.hear(call)
         out = self.f(q, k, v, options)
         for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)
@@ -218,6 +244,7 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = options.setdefault("transformer_options", {})
     transformer[KEY] = run
+    run.compiled = run.compiled or COMPILE_KEY in transformer.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     if run.ends_early:
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _until_complete, transformer)
     patches = transformer.setdefault("patches", {})
@@ -248,7 +275,9 @@ def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kw
     run = SamplerRun(injections=injections)
     guider.model_options = install(original, run, watched=any(injection.watches for injection in injections))
     try:
-        return executor(noise, latent, *args, **kwargs)
+        out = executor(noise, latent, *args, **kwargs)
+        run.say_unread()
+        return out
     finally:
         run.close()
         guider.model_options = original
@@ -300,6 +329,8 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: di
             return known
     for injection in run.active:
         injection.begin_step(sigma)
+        if injection.wants:
+            run.wanted.add(id(injection))
     denoised = executor(x, timestep, model_options, seed)
     if run.stages:
         run.stages.answered(sigma, x, denoised)
@@ -314,8 +345,18 @@ def _apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = 
     if _compiled(executor.class_obj, options):
         kwargs[KEY] = "run"  # the compiler keeps no guard on the options: a call that looks like a plain one runs what was compiled for it
     story = run.story if isinstance(run, SamplerRun) else None
-    if story is None or not story.wants_vanilla(run.parts_of(options)):
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if story is not None:
+        story.begin_call()
+    try:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs) if story is None or not story.wants_vanilla(
+            run.parts_of(options)) else _behind_vanilla(run, story, executor, x, t, c_concat, c_crossattn, control, options, **kwargs)
+    finally:
+        if isinstance(run, Run):
+            run.drop_hook()
+
+
+def _behind_vanilla(run: SamplerRun, story: Story, executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None,
+                    c_crossattn: Tensor | None, control: dict[str, Any] | None, options: dict[str, Any], **kwargs: Any) -> Tensor:
     plain, active, watchers = QueryRecorder(story.settings.blocks), run.active, run.watchers
     try:
         run.active, run.watchers = [a for a in active if a is not story], [plain]

@@ -50,8 +50,13 @@ class Reads:
     def __init__(self, by_role, merge: Merge = Merge.CONCAT, mask: Tensor | TargetMask | None = None, cross: bool = True) -> None:
         self.by_role, self.merge, self.mask, self.cross = by_role, merge, mask, cross
 
+    node, wants = "a test", True
+
     def begin_step(self, sigma: float) -> None:
         pass
+
+    def concerns(self, call: AttnCall) -> bool:
+        return True
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         if call.cross is not self.cross:

@@ -41,8 +41,13 @@ class Reads:
     def __init__(self, by_role: dict[Role, ReferenceTokens] | None, query_mask: Tensor | None = None) -> None:
         self.given = None if by_role is None else References(by_role, query_mask)
 
+    node, wants = "a test", True
+
     def begin_step(self, sigma: float) -> None:
         pass
+
+    def concerns(self, call: AttnCall) -> bool:
+        return True
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         return [self.given] if self.given else []

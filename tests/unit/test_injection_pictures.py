@@ -27,8 +27,13 @@ def tokens(rows: int = 1, seed: int = 50, m: int = M, **given) -> ReferenceToken
 class Reads:
     given: list[References]
 
+    node, wants = "a test", True
+
     def begin_step(self, sigma: float) -> None:
         pass
+
+    def concerns(self, call: AttnCall) -> bool:
+        return True
 
     def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
         return self.given

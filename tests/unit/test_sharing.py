@@ -51,6 +51,9 @@ def test_beside_other_references_it_says_the_same(anchors):
     assert [r.pictures for r in found] == list(reads)
 
     class Told:
+        def concerns(self, _):
+            return True
+
         def references(self, *_):
             return self.found
     run, told = Run(sites={call.block: None}), Told()
