@@ -16,7 +16,8 @@ QUICK = {
     "demo": ["--steps", "4"],
     "demo --story": ["--steps", "6"],
     "test": ["--fast", "-k", "test_archive"],
-    "evaluate": ["--variant", "mine: weight=1", "--count", "2", "--seeds", "1", "--steps", "4", "--processes", "1"],
+    "evaluate": ["--task", "personalize", "--variant", "mine: weight=1", "--count", "2", "--seeds", "1", "--steps", "4",
+                 "--processes", "1"],
     "bench": ["--latent", "8", "--rounds", "1", "--case", "cached_b1"],
 }
 
