@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,19 @@ def velocity(flow: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled:
     return flow(x, sigma, context, pooled, transformer_options={"optimized_attention_override": attend})
 
 
-def training(host: Path) -> AbstractContextManager:
+@contextmanager
+def training(host: Path) -> Iterator[None]:
     """The host's rotary kernels have a gradient only while it trains, and its blocks write into what the backward pass reads."""
     add_host(host)
     import comfy.model_management
 
+    before = comfy.model_management.in_training
     comfy.model_management.in_training = True
-    return torch.autograd.graph.allow_mutation_on_saved_tensors()
+    try:
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,16 +88,25 @@ def pack(folder: Path) -> None:
 
 def pack_flow(folder: Path) -> None:
     """Writes the flow miniature's autoencoder if its training has begun in `folder`, as the host's Load VAE reads it."""
-    state = load(folder / f"{FLOW}autoencoder.pt", torch.device("cpu"))
-    if state is None:
+    if not (folder / f"{FLOW}autoencoder.pt").exists():
         return
-    tuned = load(folder / f"{FLOW}decoder.pt", torch.device("cpu"))
-    weights = {name: value.half().contiguous() for name, value in (tuned or state)["model"].items()}
-    steps = {"kindred.autoencoder_steps": str(state["step"]), "kindred.decoder_steps": str(tuned["step"] if tuned else 0)}
+    weights, metadata = flow_weights(folder)
     FLOW_AUTOENCODER.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights | {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}, FLOW_AUTOENCODER,
-              {"kindred.flow": VERSION, "kindred.world": world_hash()} | steps)
+    save_file(weights, FLOW_AUTOENCODER, metadata)
     log.info("%s %.2f MiB", FLOW_AUTOENCODER.name, FLOW_AUTOENCODER.stat().st_size / 2**20)
+
+
+def flow_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The flow miniature's autoencoder in half precision, its decoder as it was tuned last, and the metadata."""
+    state, tuned = (load(folder / f"{FLOW}{part}.pt", torch.device("cpu")) for part in ("autoencoder", "decoder"))
+    weights = {name: value.half().contiguous() for name, value in (tuned or state)["model"].items()}
+    metadata = {
+        "kindred.flow": VERSION,
+        "kindred.world": world_hash(),
+        "kindred.autoencoder_steps": str(state["step"]),
+        "kindred.decoder_steps": str(tuned["step"] if tuned else 0),
+    }
+    return weights | {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}, metadata
 
 
 def flow_autoencoder() -> dict[str, Tensor]:
@@ -110,8 +120,10 @@ def begin_flow(folder: Path) -> None:
     """A work folder without an autoencoder of its own goes on from the shipped one: every machine then trains on the same latents."""
     path = folder / f"{FLOW}autoencoder.pt"
     if not path.exists() and FLOW_AUTOENCODER.exists():
+        with safe_open(FLOW_AUTOENCODER, "pt") as shipped:
+            steps = int(shipped.metadata()["kindred.autoencoder_steps"])
         folder.mkdir(parents=True, exist_ok=True)
-        save(path, {"model": flow_autoencoder(), "step": 0})
+        save(path, {"model": flow_autoencoder(), "step": steps})
 
 
 def pack_control(folder: Path) -> None:

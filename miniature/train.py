@@ -45,6 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run = Run(given.folder, torch.device(given.device), given.seed, given.renderings, given.workers)
+    if given.part in ("flow", "flow-decoder"):  # before there are several workers
+        from .pack import begin_flow
+
+        begin_flow(run.folder)
     if given.part != "renderings" and given.workers > 1:
         torch.multiprocessing.spawn(_work, (run, given), nprocs=given.workers)
     else:
@@ -81,18 +85,13 @@ def _train(run: Run, given: argparse.Namespace) -> None:
 
         train_autoencoder(run, given.steps or STEPS["decoder"], peak=1e-3, decoder_only=True)
     if given.part in ("flow-autoencoder", "flow-decoder"):
-        from .pack import begin_flow
         from .train_autoencoder import train_autoencoder
 
         tuned = given.part == "flow-decoder"
-        if tuned and run.rank == 0:
-            begin_flow(run.folder)
         train_autoencoder(run, given.steps or STEPS[given.part], decoder_only=tuned, channels=FLOW_CHANNELS, name=FLOW)
     if given.part == "flow":
-        from .pack import begin_flow
         from .train_flow import train_flow
 
-        begin_flow(run.folder)
         train_flow(run, given.host, given.steps or STEPS["flow"])
     if "reader" in wanted and run.rank == 0:
         from .train_reader import train_reader

@@ -83,6 +83,9 @@ def train_autoencoder(
     ]
     average = {name: value.clone() for name, value in model.state_dict().items()}
     start, state = 0, load(path, run.device)
+    if state is not None and "optimizers" not in state:
+        raise ValueError(f"{path.name} holds the shipped autoencoder, which came without its optimizers. To train one from the start, "
+                         "name another folder.")
     if state is not None:
         model.load_state_dict(state["raw"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

@@ -1,6 +1,6 @@
 """Trains the flow miniature's transformer on latents of renderings: rectified flow (Liu et al. 2022), z_s = (1 - s) x + s noise.
 
-Noise levels are logit-normal (Esser et al. 2024) with mean 0.6 and deviation 1: most where scene and colours are decided.
+Noise levels are logit-normal (Esser et al. 2024), with mean 0.6 and deviation 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from .data import training_set
 from .flow import build_flow, captions_encoded, training, velocity
 from .latents import latents_of
 from .layout import FLOW
-from .muon import Muon
-from .training import Run, average_gradients, follow, load, rate, save
+from .training import Run, average_gradients, build_optimizers, follow, rate, resume, save, spread_of
 from .world import CLASSES, SCENES, all_captions, caption
 
 log = logging.getLogger(__name__)
@@ -41,22 +40,14 @@ def train_flow(run: Run, host: Path, steps: int, batch: int = 32, peak: float = 
     matrices = [p for n, p in flow.named_parameters() if p.ndim > 1 and not n.startswith(AT_THE_RIM)]
     chosen = {id(p) for p in matrices}
     others = [p for p in flow.parameters() if id(p) not in chosen]
-    optimizers = [
-        Muon(matrices, lr=peak, rank=run.rank, workers=run.workers),
-        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
-    average = {name: value.clone() for name, value in flow.state_dict().items()}
-    start, state = 0, load(path, run.device)
-    if state is not None:
-        flow.load_state_dict(state["model"])
-        average, start = state["average"], state["step"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    optimizers = build_optimizers(matrices, others, peak, run)
+    average, state = resume(path, flow, optimizers, run)
+    start = state["step"] if state else 0
     captions = all_captions()
     rows = {text: row for row, text in enumerate(captions)}
     context, pooled = (part.to(run.device) for part in captions_encoded(host, captions))
     latents = latents_of(run, count, FLOW)
-    spread = state["spread"] if state is not None else float(latents[:2000].float().std())
+    spread = spread_of(latents, state, run)
     labels = training_set(run.folder, run.renderings).labels[run.rank : count : run.workers]
     rows_each = batch // run.workers
     began, total = time.monotonic(), 0.0
@@ -64,8 +55,8 @@ def train_flow(run: Run, host: Path, steps: int, batch: int = 32, peak: float = 
         draw = torch.Generator().manual_seed((run.seed << 40) + step * run.workers + run.rank)
         index = torch.randint(len(latents), (rows_each,), generator=draw)
         seeds = torch.randint(1 << 30, (rows_each,), generator=draw).tolist()
-        told = [caption(CLASSES[labels[i, 0]], SCENES[labels[i, 1]], seed) for i, seed in zip(index.tolist(), seeds, strict=True)]
-        text = torch.tensor([rows[words] for words in told])
+        drawn = zip(index.tolist(), seeds, strict=True)
+        text = torch.tensor([rows[caption(CLASSES[labels[i, 0]], SCENES[labels[i, 1]], seed)] for i, seed in drawn])
         clean = (latents[index].float() / spread).to(run.device)
         noise = torch.randn(clean.shape, generator=draw).to(run.device)
         sigma = noise_levels(rows_each, draw).to(run.device)
@@ -88,6 +79,13 @@ def train_flow(run: Run, host: Path, steps: int, batch: int = 32, peak: float = 
             log.info("flow %d/%d velocity %.4f %.3f s/step", step + 1, steps, total / 50, seconds)
             total = 0.0
         if ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps) and run.rank == 0:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            told = {"model": flow.state_dict(), "average": average, "optimizers": states, "step": step + 1, "spread": spread}
-            save(path, told | {"seed": run.seed, "loss": float(loss.detach())})
+            state = {
+                "model": flow.state_dict(),
+                "average": average,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": step + 1,
+                "spread": spread,
+                "seed": run.seed,
+                "loss": float(loss.detach()),
+            }
+            save(path, state)

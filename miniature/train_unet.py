@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from .data import training_set
 from .denoiser import MASK_LAYERS, Attention, build_text, build_unet, load_tokenizer, schedule
 from .latents import latents_of
-from .muon import Muon
-from .training import Run, average_gradients, follow, load, rate, save
+from .training import Run, average_gradients, build_optimizers, follow, rate, resume, save, spread_of
 from .world import CLASSES, SCENES, all_captions, caption
 
 log = logging.getLogger(__name__)
@@ -69,24 +68,11 @@ def train_unet(run: Run, host: Path, steps: int, batch: int = 24, peak: float = 
     matrices = [p for n, p in unet.named_parameters() if p.ndim > 1 and not n.startswith(("input_blocks.0.", "out.", "time_embed."))]
     chosen = {id(p) for p in matrices}
     others = [p for p in both.parameters() if id(p) not in chosen]
-    optimizers = [
-        Muon(matrices, lr=peak, rank=run.rank, workers=run.workers),
-        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
-    average = {name: value.clone() for name, value in both.state_dict().items()}
-    start, state = 0, load(path, run.device)
-    if state is not None:
-        both.load_state_dict(state["model"])
-        average = state["average"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start = state["step"]
+    optimizers = build_optimizers(matrices, others, peak, run)
+    average, state = resume(path, both, optimizers, run)
+    start = state["step"] if state else 0
     latents = latents_of(run, count)
-    spread = state["spread"] if state is not None else float(latents[:2000].float().std())
-    if run.workers > 1:
-        shared = torch.tensor([spread])
-        torch.distributed.broadcast(shared, 0)
-        spread = float(shared)
+    spread = spread_of(latents, state, run)
     everything = training_set(run.folder, run.renderings)
     seeds = np.arange(count)[run.rank :: run.workers]
     masks = F.avg_pool2d(torch.from_numpy(everything.masks[seeds]).unsqueeze(1).float(), 128 // MASK_GRID).flatten(1).half()

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .muon import Muon
+
 log = logging.getLogger(__name__)
 
 
@@ -59,6 +61,35 @@ def save(path: Path, state: dict) -> None:
 def load(path: Path, device: torch.device) -> dict | None:
     """A state written by `save`, or None where there is none yet."""
     return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+
+def build_optimizers(matrices: list[Tensor], others: list[Tensor], peak: float, run: Run) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of a network's blocks, AdamW for the rest."""
+    return [
+        Muon(matrices, lr=peak, rank=run.rank, workers=run.workers),
+        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+
+
+def resume(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], run: Run) -> tuple[dict[str, Tensor], dict | None]:
+    """Put a saved state back, where there is one -> the averaged weights, and the state."""
+    average, state = {name: value.clone() for name, value in module.state_dict().items()}, load(path, run.device)
+    if state is not None:
+        module.load_state_dict(state["model"])
+        average = state["average"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    return average, state
+
+
+def spread_of(latents: Tensor, state: dict | None, run: Run) -> float:
+    """The spread that latents are divided by, the same for all workers: the state's, or the first worker's of its first 2,000."""
+    spread = state["spread"] if state is not None else float(latents[:2000].float().std())
+    if run.workers > 1:
+        shared = torch.tensor([spread])
+        torch.distributed.broadcast(shared, 0)
+        spread = float(shared)
+    return spread
 
 
 def average_gradients(parameters: list[Tensor], workers: int) -> None:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .concept import STAGES, check_safetensors, number, torn
-from .files import whole
+from .concept import STAGES, check_safetensors, number
+from .files import torn, unread, whole
 from .inversion import InversionTrajectory
 from .reference import (
     BANK_VERSION, AnchorFeatures, Grid, Half, Kept, Layer, ReferenceBank, ReferencePrompt, SubjectTokens, block_name,
@@ -72,7 +72,9 @@ def load_reference(path: Path, progress: Callable[[int], Callable[[int], None]] 
             bank = read_bank(told, tensor)
             check(bank)
             tell(len(names))
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise unread(path, error) from error
+    except SafetensorError as error:
         raise torn(path, error) from error
     except Refused:
         raise

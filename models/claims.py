@@ -1,4 +1,5 @@
 """Files that tell other processes, on this machine or on a shared disk, that somebody living holds a name."""
+
 from __future__ import annotations
 
 import contextlib
@@ -42,9 +43,10 @@ def hold(claim: Path) -> int | None:
         ours = _lock(handle)
     except OSError:
         return handle
-    with contextlib.suppress(OSError):  # between the two lines above another process may have taken it for a dead one's
-        if ours and (os.name == "nt" or os.fstat(handle).st_ino == os.stat(claim).st_ino):
-            return handle
+    if ours and _is_at(
+        claim, handle
+    ):  # else another process locked it first and took it for a dead one's
+        return handle
     os.close(handle)
     return None
 
@@ -59,6 +61,13 @@ def release(claim: Path, handle: int) -> None:
         os.close(handle)
 
 
+def _is_at(claim: Path, handle: int) -> bool:
+    """Whether an open file is the one that has this name now; Windows gives no name twice while a file is open."""
+    with contextlib.suppress(OSError):
+        return os.name == "nt" or os.fstat(handle).st_ino == os.stat(claim).st_ino
+    return False
+
+
 def dead(claim: Path) -> bool:
     """Whether nobody living holds `claim`; then the file is gone. Where that cannot be known, somebody does."""
     try:
@@ -68,7 +77,9 @@ def dead(claim: Path) -> bool:
     except OSError:
         return False
     try:
-        free = _lock(handle)
+        free = _lock(handle) and _is_at(
+            claim, handle
+        )  # else its holder let go and another took the name
     except OSError:
         free = False
     if free:

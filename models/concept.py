@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import whole
+from .files import torn, unread, whole
 from .injection import Merge
 from .reference import BlockId, block_name
 from .soundness import GREATEST
@@ -218,7 +218,9 @@ def load_concept_encoder(path: Path, device: torch.device | str = "cpu") -> Conc
         with safe_open(path, "pt") as file:
             metadata, views = file.metadata() or {}, {name: file.get_slice(name) for name in file.keys()}
             shapes, kinds = ({name: f(view) for name, view in views.items()} for f in (shape_of, lambda view: view.get_dtype()))
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except OSError as error:
+        raise unread(path, error) from error
+    except (SafetensorError, RuntimeError) as error:
         raise torn(path, error) from error
     if FORMAT in metadata:
         config, names = read_description(path, metadata[FORMAT]), {name: name for name in shapes}
@@ -238,7 +240,9 @@ def load_concept_encoder(path: Path, device: torch.device | str = "cpu") -> Conc
     try:
         with safe_open(path, "pt") as file:
             weights = {own: file.get_tensor(theirs).to(device, torch.float32) for own, theirs in names.items()}
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise unread(path, error) from error
+    except SafetensorError as error:
         raise torn(path, error) from error
     bad = next((name for name, value in weights.items() if value.numel() and not (value.abs().max() <= GREATEST)), None)
     if bad:
@@ -251,10 +255,6 @@ def load_concept_encoder(path: Path, device: torch.device | str = "cpu") -> Conc
 def shape_of(view: Any) -> tuple[int, ...]:
     """Of a tensor that still lies in its file."""
     return tuple(view.get_shape())
-
-
-def torn(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path.name} is torn or no .safetensors ({str(error):.200}). Copy or download it again.")
 
 
 def read_description(path: Path, description: str) -> ConceptConfig:
@@ -272,10 +272,18 @@ def read_description(path: Path, description: str) -> ConceptConfig:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse what safetensors would misread or execute: ValueError for a pickle, an empty or cut file, a header that cannot be."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head, brace = file.read(8), file.read(1)
+    """Refuse what safetensors would misread or execute: ValueError for a pickle, an empty or cut file, a header that cannot be.
+
+    OSError where the system does not give it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head, brace = file.read(8), file.read(1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unread(path, error) from error
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if brace == b"{" and 0 < length <= min(MOST_HEADER, size - 8):  # a length may begin with a pickle's bytes too
         return

@@ -94,10 +94,35 @@ def refusal(path: Path, size: int, said: str) -> OSError:
     return OSError(f"{path.name} could not be written to {path.parent}: {'; '.join([said, ' and '.join(room)]).rstrip('; ')}")
 
 
-def remedy(error: OSError) -> str:
-    """What a person can do about a file that the system refused."""
-    known = {errno.EROFS: "choose an output folder that can be written to (--output-directory)",
-             errno.EACCES: "let ComfyUI write there, or choose another output folder (--output-directory)",
-             errno.ENOTDIR: "move the file that lies where the folder should be",
-             errno.ENAMETOOLONG: "give a shorter name"}
-    return known.get(error.errno, known[errno.EACCES] if error.errno == errno.EPERM else "make room there")
+def remedy(error: OSError, elsewhere: str) -> str:
+    """What a person can do about a file that the system refused to write; elsewhere: what else can be chosen."""
+    allow = f"let ComfyUI write there, or choose {elsewhere}"
+    known = {
+        errno.ENOSPC: "make room there",
+        errno.EDQUOT: "make room there",
+        errno.EROFS: f"choose {elsewhere}",
+        errno.EACCES: allow,
+        errno.EPERM: allow,
+        errno.ENOTDIR: "move the file that lies where the folder should be",
+        errno.ENAMETOOLONG: "give a shorter name",
+        None: "make room there",  # torch.save and safetensors do not say why; mostly it is that
+    }
+    return known.get(error.errno, "see that the folder is there and its disk is well")
+
+
+def unread(path: Path, error: OSError) -> Exception:
+    """What to raise of a file that could not be read: the system's own fault, or that its contents are torn."""
+    if not of_system(error):
+        return torn(path, error)
+    told = type(error)(f"{path.name} could not be read in {path.parent}: {error.strerror}")
+    told.errno = error.errno
+    return told
+
+
+def of_system(error: Exception) -> bool:
+    """Whether the system did not give a file. Without a number it is a library that speaks of the contents, with EINVAL they led astray."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+def torn(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path.name} is torn or no .safetensors ({str(error):.200}). Copy or download it again.")

@@ -3,6 +3,7 @@
 Said only where it is certain: rows by their queries and texts, keys by their contents, compared in samples that are brought to
 host memory. Axes: b rows of a call = parts x pictures, n query tokens, t tokens of the text, k keys, c channels.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -23,20 +24,31 @@ class Traced:
 
     repeats: per part, per row, how many times its text stands in its keys; None: as before.
     """
+
     parts: tuple[int, ...]
     places: tuple[Places | None, ...]
     repeats: tuple[tuple[int, ...] | None, ...]
 
 
-def trace(parts: int, was: Tensor, now: Tensor, text: Tensor | None = None, keys: Tensor | None = None,
-          once: Sequence[int] = ()) -> Traced | None:
+def trace(
+    parts: int,
+    was: Tensor,
+    now: Tensor,
+    text: Tensor | None = None,
+    keys: Tensor | None = None,
+    once: Sequence[int] = (),
+) -> Traced | None:
     """What became of the equal parts of a call; None where it cannot be told.
 
     was [b n c], text [b t c]: what the host gave; now [b' n c], keys [b' k c]: what is left of it; once: tokens of each part's text
     before the host repeats them. A part stands in one or more copies of all of its rows, in the order of the parts.
     """
     rows = was.shape[0] // parts
-    if was.shape[0] % parts or now.shape[0] % rows or (keys is not None and keys.shape[0] != now.shape[0]):
+    if (
+        was.shape[0] % parts
+        or now.shape[0] % rows
+        or (keys is not None and keys.shape[0] != now.shape[0])
+    ):
         return None
     count, places = now.shape[0] // rows, []
     given, left = (x if x is None else _sample(x, x.shape[1], rows) for x in (text, keys))
@@ -50,21 +62,32 @@ def trace(parts: int, was: Tensor, now: Tensor, text: Tensor | None = None, keys
         alike = [[torch.equal(a, b) for b in before] for a in after]
         orders = [o for o in _orders(count, parts) if all(alike[i][p] for i, p in enumerate(o))]
         if len(orders) > 1 and left is not None:  # cond and uncond begin with equal queries
-            orders = [o for o in orders if all(places[i][p] is not None or not any(places[i]) for i, p in enumerate(o))]
+            orders = [
+                o
+                for o in orders
+                if all(places[i][p] is not None or not any(places[i]) for i, p in enumerate(o))
+            ]
         if len(orders) > 1 and left is not None:
-            orders = [o for o in orders if all(places[o.index(p)][p] is not None for p in range(parts))]
+            orders = [
+                o for o in orders if all(places[o.index(p)][p] is not None for p in range(parts))
+            ]
     if len(orders) != 1:
         return None
     found = tuple(places[i][p] for i, p in enumerate(orders[0]))
-    repeats = tuple(None if left is None or (place is None and count == parts) else
-                    (_copies(place, once[p]),) if place is not None else tuple(_repeated(row) for row in left[i])
-                    for i, (p, place) in enumerate(zip(orders[0], found)))
+    repeats = tuple(
+        None
+        if left is None or (place is None and count == parts)
+        else (_copies(place, once[p]),)
+        if place is not None
+        else tuple(_repeated(row) for row in left[i])
+        for i, (p, place) in enumerate(zip(orders[0], found))
+    )
     return Traced(orders[0], found, repeats)
 
 
 def _sample(x: Tensor, tokens: int, rows: int) -> Tensor:
     """x [b n c] -> [parts rows n' c'] in host memory."""
-    few = x[:, ::max(x.shape[1] // tokens, 1), ::max(x.shape[2] // CHANNELS, 1)]
+    few = x[:, :: max(x.shape[1] // tokens, 1), :: max(x.shape[2] // CHANNELS, 1)]
     return few.detach().cpu().unflatten(0, (-1, rows))
 
 
@@ -90,4 +113,6 @@ def _copies(places: Places, once: int) -> int:
 def _repeated(keys: Tensor) -> int:
     """How many times one text stands in the keys [k c] of another prompt."""
     k = keys.shape[0]
-    return k // next(d for d in range(1, k + 1) if not k % d and torch.equal(keys[d:], keys[:k - d]))
+    return k // next(
+        d for d in range(1, k + 1) if not k % d and torch.equal(keys[d:], keys[: k - d])
+    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .attention import ReferenceTokens
 from .concept import ConceptEncoder, KeysValues
-from .files import whole
+from .files import of_system, unread, whole
 from .injection import AttnCall, BlockSite, Merge, References, Role
 
 
@@ -376,15 +376,20 @@ def unlike_tensors(what: str, given: Any, own: Mapping[str, Tensor]) -> str:
 
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What Trainer.save wrote, and its file's name; nothing in it is executed. ValueError for a torn or foreign one."""
+    """What Trainer.save wrote, and its file's name; nothing in it is executed.
+
+    ValueError for a torn or foreign one, OSError where the system does not give it.
+    """
     try:
         path.open("rb").close()
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+    except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle fails in every way there is
+        if of_system(error):
+            raise unread(path, error) from error
         raise ValueError(f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]:.200}). "
                          "Remove it to begin again; the encoder beside it is a file of its own.") from error
     return {**state, "file": path.name}

@@ -3,6 +3,7 @@
 A piece is a token as its vocabulary spells it: "cat</w>" of CLIP's byte-level vocabulary, "\u2581cat" of a sentencepiece one, or the
 bytes of an embedding's vector, which has no spelling.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -13,7 +14,16 @@ from functools import cache
 
 Piece = tuple[int, str | bytes]  # its place among the tokens, and what it spells
 SPACED_BEFORE = ("\u2581", "\u0120")  # sentencepiece, GPT-2
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")  # scripts without spaces between words
+UNSPACED = (
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "TIBETAN",
+)  # scripts without spaces between words
 PRIVATE = 0xF0000  # code points that no text has: they stand for an embedding's vectors
 
 
@@ -52,6 +62,7 @@ def _spelled(pieces: Sequence[Piece]) -> tuple[str, list[tuple[int, ...]]]:
             text += character
             places.append(held)
         raw.clear()
+
     for place, piece in pieces:
         if isinstance(piece, bytes):
             flush()
@@ -66,7 +77,11 @@ def _spelled(pieces: Sequence[Piece]) -> tuple[str, list[tuple[int, ...]]]:
         if after:
             raw.append((b"", place))
     flush()
-    kept = [i for i, c in enumerate(text) if c != " " or 0 < i < len(text) - 1 and _is_letter(text[i - 1]) and _is_letter(text[i + 1])]
+    kept = [
+        i
+        for i, c in enumerate(text)
+        if c != " " or 0 < i < len(text) - 1 and _is_letter(text[i - 1]) and _is_letter(text[i + 1])
+    ]
     return "".join(text[i] for i in kept), [places[i] for i in kept]
 
 
@@ -80,13 +95,13 @@ def _characters(raw: Sequence[tuple[bytes, int]]) -> Iterable[tuple[str, tuple[i
             continue
         first = raw[i][0][0]
         length = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
-        part = raw[i:i + length]
+        part = raw[i : i + length]
         try:
             character = b"".join(byte for byte, _ in part).decode()
         except UnicodeDecodeError:
-            part, character = raw[i:i + 1], "\ufffd"
+            part, character = raw[i : i + 1], "\ufffd"
         if len(character) != 1:  # the end of a word inside of it
-            part, character = raw[i:i + 1], "\ufffd"
+            part, character = raw[i : i + 1], "\ufffd"
         yield character, tuple(dict.fromkeys(place for _, place in part))
         i += len(part)
 
@@ -96,14 +111,16 @@ def _bytes_of_symbols() -> dict[str, int]:
     """GPT-2's byte-level alphabet, which CLIP shares: printable bytes stand for themselves, the others for code points from 256 on."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + n): byte for n, byte in enumerate(hidden)
+    }
 
 
 def _parted(piece: str) -> tuple[bytes, bool, bool]:
     """A vocabulary's piece -> its bytes, and whether a word begins before or ends behind it."""
     before = piece.startswith(SPACED_BEFORE)
     after = piece.endswith("</w>")
-    spelling = piece.removesuffix("</w>")[1 if before else 0:]
+    spelling = piece.removesuffix("</w>")[1 if before else 0 :]
     alphabet = _bytes_of_symbols()
     if all(c in alphabet for c in spelling):
         return bytes(alphabet[c] for c in spelling), before, after
@@ -113,7 +130,9 @@ def _parted(piece: str) -> tuple[bytes, bool, bool]:
 def _symbols(vector: bytes) -> str:
     """Four characters that no other vector and no text has."""
     digest = hashlib.blake2b(vector, digest_size=8).digest()
-    return "".join(chr(PRIVATE + int.from_bytes(digest[i:i + 2], "big") % 0xFFFE) for i in range(0, 8, 2))
+    return "".join(
+        chr(PRIVATE + int.from_bytes(digest[i : i + 2], "big") % 0xFFFE) for i in range(0, 8, 2)
+    )
 
 
 def _is_letter(c: str) -> bool:
@@ -126,13 +145,13 @@ def _script(c: str) -> str:
 
 
 def _begins(text: str, start: int) -> bool:
-    before, first = text[start - 1:start], text[start]
+    before, first = text[start - 1 : start], text[start]
     inside = before and _is_word(before) and _is_word(first)
     return not inside or _script(first) in UNSPACED
 
 
 def _ends(text: str, end: int) -> bool:
-    last, behind = text[end - 1], text[end:end + 1]
+    last, behind = text[end - 1], text[end : end + 1]
     inside = behind and _is_word(behind) and _is_word(last)
     return not inside or _script(last) in (*UNSPACED, "HANGUL")
 

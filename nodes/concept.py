@@ -46,8 +46,12 @@ class ConceptEncoderLoad(io.ComfyNode):
     def execute(cls, file: str, clip_vision: Any = None) -> io.NodeOutput:
         try:
             encoder = load_concept_encoder(host.concept_path(file))
+        except FileNotFoundError:
+            raise
         except ValueError as error:
             raise ValueError(f"{LOAD}: {error}") from error
+        except OSError as error:
+            raise OSError(f"{LOAD}: {error}. Look at that folder and its disk, then queue it again.") from error
         if encoder.tower is None and clip_vision is None:
             raise ValueError(f"{LOAD}: {file} holds no CLIP tower; it reads tokens of width {encoder.config.tower_width}. "
                              f"Wire {'ViT-H' if encoder.config.tower_width == 1280 else 'its'} CLIP Vision into clip_vision "

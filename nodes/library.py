@@ -11,6 +11,7 @@ from ..models.reference import ReferenceBank
 from . import host
 
 SAVE, LOAD = "Save Reference", "Load Reference"
+WRITABLE = "an output folder that can be written to (--output-directory)"
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +43,8 @@ class SaveReference(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{SAVE}: {error}") from error
         except OSError as error:
-            raise OSError(f"{SAVE}: {error.strerror or error}. Nothing of it is left; {remedy(error)} and queue it again.") from error
+            todo = remedy(error, WRITABLE)
+            raise OSError(f"{SAVE}: {error.strerror or error}. Nothing of it is left; {todo} and queue it again.") from error
         shown = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         if not host.is_listed(path):
             shown += f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder and output/kindred"
@@ -70,8 +72,12 @@ class LoadReference(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         try:
             bank = load_reference(host.reference_path(file), host.progress)
+        except FileNotFoundError:
+            raise
         except ValueError as error:
             raise ValueError(f"{LOAD}: {error}") from error
+        except OSError as error:
+            raise OSError(f"{LOAD}: {error}. Look at that folder and its disk, then queue it again.") from error
         log.info("%s: %s, %d picture%s, %s, made with model %s, %.1f MB", LOAD, file, bank.pictures, "s" * (bank.pictures > 1),
                  bank.trajectory.schedule, bank.model_key, bank.bytes / 1e6)
         return io.NodeOutput(bank)

@@ -24,6 +24,7 @@ from . import host
 from .drawing import as_image, typeface
 
 NODE = "Concept Encoder Train"
+WRITABLE = "another folder for concept_encoders (extra_model_paths.yaml)"
 WIRED, SMALL = "as wired", "new, small"
 EACH, BATCHES = "every picture", "every batch"
 AUTO, BF16, NO = "auto", "bf16", "no"
@@ -250,12 +251,20 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
                  "drop": [settings.drop_text, settings.drop_image, settings.drop_both]}
         try:
             if order.resume and state.exists():
-                trainer.resume(read_state(state), **made_with)
+                trainer.resume(known_state(state), **made_with)
                 log.info("%s: going on from step %d of %s", NODE, trainer.step_number, path.name)
             run(trainer, order.save_every, Saving(trainer, path, state, made_with, facts))
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{NODE}: {error}") from error
         return trainer.kept(**facts), trainer.losses
+
+
+def known_state(path: Path) -> dict[str, Any]:
+    """A state to go on from; OSError, in this node's words, where the system does not give it."""
+    try:
+        return read_state(path)
+    except OSError as error:
+        raise OSError(f"{NODE}: {error}. It stays as it is; look at that folder and its disk, then queue it again.") from error
 
 
 @dataclass
@@ -279,8 +288,8 @@ class Saving:
             self.trainer.save(self.path, self.state, self.made_with, self.facts)
         except OSError as error:
             kept = f"{self.path.name} of step {self.saved} is whole and stays" if self.saved else "nothing was saved before"
-            raise OSError(f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. To go on, {remedy(error)} and "
-                          f"queue the same again: it goes on from step {self.saved}.") from error
+            raise OSError(f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. To go on, "
+                          f"{remedy(error, WRITABLE)} and queue the same again: it goes on from step {self.saved}.") from error
         self.saved = self.trainer.step_number
         log.info("%s: step %d of %d saved as %s", NODE, self.saved, self.trainer.settings.steps, self.path)
 

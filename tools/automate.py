@@ -101,7 +101,6 @@ class Shelf:
     """The folder that everything is saved in: NUMBER_TITLE_INDEX, the job's number counting on from what is there."""
     folder: Path
     first: int = 1
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,17 +111,21 @@ class Shelf:
         """Write one file under a name that was free. OSError where it could not be written; then nothing is left of it."""
         words = re.sub(r"\W+", "_", name).strip("_")[:60]
         stem = f"{self.first + job.number - 1:05}_{words or 'output'}"
-        with self.lock:
-            path = self.folder / f"{stem}_{index}{suffix}"
-            while path.exists():
+        path, file = self.folder / f"{stem}_{index}{suffix}", None
+        while file is None:
+            try:
+                file = path.open("xb")
+            except FileExistsError:  # somebody's, perhaps of this very moment
                 index += 1
                 path = self.folder / f"{stem}_{index}{suffix}"
-            try:
-                with path.open("xb") as file:
-                    file.write(data)
             except OSError as error:
-                path.unlink(missing_ok=True)
                 raise OSError(f"{path} could not be written: {error}") from error
+        try:
+            with file:
+                file.write(data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(f"{path} could not be written: {error}") from error
         return str(path)
 
 

@@ -1,4 +1,5 @@
 """Transformer blocks whose forward is another pack's copy: their attentions are handed what the host's own forward hands on."""
+
 from __future__ import annotations
 
 import inspect
@@ -26,15 +27,22 @@ def told_once(layer: nn.Module, options: dict[str, Any]) -> Callable[[], None] |
         taken = inspect.signature(layer.forward).parameters
     except (TypeError, ValueError):
         return None
-    if "transformer_options" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    if "transformer_options" not in taken and not any(
+        p.kind is p.VAR_KEYWORD for p in taken.values()
+    ):
         return None
 
     place = list(taken).index("transformer_options") if "transformer_options" in taken else None
 
-    def hand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def hand(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         handle.remove()
-        if KEY in (kwargs.get("transformer_options") or ()) or (place is not None and len(args) > place):
+        if KEY in (kwargs.get("transformer_options") or ()) or (
+            place is not None and len(args) > place
+        ):
             return None
         return args, {**kwargs, "transformer_options": options}
+
     handle = layer.register_forward_pre_hook(hand, with_kwargs=True)
     return handle.remove

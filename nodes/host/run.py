@@ -339,7 +339,7 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: di
 
 def _apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = None, c_crossattn: Tensor | None = None,
                  control: dict[str, Any] | None = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
-    """ConsiStory eq. (4): where the story asks for it, a pass without sharing comes first, on the same input."""
+    """One call of the model; of ConsiStory eq. (4) two passes, where the story asks for it."""
     options = transformer_options or {}
     run = options.get(KEY)
     if _compiled(executor.class_obj, options):
@@ -348,8 +348,9 @@ def _apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = 
     if story is not None:
         story.begin_call()
     try:
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs) if story is None or not story.wants_vanilla(
-            run.parts_of(options)) else _behind_vanilla(run, story, executor, x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if story is not None and story.wants_vanilla(run.parts_of(options)):
+            return _behind_vanilla(run, story, executor, x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
         if isinstance(run, Run):
             run.drop_hook()
@@ -357,6 +358,7 @@ def _apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = 
 
 def _behind_vanilla(run: SamplerRun, story: Story, executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None,
                     c_crossattn: Tensor | None, control: dict[str, Any] | None, options: dict[str, Any], **kwargs: Any) -> Tensor:
+    """ConsiStory eq. (4): a pass without sharing comes first, on the same input."""
     plain, active, watchers = QueryRecorder(story.settings.blocks), run.active, run.watchers
     try:
         run.active, run.watchers = [a for a in active if a is not story], [plain]

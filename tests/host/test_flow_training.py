@@ -41,8 +41,6 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.setattr(trainer, "latents_of", lambda run, count, name: latents)
     monkeypatch.setattr(trainer, "training_set", lambda folder, count: type("Renderings", (), {"labels": labels}))
     monkeypatch.setattr(trainer, "SAVE_EVERY", 2)
-    import comfy.model_management
-    monkeypatch.setattr(comfy.model_management, "in_training", False)
     return Run(tmp_path, CPU)
 
 
@@ -79,9 +77,7 @@ def test_it_begins_silent_and_every_weight_learns() -> None:
         for parameter in flow.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
     import comfy.model_management
-    try:
-        with training(HOST):
-            velocity(flow, x, sigma, context, pooled).square().mean().backward()
-    finally:
-        comfy.model_management.in_training = False
+    with training(HOST):
+        velocity(flow, x, sigma, context, pooled).square().mean().backward()
+    assert not comfy.model_management.in_training
     assert not [name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()]

@@ -10,6 +10,7 @@ from kindred.miniature.autoencoder import Autoencoder, psnr
 from kindred.miniature.data import held_out
 from kindred.miniature.pack import CHECKPOINT, load_autoencoder
 from kindred.miniature.registration import KindredMiniature, register
+from safetensors import safe_open
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no weights: python -m miniature.train pack writes them")
 
@@ -108,14 +109,26 @@ def test_the_hosts_loader_reads_the_flow_autoencoder_and_its_pictures_come_back_
 
 
 def test_a_new_work_folder_goes_on_from_the_shipped_flow_autoencoder(tmp_path):
-    """So the latents are the same on every machine."""
+    """So the latents are the same on every machine; what it was trained for comes with it, and a folder's own stays."""
     from kindred.miniature.layout import FLOW
-    from kindred.miniature.pack import begin_flow, flow_autoencoder
+    from kindred.miniature.pack import FLOW_AUTOENCODER, begin_flow, flow_autoencoder, flow_weights
     from kindred.miniature.training import load
     begin_flow(tmp_path)
-    state = load(tmp_path / f"{FLOW}autoencoder.pt", torch.device("cpu"))
+    path = tmp_path / f"{FLOW}autoencoder.pt"
+    state = load(path, torch.device("cpu"))
     assert all(torch.equal(value, state["model"][name]) for name, value in flow_autoencoder().items())
-    state["step"] = 7
-    torch.save(state, tmp_path / f"{FLOW}autoencoder.pt")
+    weights, facts = flow_weights(tmp_path)
+    with safe_open(FLOW_AUTOENCODER, "pt") as shipped:
+        assert facts == shipped.metadata() and all(torch.equal(weights[name], shipped.get_tensor(name)) for name in shipped.keys())
+    torch.save(state | {"step": 7}, path)
     begin_flow(tmp_path)
-    assert load(tmp_path / f"{FLOW}autoencoder.pt", torch.device("cpu"))["step"] == 7
+    assert load(path, torch.device("cpu"))["step"] == 7
+
+
+def test_an_autoencoder_that_came_without_its_optimizers_is_not_trained_on(tmp_path):
+    from kindred.miniature.pack import begin_flow
+    from kindred.miniature.train_autoencoder import train_autoencoder
+    from kindred.miniature.training import Run
+    begin_flow(tmp_path)
+    with pytest.raises(ValueError, match="flow-autoencoder.pt holds the shipped autoencoder.*another folder"):
+        train_autoencoder(Run(tmp_path, torch.device("cpu"), renderings=256), 1, channels=16, name="flow-")

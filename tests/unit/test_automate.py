@@ -301,6 +301,20 @@ def test_nothing_is_ever_overwritten(tmp_path):
         Shelf(tmp_path / "more").keep(Job(1), "x", 1, "/none/p.png", b"")
 
 
+def test_a_name_that_another_process_took_at_the_last_moment_is_passed_over(tmp_path, monkeypatch):
+    """Between looking and making: theirs stays, and ours gets the next number."""
+    shelf, made, taken = Shelf(tmp_path), type(tmp_path).open, tmp_path / "00001_A_title_1.png"
+
+    def late(path, *how, **more):
+        if path == taken and not taken.exists():
+            with open(taken, "wb") as theirs:
+                theirs.write(b"theirs")
+        return made(path, *how, **more)
+    monkeypatch.setattr(type(tmp_path), "open", late)
+    assert shelf.keep(Job(1), "A title", 1, ".png", b"ours").endswith("00001_A_title_2.png")
+    assert taken.read_bytes() == b"theirs" and (tmp_path / "00001_A_title_2.png").read_bytes() == b"ours"
+
+
 def test_a_board_gives_every_job_to_exactly_one_host():
     """Many threads, some of which give back half of what they take: each job ends once."""
     board, ended = Board([Job(i) for i in range(300)], "abcd"), []

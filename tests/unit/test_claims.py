@@ -85,6 +85,27 @@ def test_what_a_dead_process_held_is_free(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_that_changed_hands_while_it_was_looked_at_stays_with_its_new_holder(tmp_path: Path,
+                                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder let go between our opening and our locking, and another took it: the file that we locked is no longer there."""
+    from kindred.models import claims
+    claim, lock = tmp_path / ".cat.claim", claims._lock
+    first, others = hold(claim), []
+    assert first is not None
+
+    def late(handle: int) -> bool:
+        if not others:
+            others.append(None)
+            release(claim, first)
+            others[0] = hold(claim)
+        return lock(handle)
+    monkeypatch.setattr(claims, "_lock", late)
+    assert not dead(claim) and claim.exists() and others[0] is not None
+    monkeypatch.undo()
+    assert not dead(claim)
+    release(claim, others[0])
+
+
 def test_a_name_that_is_taken_or_held_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "1").touch()
     with first_free([tmp_path / n for n in "123"]) as two, first_free([tmp_path / n for n in "123"]) as three:

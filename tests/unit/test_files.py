@@ -106,3 +106,34 @@ def test_what_is_no_fault_of_the_disk_comes_through_and_leaves_nothing(tmp_path,
         partial.write_bytes(b"half")
         raise stop
     assert said.value is stop and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOTDIR, errno.ESTALE])
+@pytest.mark.parametrize("reader", ["load_reference", "load_concept_encoder", "read_state"])
+def test_a_file_that_the_system_does_not_give_is_not_called_torn(tmp_path, monkeypatch, reader, code) -> None:
+    """For a training's state the advice would be to remove it."""
+    from pathlib import Path
+
+    from kindred.models.bank_file import load_reference
+    from kindred.models.concept import load_concept_encoder
+    from kindred.models.training import read_state
+    path = tmp_path / PLACE
+    path.write_bytes(b"whole")
+
+    def refuse(*given, **more):
+        raise OSError(code, os.strerror(code), str(path))
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match=f"{PLACE} could not be read in .*: {os.strerror(code)}") as said:
+        {"load_reference": load_reference, "load_concept_encoder": load_concept_encoder, "read_state": read_state}[reader](path)
+    assert said.value.errno == code and "torn" not in str(said.value)
+
+
+@pytest.mark.parametrize("code, said", [
+    (errno.ENOSPC, "make room there"), (errno.EROFS, "choose a drawer"), (errno.EACCES, "let ComfyUI write there, or choose a drawer"),
+    (errno.ENOENT, "see that the folder is there"), (errno.EIO, "see that the folder is there"), (errno.ENAMETOOLONG, "shorter name")])
+def test_the_remedy_is_that_of_the_fault(code, said) -> None:
+    assert said in files.remedy(OSError(code, os.strerror(code)), "a drawer")
+
+
+def test_a_fault_without_a_number_is_a_disk_whose_library_does_not_say_why() -> None:
+    assert files.remedy(OSError("inline_container"), "a drawer") == "make room there"
