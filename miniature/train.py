@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .data import training_set
 from .layout import FLOW, FLOW_CHANNELS
 from .training import Run
 
@@ -50,17 +51,24 @@ def main(arguments: list[str] | None = None) -> None:
 
         begin_flow(run.folder)
     if given.part != "renderings" and given.workers > 1:
+        training_set(run.folder, run.renderings)  # before there are several workers, who all would render it
+        _meeting(given, os.getpid()).unlink(missing_ok=True)  # of an older process of this number, which was killed
         torch.multiprocessing.spawn(_work, (run, given), nprocs=given.workers)
     else:
         torch.set_num_threads(given.threads)
         _train(run, given)
 
 
+def _meeting(given: argparse.Namespace, process: int) -> Path:
+    """The file by which the workers of one process find one another."""
+    return given.folder.resolve() / f"meeting-{given.part}-{process}"
+
+
 def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
     """One of several processes that train together: robust where other programs share the cores, as threads are not."""
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     torch.set_num_threads(max(given.threads // run.workers, 1))
-    meeting = f"file://{given.folder.resolve()}/meeting-{given.part}-{os.getppid()}"
+    meeting = _meeting(given, os.getppid()).as_uri()
     torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=run.workers)
     _train(replace(run, rank=rank), given)
     torch.distributed.destroy_process_group()
@@ -69,8 +77,6 @@ def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
 def _train(run: Run, given: argparse.Namespace) -> None:
     wanted = ("autoencoder", "unet", "decoder", "reader", "tower") if given.part == "all" else (given.part,)
     if "renderings" in wanted:
-        from .data import training_set
-
         training_set(run.folder, run.renderings)
     if "autoencoder" in wanted:
         from .train_autoencoder import train_autoencoder

@@ -1,10 +1,14 @@
 """The miniature's world, its reader's similarity and its shipped reader, without a host."""
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from kindred.miniature import reader as reading_room
+from kindred.miniature import train
 from kindred.miniature.data import held_out
 from kindred.miniature.muon import orthogonalise
 from kindred.miniature.pack import CHECKPOINT
@@ -134,3 +138,15 @@ def test_the_weights_are_small():
     files = [file for file in CHECKPOINT.parent.parent.rglob("*.safetensors") if file.parent.name != "flow"]  # not in the archive
     assert len(files) == 5 and sum(file.stat().st_size for file in files) <= 24 * 2**20
     assert sum(file.stat().st_size for file in files if file.parent.name == "concept_encoders") <= 8e6
+
+
+def test_what_all_workers_need_is_there_before_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both would render it else, into one file; and a meeting of a killed process of the same number is nobody's."""
+    meeting, seen = tmp_path / f"meeting-unet-{os.getpid()}", []
+    meeting.write_text("of another time")
+
+    def spawn(work: object, args: object, nprocs: int) -> None:
+        seen.append((nprocs, len(list(tmp_path.glob("renderings-*-8.npz"))), meeting.exists()))
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    train.main(["unet", "--folder", str(tmp_path), "--renderings", "8", "--workers", "2"])
+    assert seen == [(2, 1, False)]
