@@ -1,0 +1,88 @@
+"""What a diffusion transformer is to the methods: which attention calls it makes, and where the picture stands in each.
+
+The host's side (nodes/host/networks/) fills this in, one file per kin; nothing here knows the host.
+Axes: b rows of a call, n query tokens, m key tokens, h heads, d head width, P the picture's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..reference import BlockId, Grid
+
+
+class Stands(str, Enum):
+    """Where the picture's tokens stand among those of a joint attention call."""
+
+    FIRST = "first"  # picture, then references, then text
+    LAST = "last"  # text, then references, then picture
+    BEFORE_REFERENCES = "before references"  # text, then picture, then references
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How keys move with the length of the text: by how much, along which axes of the rotary code.
+
+    rotation: positions [l a] -> rotation matrices [l d/2 2 2] in float32, of the network's own rotary embedder.
+    halves: channel i is paired with i + d/2; else neighbours are paired.
+    """
+
+    axes: tuple[float, ...]  # what one more text token adds to the picture's position
+    rotation: Callable[[Tensor], Tensor]
+    halves: bool = False
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One transformer of the host."""
+
+    family: str  # the host's name of its kind
+    calls: tuple[BlockId | None, ...]  # of one pass, in running order; None: one that holds no whole picture (refiners, text alone)
+    patch: int  # latent cells along one side of a token
+    named: bool = False  # the host tells block_type and block_index, which are ("double", i, 0) or ("single", i, 0)
+    joint: bool = True  # one softmax for text and picture; False: a self-attention of the picture alone
+    stands: Stands = Stands.BEFORE_REFERENCES
+    multiple: int = 1  # the picture's tokens are padded to a multiple of so many
+    turn: Turn | None = None  # None: keys stay where they are, however long the text is
+    flow: bool = True  # x = (1 - sigma) x0 + sigma eps; False: x = x0 + sigma eps
+    unheard: str = ""  # why nothing can be read in it, in the user's words; "": it can
+
+    def grid(self, latent: Grid) -> Grid:
+        """The picture's tokens (y, x) of a latent of so many cells: the host pads odd sizes up."""
+        return -(-latent[0] // self.patch), -(-latent[1] // self.patch)
+
+    @property
+    def blocks(self) -> tuple[BlockId, ...]:
+        """The blocks whose attention holds the picture, in running order."""
+        return tuple(dict.fromkeys(block for block in self.calls if block))
+
+    def picture(self, tokens: int, count: int, references: int = 0) -> slice:
+        """Where the picture's `count` tokens stand among so many of a call, `references` of which are of native reference latents."""
+        if not self.joint:
+            return slice(0, count)
+        if self.stands is Stands.FIRST:
+            return slice(0, count)
+        padded = -(-count // self.multiple) * self.multiple
+        first = tokens - padded - (references if self.stands is Stands.BEFORE_REFERENCES else 0)
+        return slice(first, first + count)
+
+
+def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
+    """Rotated keys [b m (h d)] as they would be beside a text of `shift` more tokens: R(p') k = R(p' - p) R(p) k.
+
+    Law T1 of docs/method.md's rotation; computed in float32. ValueError where the heads are no whole number of d.
+    """
+    matrix = turn.rotation(torch.tensor([turn.axes], dtype=torch.float32, device=keys.device) * shift)[0].float()  # [d/2 2 2]
+    d = 2 * matrix.shape[0]
+    if keys.shape[-1] % d:
+        raise ValueError(f"Kindred: keys of {keys.shape[-1]} channels are no whole number of heads of {d}.")
+    heads = keys.float().unflatten(-1, (-1, d))
+    pairs = heads.unflatten(-1, (2, d // 2)).movedim(-2, -1) if turn.halves else heads.unflatten(-1, (d // 2, 2))
+    rotated = torch.einsum("dij,...dj->...di", matrix, pairs)
+    back = rotated.movedim(-1, -2).flatten(-2) if turn.halves else rotated.flatten(-2)
+    return back.flatten(-2).to(keys.dtype)
