@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from .attention import Attend
 from .masks import resize_soft, resize_user_mask, token_map, token_weights
+from .network.backbone import Backbone, turned
+from .network.call import Joint, Pass
 from .reading import Merge as Merge
 from .reading import References, attend_group, attend_sharing, beside_others, take_parts
 from .reading import gather_parts as gather_parts
-from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, block_name, select_blocks
+from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, block_name, keys_values, select_blocks
 from .sharing import Sharing
 from .tracing import Places, Traced, trace
 
@@ -44,10 +46,24 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class BlockSite:
-    """A transformer block of the UNet: its module (attn1, attn2), and how many times smaller than the latent its grid is."""
-    module: nn.Module
+    """A block with attention: its module, and how many times smaller than the latent its grid is.
+
+    module: of a UNet (attn1, attn2); None in a transformer, whose keys and values are taken as they come.
+    """
+    module: nn.Module | None
     divisor: int
     self_attention: bool = True  # False: its attn1 reads the text too, as in the first level of SDXS 0.9
+    backbone: Backbone | None = None
+
+    def keys_values(self, tokens: Tensor, texts: tuple[int | None, int | None] = (None, None)) -> tuple[Tensor, Tensor]:
+        """Kept tokens [b l c] -> k, v [b l (h d)]; texts: how long it was beside the reference, and is here, for keys that it moves."""
+        if self.backbone is None:
+            return keys_values(self.module.attn1, tokens)
+        k, v = tokens.chunk(2, -1)
+        there, here = (None if t is None else self.backbone.text_tokens(t) for t in texts)
+        if self.backbone.turn is not None and None not in (there, here) and there != here:
+            k = turned(k, self.backbone.turn, here - there)
+        return k, v
 
 
 def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tuple[BlockId, ...]:
@@ -81,6 +97,7 @@ class AttnCall:
     given: Grid | None = None  # size of what the UNet was given, in latent cells; None: not known
     places: tuple[Places | None, ...] = ()  # per part: where in its text each key stands, None: it is not there; (): as the host gave it
     unknown: str = ""  # why nobody can tell whose the rows are
+    joint: Joint | None = None  # a transformer's call: text and picture in one softmax
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
@@ -284,6 +301,8 @@ class Run:
     before: tuple[Tensor, Tensor] | None = None  # tokens [b n c] and context [b t c] as the host gave them
     traced: dict[tuple[Any, ...], Traced | None] = field(default_factory=dict)
     compiled: bool = False  # torch.compile stands somewhere in the network
+    backbone: Backbone | None = None  # of a transformer; None: a UNet
+    passing: Pass | None = None  # the pass that a transformer is in
     drop: Callable[[], None] | None = None  # takes away what was left on a module for its next call
     wanted: set[int] = field(default_factory=set)  # ids of active ones that should have been read
     heard: set[int] = field(default_factory=set)  # of those that an attention asked
@@ -312,6 +331,12 @@ class Run:
                         tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent, text is not None,
                         repeats if any(r != 1 for part in repeats for r in part) else (), tuple(parts),
                         tuple(options["original_shape"][2:]) if "original_shape" in options else None)
+
+    def joint_call(self, block: BlockId, options: Mapping[str, Any], picture: slice, mask: Tensor | None) -> AttnCall:
+        """A call of a transformer, translated; picture: of its keys."""
+        parts = self.parts_of(options)
+        return AttnCall(block, self.passing.grid, tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent,
+                        texts=tuple(parts), given=self.passing.latent, joint=Joint(picture, mask))
 
     def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
         """The call behind all patches: its rows and keys as they are now, or why that cannot be told.
@@ -356,7 +381,7 @@ class Run:
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
         self.active, self.watchers, self.sites, self.parts, self.traced = [], [], {}, {}, {}
-        self.current = self.pending = self.before = None
+        self.current = self.pending = self.before = self.passing = None
         self.drop_hook()
 
     def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
@@ -412,7 +437,7 @@ class Run:
         Tiles, merged tokens and smaller grids leave fewer, beside which a reference would be louder. More of them are another
         node's reference, which ours stands beside as beside one of our own.
         """
-        if call.cross or not call.given:
+        if call.cross or call.joint or not call.given:
             return 1.0
         whole = grid_of(call.given, self.sites[call.block].divisor)
         return min(k.shape[1] / (whole[0] * whole[1]), 1.0)

@@ -4,7 +4,7 @@ Axes: b rows of a call = parts x pictures, n query tokens, m reference tokens, c
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import combinations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attend, ReferenceTokens, WeightMode, attend_with_references, blend_queries
+from .joint import TextShare, attend_picture
 from .sharing import Sharing
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class References:
     by_part: Mapping[int, ReferenceTokens] = field(default_factory=dict)  # for parts of one role that read different tokens
     pictures: tuple[int, int] | None = None  # only the pictures first <= i < last of every part read them; None: all
     by_row: ReferenceTokens | None = None  # those of by_role in its order, as the rows of one tensor
+    share: TextShare = TextShare.KEPT  # where text and picture are in one softmax
 
     def read_by(self, call: AttnCall, part: int) -> ReferenceTokens | None:
         return self.by_part.get(part) or self.by_role.get(call.roles[part])
@@ -99,9 +101,27 @@ def beside_others(sharing: Sharing, call: AttnCall, k: Tensor, v: Tensor) -> lis
     return [References({}, by_part={i: tokens[who] for i, tokens in by_part.items()}, pictures=who) for who in groups]
 
 
+Read = Callable[..., Tensor]  # (attend, q, k, v, references, heads) -> [b n c], as attend_with_references
+
+
+def reader(call: AttnCall, parts: Sequence[int], references: Sequence[References]) -> Read:
+    """How the listed parts of a call read references: beside all keys, or in a joint softmax beside the picture's."""
+    if call.joint is None:
+        return attend_with_references
+    share = next((r.share for r in references if r.share is not TextShare.KEPT), TextShare.KEPT)
+    mask, picture = call.joint.mask, call.joint.picture
+    if mask is not None and mask.shape[0] > 1:
+        mask = take_parts(call, mask, parts)
+
+    def read(attend: Attend, q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[ReferenceTokens], heads: int) -> Tensor:
+        return attend_picture(attend, q, k, v, heads, picture, tokens, share, mask)
+    return read
+
+
 def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, references: Sequence[References],
                  parts: Sequence[int]) -> Tensor:
     """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
+    read = reader(call, parts, references)
     rows = q.shape[0] // len(parts)
 
     def region(r: References) -> Tensor | None:
@@ -109,11 +129,11 @@ def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor
     given = [(gather_parts(r, call, parts, rows), region(r), r.merge) for r in references]
     free = [tokens for tokens, mask, merge in given if merge is Merge.CONCAT and mask is None]
     masked = [(tokens, mask) for tokens, mask, merge in given if merge is Merge.CONCAT and mask is not None]
-    mixed = attend_with_references(attend, q, k, v, free, heads)
+    mixed = read(attend, q, k, v, free, heads)
     for size in range(1, len(masked) + 1):  # where target masks overlap, a query reads all of their references
         for chosen in combinations(masked, size):
             seen = torch.stack([mask for _, mask in chosen]).prod(0)
-            mixed = blend_queries(mixed, attend_with_references(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen)
+            mixed = blend_queries(mixed, read(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen)
     for tokens, mask, merge in given:
         if merge is Merge.ADD and not tokens.silent:
             beside = attend(q, tokens.k.expand(len(q), -1, -1), tokens.v.expand(len(q), -1, -1), heads) * tokens.weight

@@ -23,6 +23,7 @@ BANK_VERSION = 1
 LOG_SIGMA_TOLERANCE = 1e-3  # of one sampler's sigmas through float32; a step of any real schedule is far more
 LARGE = 4e9  # bytes of main memory worth a warning
 KEYS_VALUES_UP_TO = 1e9  # bytes that an automatic bank takes for keys and values; SD1.5 has 0.58 GB, SDXL 5.2
+UNET_STAGES = ("input", "middle", "output")
 GOLDEN = 0.6180339887498949  # its multiples fall apart from one another as evenly as can be
 log = logging.getLogger(__name__)
 
@@ -111,13 +112,18 @@ def block_name(block: BlockId) -> str:
 def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple[BlockId, ...]:
     """Resolve "all", "encoder", "middle", "decoder", "masactrl" or a list such as "input 4, output 3-5, middle 0".
 
-    Order is that of `available` (the order in which the UNet runs). "masactrl" is attention layers 10 and later
-    (arXiv 2304.08465). Raises ValueError naming the unknown word and the blocks that exist.
+    Order is that of `available` (the order in which the network runs). "masactrl" is attention layers 10 and later
+    (arXiv 2304.08465). Of a transformer, encoder and decoder are its first and second half, and its kinds of blocks are presets.
+    Raises ValueError naming the unknown word and the blocks that exist.
     """
     presets = {
         "all": lambda i, b: True, "encoder": lambda i, b: b[0] == "input", "middle": lambda i, b: b[0] == "middle",
         "decoder": lambda i, b: b[0] == "output", "masactrl": lambda i, b: i >= 10,
     }
+    if available and available[0][0] not in UNET_STAGES:  # of a transformer: its first and second half
+        half = len(available) // 2
+        presets = {"all": presets["all"], "encoder": lambda i, b: i < half, "decoder": lambda i, b: i >= half} | {
+            kind: lambda i, b, kind=kind: b[0] == kind for kind in dict.fromkeys(b[0] for b in available)}
     if not available:
         raise ValueError(f"{node}: this model has no block with self-attention, so there is nothing to read. Load an SD1.5, SD2.x or SDXL "
                          "checkpoint.")
@@ -126,7 +132,7 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
     for term in filter(None, (t.strip().lower() for t in wanted.split(","))):
         if term in presets:
             found = {b for i, b in enumerate(available) if presets[term](i, b)}
-        elif match := re.fullmatch(r"(input|middle|output)\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\.(\d+))?", term):
+        elif match := re.fullmatch(r"([a-z]+)\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\.(\d+))?", term):
             stage, first, last, depth = match[1], int(match[2]), int(match[3] or match[2]), match[4]
             found = {b for b in available if b[0] == stage and first <= b[1] <= last and depth in (None, str(b[2]))}
         else:
@@ -222,8 +228,15 @@ class ReferenceBank:
         held = [*self.features.values(), *((*self.anchors.first.values(), self.anchors.outputs) if self.anchors else ())]
         return sum(row.numel() * row.element_size() for rows in held for row in rows)
 
+    @property
+    def live(self) -> bool:
+        """Whether no step is held: of a transformer, whose tokens would fill gigabytes, every step is read anew."""
+        return self.anchors is None and not any(map(len, self.features.values()))
+
     def step_of(self, sigma: float) -> int | None:
         """The row of `features` captured at this sigma, or None when the Ref-UNet has to run at it (live)."""
+        if self.live:
+            return None
         step = self.trajectory.nearest(sigma, LOG_SIGMA_TOLERANCE)
         return None if step is None or step == 0 else step - 1
 

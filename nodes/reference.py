@@ -18,8 +18,7 @@ from ..models.inversion import InversionTrajectory
 from ..models.masks import Threshold, resize_user_mask, union_of_first
 from ..models.overlay import draw_masks
 from ..models.reference import (
-    BankBuilder, BlockId, Grid, Half, Halves, Keeps, ReferenceBank, ReferencePrompt, block_name, keys_values,
-    select_blocks, thinned,
+    BankBuilder, BlockId, Grid, Half, Halves, Keeps, Layer, ReferenceBank, ReferencePrompt, block_name, select_blocks, thinned,
 )
 from . import host
 
@@ -28,20 +27,21 @@ OTSU, VALUE = "otsu", "value"
 log = logging.getLogger(__name__)
 
 
-def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], None]) -> host.Loop:
-    """Ref-UNet pass over stored latents, noisiest first: one call per step, whose answer nobody needs."""
+def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], bool]) -> host.Loop:
+    """Ref-UNet pass over stored latents, noisiest first: one call per step, whose answer nobody needs, until enough is kept."""
     def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> InversionTrajectory:
         last, photo = len(trajectory.sigmas) - 1, trajectory.latents[0].to(device)
         for i in range(last, 0, -1):
             x = trajectory.latents[i].to(device)
             denoise(x, trajectory.sigmas[i].to(device).expand(x.shape[0]))
             progress(last - i, photo, x)
-            keep(i)
+            if keep(i):
+                break
         return trajectory
     return loop
 
 
-def one_pass_loop(z0: Tensor, down: Tensor, prompt: str, key: str, name: str, keep: Callable[[int], None]) -> host.Loop:
+def one_pass_loop(z0: Tensor, down: Tensor, prompt: str, key: str, name: str, keep: Callable[[int], bool]) -> host.Loop:
     """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the generation will ask for."""
     def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> InversionTrajectory:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
@@ -66,12 +66,14 @@ class RefUNetPass:
     builder: BankBuilder  # with the masks, where they are wired; else they are found
     threshold: Threshold
     mask_steps: int  # tau
+    live: bool = False  # no step is held: a sampler will have each of them read anew
     maps: dict[int, Tensor] = field(default_factory=dict)  # [r y x] per step; none where the masks are wired
 
-    def keep(self, i: int) -> None:
-        """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0."""
-        for half in self.prompts:
-            self.builder.add(half, i - 1, self.recorder.of(half), len(self.prompts) * self.steps, self.grids)
+    def keep(self, i: int) -> bool:
+        """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0 -> whether that is enough."""
+        if not self.live:
+            for half in self.prompts:
+                self.builder.add(half, i - 1, self.recorder.of(half), len(self.prompts) * self.steps, self.grids)
         if self.builder.masks is None:
             found = self.recorder.word_map()
             if found is None:
@@ -79,6 +81,7 @@ class RefUNetPass:
                                  f"{', '.join(map(block_name, self.recorder.map_blocks))}, "
                                  "so the subject's word cannot be followed there. Wire a mask, or put that node behind this one.")
             self.maps[i] = found.cpu()
+        return self.live and (self.builder.masks is not None or len(self.maps) >= self.mask_steps)
 
     def found_masks(self) -> dict[Grid, Tensor]:
         """bool [r y x] per grid: where the subject's words light up in the noisiest steps, eq. (4), (5)."""
@@ -92,14 +95,20 @@ class RefUNetPass:
         """The bank, once every step is kept and while the model is still loaded."""
         masks = self.found_masks() if self.builder.masks is None else self.builder.masks
         computed = next(iter(self.recorder.tokens.values())).dtype
+        maps = torch.stack([self.maps[i] for i in sorted(self.maps)]) if self.maps else None
+        if self.live:
+            layers = tuple(Layer(block, self.grids[block], tokens.shape[-1]) for block, tokens in self.recorder.of(Half.COND).items())
+            return ReferenceBank(trajectory, self.prompts, layers, masks, dict.fromkeys(self.prompts, ()), key, maps,
+                                 share=self.builder.share)
 
         def project(block: BlockId, tokens: Tensor) -> Tensor:
-            return torch.cat(keys_values(self.sites[block].module.attn1, tokens.to(device, computed)), -1).cpu()
-        maps = torch.stack([self.maps[i] for i in sorted(self.maps)]) if self.maps else None
+            return torch.cat(self.sites[block].keys_values(tokens.to(device, computed)), -1).cpu()
         return self.builder.finish(self.grids, masks, trajectory, self.prompts, key, maps, project)
 
     def bytes_held(self, pictures: int, dtype: torch.dtype) -> int:
         """Of main memory while the pass runs: of all hidden states, or of what is kept where the masks are wired."""
+        if self.live:
+            return 0
         masks, keeps = self.builder.masks, self.builder.keeps
         tokens = {grid: pictures * math.prod(grid) if masks is None else
                   len(thinned(masks[grid].flatten().nonzero().squeeze(1), self.builder.share)) for grid in self.grids.values()}
@@ -169,7 +178,7 @@ class RefUNetCapture(io.ComfyNode):
                 keeps: str = Keeps.AUTO.value, token_share: float = 1.0,
                 inversion: InversionTrajectory | None = None, latent: dict[str, Any] | None = None,
                 negative: host.Conditioning | None = None, mask: Tensor | None = None, sigmas: Tensor | None = None) -> io.NodeOutput:
-        sites = host.attention_sites(host.require_unet(model, CAPTURE))
+        sites = host.require_sites(model, CAPTURE)
         wanted = select_blocks(blocks, host.self_attentions(sites), CAPTURE)
         if not 0 < token_share <= 1:
             raise ValueError(f"{CAPTURE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject).")
@@ -193,6 +202,9 @@ class RefUNetCapture(io.ComfyNode):
         builder = BankBuilder(torch.float16 if precision == "float16" else None, masks, token_share, Keeps(keeps))
         reading = RefUNetPass(sites, grids, whole, prompts, len(down) - 1, recorder, builder,
                               OTSU if mask_threshold == OTSU else mask_value, mask_steps)
+        reading.live = is_live(sites, Keeps(keeps))
+        if inversion is None and reading.live:
+            inversion = invert_flow(model, z0, down, prompts[Half.COND], key, name)
         if inversion is not None:
             loop = replay_loop(inversion, reading.keep)
         else:
@@ -201,7 +213,7 @@ class RefUNetCapture(io.ComfyNode):
         def read(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> ReferenceBank:
             """The whole pass, and what needs the loaded model after it."""
             return reading.finish(loop(denoise, device, progress), key, device)
-        calls = len(down) - 1 + (inversion is None)
+        calls = (1 if masks else mask_steps) if reading.live else len(down) - 1 + (inversion is None)
         log.info("%s: reads the photo in %d calls of the UNet; its features take %.1f MB of main memory%s.", CAPTURE, calls,
                  reading.bytes_held(shape[0], builder.precision or host.computes_in(model)) / 1e6,
                  " until the mask is known" if masks is None else "")
@@ -210,10 +222,23 @@ class RefUNetCapture(io.ComfyNode):
         found = bank.masks[whole]
         log.info("%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject", CAPTURE, bank.trajectory.schedule, len(bank.layers),
                  bank.bytes / 1e6, 100 * found.float().mean())
-        picture = found.float().repeat_interleave(8, 1).repeat_interleave(8, 2)
+        pixels = host.cell(model)
+        picture = found.float().repeat_interleave(pixels, 1).repeat_interleave(pixels, 2)
         drawn = found_picture(host.rough_pictures(model, bank.trajectory.latents[0]), found, picture)
         shown = ui.ImageSaveHelper.save_images(drawn, "kindred_subject", io.FolderType.temp, cls, compress_level=1)
         return io.NodeOutput(bank, picture, ui=ui.SavedImages(shown))
+
+
+def is_live(sites: Mapping[BlockId, BlockSite], keeps: Keeps) -> bool:
+    """Whether every step will be read anew: of a transformer, unless its keys and values are asked for by name.
+
+    ValueError for hidden states of a transformer, which nothing here could make keys of.
+    """
+    transformer = any(site.backbone is not None for site in sites.values())
+    if transformer and keeps is Keeps.HIDDEN:
+        raise ValueError(f"{CAPTURE}: keeps is {keeps.value!r}, but of a transformer keys and values are taken as they come. Choose "
+                         "automatic (read live, step by step) or keys and values (held for every step).")
+    return transformer and keeps is Keeps.AUTO
 
 
 def read_prompts(model: Any, positive: host.Conditioning, negative: host.Conditioning | None, pictures: int,
@@ -281,7 +306,7 @@ class MaskedSelfInjection:
 
     def held(self, model: Any, shape: Sequence[int]) -> int:
         """Bytes on the device: this step's row and the next one, and the longest keys and values of a layer."""
-        width, sizes = host.computes_in(model).itemsize, host.token_sizes(model, shape[2:])
+        width, sizes = host.computes_in(model).itemsize, host.token_sizes(model, shape[-2:], self.bank)
         kept = {layer: self.bank.most_kept[layer.grid] for layer in self.bank.layers}
         row = sum(kept[layer] * layer.channels for layer in self.bank.layers)
         readers = shape[0] * (1 if self.halves is Halves.COND else 2)
@@ -325,7 +350,8 @@ class ActiveMaskedSelf:
         if not halves or not len(self.tokens[halves[0]][call.block]):
             return []
         of_half = [self.tokens[half][call.block][None] for half in halves]
-        k, v = keys_values(site.module.attn1, (of_half[0] if len(of_half) == 1 else torch.cat(of_half)).to(q))
+        texts = c.bank.prompts[Half.COND].cross.shape[1], call.texts[0].text if call.texts else None
+        k, v = site.keys_values((of_half[0] if len(of_half) == 1 else torch.cat(of_half)).to(q), texts)
         louder = c.bank.loudness[c.bank.grids[call.block]]
         weight, log_mask = (c.weight * louder, None) if c.mode is WeightMode.LOGIT_BIAS or louder == 1 else (
             c.weight, k.new_full((k.shape[1],), math.log(louder), dtype=torch.float32))
@@ -378,7 +404,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
     def execute(cls, model: Any, reference: ReferenceBank, strength: float = 1.0, weight: float = 1.0,
                 weight_mode: str = WeightMode.LOGIT_BIAS.value, blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0,
                 halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
-        sites = host.attention_sites(host.require_unet(model, INJECT))
+        sites = host.require_sites(model, INJECT)
         host.require_reference(INJECT, reference, model)
         wanted = select_blocks(blocks, host.self_attentions(sites), INJECT)
         missing = [block_name(b) for b in wanted if b not in reference.blocks]

@@ -56,6 +56,10 @@ class Backbone:
         """The picture's tokens (y, x) of a latent of so many cells: the host pads odd sizes up."""
         return -(-latent[0] // self.patch), -(-latent[1] // self.patch)
 
+    def text_tokens(self, text: int) -> int:
+        """Tokens that a text of so many takes in front of the picture."""
+        return -(-text // self.multiple) * self.multiple
+
     @property
     def blocks(self) -> tuple[BlockId, ...]:
         """The blocks whose attention holds the picture, in running order."""

@@ -237,6 +237,8 @@ def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> No
 
 def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
     """A file may name any model; ValueError where the reference's layers, text or latents are not this one's."""
+    if not isinstance(network(model), UNetModel):
+        return require_blocks(node, bank, model)
     sites = attention_sites(network(model))
     own = {block: (site.module.attn1.to_k, site.module.attn2.to_k) for block, site in sites.items()
            if hasattr(site.module.attn1, "to_k") and hasattr(site.module.attn2, "to_k")}  # else another node's, refused where it is read
@@ -253,15 +255,31 @@ def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
                          f"though both are called {bank.model_key}. Make the reference again.")
 
 
+def require_blocks(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
+    """The same of a transformer, whose layers are known by what it was heard to do: the latents' channels are what can be compared."""
+    wanted, found = model.get_model_object("latent_format").latent_channels, bank.trajectory.latents.shape[2]
+    if found != wanted:
+        raise ValueError(f"{node}: the reference has latents of {found} channels, but the model given has {wanted}, though both are called "
+                         f"{bank.model_key}. Make the reference again.")
+
+
 def computes_in(model: ModelPatcher) -> torch.dtype:
     """The dtype of the UNet's hidden states."""
     return model.model.get_dtype_inference()
 
 
-def token_sizes(model: ModelPatcher, latent: Sequence[int]) -> dict[BlockId, tuple[int, int]]:
-    """Tokens of one picture and their channels in every self-attention layer; latent: its size (y, x) in cells."""
+def token_sizes(model: ModelPatcher, latent: Sequence[int], bank: ReferenceBank | None = None) -> dict[BlockId, tuple[int, int]]:
+    """Tokens of one picture and their channels in every self-attention layer; latent: its size (y, x) in cells.
+
+    Of a transformer only the layers of the bank, whose keys and values tell the width.
+    """
+    unet = network(model)
+    if not isinstance(unet, UNetModel):
+        layers = bank.layers if bank else ()
+        cells = bank.trajectory.latents.shape[-2] if bank else 0
+        return {layer.block: (math.prod(grid_of(tuple(latent), max(cells // layer.grid[0], 1))), layer.channels // 2) for layer in layers}
     return {block: (math.prod(grid_of(tuple(latent), site.divisor)), getattr(getattr(site.module.attn1, "to_k", None), "out_features", 0))
-            for block, site in attention_sites(network(model)).items()}  # 0: another node's layer, refused where it is read
+            for block, site in attention_sites(unet).items()}  # 0: another node's layer, refused where it is read
 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:

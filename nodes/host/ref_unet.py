@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ...models.injection import SUBJECT, Recorder, Run
 from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
+from .latents import with_time, without_time
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
+from .networks import recognise
 from .run import SamplerRun, install
 
 
@@ -42,7 +44,7 @@ def _plain(model: ModelPatcher, extras: Mapping[str, Any]) -> dict[str, Tensor |
 
     Without a text projection in the checkpoint (SD1.5) the host's pooled text is whatever lay in memory; such a model reads none.
     """
-    unread = ("pooled_output",) if network(model).num_classes is None else ()
+    unread = ("pooled_output",) if getattr(network(model), "num_classes", "read") is None else ()
     return {k: v for k, v in extras.items() if k not in unread and isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
 
 
@@ -82,7 +84,8 @@ class _ReferenceSampler(comfy.samplers.Sampler):
         self.run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
+            denoised = without_time(guider(with_time(guider.model_patcher, x), sigma.to(x).expand(x.shape[0]),
+                                           model_options=extra_args["model_options"], seed=None))
             seen = next(reversed(self.recorder.tokens.values()), denoised) if self.run.ends_early else denoised
             if not self.checked and not torch.isfinite(seen).all():
                 raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
@@ -108,13 +111,13 @@ def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, po
         bare.remove_injections(key)
         bare.remove_additional_models(key)
     bare.wrappers, bare.is_injected = {}, False  # the clone's flag tells of the model that is loaded, which the host ejects first
-    run = SamplerRun(watchers=[recorder] if recorder else [], ends_early=ends_early)
+    run = SamplerRun(watchers=[recorder] if recorder else [], ends_early=ends_early, backbone=recognise(model))
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run)
     guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
     total = total or len(sigmas) - 1
     sampler = _ReferenceSampler(loop, run, total, recorder)
-    empty = torch.zeros(list(shape))
+    empty = with_time(bare, torch.zeros(list(shape)))
     try:
         guider.sample(empty, empty, sampler, sigmas, callback=latent_preview.prepare_callback(bare, total), seed=0)
     finally:
@@ -132,7 +135,9 @@ def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
     key = (id(bank), sigma, halves)
     if key not in run.step_tokens:
         step = bank.step_of(sigma)
-        way = f"live, since it holds no sigma {sigma:.4g} (it was made with {bank.trajectory.schedule})" if step is None else "cached"
+        why = ("as a transformer's is: one row more in each step" if bank.live else
+               f"since it holds no sigma {sigma:.4g} (it was made with {bank.trajectory.schedule})")
+        way = f"live, {why}" if step is None else "cached"
         if way.split(",")[0] not in run.ways:
             run.ways.add(way.split(",")[0])
             log.info("Kindred: the reference is read %s.", way)
@@ -155,11 +160,12 @@ def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: fro
 def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half], recorder: Recorder) -> None:
     """One Ref-UNet call on the trajectory at this very sigma, seen by `recorder`."""
     model, device = run.guider.inner_model, run.guider.model_patcher.load_device
-    x = bank.latent_at(sigma).to(device)
+    x = with_time(run.guider.model_patcher, bank.latent_at(sigma).to(device))
     wanted = {"positive": Half.COND, "negative": Half.UNCOND}
     conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
     conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
-    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]), sites=run.sites, compiled=run.compiled)
+    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[-2:]), sites=run.sites, compiled=run.compiled,
+                backbone=run.backbone)
     inner.read_conds(conds)
     try:
         patcher = run.guider.model_patcher

@@ -23,8 +23,11 @@ from ...models.reference import BlockId, Half, RowReader, block_name
 from ...models.story import QueryRecorder, Story
 from .foreign import hands_on, told_once
 from .foresight import Foreseen, foresee
-from .model import KEY, Conditioning, attention_sites, log, network, require_unet
+from .joint import joint_override, joint_pass
+from .model import KEY, Conditioning, log, network
+from .networks import require_network
 from .page import warn
+from .sites import sites_of
 from .stages import Stages, begin_keyframes
 
 
@@ -64,11 +67,11 @@ class SamplerRun(Run):
 
     def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
-        self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[2:])
+        self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[-2:])
         self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if 0 < s < math.inf)  # float32
         self.steps = len(sigmas) - 1
         unet = network(guider.model_patcher)
-        self.sites = attention_sites(unet)
+        self.sites = sites_of(guider.model_patcher, self.backbone)
         self.compiled = self.compiled or unet is not guider.model_patcher.get_model_object("diffusion_model") or any(
             hasattr(module, "_orig_mod") for module in unet.modules())
         self.read_conds(guider.conds)
@@ -245,6 +248,12 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
     transformer = options.setdefault("transformer_options", {})
     transformer[KEY] = run
     run.compiled = run.compiled or COMPILE_KEY in transformer.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    previous = transformer.get("optimized_attention_override")
+    previous = getattr(previous, KEY, (previous,))[0]
+    if run.backbone is not None:
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}_pass", joint_pass, transformer)  # six families have no other
+        transformer["optimized_attention_override"] = joint_override(previous)
+        return options
     if run.ends_early:
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _until_complete, transformer)
     patches = transformer.setdefault("patches", {})
@@ -258,8 +267,7 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
     for name in ("attn1", "attn2"):
         replaced = transformer.get("patches_replace", {}).get(name, {})
         replaced.update({block: f if isinstance(f, _Beside) else _Beside(f) for block, f in replaced.items()})
-    previous = transformer.get("optimized_attention_override")
-    transformer["optimized_attention_override"] = _override(getattr(previous, KEY, (previous,))[0])
+    transformer["optimized_attention_override"] = _override(previous)
     return options
 
 
@@ -269,10 +277,10 @@ def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kw
     injections = original["transformer_options"].get(KEY, ())
     if "multigpu_clones" in original:
         raise ValueError("Kindred: MultiGPU Work Units split the rows that share a subject over several devices. Remove that node.")
-    require_unet(guider.model_patcher, "Kindred")
+    backbone = require_network(guider.model_patcher, "Kindred")
     for injection in injections:
         injection.check(guider.model_patcher)
-    run = SamplerRun(injections=injections)
+    run = SamplerRun(injections=injections, backbone=backbone)
     guider.model_options = install(original, run, watched=any(injection.watches for injection in injections))
     try:
         out = executor(noise, latent, *args, **kwargs)
@@ -289,7 +297,7 @@ def _prepare_sampling(executor: Any, model: ModelPatcher, noise_shape: Sequence[
     Else its free memory shrinks under it, and it splits cond and uncond by surprise.
     """
     run = (kwargs.get("model_options") or {}).get("transformer_options", {}).get(KEY)
-    if isinstance(run, SamplerRun) and len(noise_shape) == 4:
+    if isinstance(run, SamplerRun) and len(noise_shape) in (4, 5):
         more = sum(injection.held(model, noise_shape) for injection in run.injections)
         picture = model.model.memory_required([2, *noise_shape[1:]])
         noise_shape = [noise_shape[0] + math.ceil(more / picture), *noise_shape[1:]]

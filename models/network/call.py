@@ -1,0 +1,40 @@
+"""One pass of a transformer, and where the picture stands in each of its attention calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..reference import BlockId, Grid
+from .backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What a call of a joint softmax holds beside the picture's tokens."""
+
+    picture: slice  # of its keys
+    mask: Tensor | None = None  # the host's own, on its keys
+
+
+@dataclass
+class Pass:
+    """A pass of the network: its attention calls are counted, since most families tell none of them."""
+
+    backbone: Backbone
+    latent: Grid  # cells of what the network was given
+    seen: int = 0
+
+    def next(self, told: BlockId | None) -> BlockId | None:
+        """The block of the next call, None where it holds no whole picture; told: what the host says of it, if anything."""
+        number, self.seen = self.seen, self.seen + 1
+        calls = self.backbone.calls
+        if self.backbone.named:
+            return told if told in self.backbone.blocks else None
+        return calls[number] if number < len(calls) else None
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens (y, x) of the picture."""
+        return self.backbone.grid(self.latent)

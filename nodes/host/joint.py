@@ -1,0 +1,134 @@
+"""A transformer's attention: one override hears every call, counted from the start of a pass, and brings it into one shape.
+
+What a reference pass records of a call are the picture's keys and values as the network uses them, side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch
+from torch import Tensor
+
+from ...models.attention import Attend, FusedAttend
+from ...models.injection import AttnCall, PassEnds, Run
+from ...models.network.call import Pass
+from ...models.reference import BlockId
+from .model import KEY
+from .networks.shapes import joined
+
+_FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
+
+
+def joint_pass(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: dict[str, Any] | None = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """One pass of the network, x [b c (1) y x]; zeros where it ended early, whose answer is not asked for."""
+    run: Run = transformer_options[KEY]
+    run.passing = Pass(run.backbone, tuple(x.shape[-2:]))
+    for watcher in run.watchers:
+        watcher.begin_pass()
+    try:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    except PassEnds:
+        return torch.zeros_like(x)
+    finally:
+        run.passing = None
+
+
+def _told(options: Mapping[str, Any]) -> BlockId | None:
+    """The block that the host says it is in; most families say nothing."""
+    kind, index = options.get("block_type"), options.get("block_index")
+    return None if kind is None or index is None else (kind, index, 0)
+
+
+def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """optimized_attention_override of a transformer; previous: another pack's, which computes what we ask for."""
+
+    @torch.compiler.disable
+    def override(
+        func: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        def host(
+            q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **how: Any
+        ) -> Tensor:
+            if previous is not None:
+                return previous(func, q, k, v, heads, mask=mask, **how)
+            return func(q, k, v, heads, mask=mask, **how)
+
+        options = kwargs.get("transformer_options") or {}
+        run = options.get(KEY)
+        if not isinstance(run, Run) or run.passing is None:
+            return host(q, k, v, heads, mask, **kwargs)
+        block = run.passing.next(_told(options))
+        if block is None or not (run.watchers or run.active):
+            return host(q, k, v, heads, mask, **kwargs)
+        shaped = joined(q, k, v, heads, kwargs)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+            return host(q, k, v, heads, mask, **shaped.kwargs)
+
+        y, x = run.passing.grid
+        references = sum_of(options.get("reference_image_num_tokens"))
+        queries, keys = (
+            run.backbone.picture(tokens.shape[1], y * x, references)
+            for tokens in (shaped.q, shaped.k)
+        )
+        call = run.joint_call(block, options, keys, mask)
+        for watcher in run.watchers:
+            watcher.self_tokens(call, torch.cat([shaped.k[:, keys], shaped.v[:, keys]], -1))
+        run.end_if_complete()
+        run.hear(call)
+        if not run.found(call, shaped.q[:, queries], shaped.k, shaped.v):
+            return host(q, k, v, heads, mask, **kwargs)
+        fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
+        return shaped.restore(
+            _beside_text(run, call, FusedAttend(attend) if fused else attend, shaped, queries, mask)
+        )
+
+    setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
+    return override
+
+
+def sum_of(counts: Any) -> int:
+    """Tokens of the host's own reference latents: a list of their counts, or none."""
+    if not counts:
+        return 0
+    return sum(counts) if isinstance(counts, (list, tuple)) else int(counts)
+
+
+def _beside_text(
+    run: Run, call: AttnCall, attend: Attend, shaped: Any, queries: slice, mask: Tensor | None
+) -> Tensor:
+    """The picture's queries read what they are lent; all others stay the host's: [b n (h d)]."""
+    q, k, v, heads = shaped.q, shaped.k, shaped.v, shaped.heads
+    picture = run.attend(call, attend, q[:, queries], k, v, heads)
+    pieces = [
+        attend(q[:, rows], k, v, heads, mask=rows_of(mask, rows))
+        for rows in (slice(0, queries.start), slice(queries.stop, None))
+        if q[:, rows].shape[1]
+    ]
+    before = pieces[:1] if queries.start else []
+    return torch.cat([*before, picture, *pieces[len(before) :]], 1)
+
+
+def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """The host's mask for some of the queries: most of them are the same for all."""
+    if mask is None or mask.ndim < 3 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., rows, :]

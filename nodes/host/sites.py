@@ -1,0 +1,25 @@
+"""The blocks of a MODEL whose attention can be read, whatever its network."""
+
+from __future__ import annotations
+
+from comfy.model_patcher import ModelPatcher
+
+from ...models.injection import BlockSite
+from ...models.network.backbone import Backbone
+from ...models.reference import BlockId
+from .model import attention_sites, network
+from .networks import require_network
+
+
+def sites_of(model: ModelPatcher, backbone: Backbone | None) -> dict[BlockId, BlockSite]:
+    """In the order in which the network runs them; backbone: of a transformer, None for a UNet."""
+    if backbone is None:
+        return attention_sites(network(model))
+    return {
+        block: BlockSite(None, backbone.patch, backbone=backbone) for block in backbone.blocks
+    }
+
+
+def require_sites(model: ModelPatcher, node: str) -> dict[BlockId, BlockSite]:
+    """The same; ValueError in words for a network that cannot be read."""
+    return sites_of(model, require_network(model, node))
