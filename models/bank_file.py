@@ -19,6 +19,7 @@ from torch import Tensor
 from .concept import STAGES, check_safetensors, number
 from .files import torn, unread, whole
 from .inversion import InversionTrajectory
+from .noise import DIFFUSION, Diffusion, Flow, Noise
 from .reference import (
     BANK_VERSION, AnchorFeatures, Grid, Half, Kept, Layer, ReferenceBank, ReferencePrompt, SubjectTokens, block_name,
 )
@@ -27,6 +28,8 @@ from .soundness import FLOATS, GREATEST, check_agreement
 FORMAT = "kindred.reference"  # the metadata's one key: safetensors writes several in no fixed order
 DTYPES = {str(kind).removeprefix("torch."): kind
           for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)}
+# A flow's latents mean nothing to a Kindred that knows diffusions alone, and such a one reads version 1 and refuses any other.
+FLOW_VERSION = BANK_VERSION + 1
 AGAIN = "Copy it again, or save the reference again."
 MOST = 1 << 40  # of anything counted; a real file is far below
 Told = Mapping[str, Any]
@@ -100,9 +103,9 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
         version = number(told["version"], 0, MOST, "version")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise Refused(f"{path.name}: its description is damaged ({error!r:.120}). {AGAIN}") from error
-    if version != BANK_VERSION:
-        raise Refused(f"{path.name} is a reference of version {version}, but this Kindred reads version {BANK_VERSION}. "
-                      "Update Kindred, or make and save the reference again.")
+    if version not in (BANK_VERSION, FLOW_VERSION):
+        raise Refused(f"{path.name} is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and "
+                      f"{FLOW_VERSION}. Update Kindred, or make and save the reference again.")
     return told
 
 
@@ -146,8 +149,9 @@ class Parcel:
     def bank(self, bank: ReferenceBank) -> dict[str, Any]:
         for grid, mask in bank.masks.items():
             self.put(f"mask.{grid[0]}x{grid[1]}", mask)
+        version = FLOW_VERSION if isinstance(bank.trajectory.noise, Flow) else bank.version
         return {
-            "version": bank.version, "model": bank.model_key, "trajectory": self.trajectory(bank.trajectory),
+            "version": version, "model": bank.model_key, "trajectory": self.trajectory(bank.trajectory),
             "prompts": {half.value: self.prompt(f"prompt.{half.value}", prompt) for half, prompt in bank.prompts.items()},
             "layers": layers_told(bank.layers), "masks": [list(grid) for grid in bank.masks],
             "features": {half.value: self.rows(f"features.{half.value}", rows) for half, rows in bank.features.items()},
@@ -159,7 +163,7 @@ class Parcel:
         self.put("trajectory.sigmas", path.sigmas)
         self.put("trajectory.latents", path.latents)
         return {"method": path.method, "prompt": path.prompt, "model": path.model_key, "schedule": path.schedule,
-                "noise_maps": self.optional("trajectory.noise_maps", path.noise_maps)}
+                "noise_maps": self.optional("trajectory.noise_maps", path.noise_maps), **noise_told(path.noise)}
 
     def prompt(self, name: str, prompt: ReferencePrompt) -> dict[str, Any]:
         self.put(f"{name}.cross", prompt.cross)
@@ -182,6 +186,11 @@ class Parcel:
         }
 
 
+def noise_told(noise: Noise) -> dict[str, Any]:
+    """Nothing of a diffusion: its file stays the one that every Kindred reads."""
+    return {"flow": {"scale": noise.scale}} if isinstance(noise, Flow) else {}
+
+
 def layers_told(layers: Sequence[Layer]) -> list[list[Any]]:
     return [[*layer.block, *layer.grid, layer.channels] for layer in layers]
 
@@ -196,13 +205,25 @@ def read_bank(told: Told, tensor: Source) -> ReferenceBank:
     path = told["trajectory"]
     trajectory = InversionTrajectory(
         tensor("trajectory.sigmas"), tensor("trajectory.latents"), word(path["method"]), word(path["prompt"]), word(path["model"]),
-        word(path["schedule"]), tensor("trajectory.noise_maps") if path["noise_maps"] else None)
+        word(path["schedule"]), tensor("trajectory.noise_maps") if path["noise_maps"] else None,
+        read_noise(path) if told["version"] == FLOW_VERSION else DIFFUSION)
     prompts = {Half(half): read_prompt(own, f"prompt.{half}", tensor) for half, own in told["prompts"].items()}
     masks = {grid: tensor(f"mask.{grid[0]}x{grid[1]}") for grid in (read_grid(*g) for g in told["masks"])}
     return ReferenceBank(
         trajectory, prompts, read_layers(told["layers"]), masks, read_halves(told["features"], "features", tensor), word(told["model"]),
         tensor("maps") if told["maps"] else None, None if told["anchors"] is None else read_anchors(told["anchors"], tensor),
-        told["version"], read_share(told.get("share", 1.0)))
+        BANK_VERSION, read_share(told.get("share", 1.0)))
+
+
+def read_noise(path: Told) -> Diffusion | Flow:
+    """The noise path of a trajectory."""
+    flow = path.get("flow")
+    if flow is None:
+        return DIFFUSION
+    scale = flow["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= GREATEST:
+        raise ValueError(f"{scale!r:.40} where the scale of a flow's noise belongs, above 0")
+    return Flow(float(scale))
 
 
 def read_share(value: Any) -> float:

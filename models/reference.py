@@ -241,10 +241,10 @@ class ReferenceBank:
         return None if step is None or step == 0 else step - 1
 
     def latent_at(self, sigma: float) -> Tensor:
-        """The reference's latent [r c y x] at a sigma between or beyond the stored ones.
+        """The reference's latent [r c y x] at a sigma between or beyond the stored ones, on a diffusion or a flow.
 
-        On a DDIM path linear in sigma; beyond its end, and on an edit-friendly path, whose levels have noise of their own, the
-        nearest level's noise at this sigma.
+        On a deterministic path linear in sigma; beyond its end, and on an edit-friendly path, whose levels have noise of their own,
+        the nearest level's noise at this sigma: both noise paths are straight from the picture through a level.
         """
         path = self.trajectory
         if path.noise_maps is None and sigma <= path.sigmas[-1]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..reference import BlockId, Grid
 
+ALONE = "self"  # the stage of a block whose call holds the picture's tokens and no text: a softmax of their own
+
 
 class Stands(str, Enum):
     """Where the picture's tokens stand among those of a joint attention call."""
@@ -50,6 +52,8 @@ class Backbone:
     multiple: int = 1  # the picture's tokens are padded to a multiple of so many
     turn: Turn | None = None  # None: keys stay where they are, however long the text is
     flow: bool = True  # x = (1 - sigma) x0 + sigma eps; False: x = x0 + sigma eps
+    noise_scale: float = 1.0  # what eps is multiplied by (HiDream-O1: 8)
+    references: bool = True  # native reference latents may stand beside; False: they move the picture's keys or add calls
     unheard: str = ""  # why nothing can be read in it, in the user's words; "": it can
 
     def grid(self, latent: Grid) -> Grid:
@@ -64,6 +68,10 @@ class Backbone:
     def blocks(self) -> tuple[BlockId, ...]:
         """The blocks whose attention holds the picture, in running order."""
         return tuple(dict.fromkeys(block for block in self.calls if block))
+
+    def holds_text(self, block: BlockId) -> bool:
+        """Whether a block's call is a joint one, text and picture in one softmax."""
+        return self.joint and block[0] != ALONE
 
     def picture(self, tokens: int, count: int, references: int = 0) -> slice:
         """Where the picture's `count` tokens stand among so many of a call, `references` of which are of native reference latents."""

@@ -276,11 +276,12 @@ def test_files_of_other_kinds(folder):
 
 
 def test_another_version(folder, monkeypatch):
-    monkeypatch.setattr(bank_file, "BANK_VERSION", BANK_VERSION + 1)
-    save_reference(replace(bank_of(), version=BANK_VERSION + 1), folder / "newer.safetensors")
+    newer = bank_file.FLOW_VERSION + 1
+    monkeypatch.setattr(bank_file, "BANK_VERSION", newer)
+    save_reference(replace(bank_of(), version=newer), folder / "newer.safetensors")
     monkeypatch.undo()
-    refuse(lambda: load("newer.safetensors"), f"Load Reference: newer.safetensors is a reference of version {BANK_VERSION + 1}, but this "
-           f"Kindred reads version {BANK_VERSION}", "Update Kindred")
+    refuse(lambda: load("newer.safetensors"), f"Load Reference: newer.safetensors is a reference of version {newer}, but this "
+           f"Kindred reads versions {BANK_VERSION} and {bank_file.FLOW_VERSION}", "Update Kindred")
 
 
 def test_nan_features(folder):

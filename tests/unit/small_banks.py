@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kindred.models.bank_file import FORMAT
 from kindred.models.inversion import InversionTrajectory
+from kindred.models.noise import Flow
 from kindred.models.reference import AnchorFeatures, BankBuilder, Half, Layer, ReferenceBank, ReferencePrompt, SubjectTokens
 
 SIGMAS = torch.tensor([0.0, 0.5, 2.0, 9.0])
@@ -56,6 +57,12 @@ def photo_bank(dtype: torch.dtype | None = None, edit_friendly: bool = False, ma
                           rand(T, R, 3, 4, seed=5) if maps else None)
 
 
+def flow_bank(scale: float = 1.0, edit_friendly: bool = False) -> ReferenceBank:
+    """The same photo on a flow, up to sigma 1."""
+    bank = photo_bank(edit_friendly=edit_friendly)
+    return replace(bank, trajectory=replace(bank.trajectory, sigmas=torch.tensor([0.0, 0.4, 0.8, 1.0]), noise=Flow(scale)))
+
+
 def kept(seed: int, lengths: tuple[int, ...]) -> dict:
     """Other positions at every step; on the finer grid twice as many."""
     gen = torch.Generator().manual_seed(seed)
@@ -80,6 +87,7 @@ def anchor_bank(dtype: torch.dtype = torch.float16, injected: bool = True) -> Re
 
 
 BANKS = {
+    "a flow": flow_bank, "a flow with louder noise": lambda: flow_bank(8.0), "an edit-friendly flow": lambda: flow_bank(edit_friendly=True),
     "a photo": photo_bank, "a photo in half precision": lambda: photo_bank(torch.float16),
     "bfloat16": lambda: photo_bank(torch.bfloat16), "an edit-friendly path": lambda: photo_bank(edit_friendly=True, maps=False),
     "anchors": anchor_bank, "anchors in float32": lambda: anchor_bank(torch.float32),

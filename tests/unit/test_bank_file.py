@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_banks import BANKS, EMPTY, LAYERS, R, T, anchor_bank, described, masks, photo_bank, rand, rewrite, same
+from small_banks import BANKS, EMPTY, LAYERS, R, T, anchor_bank, described, flow_bank, masks, photo_bank, rand, rewrite, same
 
 from kindred.models import bank_file
-from kindred.models.bank_file import load_reference, save_reference
+from kindred.models.bank_file import FLOW_VERSION, load_reference, save_reference
 from kindred.models.reference import BANK_VERSION, Half
 
 LAW = pytest.mark.parametrize
+SHIPPED = Path(__file__).parents[2] / "miniature/weights/references/kindred_story.safetensors"
 
 
 @pytest.fixture
@@ -94,6 +95,23 @@ def test_a_share_of_the_tokens_comes_back(tmp_path) -> None:
 def test_a_file_from_before_shares_holds_all_tokens(file) -> None:
     rewrite(file, {k: v for k, v in described(file).items() if k != "share"})
     assert load_reference(file).share == 1.0
+
+
+def test_a_flow_is_told_by_its_version(tmp_path) -> None:
+    """A Kindred that knows diffusions alone reads version 1 and says of any other that it has to be updated."""
+    save_reference(flow_bank(8.0), tmp_path / "flow.safetensors")
+    save_reference(photo_bank(), tmp_path / "photo.safetensors")
+    flow, photo = described(tmp_path / "flow.safetensors"), described(tmp_path / "photo.safetensors")
+    assert flow["version"] == FLOW_VERSION == 2 and flow["trajectory"]["flow"] == {"scale": 8.0}
+    assert photo["version"] == BANK_VERSION == 1 and "flow" not in photo["trajectory"]
+
+
+def test_a_diffusions_file_is_written_as_ever(tmp_path) -> None:
+    """The subject that the pack ships was saved before there were flows, and before token shares: nothing else is told of it now."""
+    again = tmp_path / "again.safetensors"
+    save_reference(load_reference(SHIPPED), again)
+    assert described(again) == described(SHIPPED) | {"share": 1.0}
+    same(load_file(SHIPPED), load_file(again))
 
 
 # what fails ------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_banks import anchor_bank, described, rewrite, same
+from small_banks import anchor_bank, described, flow_bank, rewrite, same
 
-from kindred.models.bank_file import FORMAT, load_reference, save_reference
+from kindred.models.bank_file import FLOW_VERSION, FORMAT, load_reference, save_reference
 from kindred.models.reference import BANK_VERSION
 
 LAW = pytest.mark.parametrize
@@ -72,18 +72,44 @@ def test_another_share(share, file) -> None:
     refuse(file, "where a share of the tokens belongs, above 0 and up to 1", "Copy it again")
 
 
-@LAW("version", [0, BANK_VERSION + 1, 10**30, -1, "1", True, None])
+@LAW("scale", [0, -1.0, "1", True, None, float("nan"), float("inf"), 10**400])
+def test_a_flow_of_another_scale(scale, tmp_path) -> None:
+    path = tmp_path / "flow.safetensors"
+    save_reference(flow_bank(), path)
+    told = described(path)
+    rewrite(path, told | {"trajectory": told["trajectory"] | {"flow": {"scale": scale}}})
+    refuse(path, "where the scale of a flow's noise belongs, above 0", "Copy it again")
+
+
+@LAW("change", [lambda path: path.update(flow=5), lambda path: path["flow"].pop("scale")], ids=["a number", "no scale"])
+def test_a_flow_that_is_none(change, tmp_path) -> None:
+    path = tmp_path / "flow.safetensors"
+    save_reference(flow_bank(), path)
+    told = described(path)
+    change(told["trajectory"])
+    rewrite(path, told)
+    refuse(path, "its description is damaged", "Copy it again")
+
+
+def test_a_flow_beyond_its_end(tmp_path) -> None:
+    save_reference(flow_bank(), tmp_path / "flow.safetensors")
+    rewrite(tmp_path / "flow.safetensors", **{"trajectory.sigmas": torch.tensor([0.0, 0.5, 2.0, 9.0])})
+    refuse(tmp_path / "flow.safetensors", "does not fit together", "a flow's sigmas go from 0 to 1; got 9")
+
+
+@LAW("version", [0, FLOW_VERSION + 1, 10**30, -1, "1", True, None])
 def test_another_version(version, file) -> None:
     rewrite(file, described(file) | {"version": version})
     if isinstance(version, int) and not isinstance(version, bool) and 0 <= version < 1 << 31:
-        refuse(file, f"is a reference of version {version}, but this Kindred reads version {BANK_VERSION}", "Update Kindred")
+        refuse(file, f"is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and {FLOW_VERSION}",
+               "Update Kindred")
     else:
         refuse(file, "its description is damaged", "Copy it again")
 
 
 def test_another_version_is_named_before_anything_else_is_read(file) -> None:
-    rewrite(file, json.dumps({"version": BANK_VERSION + 1}))
-    refuse(file, f"of version {BANK_VERSION + 1}")
+    rewrite(file, json.dumps({"version": FLOW_VERSION + 1}))
+    refuse(file, f"of version {FLOW_VERSION + 1}")
 
 
 def test_every_tensor_is_needed(file) -> None:

@@ -1,11 +1,14 @@
 """Laws of the reference bank: which blocks, which tokens at which step, which latent at which sigma."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from kindred.models.inversion import InversionTrajectory
+from kindred.models.noise import DIFFUSION, Flow, Noise
 from kindred.models.reference import (
     BANK_VERSION,
     BankBuilder,
@@ -35,8 +38,8 @@ def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def trajectory(noise_maps: Tensor | None = None) -> InversionTrajectory:
-    return InversionTrajectory(SIGMAS, rand(4, R, 4, Y, X, seed=1), "ddim", "a cat", "SD15 0", "normal, 3 steps", noise_maps)
+def trajectory(noise_maps: Tensor | None = None, sigmas: Tensor = SIGMAS, noise: Noise = DIFFUSION) -> InversionTrajectory:
+    return InversionTrajectory(sigmas, rand(4, R, 4, Y, X, seed=1), "ddim", "a cat", "SD15 0", "normal, 3 steps", noise_maps, noise)
 
 
 def masks() -> dict[tuple[int, int], Tensor]:
@@ -233,6 +236,28 @@ def test_edit_friendly_levels_have_noise_of_their_own(sigma, level) -> None:
     latents = trajectory().latents
     eps = (latents[level] - latents[0]) / SIGMAS[level]
     torch.testing.assert_close(bank(noise_maps=rand(3, R, 4, Y, X, seed=5)).latent_at(sigma), latents[0] + sigma * eps)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_a_flows_latent_beyond_the_end_keeps_its_noise(scale) -> None:
+    """(1 - sigma) x_0 + sigma eps with the last level's eps, up to sigma 1."""
+    noise = Flow(scale)
+    path = trajectory(sigmas=torch.tensor([0.0, 0.2, 0.5, 0.9]), noise=noise)
+    x0, last = path.latents[0], path.latents[3]
+    held = replace(bank(), trajectory=path)
+    for sigma in (0.95, 1.0):
+        wanted = noise.mix(x0, noise.noise_of(last, x0, 0.9), sigma)
+        torch.testing.assert_close(held.latent_at(sigma), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(held.latent_at(0.35), (path.latents[1] + path.latents[2]) / 2)
+
+
+@pytest.mark.parametrize(("sigma", "level"), [(0.3, 1), (0.35, 2), (0.6, 2), (0.8, 3), (1.0, 3)])
+def test_edit_friendly_levels_of_a_flow_have_noise_of_their_own(sigma, level) -> None:
+    noise = Flow(8.0)
+    path = trajectory(rand(3, R, 4, Y, X, seed=5), torch.tensor([0.0, 0.2, 0.5, 0.9]), noise)
+    x0, latent = path.latents[0], path.latents[level]
+    wanted = noise.mix(x0, noise.noise_of(latent, x0, path.sigmas[level].item()), sigma)
+    torch.testing.assert_close(replace(bank(), trajectory=path).latent_at(sigma), wanted, rtol=0, atol=1e-5)
 
 
 def test_which_half_reads_which() -> None:

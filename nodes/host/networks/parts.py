@@ -1,0 +1,66 @@
+"""What the rows of the table of networks share: names of classes, numbered blocks, the noise, how keys turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import comfy.model_sampling
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ....models.network.backbone import Backbone, Turn
+from ....models.reference import BlockId
+from ..model import family
+
+Row = Callable[
+    [Any, ModelPatcher], Backbone
+]  # the host's network and the MODEL around it -> what it is to the methods
+LISTED = "Load a model that docs/networks.md lists."
+
+
+def kinds(thing: object) -> tuple[str, ...]:
+    """The full names of an object's class and of what it derives from, nearest first.
+
+    Names, not classes: a class that this version of the host lacks must not break an import.
+    """
+    return tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(thing).__mro__)
+
+
+def blocks(stage: str, layers: Iterable[object]) -> tuple[BlockId, ...]:
+    """One block for every layer of a list: ("single", 0, 0), ("single", 1, 0), ..."""
+    return tuple((stage, index, 0) for index, _ in enumerate(layers))
+
+
+def silent(*lists: Iterable[object]) -> tuple[None, ...]:
+    """One call that holds no whole picture for every layer of these lists."""
+    return tuple(None for layers in lists for _ in layers)
+
+
+def side(patch: int | Iterable[int]) -> int:
+    """Cells along one side of a token, of a patch said as y, as (y, x) or as (t, y, x)."""
+    return patch if isinstance(patch, int) else int(tuple(patch)[-1])
+
+
+def known(model: ModelPatcher, **facts: Any) -> Backbone:
+    """A Backbone with the model's name and noise filled in."""
+    sampling = model.get_model_object("model_sampling")
+    flow = isinstance(sampling, comfy.model_sampling.CONST)
+    scale = (
+        float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0
+    )  # CONST.noise_scaling alone reads it
+    return Backbone(family=family(model), flow=flow, noise_scale=scale, **facts)
+
+
+def refused(model: ModelPatcher, why: str, remedy: str = LISTED) -> Backbone:
+    """A network that cannot be read, with the reason in the user's words."""
+    return known(model, calls=(), patch=1, unheard=f"{why}. {remedy}")
+
+
+def turn(embedder: Any, axes: tuple[float, ...], halves: bool = False) -> Turn:
+    """Keys that move with the text's length, by the host's EmbedND: positions [1 l a] -> [1 1 l d/2 2 2]."""
+
+    def rotation(positions: torch.Tensor) -> torch.Tensor:
+        return embedder(positions[None])[0, 0]
+
+    return Turn(axes, rotation, halves)

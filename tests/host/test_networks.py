@@ -1,0 +1,339 @@
+"""What nodes/host/networks says of a network, against what the host's own network does: one row per family."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from networks import random_model
+from tiny_networks import FLUX, READ, REFUSED, Family, build, denoised, latent, prompt, tiny
+from torch import Tensor, nn
+
+from kindred.models.network.backbone import Backbone, turned
+from kindred.nodes.host.networks import NETWORKS, recognise, require_network
+from kindred.nodes.host.networks.shapes import joined, plain
+
+TURNING = ("LongCatImage", "Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
+REFINING = ("Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")  # the picture alone first
+NATIVE = (
+    "Flux",
+    "FluxSchnell",
+    "Flux2",
+    "LongCatImage",
+    "Krea2",
+    "QwenImage",
+    "MageFlow",
+    "JoyImage",
+)  # references stand beside
+ODD = tuple(name for name, family in READ.items() if family.odd and family.patch > 1)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One attention call of a pass: tokens [b n (h d)], [b m (h d)], and what the host calls its block."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block: tuple[str, int] | None
+    references: int
+
+
+def listening(heard: list[Heard]) -> Callable[..., Tensor]:
+    """An override that changes nothing and passes every call through the layout of the methods."""
+
+    def attend(
+        func: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        **kw: Any,
+    ) -> Tensor:
+        options = kw["transformer_options"]
+        rows, keys, values, restored = joined(q, k, v, heads, kw)
+        block = (
+            (options.get("block_type"), options["block_index"])
+            if "block_index" in options
+            else None
+        )
+        references = sum(options.get("reference_image_num_tokens", ()))
+        heard.append(Heard(rows, keys.clone(), values.clone(), block, references))
+        return restored(func(rows, keys, values, heads, mask=mask, **plain(kw)))
+
+    return attend
+
+
+def listen(
+    name: str, noisy: Tensor | None = None, positive: list | None = None
+) -> tuple[list[Heard], Tensor]:
+    """Every call of one pass over a picture, and the pass's answer."""
+    heard: list[Heard] = []
+    model = tiny(name).clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = listening(heard)
+    noisy = latent(name) if noisy is None else noisy
+    return heard, denoised(model, noisy, prompt(name) if positive is None else positive)
+
+
+@cache
+def plain_pass(name: str) -> tuple[list[Heard], Tensor]:
+    return listen(name)
+
+
+def backbone(name: str) -> Backbone:
+    found = recognise(tiny(name))
+    assert found is not None and not found.unheard
+    return found
+
+
+def first_site(found: Backbone) -> int:
+    """The number of the first call that holds the picture."""
+    return next(n for n, block in enumerate(found.calls) if block)
+
+
+def changed(before: Tensor, after: Tensor) -> list[int]:
+    """The tokens in which two calls differ."""
+    return ((before - after).abs().amax((0, 2)) > 1e-6).nonzero().flatten().tolist()
+
+
+def count(name: str) -> int:
+    return math.prod(READ[name].grid)
+
+
+def test_every_row_names_a_class_of_this_host():
+    for name in NETWORKS:
+        module, _, kind = name.rpartition(".")
+        assert issubclass(getattr(importlib.import_module(module), kind), nn.Module)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_pass_makes_the_calls_that_the_backbone_says(name):
+    found, (heard, _) = backbone(name), plain_pass(name)
+    assert len(heard) == len(found.calls) and found.blocks
+    for call, block in zip(heard, found.calls):
+        if found.named:
+            assert call.block == (block[:2] if block else None)
+        if block is None:
+            continue
+        text = call.k.shape[1] - -(-count(name) // found.multiple) * found.multiple
+        assert (text > 0) == found.holds_text(block) and text >= 0
+        assert call.q.shape[2] == call.k.shape[2] == call.v.shape[2]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_one_changed_patch_is_one_changed_token_of_the_picture(name):
+    found, family = backbone(name), READ[name]
+    noisy, (row, column) = latent(name), (2, 1)
+    noisy[
+        ...,
+        row * family.patch : (row + 1) * family.patch,
+        column * family.patch : (column + 1) * family.patch,
+    ] += 1.0
+    before, after = plain_pass(name)[0], listen(name, noisy)[0]
+    n = first_site(found)
+    grid = found.grid(tuple(noisy.shape[-2:]))
+    tokens = found.picture(before[n].k.shape[1], math.prod(grid))
+    assert grid == family.grid and tokens.stop - tokens.start == count(name)
+    assert (
+        found.picture(before[n].q.shape[1], count(name)).start
+        == tokens.start - before[n].k.shape[1] + before[n].q.shape[1]
+    )
+    token = row * grid[1] + column
+    if name in REFINING:  # the picture's own tokens are mixed before they meet the text
+        refiner = next(i for i, call in enumerate(before) if changed(call.v, after[i].v))
+        assert changed(before[refiner].v, after[refiner].v) == [token]
+        assert changed(before[n].v, after[n].v) == list(
+            range(tokens.start, before[n].k.shape[1])
+        )  # the pads too
+    else:
+        assert changed(before[n].v, after[n].v) == [tokens.start + token]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_layout_of_the_methods_changes_no_bit(name):
+    assert torch.equal(plain_pass(name)[1], denoised(tiny(name), latent(name), prompt(name)))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_keys_beside_another_text_are_those_that_the_backbone_turns(name):
+    found, family = backbone(name), READ[name]
+    grid = (
+        family.grid if found.multiple == 1 else (8, 8)
+    )  # without pads: Z-Image's stay at position 0, whatever the text
+    noisy = latent(name, size=(grid[0] * family.patch, grid[1] * family.patch))
+    texts = [prompt(name, words=family.words + more) for more in (0, family.step)]
+    short, long = (listen(name, noisy, text)[0][first_site(found)] for text in texts)
+    of_short, of_long = (
+        call.k[:, found.picture(call.k.shape[1], math.prod(grid))] for call in (short, long)
+    )
+    scale = of_long.abs().max()
+    assert (found.turn is not None) == (name in TURNING)
+    if found.turn is None:
+        assert (of_short - of_long).abs().max() <= 1e-6 * scale
+        return
+    assert (of_short - of_long).abs().max() > 0.1 * scale
+    shift = long.k.shape[1] - short.k.shape[1]
+    assert (turned(of_short, found.turn, shift) - of_long).abs().max() <= 1e-6 * scale
+    assert (turned(of_long, found.turn, -shift) - of_short).abs().max() <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sizes(name):
+    found, family = backbone(name), READ[name]
+    size = tuple(side * family.patch - 1 for side in family.grid)
+    n = first_site(found)
+    one, other = (listen(name, latent(name, seed, size))[0][n] for seed in (1, 11))
+    tokens = found.picture(one.k.shape[1], math.prod(found.grid(size)))
+    assert found.grid(size) == family.grid
+    assert set(range(tokens.start, tokens.stop)) <= set(changed(one.v, other.v))
+    if found.multiple == 1:
+        assert changed(one.v, other.v) == list(range(tokens.start, tokens.stop))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_references_are_no_part_of_the_picture(name):
+    found, family = backbone(name), READ[name]
+    reference = latent(name, 61, (4 * family.patch, 2 * family.patch))
+    more = {"reference_latents_method": "index"} if name == "Krea2" else {}
+    asked = prompt(name, reference_latents=[reference], **more)
+    heard, _ = listen(name, positive=asked)
+    n = first_site(found)
+    one, other = heard[n], listen(name, latent(name, 11), asked)[0][n]
+    tokens = found.picture(one.k.shape[1], count(name), one.references)
+    assert found.references and len(heard) == len(found.calls)
+    assert one.k.shape[1] == plain_pass(name)[0][n].k.shape[1] + 8  # tokens of the reference
+    assert changed(one.v, other.v) == list(range(tokens.start, tokens.stop))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_noise_is_mixed_as_the_host_mixes_it(name):
+    found, sampling = backbone(name), tiny(name).get_model_object("model_sampling")
+    clean, noise, sigma = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4), torch.tensor([0.6])
+    mixed = sigma * found.noise_scale * noise + ((1 - sigma) if found.flow else 1) * clean
+    assert torch.allclose(
+        mixed, sampling.noise_scaling(sigma, noise.clone(), clean.clone()), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny_v", "tiny_xl", "tiny_koala", "tiny_xs"])
+def test_a_unet_goes_its_own_way(family):
+    assert (
+        recognise(random_model(family)) is None
+        and require_network(random_model(family), "Node") is None
+    )
+
+
+REASONS = {"PixArtSigma": "hands its attention to no other node", "HunyuanDiT": "hands its attention to no other node",
+           "ErnieImage": "hands its attention to no other node"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_refused_in_words(name):
+    with pytest.raises(ValueError) as error:
+        require_network(tiny(name), "Ref-UNet Feature Capture")
+    words = str(error.value)
+    assert words.startswith(f"Ref-UNet Feature Capture: {REFUSED[name].config} cannot be read: ")
+    assert REASONS.get(name, "it makes videos") in words and words.endswith(
+        "Load a model that docs/networks.md lists."
+    )
+
+
+class ComfyFluxWrapper(nn.Module):
+    """A name that another pack gives to a network around which nothing is heard."""
+
+
+class Unknown(nn.Module):
+    """A network that nobody has described."""
+
+
+@pytest.mark.parametrize("network, why, remedy", [
+    (ComfyFluxWrapper, "kernels of its own (nunchaku)", "Load the same model in bf16, fp8 or GGUF instead."),
+    (Unknown, "does not know the network Unknown", "Remove the node that puts a network of its own there.")])  # fmt: skip
+def test_a_foreign_network_is_refused(network, why, remedy):
+    model = tiny("Flux").clone()
+    model.add_object_patch("diffusion_model", network())
+    with pytest.raises(ValueError) as error:
+        require_network(model, "Node")
+    assert (
+        str(error.value).startswith("Node: Flux cannot be read: ")
+        and why in str(error.value)
+        and str(error.value).endswith(remedy)
+    )
+
+
+def test_a_foreign_heir_of_a_host_class_is_refused_by_its_name():
+    import comfy.ldm.qwen_image.model
+
+    heir = type(
+        "NunchakuQwenImageTransformer2DModel",
+        (comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,),
+        {},
+    )
+    model = build(READ["QwenImage"])
+    model.model.diffusion_model.__class__ = heir
+    with pytest.raises(ValueError, match="nunchaku"):
+        require_network(model, "Node")
+
+
+def test_patched_compiled_and_derived_models_are_what_they_were():
+    plain_one = backbone("Flux")
+    patched = tiny("Flux").clone()
+    patched.add_patches({"diffusion_model.img_in.weight": ("diff", (torch.ones(1),))})
+    compiled = tiny("Flux").clone()
+    around = (
+        nn.Module()
+    )  # as torch.compile stands around a module; importing its compiler takes ten seconds
+    around._orig_mod = tiny("Flux").model.diffusion_model
+    compiled.add_object_patch("diffusion_model", around)
+    derived = build(READ["FluxSchnell"])
+    derived.model.diffusion_model.__class__ = type(
+        "Mine", (type(derived.model.diffusion_model),), {}
+    )
+    for model in (patched, compiled, derived):
+        assert recognise(model).calls == plain_one.calls
+    assert recognise(derived).family == "FluxSchnell"
+
+
+def test_depths_and_patches_are_read_from_the_network():
+    found = recognise(
+        build(Family("Flux", FLUX | dict(depth=1, depth_single_blocks=5, patch_size=1)))
+    )
+    assert [block[0] for block in found.calls] == ["double"] + ["single"] * 5 and found.grid(
+        (7, 5)
+    ) == (7, 5)
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("layout", ["rows", "heads", "mixed"])
+def test_joined_takes_every_layout(layout, repeat):
+    q, k, v = (
+        torch.randn(2, 4, 5, 8),
+        torch.randn(2, 4 // repeat, 7, 8),
+        torch.randn(2, 4 // repeat, 7, 8),
+    )
+    rows = [
+        t.transpose(1, 2).flatten(2)
+        for t in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1))
+    ]
+    kwargs: dict[str, Any] = {"enable_gqa": True} if repeat > 1 else {}
+    if layout == "heads":
+        asked, kwargs = (q, k, v), kwargs | {"skip_reshape": True, "skip_output_reshape": True}
+    else:
+        flat = partial(torch.flatten, start_dim=2)
+        values = v.transpose(1, 2)
+        asked = (
+            flat(q.transpose(1, 2)),
+            flat(k.transpose(1, 2)),
+            values if layout == "mixed" else flat(values),
+        )
+    *tokens, restored = joined(*asked, 4, kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(tokens, rows))
+    assert torch.equal(restored(rows[0]), q if layout == "heads" else rows[0])
+    assert plain(kwargs | {"scale": 2.0}) == {"scale": 2.0}
