@@ -17,7 +17,7 @@ from ...models.injection import AttnCall, PassEnds, Run
 from ...models.network.call import Pass
 from ...models.reference import BlockId
 from .model import KEY
-from .networks.shapes import joined
+from .networks.shapes import joined, plain
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
 
@@ -78,53 +78,66 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         block = run.passing.next(_told(options))
         if block is None or not (run.watchers or run.active):
             return host(q, k, v, heads, mask, **kwargs)
-        shaped = joined(q, k, v, heads, kwargs)
+        flat, rest = joined(q, k, v, heads, kwargs), plain(kwargs)
+        own_q, own_k, own_v, restored = flat
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-            return host(q, k, v, heads, mask, **shaped.kwargs)
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+        ) -> Tensor:
+            return host(q, k, v, heads, mask, **rest)
 
-        y, x = run.passing.grid
-        references = sum_of(options.get("reference_image_num_tokens"))
-        queries, keys = (
-            run.backbone.picture(tokens.shape[1], y * x, references)
-            for tokens in (shaped.q, shaped.k)
-        )
-        call = run.joint_call(block, options, keys, mask)
+        queries, keys = (_picture(run, options, tokens) for tokens in (own_q, own_k))
+        call = run.joint_call(block, options, keys, rows_of(mask, queries))
         for watcher in run.watchers:
-            watcher.self_tokens(call, torch.cat([shaped.k[:, keys], shaped.v[:, keys]], -1))
+            watcher.self_tokens(call, torch.cat([own_k[:, keys], own_v[:, keys]], -1))
         run.end_if_complete()
         run.hear(call)
-        if not run.found(call, shaped.q[:, queries], shaped.k, shaped.v):
+        if not run.found(call, own_q[:, queries], own_k, own_v):
             return host(q, k, v, heads, mask, **kwargs)
         fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
-        return shaped.restore(
-            _beside_text(run, call, FusedAttend(attend) if fused else attend, shaped, queries, mask)
+        read = FusedAttend(attend) if fused else attend
+        picture = run.attend(call, read, own_q[:, queries], own_k, own_v, heads)
+        return restored(
+            torch.cat(
+                [
+                    *_others(attend, own_q, own_k, own_v, heads, mask, slice(0, queries.start)),
+                    picture,
+                    *_others(attend, own_q, own_k, own_v, heads, mask, slice(queries.stop, None)),
+                ],
+                1,
+            )
         )
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
 
 
-def sum_of(counts: Any) -> int:
+def _counted(counts: Any) -> int:
     """Tokens of the host's own reference latents: a list of their counts, or none."""
     if not counts:
         return 0
     return sum(counts) if isinstance(counts, (list, tuple)) else int(counts)
 
 
-def _beside_text(
-    run: Run, call: AttnCall, attend: Attend, shaped: Any, queries: slice, mask: Tensor | None
-) -> Tensor:
-    """The picture's queries read what they are lent; all others stay the host's: [b n (h d)]."""
-    q, k, v, heads = shaped.q, shaped.k, shaped.v, shaped.heads
-    picture = run.attend(call, attend, q[:, queries], k, v, heads)
-    pieces = [
-        attend(q[:, rows], k, v, heads, mask=rows_of(mask, rows))
-        for rows in (slice(0, queries.start), slice(queries.stop, None))
-        if q[:, rows].shape[1]
-    ]
-    before = pieces[:1] if queries.start else []
-    return torch.cat([*before, picture, *pieces[len(before) :]], 1)
+def _picture(run: Run, options: Mapping[str, Any], tokens: Tensor) -> slice:
+    """Where the picture stands among the tokens [b n c] of a call."""
+    y, x = run.passing.grid
+    references = _counted(options.get("reference_image_num_tokens"))
+    return run.backbone.picture(tokens.shape[1], y * x, references)
+
+
+def _others(
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    rows: slice,
+) -> list[Tensor]:
+    """Queries that are not the picture's stay the host's: one piece [b n (h d)], or none."""
+    some = q[:, rows]
+    return [attend(some, k, v, heads, mask=rows_of(mask, rows))] if some.shape[1] else []
 
 
 def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:

@@ -25,9 +25,8 @@ from .foreign import hands_on, told_once
 from .foresight import Foreseen, foresee
 from .joint import joint_override, joint_pass
 from .model import KEY, Conditioning, log, network
-from .networks import require_network
 from .page import warn
-from .sites import sites_of
+from .sites import require_backbone, sites_of
 from .stages import Stages, begin_keyframes
 
 
@@ -277,7 +276,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kw
     injections = original["transformer_options"].get(KEY, ())
     if "multigpu_clones" in original:
         raise ValueError("Kindred: MultiGPU Work Units split the rows that share a subject over several devices. Remove that node.")
-    backbone = require_network(guider.model_patcher, "Kindred")
+    backbone = require_backbone(guider.model_patcher, "Kindred")
     for injection in injections:
         injection.check(guider.model_patcher)
     run = SamplerRun(injections=injections, backbone=backbone)

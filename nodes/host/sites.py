@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from ...models.injection import BlockSite
 from ...models.network.backbone import Backbone
 from ...models.reference import BlockId
-from .model import attention_sites, network
+from .model import attention_sites, network, require_unet
 from .networks import require_network
 
 
@@ -20,6 +20,14 @@ def sites_of(model: ModelPatcher, backbone: Backbone | None) -> dict[BlockId, Bl
     }
 
 
+def require_backbone(model: ModelPatcher, node: str) -> Backbone | None:
+    """None for a UNet that makes pictures from text; ValueError in words for a network that cannot be read."""
+    backbone = require_network(model, node)
+    if backbone is None:
+        require_unet(model, node)
+    return backbone
+
+
 def require_sites(model: ModelPatcher, node: str) -> dict[BlockId, BlockSite]:
-    """The same; ValueError in words for a network that cannot be read."""
-    return sites_of(model, require_network(model, node))
+    """The sites of a network that can be read; ValueError in words for one that cannot."""
+    return sites_of(model, require_backbone(model, node))
