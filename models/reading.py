@@ -4,7 +4,7 @@ Axes: b rows of a call = parts x pictures, n query tokens, m reference tokens, c
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import combinations
@@ -19,6 +19,10 @@ from .sharing import Sharing
 
 if TYPE_CHECKING:
     from .injection import AttnCall, Role
+
+
+# How a call reads references: attend_with_references, or in a joint softmax a PictureReader (attend, q, k, v, references, heads)
+Read = Callable[[Attend, Tensor, Tensor, Tensor, Sequence[ReferenceTokens], int], Tensor]
 
 
 class Merge(str, Enum):
@@ -100,7 +104,7 @@ def beside_others(sharing: Sharing, call: AttnCall, k: Tensor, v: Tensor) -> lis
 
 
 def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, references: Sequence[References],
-                 parts: Sequence[int]) -> Tensor:
+                 parts: Sequence[int], read: Read = attend_with_references) -> Tensor:
     """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
     rows = q.shape[0] // len(parts)
 
@@ -109,11 +113,11 @@ def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor
     given = [(gather_parts(r, call, parts, rows), region(r), r.merge) for r in references]
     free = [tokens for tokens, mask, merge in given if merge is Merge.CONCAT and mask is None]
     masked = [(tokens, mask) for tokens, mask, merge in given if merge is Merge.CONCAT and mask is not None]
-    mixed = attend_with_references(attend, q, k, v, free, heads)
+    mixed = read(attend, q, k, v, free, heads)
     for size in range(1, len(masked) + 1):  # where target masks overlap, a query reads all of their references
         for chosen in combinations(masked, size):
             seen = torch.stack([mask for _, mask in chosen]).prod(0)
-            mixed = blend_queries(mixed, attend_with_references(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen)
+            mixed = blend_queries(mixed, read(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen)
     for tokens, mask, merge in given:
         if merge is Merge.ADD and not tokens.silent:
             beside = attend(q, tokens.k.expand(len(q), -1, -1), tokens.v.expand(len(q), -1, -1), heads) * tokens.weight
