@@ -87,6 +87,11 @@ class ReferenceTokens:
         """True when attention may leave this reference out exactly."""
         return self.k.shape[1] == 0 or (not isinstance(self.weight, Tensor) and self.weight == 0)
 
+    @property
+    def even(self) -> bool:
+        """True when one known number says how loud all of its tokens are."""
+        return self.log_mask is None and not isinstance(self.weight, Tensor)
+
 
 def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Attend with torch's fused attention, scale 1/sqrt(d). Shapes as Attend."""
@@ -109,8 +114,17 @@ class FusedAttend:
         return self.attend(q, k, v, heads, mask=mask)
 
     def joins(self, q: Tensor, k: Tensor, heads: int) -> bool:
-        """Whether a kernel of this device takes such a call, q [b n (h d)], k [b m (h d)], and tells the right number."""
-        return k.shape[1] >= self.shortest and not q.requires_grad and _kernel_tells(q.device, q.dtype, q.shape[-1] // heads)
+        """Whether a call with a weighted reference, q [b n (h d)], k [b m (h d)], is to be joined by sums."""
+        return k.shape[1] >= self.shortest and self.tells(q, k, heads)
+
+    @staticmethod
+    def tells(q: Tensor, k: Tensor, heads: int) -> bool:
+        """Whether a kernel of this device takes such a call, q [b n (h d)], k [b m (h d)], and tells the right number.
+
+        It has no gradient, and takes no keys of fewer heads than the queries'.
+        """
+        d = q.shape[-1] // heads
+        return not q.requires_grad and k.shape[-1] == q.shape[-1] and _kernel_tells(q.device, q.dtype, d)
 
     @staticmethod
     def with_sums(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -191,6 +205,14 @@ def attend_with_references(
     to 1, the joint softmax when all are 1. Cost: one attend for each distinct weight, and one for A_0 unless w1 is 1.
     Raises ValueError if several references blend and one of the weights is a tensor, as tensors cannot be ranked unread.
     """
+    return read_in_levels(references, lambda members: _attend_joint(attend, q, k, v, members, heads, bias_via))
+
+
+def read_in_levels(references: Sequence[ReferenceTokens], read: Callable[[Sequence[ReferenceTokens]], Tensor]) -> Tensor:
+    """`read` says what is attended to beside some of the references, [b n (h d)]; here OUTPUT_BLEND ones come in by weight.
+
+    The formula, the cost and the error are attend_with_references'.
+    """
     heard = [ref for ref in references if not ref.silent]
     held = [ref for ref in heard if ref.mode is not WeightMode.OUTPUT_BLEND]
     blended = [ref for ref in heard if ref.mode is WeightMode.OUTPUT_BLEND]
@@ -204,12 +226,12 @@ def attend_with_references(
     for weight, group in groupby(blended, _weight):
         levels.append((weight, [*levels[-1][1], *group]))
 
-    out = _attend_joint(attend, q, k, v, levels[-1][1], heads, bias_via)
+    out = read(levels[-1][1])
     for (outer, members), (inner, _) in zip(reversed(levels[:-1]), reversed(levels[1:]), strict=True):
         share = inner if outer == 1.0 else inner / outer
         if isinstance(share, Tensor) or share != 1.0:
             share = share.to(out).reshape(-1, 1, 1) if isinstance(share, Tensor) else share
-            out = torch.lerp(_attend_joint(attend, q, k, v, members, heads, bias_via), out, share)
+            out = torch.lerp(read(members), out, share)
     return out
 
 
@@ -281,24 +303,30 @@ def _loudness(ref: ReferenceTokens) -> float:
 
 def _weighs(references: Sequence[ReferenceTokens]) -> bool:
     """Whether a reference has a bias, and none has one of its own for each token."""
-    plain = all(ref.log_mask is None and not isinstance(ref.weight, Tensor) for ref in references)
-    return plain and any(map(_loudness, references))
+    return all(ref.even for ref in references) and any(map(_loudness, references))
 
 
 def _joined_by_sums(attend: FusedAttend, q: Tensor, k: Tensor, v: Tensor, references: Sequence[ReferenceTokens], heads: int) -> Tensor:
     """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j exp(s_j) (method.md 4, I11)."""
     quiet = [ref for ref in references if not _loudness(ref)]
-    b = k.shape[0]
     if quiet:
-        k, v = (torch.cat((own, ref.expand(b, -1, -1)), 1) for own, ref in zip((k, v), _joined_tokens(quiet)))
-    out, sums = attend.with_sums(q, k, v, heads)
-    loud = sorted((ref for ref in references if _loudness(ref)), key=_loudness)
-    for loudness, group in groupby(loud, _loudness):
-        beside, theirs = attend.with_sums(q, *(x.expand(b, -1, -1) for x in _joined_tokens(list(group))), heads)
+        k, v = (torch.cat((own, ref.expand(k.shape[0], -1, -1)), 1) for own, ref in zip((k, v), _joined_tokens(quiet)))
+    own = attend.with_sums(q, k, v, heads)
+    return join_by_sums(attend, q, own, [ref for ref in references if _loudness(ref)], heads).flatten(2)
+
+
+def join_by_sums(
+    attend: FusedAttend, q: Tensor, own: tuple[Tensor, Tensor], references: Sequence[ReferenceTokens], heads: int
+) -> Tensor:
+    """`own`, an answer of with_sums, joined with what q [b n (h d)] reads in `even` references -> [b n h d]."""
+    out, sums = own
+    by_loudness = sorted(references, key=_loudness)
+    for loudness, group in groupby(by_loudness, _loudness):
+        beside, theirs = attend.with_sums(q, *(x.expand(q.shape[0], -1, -1) for x in _joined_tokens(list(group))), heads)
         theirs = theirs + loudness
         out = torch.lerp(out, beside, torch.sigmoid(theirs - sums).to(out))
-        sums = torch.logaddexp(sums, theirs) if loudness != _loudness(loud[-1]) else sums
-    return out.flatten(2)
+        sums = torch.logaddexp(sums, theirs) if loudness != _loudness(by_loudness[-1]) else sums
+    return out
 
 
 def _joined_tokens(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
@@ -319,7 +347,7 @@ def _joined_bias(references: Sequence[ReferenceTokens]) -> Tensor | None:
 
 def _bias_beside(own: int, references: Sequence[ReferenceTokens], dtype: torch.dtype) -> Tensor | None:
     """0 for the own tokens, then the references' bias: [1|b own+m]; made once where it is the same in every layer and step."""
-    if any(ref.log_mask is not None or isinstance(ref.weight, Tensor) for ref in references):
+    if not all(ref.even for ref in references):
         bias = _joined_bias(references)
         return None if bias is None else F.pad(bias, (own, 0)).to(dtype)
     logs = tuple((ref.k.shape[1], _loudness(ref)) for ref in references)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .injection import AttnCall, Role
 
 
+# How a call reads references: attend_with_references, or in a joint softmax a PictureReader (attend, q, k, v, references, heads)
+Read = Callable[[Attend, Tensor, Tensor, Tensor, Sequence[ReferenceTokens], int], Tensor]
+
+
 class Merge(str, Enum):
     """How references join what the attention reads anyway (method.md 2.2 eq. 7-9, I42)."""
     CONCAT = "concat"  # one softmax over both: paper A
@@ -119,7 +123,7 @@ def reader(call: AttnCall, parts: Sequence[int], references: Sequence[References
 
 
 def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, references: Sequence[References],
-                 parts: Sequence[int]) -> Tensor:
+                 parts: Sequence[int], read: Read = attend_with_references) -> Tensor:
     """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
     read = reader(call, parts, references)
     rows = q.shape[0] // len(parts)

@@ -87,13 +87,16 @@ class Backbone:
 def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
     """Rotated keys [b m (h d)] as they would be beside a text of `shift` more tokens: R(p') k = R(p' - p) R(p) k.
 
-    Law T1 of docs/method.md's rotation; computed in float32. ValueError where the heads are no whole number of d.
+    D (1) of docs/method.md 4.1. Computed in float32, or in float64 if the keys are.
+    ValueError where the channels are no whole number of heads of d.
     """
-    matrix = turn.rotation(torch.tensor([turn.axes], dtype=torch.float32, device=keys.device) * shift)[0].float()  # [d/2 2 2]
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    step = torch.tensor([turn.axes], dtype=torch.float32, device=keys.device) * shift
+    matrix = turn.rotation(step)[0].to(wide)  # [d/2 2 2]
     d = 2 * matrix.shape[0]
     if keys.shape[-1] % d:
         raise ValueError(f"Kindred: keys of {keys.shape[-1]} channels are no whole number of heads of {d}.")
-    heads = keys.float().unflatten(-1, (-1, d))
+    heads = keys.to(wide).unflatten(-1, (-1, d))
     pairs = heads.unflatten(-1, (2, d // 2)).movedim(-2, -1) if turn.halves else heads.unflatten(-1, (d // 2, 2))
     rotated = torch.einsum("dij,...dj->...di", matrix, pairs)
     back = rotated.movedim(-1, -2).flatten(-2) if turn.halves else rotated.flatten(-2)
