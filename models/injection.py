@@ -20,7 +20,7 @@ from .masks import resize_soft, resize_user_mask, token_map, token_weights
 from .network.backbone import Backbone, turned
 from .network.call import Joint, Pass
 from .reading import Merge as Merge
-from .reading import References, attend_group, attend_sharing, beside_others, take_parts
+from .reading import References, attend_group, attend_sharing, beside_others, reader, take_parts
 from .reading import gather_parts as gather_parts
 from .reference import BlockId, Grid, Half, ReferencePrompt, SubjectTokens, block_name, keys_values, select_blocks
 from .sharing import Sharing
@@ -410,8 +410,11 @@ class Run:
         """
         self.hear(call)
         found = self.found(call, q, k, v)
-        if not found:
-            return attend(q, k, v, heads)
+        return self.read(call, found, attend, q, k, v, heads) if found else attend(q, k, v, heads)
+
+    def read(self, call: AttnCall, found: Sequence[References | Sharing], attend: Attend, q: Tensor, k: Tensor, v: Tensor,
+             heads: int) -> Tensor:
+        """The same of what was found for the call."""
         if len(found) == 1 and isinstance(found[0], Sharing):
             return attend_sharing(call, attend, q, k, v, heads, found[0])
         found = [r for f in found for r in (beside_others(f, call, k, v) if isinstance(f, Sharing) else [f])]
@@ -451,7 +454,8 @@ class Run:
         out: dict[int, Tensor] = {}
         for reads, parts in groups.items():
             own = [take_parts(call, t, parts) for t in (q, k, v)]
-            mixed = attend_group(call, attend, *own, heads, [r for r, m in zip(found, reads) if m is not None], parts)
+            heard = [r for r, m in zip(found, reads) if m is not None]
+            mixed = attend_group(call, attend, *own, heads, heard, parts, reader(call, parts, heard))
             if len(groups) == 1:
                 return mixed
             out.update(zip(parts, mixed.chunk(len(parts))))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attend, ReferenceTokens, WeightMode, attend_with_references, blend_queries
-from .joint import TextShare, attend_picture
+from .joint import PictureReader, TextShare
 from .sharing import Sharing
 
 if TYPE_CHECKING:
@@ -105,27 +105,17 @@ def beside_others(sharing: Sharing, call: AttnCall, k: Tensor, v: Tensor) -> lis
     return [References({}, by_part={i: tokens[who] for i, tokens in by_part.items()}, pictures=who) for who in groups]
 
 
-Read = Callable[..., Tensor]  # (attend, q, k, v, references, heads) -> [b n c], as attend_with_references
-
-
 def reader(call: AttnCall, parts: Sequence[int], references: Sequence[References]) -> Read:
     """How the listed parts of a call read references: beside all keys, or in a joint softmax beside the picture's."""
     if call.joint is None:
         return attend_with_references
-    share = next((r.share for r in references if r.share is not TextShare.KEPT), TextShare.KEPT)
-    mask, picture = call.joint.mask, call.joint.picture
-    if mask is not None and mask.shape[0] > 1:
-        mask = take_parts(call, mask, parts)
-
-    def read(attend: Attend, q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[ReferenceTokens], heads: int) -> Tensor:
-        return attend_picture(attend, q, k, v, heads, picture, tokens, share, mask)
-    return read
+    share = TextShare.PLAIN if any(r.share is TextShare.PLAIN for r in references) else TextShare.KEPT
+    return PictureReader(call.joint.picture, share, call.joint.mask).of(lambda rows: take_parts(call, rows, parts))
 
 
 def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, references: Sequence[References],
                  parts: Sequence[int], read: Read = attend_with_references) -> Tensor:
     """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
-    read = reader(call, parts, references)
     rows = q.shape[0] // len(parts)
 
     def region(r: References) -> Tensor | None:

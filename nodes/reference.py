@@ -16,6 +16,7 @@ from ..models.attention import SELF_ODDS, ReferenceTokens, WeightMode, dial
 from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask, grid_of, map_blocks
 from ..models.inversion import InversionTrajectory
 from ..models.masks import Threshold, resize_user_mask, union_of_first
+from ..models.noise import Noise
 from ..models.overlay import draw_masks
 from ..models.reference import (
     BankBuilder, BlockId, Grid, Half, Halves, Keeps, Layer, ReferenceBank, ReferencePrompt, block_name, select_blocks, thinned,
@@ -105,14 +106,19 @@ class RefUNetPass:
             return torch.cat(self.sites[block].keys_values(tokens.to(device, computed)), -1).cpu()
         return self.builder.finish(self.grids, masks, trajectory, self.prompts, key, maps, project)
 
+    def width(self, block: BlockId) -> int:
+        """Channels of a token of a block; of a transformer they are known once the recorder saw one."""
+        module, seen = self.sites[block].module, self.recorder.tokens.get((Half.COND, block))
+        if module is not None:
+            return module.attn1.to_k.in_features
+        return 0 if seen is None else seen.shape[-1]
+
     def bytes_held(self, pictures: int, dtype: torch.dtype) -> int:
         """Of main memory while the pass runs: of all hidden states, or of what is kept where the masks are wired."""
-        if self.live:
-            return 0
         masks, keeps = self.builder.masks, self.builder.keeps
         tokens = {grid: pictures * math.prod(grid) if masks is None else
                   len(thinned(masks[grid].flatten().nonzero().squeeze(1), self.builder.share)) for grid in self.grids.values()}
-        step = sum(tokens[grid] * self.sites[block].module.attn1.to_k.in_features for block, grid in self.grids.items()) * dtype.itemsize
+        step = sum(tokens[grid] * self.width(block) for block, grid in self.grids.items()) * dtype.itemsize
         held = len(self.prompts) * self.steps * step
         return held * 2 if masks is not None and keeps.projects(held) else held
 
@@ -202,9 +208,12 @@ class RefUNetCapture(io.ComfyNode):
         builder = BankBuilder(torch.float16 if precision == "float16" else None, masks, token_share, Keeps(keeps))
         reading = RefUNetPass(sites, grids, whole, prompts, len(down) - 1, recorder, builder,
                               OTSU if mask_threshold == OTSU else mask_value, mask_steps)
-        reading.live = is_live(sites, Keeps(keeps))
-        if inversion is None and reading.live:
-            inversion = invert_flow(model, z0, down, prompts[Half.COND], key, name)
+        transformer = any(site.backbone for site in sites.values())
+        reading.live = is_live(transformer, Keeps(keeps))
+        if inversion is None and transformer:
+            noise = host.noise_of(model, CAPTURE)
+            path = host.reference_pass(model, shape, down, prompts[Half.COND], None, flow_loop(z0, down, noise), total=len(down))
+            inversion = InversionTrajectory(down.flip(0), path, "fireflow", prompts[Half.COND].text, key, name, noise=noise)
         if inversion is not None:
             loop = replay_loop(inversion, reading.keep)
         else:
@@ -214,9 +223,10 @@ class RefUNetCapture(io.ComfyNode):
             """The whole pass, and what needs the loaded model after it."""
             return reading.finish(loop(denoise, device, progress), key, device)
         calls = (1 if masks else mask_steps) if reading.live else len(down) - 1 + (inversion is None)
-        log.info("%s: reads the photo in %d calls of the UNet; its features take %.1f MB of main memory%s.", CAPTURE, calls,
-                 reading.bytes_held(shape[0], builder.precision or host.computes_in(model)) / 1e6,
-                 " until the mask is known" if masks is None else "")
+        held = reading.bytes_held(shape[0], builder.precision or host.computes_in(model))
+        log.info("%s: reads the photo in %d calls of the network%s%s.", CAPTURE, calls,
+                 f"; its features take {held / 1e6:.1f} MB of main memory" if held else "",
+                 " until the mask is known" if held and masks is None else "; a sampler reads it anew in each step" if reading.live else "")
         bank = host.reference_pass(model, shape, down, prompts[Half.COND], prompts.get(Half.UNCOND), read, recorder, calls,
                                    ends_early=inversion is not None)
         found = bank.masks[whole]
@@ -229,12 +239,19 @@ class RefUNetCapture(io.ComfyNode):
         return io.NodeOutput(bank, picture, ui=ui.SavedImages(shown))
 
 
-def is_live(sites: Mapping[BlockId, BlockSite], keeps: Keeps) -> bool:
+def flow_loop(z0: Tensor, down: Tensor, noise: Noise) -> host.Loop:
+    """FireFlow's inversion of a transformer's photo; its points are read in a pass of their own."""
+    def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+        return method.fireflow_invert(denoise, z0.to(device), down.flip(0), noise=noise,
+                                      on_step=lambda i, total, x, denoised: progress(i, denoised, x)).cpu()
+    return loop
+
+
+def is_live(transformer: bool, keeps: Keeps) -> bool:
     """Whether every step will be read anew: of a transformer, unless its keys and values are asked for by name.
 
     ValueError for hidden states of a transformer, which nothing here could make keys of.
     """
-    transformer = any(site.backbone is not None for site in sites.values())
     if transformer and keeps is Keeps.HIDDEN:
         raise ValueError(f"{CAPTURE}: keeps is {keeps.value!r}, but of a transformer keys and values are taken as they come. Choose "
                          "automatic (read live, step by step) or keys and values (held for every step).")

@@ -12,8 +12,9 @@ import torch
 from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch
 from torch import Tensor
 
-from ...models.attention import Attend, FusedAttend
-from ...models.injection import AttnCall, PassEnds, Run
+from ...models.attention import FusedAttend
+from ...models.injection import PassEnds, Run
+from ...models.joint import attend_rows
 from ...models.network.call import Pass
 from ...models.reference import BlockId
 from .model import KEY
@@ -78,8 +79,8 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         block = run.passing.next(_told(options))
         if block is None or not (run.watchers or run.active):
             return host(q, k, v, heads, mask, **kwargs)
-        flat, rest = joined(q, k, v, heads, kwargs), plain(kwargs)
-        own_q, own_k, own_v, restored = flat
+        own_q, own_k, own_v, restored = joined(q, k, v, heads, kwargs)
+        rest = plain(kwargs)
 
         def attend(
             q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
@@ -87,26 +88,22 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
             return host(q, k, v, heads, mask, **rest)
 
         queries, keys = (_picture(run, options, tokens) for tokens in (own_q, own_k))
-        call = run.joint_call(block, options, keys, rows_of(mask, queries))
+        call = run.joint_call(block, options, keys, None)
         for watcher in run.watchers:
             watcher.self_tokens(call, torch.cat([own_k[:, keys], own_v[:, keys]], -1))
         run.end_if_complete()
         run.hear(call)
-        if not run.found(call, own_q[:, queries], own_k, own_v):
+        found = run.found(call, own_q[:, queries], own_k, own_v)
+        if not found:
             return host(q, k, v, heads, mask, **kwargs)
         fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
-        read = FusedAttend(attend) if fused else attend
-        picture = run.attend(call, read, own_q[:, queries], own_k, own_v, heads)
-        return restored(
-            torch.cat(
-                [
-                    *_others(attend, own_q, own_k, own_v, heads, mask, slice(0, queries.start)),
-                    picture,
-                    *_others(attend, own_q, own_k, own_v, heads, mask, slice(queries.stop, None)),
-                ],
-                1,
-            )
-        )
+        kernel = FusedAttend(attend) if fused else attend
+
+        def read(q: Tensor, mask: Tensor | None) -> Tensor:
+            call = run.joint_call(block, options, keys, mask)
+            return run.read(call, found, kernel, q, own_k, own_v, heads)
+
+        return restored(attend_rows(attend, own_q, own_k, own_v, heads, queries, read, mask))
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
@@ -124,24 +121,3 @@ def _picture(run: Run, options: Mapping[str, Any], tokens: Tensor) -> slice:
     y, x = run.passing.grid
     references = _counted(options.get("reference_image_num_tokens"))
     return run.backbone.picture(tokens.shape[1], y * x, references)
-
-
-def _others(
-    attend: Attend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None,
-    rows: slice,
-) -> list[Tensor]:
-    """Queries that are not the picture's stay the host's: one piece [b n (h d)], or none."""
-    some = q[:, rows]
-    return [attend(some, k, v, heads, mask=rows_of(mask, rows))] if some.shape[1] else []
-
-
-def rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
-    """The host's mask for some of the queries: most of them are the same for all."""
-    if mask is None or mask.ndim < 3 or mask.shape[-2] == 1:
-        return mask
-    return mask[..., rows, :]
