@@ -15,6 +15,7 @@ from ..models import inversion as method
 from ..models.attention import SELF_ODDS, ReferenceTokens, WeightMode, dial
 from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask, grid_of, map_blocks
 from ..models.inversion import InversionTrajectory
+from ..models.joint import TextShare
 from ..models.masks import Threshold, resize_user_mask, union_of_first
 from ..models.noise import Noise
 from ..models.overlay import draw_masks
@@ -311,6 +312,7 @@ class MaskedSelfInjection:
     end: float
     halves: Halves
     target_mask: Tensor | None = None  # [1|b y x] at the mask's own size
+    text: TextShare = TextShare.KEPT
     watches: ClassVar[bool] = False
 
     @property
@@ -374,7 +376,8 @@ class ActiveMaskedSelf:
             c.weight, k.new_full((k.shape[1],), math.log(louder), dtype=torch.float32))
         made = {half: ReferenceTokens(k[i:i + 1], v[i:i + 1], weight, c.mode, log_mask) for i, half in enumerate(halves)}
         return [References({role: made[half] for role, half in source.items()}, self.target(call, q) if self.target else None,
-                           by_row=ReferenceTokens(k, v, weight, c.mode, log_mask) if halves == list(source.values()) else None)]
+                           by_row=ReferenceTokens(k, v, weight, c.mode, log_mask) if halves == list(source.values()) else None,
+                           share=c.text)]
 
 
 class MaskedSelfAttnInject(io.ComfyNode):
@@ -413,6 +416,10 @@ class MaskedSelfAttnInject(io.ComfyNode):
                                        "shared gives both halves the same features."),
                 io.Mask.Input("target_mask", optional=True, tooltip="Only this part of the new picture may look at the reference. White is "
                                                                     "where."),
+                io.Combo.Input("text_share", options=[s.value for s in TextShare], default=TextShare.KEPT.value, optional=True, advanced=True,
+                               tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the picture share one attention. kept: "
+                                       "the prompt is heard as much as without the reference. plain: the reference dims it too. Without "
+                                       "effect in SD1.5, SD2.x and SDXL."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
         )
@@ -420,7 +427,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, reference: ReferenceBank, strength: float = 1.0, weight: float = 1.0,
                 weight_mode: str = WeightMode.LOGIT_BIAS.value, blocks: str = "all", start_percent: float = 0.0, end_percent: float = 1.0,
-                halves: str = Halves.COND.value, target_mask: Tensor | None = None) -> io.NodeOutput:
+                halves: str = Halves.COND.value, target_mask: Tensor | None = None,
+                text_share: str = TextShare.KEPT.value) -> io.NodeOutput:
         sites = host.require_sites(model, INJECT)
         host.require_reference(INJECT, reference, model)
         wanted = select_blocks(blocks, host.self_attentions(sites), INJECT)
@@ -435,7 +443,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
         weight *= dial(strength, INJECT, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         injection = MaskedSelfInjection(reference, weight, mode, frozenset(wanted) & frozenset(reference.blocks),
-                                        start_percent, end_percent, Halves(halves), mask)
+                                        start_percent, end_percent, Halves(halves), mask, TextShare(text_share))
         if not injection.sources <= reference.features.keys():
             raise ValueError(f"{INJECT}: halves is {halves!r}, but the reference holds only the "
                              f"{', '.join(h.value for h in reference.features)} half. "

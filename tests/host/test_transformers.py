@@ -15,6 +15,7 @@ from torch import Tensor
 from kindred.models.inversion import InversionTrajectory
 from kindred.models.reference import ReferenceBank
 from kindred.nodes import host
+from kindred.nodes.host.sites import require_backbone
 
 FAMILIES = tuple(READ)
 WHITE = torch.ones(1, 32, 32)
@@ -117,3 +118,14 @@ def test_an_inversion_and_its_latent_lead_to_the_same_reference(name: str) -> No
 def test_it_is_felt_however_one_samples(name: str, how: dict[str, Any]) -> None:
     with_it, without = (sample(m, name, **how) for m in (inject(tiny(name), bank_of(name)), tiny(name)))
     assert with_it.isfinite().all() and apart(with_it, without) > FELT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_text_keeps_its_share_unless_told_otherwise(name: str) -> None:
+    """Where text and picture are in one softmax, plain concatenation dims the text; where they are apart it changes nothing."""
+    kept, dimmed = (
+        sample(inject(tiny(name), itself(name), 3.0, text_share=share), name)
+        for share in ("kept", "plain")
+    )
+    joint = require_backbone(tiny(name), "test").joint
+    assert apart(kept, plain(name)) < SAME and (apart(dimmed, plain(name)) > FELT) is joint
