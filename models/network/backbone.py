@@ -46,7 +46,8 @@ class Backbone:
     family: str  # the host's name of its kind
     calls: tuple[BlockId | None, ...]  # of one pass, in running order; None: one that holds no whole picture (refiners, text alone)
     patch: int  # latent cells along one side of a token
-    named: bool = False  # the host tells block_type and block_index, which are ("double", i, 0) or ("single", i, 0)
+    named: bool = False  # the host tells block_type and block_index, which are ("double", i, 0) or ("single", i, 0); else calls
+    # are counted, which holds only in a pass whose blocks nobody replaces or skips (transformer_options["patches_replace"]["dit"])
     joint: bool = True  # one softmax for text and picture; False: a self-attention of the picture alone
     stands: Stands = Stands.BEFORE_REFERENCES
     multiple: int = 1  # the picture's tokens are padded to a multiple of so many

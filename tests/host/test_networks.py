@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,21 +16,17 @@ from tiny_networks import FLUX, READ, REFUSED, Family, build, denoised, latent, 
 from torch import Tensor, nn
 
 from kindred.models.network.backbone import Backbone, turned
-from kindred.nodes.host.networks import NETWORKS, recognise, require_network
+from kindred.nodes.host.networks import NETWORKS, UNHEARD, UNSEEN, recognise, require_network
 from kindred.nodes.host.networks.shapes import joined, plain
 
 TURNING = ("LongCatImage", "Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
-REFINING = ("Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")  # the picture alone first
-NATIVE = (
-    "Flux",
-    "FluxSchnell",
-    "Flux2",
-    "LongCatImage",
-    "Krea2",
-    "QwenImage",
-    "MageFlow",
-    "JoyImage",
-)  # references stand beside
+# the picture alone first
+REFINING = ("Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
+# references stand beside the picture
+FLUX_LIKE = ("Flux", "FluxSchnell", "Flux2", "LongCatImage", "Krea2")
+NATIVE = (*FLUX_LIKE, "QwenImage", "MageFlow", "JoyImage")
+# with references the host lacks a pad token for the one, and wants pixels for the other
+FAILING = ("Lumina2", "HiDreamO1")
 ODD = tuple(name for name, family in READ.items() if family.odd and family.patch > 1)
 
 
@@ -212,6 +208,16 @@ def test_native_references_are_no_part_of_the_picture(name):
     assert changed(one.v, other.v) == list(range(tokens.start, tokens.stop))
 
 
+@pytest.mark.parametrize("name", [name for name in READ if name not in (*NATIVE, *FAILING)])
+def test_other_networks_pass_references_over_or_say_that_they_do_not(name):
+    found, family = backbone(name), READ[name]
+    reference = latent(name, 61, (4 * family.patch, 2 * family.patch))
+    heard, _ = listen(name, positive=prompt(name, reference_latents=[reference]))
+    without = plain_pass(name)[0]
+    same = [call.k.shape for call in heard] == [call.k.shape for call in without]
+    assert same == found.references
+
+
 @pytest.mark.parametrize("name", READ)
 def test_noise_is_mixed_as_the_host_mixes_it(name):
     found, sampling = backbone(name), tiny(name).get_model_object("model_sampling")
@@ -230,8 +236,19 @@ def test_a_unet_goes_its_own_way(family):
     )
 
 
-REASONS = {"PixArtSigma": "hands its attention to no other node", "HunyuanDiT": "hands its attention to no other node",
-           "ErnieImage": "hands its attention to no other node"}  # fmt: skip
+UNSEEN_FAMILIES = ("PixArtSigma", "HunyuanDiT", "ErnieImage")
+
+
+def test_every_refused_package_is_one_of_this_host():
+    for name in UNHEARD:
+        assert importlib.util.find_spec(name)
+
+
+@pytest.mark.parametrize("name", UNSEEN_FAMILIES)
+def test_the_unseen_call_no_override(name):
+    """Where a newer host hands these on, they are a row like any other."""
+    heard, answer = listen(name)
+    assert not heard and torch.isfinite(answer).all()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -240,9 +257,13 @@ def test_what_cannot_be_read_is_refused_in_words(name):
         require_network(tiny(name), "Ref-UNet Feature Capture")
     words = str(error.value)
     assert words.startswith(f"Ref-UNet Feature Capture: {REFUSED[name].config} cannot be read: ")
-    assert REASONS.get(name, "it makes videos") in words and words.endswith(
-        "Load a model that docs/networks.md lists."
-    )
+    assert reason(name) in words and words.endswith("or another that docs/networks.md lists.")
+
+
+def reason(name: str) -> str:
+    if name == "HunyuanImage21Refiner":
+        return "it refines a finished picture"
+    return UNSEEN if name in UNSEEN_FAMILIES else "it makes videos"
 
 
 class ComfyFluxWrapper(nn.Module):

@@ -266,6 +266,8 @@ REFUSED: dict[str, Family] = {
     ),
     "LTXV": Family("LTXV", LTXV, channels=128, patch=1, frames=True, extras=masked),
     "CosmosVideo": Family("CosmosT2V", COSMOS, frames=True, extras=masked, odd=False),
+    "HunyuanImage21Refiner": Family("HunyuanImage21Refiner", HUNYUAN_VIDEO),
+    "CosmosI2VPredict2": Family("CosmosI2VPredict2", PREDICT | {"in_channels": 17}, frames=True),
     "Kandinsky5": Family("Kandinsky5", KANDINSKY, frames=True, extras=pooled, odd=False),
 }
 FAMILIES = READ | REFUSED

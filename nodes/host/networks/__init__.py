@@ -23,7 +23,7 @@ NETWORKS: dict[str, Row] = {
     **single.NETWORKS,
 }
 
-UNSEEN = "ComfyUI 0.30 hands its attention to no other node"
+UNSEEN = "ComfyUI hands its attention to no other node"
 VIDEO, SOUND, SHAPES = "it makes videos", "it makes sound", "it makes shapes"
 LARGER = "it enlarges a finished picture"
 

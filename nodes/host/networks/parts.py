@@ -16,7 +16,10 @@ from ..model import family
 Row = Callable[
     [Any, ModelPatcher], Backbone
 ]  # the host's network and the MODEL around it -> what it is to the methods
-LISTED = "Load a model that docs/networks.md lists."
+LISTED = (
+    "Load an SD1.5, SD2.x, SDXL, SD3.5, FLUX, Chroma, Qwen-Image, Lumina 2 or Z-Image model, "
+    "or another that docs/networks.md lists."
+)
 
 
 def kinds(thing: object) -> tuple[str, ...]:
