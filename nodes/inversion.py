@@ -10,17 +10,18 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..models import inversion as method
-from ..models.inversion import InversionTrajectory
+from ..models.inversion import InversionTrajectory, require_below_top
 from ..models.metrics import psnr
+from ..models.noise import Noise
 from . import host
 
 NODE = "DDIM Invert"
-DDIM, EDIT_FRIENDLY = "ddim", "edit-friendly ddpm"
+DDIM, EDIT_FRIENDLY, FIREFLOW, FORWARD = "ddim", "edit-friendly ddpm", "fireflow", "forward noise"
 log = logging.getLogger(__name__)
 
 
 class DDIMInvert(io.ComfyNode):
-    """DDIM inversion of paper A section 2.1, at guidance 1 through the host's own model wrapper (eps and v models)."""
+    """The inversion of paper A section 2.1, at guidance 1 through the host's own model wrapper (eps, v and flow models)."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -28,7 +29,8 @@ class DDIMInvert(io.ComfyNode):
             node_id="KindredDDIMInvert", display_name=NODE, category="Kindred",
             description="Turns an encoded photo back into noise and keeps every step on the way, so that Ref-UNet Feature Capture "
                         "can read the subject at each of them. Reports how well the photo comes back.",
-            search_aliases=["ddim inversion", "unsampler", "invert image", "noise inversion", "reverse sampling"],
+            search_aliases=["ddim inversion", "unsampler", "invert image", "noise inversion", "reverse sampling", "fireflow",
+                            "rectified flow inversion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
                 io.Latent.Input("latent", tooltip="The photo of the subject, through VAE Encode."),
@@ -38,19 +40,24 @@ class DDIMInvert(io.ComfyNode):
                              tooltip="Take the steps of the sampler that will generate: then no reference pass runs while it samples."),
                 io.Combo.Input("scheduler", options=host.schedulers(), default="ddim_uniform",
                                tooltip="Take the scheduler of the sampler that will generate."),
-                io.Combo.Input("method", options=[DDIM, EDIT_FRIENDLY], default=DDIM, advanced=True,
-                               tooltip="ddim: deterministic, one path. edit-friendly ddpm: independent noise at every step; "
-                                       "keeps noise maps that bring the photo back exactly (arXiv 2304.06140)."),
+                io.Combo.Input("method", options=[DDIM, EDIT_FRIENDLY, FIREFLOW, FORWARD], default=DDIM, advanced=True,
+                               tooltip="ddim: deterministic, one path; transformers (Flux, Qwen-Image, SD3.5 ...) are inverted by "
+                                       "fireflow instead. edit-friendly ddpm: independent noise at every step; keeps noise maps that "
+                                       "bring the photo back exactly (arXiv 2304.06140). fireflow: deterministic, of second order, one "
+                                       "call more (arXiv 2412.07517). forward noise: the photo under one noise, without the model; for "
+                                       "turbo and lightning models of few steps, which cannot be inverted."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False, advanced=True,
-                             tooltip="Noise of the edit-friendly method; ddim uses none."),
+                             tooltip="Noise of edit-friendly ddpm and of forward noise; ddim and fireflow use none."),
                 io.Boolean.Input("check", default=True, advanced=True,
                                  tooltip="Sample back from the noise and report the difference to the photo. Doubles the time of this "
-                                         "node."),
+                                         "node. Forward noise has nothing to check."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of steps and scheduler: the SIGMAS the sampler gets."),
             ],
             outputs=[
                 host.Inversion.Output(display_name="inversion", tooltip="Every step of the way, for Ref-UNet Feature Capture."),
-                io.Latent.Output(display_name="noise", tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled."),
+                io.Latent.Output(display_name="noise", tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled; "
+                                                                 "not on flow models, whose samplers take nothing from a latent at "
+                                                                 "sigma 1."),
             ],
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id],
@@ -59,15 +66,21 @@ class DDIMInvert(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, latent: dict[str, Any], positive: host.Conditioning, steps: int, scheduler: str,
                 method: str = DDIM, seed: int = 0, check: bool = True, sigmas: Tensor | None = None) -> io.NodeOutput:
-        host.require_unet(model, NODE)
+        noise = host.require_invertible(model, NODE)
+        way = FIREFLOW if method == DDIM and not host.draws_by_unet(model) else method
         down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, NODE)
+        require_below_top(down.flip(0), noise, f"{NODE} ({name})")
         z0 = host.latent_in(model, latent["samples"], NODE)
         prompt = host.read_prompt(model, positive, "positive", NODE, len(z0))
-        loop = ddim_loop(z0, down, check) if method == DDIM else edit_friendly_loop(z0, down, seed, check)
-        total = (len(down) - 1) * (2 if check else 1)
-        latents, maps, back = host.reference_pass(model, z0.shape, down, prompt, None, loop, total=total)
-        trajectory = InversionTrajectory(down.flip(0), latents, method, prompt.text, host.model_key(model), name, maps)
-        report = f"{name}, {method}"
+        report = f"{name}, {way}" + (f" (what {method} is on this model)" if way != method else "")
+        if way == FORWARD:
+            latents, maps, back = forward_noise(z0, down, seed, noise), None, None
+        else:
+            loop = edit_friendly_loop(z0, down, seed, check, noise) if way == EDIT_FRIENDLY else ode_loop(z0, down, check, noise, way)
+            calls = len(down) - 1 + (way == FIREFLOW)
+            latents, maps, back = host.reference_pass(model, z0.shape, down, prompt, None, loop,
+                                                      total=calls + (len(down) - 1) * check)
+        trajectory = InversionTrajectory(down.flip(0), latents, way, prompt.text, host.model_key(model), name, maps, noise)
         if back is not None:
             spread = (z0.max() - z0.min()).item() or z0.abs().max().item()  # a photo of one colour has no range
             report += f": round trip {psnr(back, z0, spread):.1f} dB in latent space"
@@ -76,27 +89,37 @@ class DDIMInvert(io.ComfyNode):
         return io.NodeOutput(trajectory, latent | {"samples": host.latent_out(model, latents[-1])}, ui=ui.PreviewText(report))
 
 
-def ddim_loop(z0: Tensor, down: Tensor, check: bool) -> host.Loop:
-    """Invert along the flipped sigmas with the noise read at each target's label (method.md section 4); sample back if asked."""
+def forward_noise(z0: Tensor, down: Tensor, seed: int, noise: Noise) -> Tensor:
+    """The photo under one noise at every level [t+1 b c y x]; the model is not asked."""
+    return method.forward_noise(z0, down.flip(0), torch.Generator("cpu").manual_seed(seed), noise=noise)
+
+
+def ode_loop(z0: Tensor, down: Tensor, check: bool, noise: Noise, way: str) -> host.Loop:
+    """Invert along the flipped sigmas: by FireFlow, or with the noise read at each target's label; sample back if asked."""
     def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> tuple[Any, ...]:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)
-        latents = method.ddim_invert(denoise, z0.to(device), down.flip(0), label="target", on_step=step)
-        back = method.ddim_sample(denoise, latents[-1], down, on_step=lambda i, *a: step(i + len(down) - 1, *a)) if check else None
+        up, photo = down.flip(0), z0.to(device)
+        if way == FIREFLOW:
+            latents = method.fireflow_invert(denoise, photo, up, noise=noise, on_step=step)
+        else:
+            latents = method.ddim_invert(denoise, photo, up, label="target", noise=noise, on_step=step)
+        calls = len(up) - 1 + (way == FIREFLOW)
+        back = method.ddim_sample(denoise, latents[-1], down, on_step=lambda i, *a: step(i + calls, *a)) if check else None
         return latents.cpu(), None, None if back is None else back.cpu()
     return loop
 
 
-def edit_friendly_loop(z0: Tensor, down: Tensor, seed: int, check: bool) -> host.Loop:
+def edit_friendly_loop(z0: Tensor, down: Tensor, seed: int, check: bool, noise: Noise) -> host.Loop:
     """DDPM inversion with independent noise per step (method.md 3.5); the replay needs the model again."""
     def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> tuple[Any, ...]:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)
         generator = torch.Generator("cpu").manual_seed(seed)
-        latents, maps = method.edit_friendly_invert(denoise, z0.to(device), down.flip(0), generator, on_step=step)
+        latents, maps = method.edit_friendly_invert(denoise, z0.to(device), down.flip(0), generator, noise=noise, on_step=step)
         back = None
         if check:
-            back = method.edit_friendly_replay(denoise, latents[-1], down.flip(0), maps,
+            back = method.edit_friendly_replay(denoise, latents[-1], down.flip(0), maps, noise=noise,
                                                on_step=lambda i, *a: step(i + len(down) - 1, *a)).cpu()
         return latents.cpu(), maps.cpu(), back
     return loop

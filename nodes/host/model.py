@@ -20,6 +20,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...models.injection import BlockSite, grid_of
+from ...models.noise import DIFFUSION, Diffusion, Flow
 from ...models.reference import BANK_VERSION, BlockId, ReferenceBank, block_name
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
@@ -67,6 +68,32 @@ def require_unet(model: ModelPatcher, node: str) -> UNetModel:
         raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
                          f"{type(model.model.model_config).__name__} ({type(unet).__name__}, {why}). {remedy}")
     return unet
+
+
+def noise_of(model: ModelPatcher, node: str) -> Diffusion | Flow:
+    """How this model mixes a picture with noise; ValueError where in a way of its own."""
+    sampling, kinds = model.get_model_object("model_sampling"), comfy.model_sampling
+    if isinstance(sampling, kinds.CONST) and not isinstance(sampling, getattr(kinds, "IMG_TO_IMG_FLOW", ())):
+        return Flow(getattr(sampling, "noise_scale", 1.0))
+    # Cosmos Predict2's is a flow whose x the host holds as x_0 + sigma noise, up to sigma 80
+    diffusions = (kinds.EPS, getattr(kinds, "COSMOS_RFLOW", ()))
+    if isinstance(sampling, diffusions) and not isinstance(sampling, getattr(kinds, "IMG_TO_IMG", ())):
+        return DIFFUSION
+    raise ValueError(f"{node}: needs a model that denoises a picture (noise, v or flow prediction), but the model given is "
+                     f"{type(model.model.model_config).__name__} ({model.model.model_type.name.lower()}). Load a checkpoint that draws "
+                     "pictures from text.")
+
+
+def require_invertible(model: ModelPatcher, node: str) -> Diffusion | Flow:
+    """The noise path of a model that draws pictures from text; ValueError for others. A transformer is known by its flow."""
+    noise, sampling = noise_of(model, node), model.get_model_object("model_sampling")
+    if draws_by_unet(model) or isinstance(sampling, comfy.model_sampling.EPS):
+        require_unet(model, node)
+    return noise
+
+
+def draws_by_unet(model: ModelPatcher) -> bool:
+    return isinstance(network(model), UNetModel)
 
 
 def _resizes(layer: torch.nn.Module, way: type[torch.nn.Module]) -> bool:
@@ -290,31 +317,6 @@ def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None,
                          f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
                          "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, not flipped ones.")
     return sigmas, name
-
-
-def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
-    """A LATENT's samples in model scale, checked: channels, finiteness, and not the empty latent."""
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
-        raise ValueError(f"{node}: the latent is {list(samples.shape)}, but this model's latents have {channels} channels "
-                         "[b c y x]. Encode the photo with this checkpoint's VAE (VAE Encode).")
-    if not torch.isfinite(samples).all():
-        bad = (~torch.isfinite(samples)).sum().item()
-        raise ValueError(f"{node}: {bad} of {samples.numel()} latent values are NaN or infinite. A VAE in fp16 does this to "
-                         "some pictures: start ComfyUI with --fp32-vae or use another VAE.")
-    if not samples.any():
-        raise ValueError(f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, not Empty Latent Image.")
-    return to_model_scale(model, samples)
-
-
-def to_model_scale(model: ModelPatcher, samples: Tensor) -> Tensor:
-    """A LATENT's samples in model scale, on the CPU."""
-    return model.model.process_latent_in(samples.float().cpu())  # --fp16-intermediates and --gpu-only give others
-
-
-def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
-    """Latents in model scale -> a LATENT's samples."""
-    return model.model.process_latent_out(samples)
 
 
 def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:

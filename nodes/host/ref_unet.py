@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...models.injection import SUBJECT, Recorder, Run
 from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
+from .latents import framed, unframed
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
 from .run import SamplerRun, install
 
@@ -42,7 +43,7 @@ def _plain(model: ModelPatcher, extras: Mapping[str, Any]) -> dict[str, Tensor |
 
     Without a text projection in the checkpoint (SD1.5) the host's pooled text is whatever lay in memory; such a model reads none.
     """
-    unread = ("pooled_output",) if network(model).num_classes is None else ()
+    unread = ("pooled_output",) if getattr(network(model), "num_classes", "not a UNet") is None else ()
     return {k: v for k, v in extras.items() if k not in unread and isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
 
 
@@ -50,13 +51,14 @@ def _conditioning(prompt: ReferencePrompt) -> Conditioning:
     return [(prompt.cross, dict(prompt.extras))]
 
 
-def _bare(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
+def _bare(model_options: dict[str, Any], run: Run | None, watched: bool = False) -> dict[str, Any]:
     """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or split calls are not for it.
 
-    Nor are the modules that other packs' wrappers set up (`wrapped_injections`).
+    Nor are the modules that other packs' wrappers set up (`wrapped_injections`). run: None for a pass of which nothing is read.
     """
     kept = {k: v for k, v in model_options.get("transformer_options", {}).items() if k not in ("wrappers", "callbacks", KEY)}
-    return install({"transformer_options": kept}, run, watched)
+    options = {"transformer_options": kept}
+    return options if run is None else install(options, run, watched)
 
 
 class _ReferenceGuider(comfy.samplers.CFGGuider):
@@ -74,16 +76,18 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
     recorder: what it saw last stands for the answer of a pass that ends before there is one.
     """
-    def __init__(self, loop: Loop, run: SamplerRun, total: int, recorder: Recorder | None = None) -> None:
+    def __init__(self, loop: Loop, run: SamplerRun | None, total: int, recorder: Recorder | None = None) -> None:
         self.loop, self.run, self.total, self.recorder, self.result, self.checked = loop, run, total, recorder, None, False
 
     def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
                *args: Any, **kwargs: Any) -> Tensor:
-        self.run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
+        if self.run is not None:
+            self.run.begin(guider, extra_args["model_options"], unframed(noise).shape, sigmas)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            denoised = guider(x, sigma.to(x).expand(x.shape[0]), model_options=extra_args["model_options"], seed=None)
-            seen = next(reversed(self.recorder.tokens.values()), denoised) if self.run.ends_early else denoised
+            denoised = unframed(guider(framed(guider.model_patcher, x), sigma.to(x).expand(x.shape[0]),
+                                       model_options=extra_args["model_options"], seed=None))
+            seen = next(reversed(self.recorder.tokens.values()), denoised) if self.run and self.run.ends_early else denoised
             if not self.checked and not torch.isfinite(seen).all():
                 raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
                                  "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
@@ -108,17 +112,18 @@ def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, po
         bare.remove_injections(key)
         bare.remove_additional_models(key)
     bare.wrappers, bare.is_injected = {}, False  # the clone's flag tells of the model that is loaded, which the host ejects first
-    run = SamplerRun(watchers=[recorder] if recorder else [], ends_early=ends_early)
+    run = SamplerRun(watchers=[recorder], ends_early=ends_early) if recorder else None  # nothing is read: any network will do
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run)
     guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
     total = total or len(sigmas) - 1
     sampler = _ReferenceSampler(loop, run, total, recorder)
-    empty = torch.zeros(list(shape))
+    empty = framed(bare, torch.zeros(list(shape)))
     try:
         guider.sample(empty, empty, sampler, sigmas, callback=latent_preview.prepare_callback(bare, total), seed=0)
     finally:
-        run.close()
+        if run is not None:
+            run.close()
     return sampler.result
 
 
@@ -155,11 +160,11 @@ def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: fro
 def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half], recorder: Recorder) -> None:
     """One Ref-UNet call on the trajectory at this very sigma, seen by `recorder`."""
     model, device = run.guider.inner_model, run.guider.model_patcher.load_device
-    x = bank.latent_at(sigma).to(device)
+    x = framed(run.guider.model_patcher, bank.latent_at(sigma).to(device))
     wanted = {"positive": Half.COND, "negative": Half.UNCOND}
     conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
     conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
-    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[2:]), sites=run.sites, compiled=run.compiled)
+    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[-2:]), sites=run.sites, compiled=run.compiled)
     inner.read_conds(conds)
     try:
         patcher = run.guider.model_patcher
