@@ -15,7 +15,7 @@ import comfy.supported_models
 import pytest
 import torch
 from networks import random_model
-from studio import STEPS, capture, coarse, counted, differs, invert, photo
+from studio import STEPS, capture, counted, differs, invert
 from torch import Tensor
 
 from kindred.models.inversion import ddim_sample
