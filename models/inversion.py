@@ -67,7 +67,7 @@ class InversionTrajectory:
                 f"Inversion trajectory: sigmas must be [t+1] with t >= 1; got {list(self.sigmas.shape)}."
             )
         _require_ascending(self.sigmas, "Inversion trajectory")
-        _require_below_top(self.sigmas, self.noise, "Inversion trajectory")
+        require_below_top(self.sigmas, self.noise, "Inversion trajectory")
         if self.latents.ndim != 5 or len(self.latents) != len(self.sigmas):
             raise ValueError(
                 f"Inversion trajectory: latents must be [t+1 b c y x] with t+1 = {len(self.sigmas)} sigmas; "
@@ -321,7 +321,7 @@ def _ladder(
             f"Inversion: needs sigmas [t+1] with t >= 1 and a latent [b c y x]; got {list(sigmas.shape)} and {list(x.shape)}."
         )
     _require_ascending(sigmas, "Inversion", zero_first)
-    _require_below_top(sigmas, noise, "Inversion")
+    require_below_top(sigmas, noise, "Inversion")
     return sigmas.tolist()
 
 
@@ -338,7 +338,8 @@ def _require_ascending(sigmas: Tensor, who: str, zero_first: bool = True) -> Non
             )
 
 
-def _require_below_top(sigmas: Tensor, noise: Noise, who: str) -> None:
+def require_below_top(sigmas: Tensor, noise: Noise, who: str) -> None:
+    """ValueError, begun by `who`, where the last of the ascending sigmas is none of the noise path's."""
     if float(sigmas[-1]) > noise.top * (1 + SIGMA_SLACK):
         raise ValueError(
             f"{who}: a flow's sigmas go from 0 to {noise.top:g}; got {float(sigmas[-1]):.6g}. "

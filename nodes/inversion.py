@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..models import inversion as method
-from ..models.inversion import InversionTrajectory
+from ..models.inversion import InversionTrajectory, require_below_top
 from ..models.metrics import psnr
 from ..models.noise import Noise
 from . import host
@@ -69,6 +69,7 @@ class DDIMInvert(io.ComfyNode):
         noise = host.require_invertible(model, NODE)
         way = FIREFLOW if method == DDIM and not host.draws_by_unet(model) else method
         down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, NODE)
+        require_below_top(down.flip(0), noise, f"{NODE} ({name})")
         z0 = host.latent_in(model, latent["samples"], NODE)
         prompt = host.read_prompt(model, positive, "positive", NODE, len(z0))
         report = f"{name}, {way}" + (f" (what {method} is on this model)" if way != method else "")

@@ -21,7 +21,7 @@ def test_the_record_holds_no_files_and_none_of_the_hosts_lists(shape):
     assert choices["KindredLoadReference", "file"] == choices["KindredConceptEncoderLoad", "file"] == "files"
     assert choices["KindredAnchorSampler", "sampler_name"] == "the host's samplers"
     assert choices["KindredDDIMInvert", "scheduler"] == choices["KindredAnchorSampler", "scheduler"] == "the host's schedulers"
-    assert choices["KindredDDIMInvert", "method"] == ["ddim", "edit-friendly ddpm"]
+    assert choices["KindredDDIMInvert", "method"] == ["ddim", "edit-friendly ddpm", "fireflow", "forward noise"]
 
 
 def drop(node):
