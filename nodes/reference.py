@@ -416,10 +416,11 @@ class MaskedSelfAttnInject(io.ComfyNode):
                                        "shared gives both halves the same features."),
                 io.Mask.Input("target_mask", optional=True, tooltip="Only this part of the new picture may look at the reference. White is "
                                                                     "where."),
-                io.Combo.Input("text_share", options=[s.value for s in TextShare], default=TextShare.KEPT.value, optional=True, advanced=True,
-                               tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the picture share one attention. kept: "
-                                       "the prompt is heard as much as without the reference. plain: the reference dims it too. Without "
-                                       "effect in SD1.5, SD2.x and SDXL."),
+                io.Combo.Input("text_share", options=[s.value for s in TextShare], default=TextShare.KEPT.value, optional=True,
+                               advanced=True,
+                               tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the picture share one attention. "
+                                       "kept: the prompt is heard as much as without the reference. plain: the reference dims it too. "
+                                       "Without effect in SD1.5, SD2.x and SDXL."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
         )
