@@ -19,6 +19,7 @@ from ...models.network.call import Pass
 from ...models.reference import BlockId
 from .model import KEY
 from .networks.shapes import joined, plain
+from .page import warn
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
 
@@ -35,15 +36,48 @@ def joint_pass(
 ) -> Tensor:
     """One pass of the network, x [b c (1) y x]; zeros where it ended early, whose answer is not asked for."""
     run: Run = transformer_options[KEY]
-    run.passing = Pass(run.backbone, tuple(x.shape[-2:]))
+    _check(run, x, kwargs)
+    counted = not run.backbone.named
+    if counted and transformer_options.get("patches_replace", {}).get("dit"):
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    passing = run.passing = Pass(run.backbone, tuple(x.shape[-2:]))
     for watcher in run.watchers:
         watcher.begin_pass()
     try:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     except PassEnds:
         return torch.zeros_like(x)
     finally:
         run.passing = None
+    if counted and passing.seen != len(run.backbone.calls):
+        _miscounted(run, passing.seen)
+    return out
+
+
+def _check(run: Run, x: Tensor, kwargs: Mapping[str, Any]) -> None:
+    """ValueError where the picture's tokens would not be where the family has them."""
+    if x.ndim == 5 and x.shape[2] != 1:
+        raise ValueError(
+            f"Kindred: the latent has {x.shape[2]} frames, but pictures are read one by one, of 1 frame."
+            " Take a latent of one picture."
+        )
+    if kwargs.get("ref_latents") and not run.backbone.references:
+        raise ValueError(
+            f"Kindred: reference latents are wired, and in {run.backbone.family} they move the picture's own tokens,"
+            " so a Kindred reference cannot be read beside them. Remove ReferenceLatent."
+        )
+
+
+def _miscounted(run: Run, calls: int) -> None:
+    """Say once that what was taken for one block's may have been another's."""
+    ways = getattr(run, "ways", None)
+    if ways is None or "miscounted" in ways:
+        return
+    ways.add("miscounted")
+    warn(
+        f"Kindred: a pass made {calls} attention calls where {run.backbone.family} makes {len(run.backbone.calls)}, which are told apart"
+        " by their number alone. Another node adds or skips some: what is read may come from other blocks. Remove that node."
+    )
 
 
 def _told(options: Mapping[str, Any]) -> BlockId | None:

@@ -108,7 +108,10 @@ def test_an_inversion_and_its_latent_lead_to_the_same_reference(name: str) -> No
     path, noise, _ = invert(tiny(name), photo, prompt(name, seed=4), steps=3, scheduler="simple")
     bank = capture(tiny(name), None, prompt(name, seed=4), inversion=path, mask=HALF)[0]
     assert torch.equal(bank.trajectory.latents, bank_of(name).trajectory.latents)
-    assert noise["samples"].shape == photo["samples"].shape and bank.trajectory.latents.isfinite().all()
+    assert (
+        noise["samples"].shape == photo["samples"].shape
+        and bank.trajectory.latents.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -116,7 +119,9 @@ def test_an_inversion_and_its_latent_lead_to_the_same_reference(name: str) -> No
     {"cfg": 1.0}, {"pictures": 3}, {"sampler": "heun"}, {"sampler": "euler_ancestral"}, {"sampler": "dpmpp_2m_sde"}, {"steps": 5},
 ], ids=str)  # fmt: skip
 def test_it_is_felt_however_one_samples(name: str, how: dict[str, Any]) -> None:
-    with_it, without = (sample(m, name, **how) for m in (inject(tiny(name), bank_of(name)), tiny(name)))
+    with_it, without = (
+        sample(m, name, **how) for m in (inject(tiny(name), bank_of(name)), tiny(name))
+    )
     assert with_it.isfinite().all() and apart(with_it, without) > FELT
 
 
@@ -129,3 +134,76 @@ def test_the_text_keeps_its_share_unless_told_otherwise(name: str) -> None:
     )
     joint = require_backbone(tiny(name), "test").joint
     assert apart(kept, plain(name)) < SAME and (apart(dimmed, plain(name)) > FELT) is joint
+
+
+def test_several_frames_are_refused() -> None:
+    model = inject(tiny("QwenImage"), bank_of("QwenImage"))
+    film = torch.zeros_like(latent("QwenImage")).repeat(1, 1, 3, 1, 1)
+    with pytest.raises(ValueError, match="3 frames.*Take a latent of one picture"):
+        sample(model, "QwenImage", start=film)
+
+
+def test_reference_latents_are_refused_where_they_move_the_picture() -> None:
+    model, native = inject(tiny("Omnigen2"), bank_of("Omnigen2")), [latent("Omnigen2", seed=8)]
+    with pytest.raises(ValueError, match="in Omnigen2 they move.*Remove ReferenceLatent"):
+        sample(model, "Omnigen2", positive=prompt("Omnigen2", reference_latents=native))
+
+
+def test_native_references_stand_beside_ours_where_they_may() -> None:
+    with_both = prompt("Flux", reference_latents=[latent("Flux", seed=8)])
+    model = inject(tiny("Flux"), bank_of("Flux"))
+    pictures = [sample(m, "Flux", positive=with_both) for m in (model, tiny("Flux"))]
+    assert apart(*pictures) > FELT
+
+
+def test_a_pass_that_skips_blocks_is_left_alone_where_blocks_are_counted() -> None:
+    """Skip Layer Guidance on SD3.5: its own pass is as without us, and the warning of miscounted calls does not come."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    def guided(model: Any) -> Any:
+        return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, double_layers="1").result[0]
+
+    plain_one = sample(guided(tiny("SD3.5")), "SD3.5")
+    pictures = [
+        sample(guided(inject(tiny("SD3.5"), bank)), "SD3.5")
+        for bank in (bank_of("SD3.5"), itself("SD3.5"))
+    ]
+    assert apart(pictures[0], plain_one) > FELT and not torch.equal(plain_one, plain("SD3.5"))
+
+
+def test_calls_that_another_node_adds_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Where blocks are known by their number alone, one call more would be taken for the next block's."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def one_more(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        t = torch.zeros(1, 4, 8)
+        optimized_attention(t, t, t, 2, transformer_options=args[-1])
+        return executor(x, *args, **kwargs)
+
+    model = inject(tiny("Lumina2"), bank_of("Lumina2"))
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "one more", one_more)
+    sample(model, "Lumina2")
+    said = [r.message for r in caplog.records if "told apart by their number" in r.message]
+    assert len(said) == 1 and "Remove that node" in said[0]
+
+
+@pytest.mark.parametrize("fails", ["Flux", "SD3.5", "ZImage"])
+def test_a_failed_run_leaves_nothing(fails: str) -> None:
+    """Neither an error inside the network nor the host's interrupt."""
+    from comfy.model_management import InterruptProcessingException
+
+    for error in (RuntimeError("out of memory"), InterruptProcessingException()):
+        model, calls = inject(tiny(fails), bank_of(fails)), []
+
+        def fail(
+            executor: Any, *args: Any, error: Exception = error, calls: list = calls, **kwargs: Any
+        ) -> Tensor:
+            calls.append(1)
+            if len(calls) == 2:
+                raise error
+            return executor(*args, **kwargs)
+
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "fails", fail)
+        with pytest.raises(type(error)):
+            sample(model, fails)
+        assert torch.equal(sample(tiny(fails), fails), plain(fails))
