@@ -6,6 +6,7 @@ metadata: a file has dozens of tensors, not thousands. Nothing in it knows the m
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,20 +17,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .concept import STAGES, check_safetensors, number
+from .concept import check_safetensors, number
 from .files import torn, unread, whole
 from .inversion import InversionTrajectory
 from .noise import DIFFUSION, Diffusion, Flow, Noise
 from .reference import (
-    BANK_VERSION, AnchorFeatures, Grid, Half, Kept, Layer, ReferenceBank, ReferencePrompt, SubjectTokens, block_name,
+    BANK_VERSION, UNET_STAGES, AnchorFeatures, Grid, Half, Kept, Layer, ReferenceBank, ReferencePrompt, SubjectTokens, block_name,
 )
 from .soundness import FLOATS, GREATEST, check_agreement
 
 FORMAT = "kindred.reference"  # the metadata's one key: safetensors writes several in no fixed order
 DTYPES = {str(kind).removeprefix("torch."): kind
           for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)}
-# A flow's latents mean nothing to a Kindred that knows diffusions alone, and such a one reads version 1 and refuses any other.
-FLOW_VERSION = BANK_VERSION + 1
+# A transformer's blocks and a flow's latents mean nothing to a Kindred that knows UNets alone: it reads version 1 and no other.
+TRANSFORMER_VERSION = BANK_VERSION + 1
+STAGE = re.compile("[a-z]{1,16}")
 AGAIN = "Copy it again, or save the reference again."
 MOST = 1 << 40  # of anything counted; a real file is far below
 Told = Mapping[str, Any]
@@ -103,9 +105,9 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
         version = number(told["version"], 0, MOST, "version")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise Refused(f"{path.name}: its description is damaged ({error!r:.120}). {AGAIN}") from error
-    if version not in (BANK_VERSION, FLOW_VERSION):
+    if version not in (BANK_VERSION, TRANSFORMER_VERSION):
         raise Refused(f"{path.name} is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and "
-                      f"{FLOW_VERSION}. Update Kindred, or make and save the reference again.")
+                      f"{TRANSFORMER_VERSION}. Update Kindred, or make and save the reference again.")
     return told
 
 
@@ -149,7 +151,8 @@ class Parcel:
     def bank(self, bank: ReferenceBank) -> dict[str, Any]:
         for grid, mask in bank.masks.items():
             self.put(f"mask.{grid[0]}x{grid[1]}", mask)
-        version = FLOW_VERSION if isinstance(bank.trajectory.noise, Flow) else bank.version
+        new = bank.live or isinstance(bank.trajectory.noise, Flow) or any(block[0] not in UNET_STAGES for block in bank.blocks)
+        version = TRANSFORMER_VERSION if new else bank.version
         return {
             "version": version, "model": bank.model_key, "trajectory": self.trajectory(bank.trajectory),
             "prompts": {half.value: self.prompt(f"prompt.{half.value}", prompt) for half, prompt in bank.prompts.items()},
@@ -206,11 +209,12 @@ def read_bank(told: Told, tensor: Source) -> ReferenceBank:
     trajectory = InversionTrajectory(
         tensor("trajectory.sigmas"), tensor("trajectory.latents"), word(path["method"]), word(path["prompt"]), word(path["model"]),
         word(path["schedule"]), tensor("trajectory.noise_maps") if path["noise_maps"] else None,
-        read_noise(path) if told["version"] == FLOW_VERSION else DIFFUSION)
+        read_noise(path) if told["version"] == TRANSFORMER_VERSION else DIFFUSION)
     prompts = {Half(half): read_prompt(own, f"prompt.{half}", tensor) for half, own in told["prompts"].items()}
     masks = {grid: tensor(f"mask.{grid[0]}x{grid[1]}") for grid in (read_grid(*g) for g in told["masks"])}
     return ReferenceBank(
-        trajectory, prompts, read_layers(told["layers"]), masks, read_halves(told["features"], "features", tensor), word(told["model"]),
+        trajectory, prompts, read_layers(told["layers"], told["version"]), masks,
+        read_halves(told["features"], "features", tensor), word(told["model"]),
         tensor("maps") if told["maps"] else None, None if told["anchors"] is None else read_anchors(told["anchors"], tensor),
         BANK_VERSION, read_share(told.get("share", 1.0)))
 
@@ -245,7 +249,7 @@ def read_anchors(told: Told, tensor: Source) -> AnchorFeatures:
     return AnchorFeatures(
         read_kept(told["kept"], "anchors.kept", tensor), read_halves(told["first"], "anchors.first", tensor),
         read_kept(told["first_kept"], "anchors.first_kept", tensor), read_rows(told["outputs"], "anchors.outputs", tensor),
-        read_layers(told["output_layers"]), tensor("anchors.features") if told["features"] else None,
+        read_layers(told["output_layers"], BANK_VERSION), tensor("anchors.features") if told["features"] else None,
         tensor("anchors.subject") if told["subject"] else None, {key: scalar(value) for key, value in told["settings"].items()})
 
 
@@ -270,12 +274,13 @@ def read_halves(told: Told, name: str, tensor: Source) -> dict[Half, Rows]:
     return {Half(half): read_rows(own, f"{name}.{half}", tensor) for half, own in told.items()}
 
 
-def read_layers(told: Sequence[Any]) -> tuple[Layer, ...]:
+def read_layers(told: Sequence[Any], version: int) -> tuple[Layer, ...]:
     layers = tuple(Layer((stage, number(i, 0, 999, "a block"), number(d, 0, 999, "a block")), read_grid(y, x),
                          number(c, 1, MOST, "channels")) for stage, i, d, y, x, c in told)
-    unknown = next((layer.block for layer in layers if layer.block[0] not in STAGES), None)
+    unknown = next((layer.block for layer in layers if layer.block[0] not in UNET_STAGES and
+                    (version == BANK_VERSION or not STAGE.fullmatch(str(layer.block[0])))), None)
     if unknown:
-        raise ValueError(f"a layer lies in {unknown[0]!r:.40}; a UNet has {', '.join(STAGES)}")
+        raise ValueError(f"a layer lies in {unknown[0]!r:.40}; a UNet has {', '.join(UNET_STAGES)}")
     return layers
 
 
@@ -311,7 +316,7 @@ def check(bank: ReferenceBank) -> None:
     for half, prompt in bank.prompts.items():
         check_finite(f"the {half.value} prompt", [prompt.cross])
     kept = {grid: [positions] * t for grid, positions in bank.kept.items()} if a is None else a.kept
-    for half, rows in bank.features.items():
+    for half, rows in bank.features.items() if not bank.live else ():
         check_tokens(f"the features of the {half.value} half", rows, bank.layers, kept, t)
     whole = tuple(bank.trajectory.latents.shape[-2:])
     lacking = {*bank.grids.values(), *([whole] if a is None else [])} - bank.masks.keys()

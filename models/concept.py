@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from .files import torn, unread, whole
 from .injection import Merge
-from .reference import BlockId, block_name
+from .reference import UNET_STAGES, BlockId, block_name
 from .soundness import GREATEST
 
 FORMAT = "kindred.concept_encoder"  # the metadata's one key
 VERSION = 1
 MOST_HEADER = 1 << 26  # bytes; a real one has a few hundred kB
-STAGES = ("input", "middle", "output")
 # Lowest and highest of what a file may say: a real tower is well inside, and outside of it nothing could be built.
 SIZES = {"hidden_size": (1, 8192), "intermediate_size": (1, 65536), "num_hidden_layers": (1, 128), "num_attention_heads": (1, 512),
          "num_channels": (3, 3), "image_size": (1, 4096), "patch_size": (1, 4096)}
@@ -92,7 +91,7 @@ class ConceptConfig:
             raise ValueError(f"family is {told['family']!r:.60}")
         layers = tuple(((s, number(i, 0, 99, "a block"), number(d, 0, 99, "a block")), number(c, 1, 65536, "channels"))
                        for s, i, d, c in told["layers"])
-        if not layers or len(layers) > 1000 or any(b[0] not in STAGES for b, _ in layers) or len(dict(layers)) < len(layers):
+        if not layers or len(layers) > 1000 or any(b[0] not in UNET_STAGES for b, _ in layers) or len(dict(layers)) < len(layers):
             raise ValueError("layers are no cross-attention layers of a UNet")
         config = ConceptConfig(told["family"], layers, number(told["width"], 1, 65536, "width"),
                                number(told["tower_width"], 1, SIZES["hidden_size"][1], "tower_width"), tower,
@@ -317,7 +316,7 @@ def read_full_face(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[C
     channels = {block: math.prod(shapes[name + "k_ip.weight"][:1]) for block, name in zip(numbered, theirs)}
     if tower_width > SIZES["hidden_size"][1] or max(channels.values()) > 65536:  # an empty tensor may claim any size
         raise torn(path, ValueError(f"tokens of width {tower_width}, layers of {max(channels.values())} channels"))
-    layers = sorted(channels.items(), key=lambda layer: (STAGES.index(layer[0][0]), layer[0]))
+    layers = sorted(channels.items(), key=lambda layer: (UNET_STAGES.index(layer[0][0]), layer[0]))
     config = ConceptConfig(family, tuple(layers), width, tower_width, merge=Merge.ADD, training={"source": "IP-Adapter full-face"})
     return config, names
 

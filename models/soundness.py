@@ -31,7 +31,9 @@ def check_agreement(bank: ReferenceBank) -> None:
             if key in OBJECTS or key == "mask" and not isinstance(value, Tensor):
                 raise ValueError(f"the {half.value} prompt has an entry {key!r:.40}, which is no part of a plain prompt")
     if bank.maps is not None:
-        if bank.maps.dtype not in FLOATS or bank.maps.ndim != 4 or bank.maps.shape[:2] != (t, bank.pictures) or not bank.maps.numel():
+        steps = range(1, t + 1) if bank.live else (t,)  # what is read live was looked at where the mask is found
+        fits = bank.maps.ndim == 4 and bank.maps.shape[0] in steps and bank.maps.shape[1] == bank.pictures
+        if bank.maps.dtype not in FLOATS or not fits or not bank.maps.numel():
             raise ValueError(f"the words' maps are {bank.maps.dtype} {list(bank.maps.shape)}, but it has {t} steps of {bank.pictures} "
                              "pictures")
         check_bounded("the words' maps", bank.maps)

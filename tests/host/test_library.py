@@ -276,12 +276,12 @@ def test_files_of_other_kinds(folder):
 
 
 def test_another_version(folder, monkeypatch):
-    newer = bank_file.FLOW_VERSION + 1
+    newer = bank_file.TRANSFORMER_VERSION + 1
     monkeypatch.setattr(bank_file, "BANK_VERSION", newer)
     save_reference(replace(bank_of(), version=newer), folder / "newer.safetensors")
     monkeypatch.undo()
     refuse(lambda: load("newer.safetensors"), f"Load Reference: newer.safetensors is a reference of version {newer}, but this "
-           f"Kindred reads versions {BANK_VERSION} and {bank_file.FLOW_VERSION}", "Update Kindred")
+           f"Kindred reads versions {BANK_VERSION} and {bank_file.TRANSFORMER_VERSION}", "Update Kindred")
 
 
 def test_nan_features(folder):

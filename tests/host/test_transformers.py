@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from studio import capture, inject, invert
 from tiny_networks import READ, latent, prompt, sample, tiny
 from torch import Tensor
 
+from kindred.models.bank_file import load_reference, save_reference
 from kindred.models.inversion import InversionTrajectory
 from kindred.models.reference import ReferenceBank
 from kindred.nodes import host
@@ -177,12 +179,14 @@ def test_calls_that_another_node_adds_are_said_once(caplog: pytest.LogCaptureFix
 
     def one_more(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         t = torch.zeros(1, 4, 8)
-        optimized_attention(t, t, t, 2, transformer_options=args[-1])
+        told = [*args, *kwargs.values()]
+        options = next(a for a in told if isinstance(a, dict) and "sigmas" in a)
+        optimized_attention(t, t, t, 2, transformer_options=options)
         return executor(x, *args, **kwargs)
 
-    model = inject(tiny("Lumina2"), bank_of("Lumina2"))
+    model = inject(tiny("AuraFlow"), bank_of("AuraFlow"))
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "one more", one_more)
-    sample(model, "Lumina2")
+    sample(model, "AuraFlow")
     said = [r.message for r in caplog.records if "told apart by their number" in r.message]
     assert len(said) == 1 and "Remove that node" in said[0]
 
@@ -207,3 +211,60 @@ def test_a_failed_run_leaves_nothing(fails: str) -> None:
         with pytest.raises(type(error)):
             sample(model, fails)
         assert torch.equal(sample(tiny(fails), fails), plain(fails))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("keeps", ["automatic", "keys and values"])
+def test_a_saved_reference_draws_the_same_picture(name: str, keeps: str, tmp_path: Path) -> None:
+    bank, path = bank_of(name, keeps=keeps), tmp_path / "saved.safetensors"
+    save_reference(bank, path)
+    loaded = load_reference(path)
+    assert loaded.live is bank.live and loaded.layers == bank.layers
+    pictures = [sample(inject(tiny(name), one), name) for one in (bank, loaded)]
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_odd_sizes_and_other_texts_are_read_too(name: str) -> None:
+    """A photo of another size than the picture, and a prompt of another length than the photo's."""
+    family = READ[name]
+    y, x = family.grid[0] * family.patch, (family.grid[1] + 2) * family.patch
+    if family.odd and family.patch > 1:
+        y, x = y - 1, x - 1
+    photo = {"samples": latent(name, seed=21, size=(y, x))}
+    bank = capture(tiny(name), photo, prompt(name, seed=4), steps=3, scheduler="simple", mask=HALF)[
+        0
+    ]
+    longer = prompt(name, words=family.words + max(family.step, 3))
+    pictures = [sample(m, name, positive=longer) for m in (inject(tiny(name), bank), tiny(name))]
+    assert pictures[0].isfinite().all() and apart(*pictures) > FELT
+
+
+def test_a_reference_of_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="Flux .*but the model given is .*Chroma"):
+        inject(tiny("Chroma"), bank_of("Flux"))
+
+
+@pytest.mark.parametrize("refused", ["hidden states"])
+def test_hidden_states_of_a_transformer_are_refused(refused: str) -> None:
+    with pytest.raises(ValueError, match="of a transformer keys and values are taken as they come"):
+        bank_of("Flux", keeps=refused)
+
+
+def test_a_batch_shares_one_pass_over_the_reference() -> None:
+    """Live reading costs one row more in each step, whatever the batch, and only as deep as the last block that is read."""
+    calls: list[int] = []
+
+    def counted(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(x.shape[0])
+        return executor(x, *args, **kwargs)
+
+    model = inject(tiny("Flux"), bank_of("Flux"))
+    network = tiny("Flux").model
+    applied = network._apply_model
+    network._apply_model = lambda x, *args, **kwargs: counted(applied, x, *args, **kwargs)
+    try:
+        sample(model, "Flux", pictures=3)
+    finally:
+        del network._apply_model
+    assert sorted(calls) == [1] * 3 + [6] * 3

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_banks import BANKS, EMPTY, LAYERS, R, T, anchor_bank, described, flow_bank, masks, photo_bank, rand, rewrite, same
 
 from kindred.models import bank_file
-from kindred.models.bank_file import FLOW_VERSION, load_reference, save_reference
+from kindred.models.bank_file import TRANSFORMER_VERSION, load_reference, save_reference
 from kindred.models.reference import BANK_VERSION, Half
 
 LAW = pytest.mark.parametrize
@@ -102,7 +102,7 @@ def test_a_flow_is_told_by_its_version(tmp_path) -> None:
     save_reference(flow_bank(8.0), tmp_path / "flow.safetensors")
     save_reference(photo_bank(), tmp_path / "photo.safetensors")
     flow, photo = described(tmp_path / "flow.safetensors"), described(tmp_path / "photo.safetensors")
-    assert flow["version"] == FLOW_VERSION == 2 and flow["trajectory"]["flow"] == {"scale": 8.0}
+    assert flow["version"] == TRANSFORMER_VERSION == 2 and flow["trajectory"]["flow"] == {"scale": 8.0}
     assert photo["version"] == BANK_VERSION == 1 and "flow" not in photo["trajectory"]
 
 

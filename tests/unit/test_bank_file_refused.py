@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_banks import anchor_bank, described, flow_bank, rewrite, same
 
-from kindred.models.bank_file import FLOW_VERSION, FORMAT, load_reference, save_reference
+from kindred.models.bank_file import TRANSFORMER_VERSION, FORMAT, load_reference, save_reference
 from kindred.models.reference import BANK_VERSION
 
 LAW = pytest.mark.parametrize
@@ -97,19 +97,19 @@ def test_a_flow_beyond_its_end(tmp_path) -> None:
     refuse(tmp_path / "flow.safetensors", "does not fit together", "a flow's sigmas go from 0 to 1; got 9")
 
 
-@LAW("version", [0, FLOW_VERSION + 1, 10**30, -1, "1", True, None])
+@LAW("version", [0, TRANSFORMER_VERSION + 1, 10**30, -1, "1", True, None])
 def test_another_version(version, file) -> None:
     rewrite(file, described(file) | {"version": version})
     if isinstance(version, int) and not isinstance(version, bool) and 0 <= version < 1 << 31:
-        refuse(file, f"is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and {FLOW_VERSION}",
+        refuse(file, f"is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and {TRANSFORMER_VERSION}",
                "Update Kindred")
     else:
         refuse(file, "its description is damaged", "Copy it again")
 
 
 def test_another_version_is_named_before_anything_else_is_read(file) -> None:
-    rewrite(file, json.dumps({"version": FLOW_VERSION + 1}))
-    refuse(file, f"of version {FLOW_VERSION + 1}")
+    rewrite(file, json.dumps({"version": TRANSFORMER_VERSION + 1}))
+    refuse(file, f"of version {TRANSFORMER_VERSION + 1}")
 
 
 def test_every_tensor_is_needed(file) -> None:
