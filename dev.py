@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from environment import Environment, Refusal, clean_environment, existing, setup  # noqa: E402
+from terminal import run_program  # noqa: E402
 
 
 def run(environment: Environment, arguments: list[str], **extra: str) -> int:
@@ -151,8 +152,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are stopped on the way out
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with & in a script; the children would inherit it
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if passes_on and not (ROOT / "tools" / f"{chosen.command}.py").is_file():
             raise Refusal(f"This version of Kindred has no `{chosen.command}` yet.")
@@ -175,7 +174,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     if sys.version_info < (3, 10):
         sys.exit(f"dev.py needs Python 3.10 or newer; this is {platform.python_version()}.")
-    sys.exit(main())
+    run_program(main)

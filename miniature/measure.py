@@ -23,6 +23,7 @@ from .autoencoder import Autoencoder, psnr
 from .data import Renderings, held_out
 from .denoiser import MASK_LAYERS, Attention, build_text, build_unet, load_tokenizer, schedule
 from .pack import CHECKPOINT, TABLE, load_autoencoder
+from .program import run_program
 from .reader import Reading, load_reader
 from .train_reader import accuracy
 from .world import CLASSES, SCENES, prompt, rgb
@@ -228,5 +229,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

@@ -17,6 +17,7 @@ from torch import Tensor
 from .control import WEIGHTS, build_network, control, covered, hint_of, load_weights
 from .data import Renderings, held_out
 from .measure import CFG, STEPS, Miniature, open_miniature, overlap, sample
+from .program import run_program
 from .reader import MASK_GRID, Reader, load_reader
 from .world import CLASSES, SCENES, prompt
 
@@ -99,5 +100,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from .program import run_program
+
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECT = ROOT / "miniature" / "weights" / "references" / "kindred_story.safetensors"
 WORKFLOW = ROOT / "workflows" / "api" / "story_more_pictures.json"
@@ -52,5 +54,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

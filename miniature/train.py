@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .layout import FLOW, FLOW_CHANNELS
+from .program import run_program, settle
 from .training import Run
 
 STEPS = {
@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
     """One of several processes that train together: robust where other programs share the cores, as threads are not."""
+    settle()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     torch.set_num_threads(max(given.threads // run.workers, 1))
     meeting = f"file://{given.folder.resolve()}/meeting-{given.part}-{os.getppid()}"
@@ -114,5 +115,4 @@ def _train(run: Run, given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

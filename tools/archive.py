@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import fnmatch
 import subprocess
-import sys
 from pathlib import Path, PurePosixPath
+
+from terminal import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,5 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

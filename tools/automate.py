@@ -32,6 +32,7 @@ from changes import (Change, Graph, Place, Refusal, check_known, listed, parse_c
                      split, subject_place, title, typed)
 from client import Answered, Client
 from jobs import Board, Job, Runner
+from terminal import run_program
 
 SAVE_REFERENCE = "KindredSaveReference"
 DEFAULT = "http://127.0.0.1:8188"
@@ -307,8 +308,7 @@ def exit_code(jobs: Sequence[Job], runners: Sequence[Runner], stopped: bool) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a script that starts us with & has SIGINT ignored
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was handed over is taken back then too
     try:
         plan, jobs = planned(given)
         headers = dict(re.split(r":\s*", words, maxsplit=1) for words in given.header)
@@ -329,5 +329,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

@@ -29,6 +29,7 @@ from benching.probes import counted, first_wait
 from benching.report import block, command_of, listed, markdown, report, run_of, write_json, write_page
 from benching.rounds import Job, play, table
 from evaluation.workers import stoppable
+from terminal import run_program
 
 STOPPED, REFUSED = 130, 2
 PATIENCE = 20  # seconds that a stopped child has to print its table
@@ -273,5 +274,4 @@ def tell_peak(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

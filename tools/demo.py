@@ -23,6 +23,7 @@ from typing import Any
 from checkout import ROOT, as_kindred, version
 from client import Client, HostError, HostServer, Progress
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from terminal import run_program
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
@@ -292,9 +293,8 @@ def report(given: argparse.Namespace, command: str, asked: Mapping[str, Any], fi
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     try:
-        sys.exit(main())
+        run_program(main)
     except HostError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from client import Client, HostServer, link
 from demo import Stopwatch, native_size, report, with_progress
 from PIL import Image, ImageDraw, ImageFont
 from story_figures import PHOTO_SCENES, SCENES, SECOND, SUBJECT, figures_of, photos
+from terminal import run_program
 
 WORKFLOWS = {name: ROOT / "workflows" / "api" / f"{name}.json" for name in ("story", "story_more_pictures", "story_from_photo")}
 # node ids of the shipped workflows, by what they do; 1 to 8 are the same in all three
@@ -269,5 +269,4 @@ def write(given: argparse.Namespace, told: Mapping[str, Told], figures: dict[str
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

@@ -34,6 +34,7 @@ from evaluation.journal import Journal, fingerprint
 from evaluation.rows import Row
 from evaluation.tables import MINIATURE, Filled, Ground, Table, listed
 from evaluation.workers import WorkerError, pooled, stoppable
+from terminal import run_program
 
 PLAINLY_NAMED = ("table_2", "ablation", "story", "own")  # tables whose figures have names without the table's
 LIKENESS = ("dino", "dino_consistency", "face_cosine")  # what stands for identity where CLIP does not judge
@@ -286,5 +287,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

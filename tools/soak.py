@@ -28,6 +28,7 @@ from client import Client, HostError, HostServer, Interrupted, NodeFailed, Progr
 from PIL import Image
 from soaking.laws import Late, Law, Reading, beside_fresh, judged, memory, slowdown, typical
 from soaking.mix import ENDS, MIX, NEEDS, PICTURES, SAVERS, SIZES, Graph, Turn, rounds_of
+from terminal import run_program
 
 REFUSED, STOPPED = 2, 130
 PATIENCE = 900  # seconds for one prompt
@@ -235,5 +236,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

@@ -33,6 +33,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from boot import boot
 from pictures import NoPictures, PictureFolder, load_examples, prepare
 from safetensors.torch import load_file
+from terminal import run_program
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -371,5 +372,4 @@ class Training:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

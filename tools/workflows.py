@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from canvas import Canvas, browser
 from checkout import ROOT
 from client import HostServer
+from terminal import run_program
 from workflow_notes import NOTES
 
 API, CANVAS = ROOT / "workflows" / "api", ROOT / "workflows"
@@ -182,5 +182,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

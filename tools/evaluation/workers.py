@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from terminal import settle
+
 Job = TypeVar("Job")
 PATIENCE = 20  # seconds that a process has to clear up
 
@@ -100,6 +102,7 @@ def finished(busy: dict[Connection, Job], workers: dict[Connection, Any]) -> tup
 
 def serve(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
     """A worker's life: jobs in, results out, until it is ended or the connection closes."""
+    settle()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the host's folder is removed
     work = None
