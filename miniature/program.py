@@ -1,4 +1,4 @@
-"""The miniature's programs run as those of tools/ do: its run_program and settle."""
+"""The miniature's programs run, and put what they make, as those of tools/ do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
+from results import make_folder, prepare  # noqa: E402
 from terminal import run_program, settle  # noqa: E402
 
-__all__ = ["run_program", "settle"]
+__all__ = ["make_folder", "prepare", "run_program", "settle"]

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from .program import run_program
+from .program import prepare, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECT = ROOT / "miniature" / "weights" / "references" / "kindred_story.safetensors"
@@ -39,7 +39,6 @@ def make(host: Path, path: Path) -> float:
     latent = {"samples": torch.zeros(len(SCENES), 4, 16, 16)}
     bank = studio.run("KindredAnchorSampler", model=model, seed=SEED, positive=positive, negative=studio.empty(), latent_image=latent,
                       precision="float16", **sampling)[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_reference(bank, path)
     return path.stat().st_size / 2**20
 
@@ -50,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", type=Path, required=True, help="a ComfyUI folder")
     parser.add_argument("--out", type=Path, default=SUBJECT)
     given = parser.parse_args(arguments)
+    prepare(None, given.out)
     sys.stderr.write(f"{given.out.name}: {make(given.host, given.out):.2f} MiB\n")
 
 

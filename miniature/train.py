@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .layout import FLOW, FLOW_CHANNELS
-from .program import run_program, settle
+from .program import make_folder, run_program, settle
 from .training import Run
 
 STEPS = {
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run = Run(given.folder, torch.device(given.device), given.seed, given.renderings, given.workers)
+    run = Run(make_folder(given.folder), torch.device(given.device), given.seed, given.renderings, given.workers)
     if given.part in ("flow", "flow-decoder"):  # before there are several workers
         from .pack import begin_flow
 

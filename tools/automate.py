@@ -32,6 +32,7 @@ from changes import (Change, Graph, Place, Refusal, check_known, listed, parse_c
                      split, subject_place, title, typed)
 from client import Answered, Client
 from jobs import Board, Job, Runner
+from results import IN_GIT, make_folder
 from terminal import run_program
 
 SAVE_REFERENCE = "KindredSaveReference"
@@ -104,7 +105,7 @@ class Shelf:
     first: int = 1
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         numbers = [int(found[1]) for path in self.folder.iterdir() if (found := re.match(r"(\d{5,})_", path.name))]
         self.first = max(numbers, default=0) + 1
 
@@ -222,7 +223,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repeat", type=int, default=1, metavar="N", help="every job N times, with seed, seed + 1, ...")
     add("--server", action="append", metavar="URL", help=f"a ComfyUI; repeat it to share the jobs out (default {DEFAULT})")
     add("--header", action="append", default=[], metavar="NAME: VALUE", help="sent with every request, for hosts behind a login")
-    add("--out", type=Path, default=Path("pictures"), help="folder for what is saved (default: %(default)s)")
+    add("--out", type=Path, default=Path("pictures"), help=f"folder for what is saved (default: %(default)s{IN_GIT})")
     add("--patience", type=float, default=120, metavar="SECONDS", help="how long a host may be away (default %(default)s)")
     add("--json", action="store_true", help="a report on stdout instead of the paths")
     add("--quiet", action="store_true", help="no line for every node")

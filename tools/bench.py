@@ -29,6 +29,7 @@ from benching.probes import counted, first_wait
 from benching.report import block, command_of, listed, markdown, report, run_of, write_json, write_page
 from benching.rounds import Job, play, table
 from evaluation.workers import stoppable
+from results import prepare
 from terminal import run_program
 
 STOPPED, REFUSED = 130, 2
@@ -95,6 +96,7 @@ def setting_of(given: argparse.Namespace) -> Setting:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     given = arguments(argv)
+    prepare(None, given.json)
     try:
         with stoppable():
             if given.one:

@@ -21,6 +21,7 @@ from typing import Any
 
 from client import Client
 from playwright.sync_api import BrowserType, ConsoleMessage, Locator, Page, sync_playwright
+from results import make_folder
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")
@@ -178,7 +179,7 @@ class Canvas:
 
     def screenshot(self, path: Path, node: int | None = None, margin: int = 12) -> None:
         """The page, or only the part around a node."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if node is None:
             self.page.screenshot(path=path)
             return

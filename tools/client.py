@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from redirects import SameHost
+from results import make_folder
 from web_socket import WebSocket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,7 +328,7 @@ class HostServer:
             if self.given_base is None:
                 self.base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kindred-", ignore_cleanup_errors=True)))
             else:
-                self.base = Path(self.given_base).expanduser().absolute()
+                self.base = make_folder(Path(self.given_base).expanduser().absolute())
             self._furnish()
             if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a plain SIGTERM would leave the host running

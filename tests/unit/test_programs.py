@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from archive import ROOT, files
+import results
+from archive import ROOT, files, git
 from fake_host import FakeHost
 
 MAIN = 'if __name__ == "__main__":'
@@ -37,7 +39,7 @@ def three_jobs(folder: Path, **more: object) -> subprocess.CompletedProcess[byte
     (folder / "w.json").write_text(json.dumps(GRAPH), "utf-8")
     (folder / "lines.txt").write_text("\u4e00\n\u4e8c\n\u4e09\n", "utf-8")
     with FakeHost() as host:
-        words = ["w.json", "--server", host.url, "--each", "\u4e00\u53ea\u732b.prompts=@lines.txt"]
+        words = ["w.json", "--server", host.url, "--each", "2.prompts=@lines.txt"]
         done = subprocess.run([sys.executable, str(ROOT / "tools" / "automate.py"), *words], cwd=folder, **more)
     assert len(host.posts) == len(list((folder / "pictures").glob("*.png"))) == 3, done
     return done
@@ -144,10 +146,91 @@ def outputs() -> set[str]:
 
 @pytest.mark.parametrize("folder", sorted(outputs()))
 def test_what_a_command_leaves_is_ignored_by_git_and_so_by_the_archive(folder: str) -> None:
-    done = subprocess.run(["git", "check-ignore", "-q", f"{folder}/picture.png"], cwd=ROOT)
+    done = git("check-ignore", "-q", f"{folder}/picture.png")
     if done.returncode == 128:
         pytest.skip("not a git checkout")
     assert done.returncode == 0, f"{folder} is not ignored"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The tools in a repository of their own, with a folder of pages."""
+    place = tmp_path / "repository"
+    for name in (*files(".py"), ".gitignore", ".comfyignore"):
+        if name.startswith("tools/") or "/" not in name:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    (place / "docs").mkdir()
+    (place / "docs" / "page.md").touch()
+    if git("init", "-q", cwd=place).returncode:
+        pytest.skip("no git")
+    who = ["-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false"]
+    for words in (["add", "-A"], [*who, "commit", "-q", "-m", "all"]):
+        assert git(*words, cwd=place).returncode == 0
+    return place
+
+
+@pytest.mark.parametrize("out", ["docs/story", "docs/deep/er/story", "results", "docs/../one/more"])
+def test_a_folder_that_a_program_makes_in_the_repository_is_none_of_its_files(tmp_path: Path, repository: Path, out: str) -> None:
+    (tmp_path / "w.json").write_text(json.dumps(GRAPH), "utf-8")
+    with FakeHost() as host:
+        words = [tmp_path / "w.json", "--server", host.url, "--out", out]
+        for _ in range(2):
+            subprocess.run([sys.executable, "tools/automate.py", *words], cwd=repository, check=True, capture_output=True)
+    assert len(list((repository / out).glob("*.png"))) == 2
+    assert git("status", "--porcelain", cwd=repository).stdout == ""
+    listed = subprocess.run([sys.executable, "tools/archive.py"], cwd=repository, check=True, capture_output=True, text=True).stdout
+    assert ".png" not in listed and "__init__.py" in listed
+
+
+def test_only_folders_made_in_the_repository_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there is the user's, who may want the files in git; what lies elsewhere is none of ours."""
+    monkeypatch.setattr(results, "ROOT", tmp_path / "repository")
+    there = tmp_path / "repository" / "docs"
+    there.mkdir(parents=True)
+    results.make_folder(there)
+    results.make_folder(tmp_path / "elsewhere" / "pictures")
+    results.prepare(there, there / "figures.json", tmp_path / "further" / "figures.json")
+    assert not list(tmp_path.rglob(".gitignore"))
+    results.prepare(None, None, there / "more" / "deep" / "figures.json")
+    assert [path.parent for path in tmp_path.rglob(".gitignore")] == [there / "more"]
+
+
+@pytest.mark.parametrize("out, figures, told", [
+    ("taken", "f.json", "taken cannot be a folder"), ("taken/deep", "f.json", "taken.* cannot be a folder"),
+    ("new", "taken/f.json", "taken cannot be a folder"), ("new", "folder", "folder is a folder")])
+def test_a_place_where_nothing_can_be_written_is_told_before_the_work(tmp_path: Path, out: str, figures: str, told: str) -> None:
+    (tmp_path / "taken").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit, match=f"(?s){told}.*Give another"):
+        results.prepare(tmp_path / out, tmp_path / figures)
+
+
+def test_every_program_with_outputs_prepares_them() -> None:
+    for name in PROGRAMS:
+        text = (ROOT / name).read_text("utf-8")
+        options = set(re.findall(r'"(--(?:out|json|sheet|shots|base))", (?:type=Path|default=Path)', text))
+        assert not options or re.search(r"\b(prepare|make_folder|HostServer)\(", text), (name, options)
+
+
+def test_figures_at_the_top_are_nobodys() -> None:
+    """`bench --json bench.json`, and then `test`."""
+    done = git("check-ignore", "-q", "bench.json")
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.returncode == 0 and git("check-ignore", "-q", "workflows/new.json").returncode == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a Python of its own would be needed there")
+def test_paths_are_those_of_the_folder_that_dev_py_is_called_in(tmp_path: Path) -> None:
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "main.py").touch()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\npwd\n", "utf-8")
+    python.chmod(0o700)
+    done = subprocess.run([sys.executable, str(ROOT / "dev.py"), "demo", "--host", ".", "--python", str(python), "--out", "pictures"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == tmp_path.resolve(), done
 
 
 def test_the_commands_have_outputs() -> None:
