@@ -16,10 +16,13 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != RO
 sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
 
 from checkout import as_kindred  # noqa: E402
+from environment import STRAYS  # noqa: E402
 from terminal import lasting, restore_signals  # noqa: E402
 
 as_kindred()
 restore_signals()  # every child would inherit them
+for stray in STRAYS:
+    os.environ.pop(stray, None)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from environment import clean_environment
 from redirects import SameHost
 from results import make_folder
 from web_socket import WebSocket
@@ -367,7 +368,7 @@ class HostServer:
                 link(source, target)
 
     def _environment(self) -> dict[str, str]:
-        settings = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        settings = clean_environment()
         if self.threads is not None:
             settings |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         return settings | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
