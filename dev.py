@@ -63,6 +63,7 @@ def together(environment: Environment, commands: Sequence[list[str]], folder: Pa
                     process.wait(15)
                 except subprocess.TimeoutExpired:
                     process.kill()
+                    process.wait()
             raise
         finally:
             for out in said:

@@ -98,15 +98,15 @@ def test_taken_along(name):
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository that tracks one file, ignores one and has one to come."""
+    """A repository that tracks two files, one of them against its rules, ignores one and has one to come."""
     place = tmp_path / "a checkout"
     place.mkdir()
-    for name in ("tracked.py", "new.py", "ignored.log"):
+    for name in ("tracked.py", "kept.py", "new.py", "ignored.py"):
         (place / name).write_text("", "utf-8")
-    (place / ".gitignore").write_text("*.log\n", "utf-8")
+    (place / ".gitignore").write_text("kept.py\nignored.py\n", "utf-8")
     if git("init", "-q", cwd=place).returncode:
         pytest.skip("no git")
-    assert git("add", "tracked.py", ".gitignore", cwd=place).returncode == 0
+    assert git("add", "-f", "tracked.py", "kept.py", ".gitignore", cwd=place).returncode == 0
     return place
 
 
@@ -127,7 +127,7 @@ def test_another_repository_in_the_environment_is_not_asked(checkout: Path, tmp_
     for names in (["GIT_DIR"], ["GIT_INDEX_FILE"], ["GIT_WORK_TREE", "GIT_DIR"], [*theirs]):
         told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=other,
                               env=os.environ | {name: str(theirs[name]) for name in names})
-        assert told.stdout.split() == ["new.py", "tools/archive.py", "tools/terminal.py", "tracked.py"], names
+        assert told.stdout.split() == ["kept.py", "new.py", "tools/archive.py", "tools/terminal.py", "tracked.py"], names
 
 
 def test_an_unpacked_archive_has_its_files_and_not_what_programs_left(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def repository(tmp_path: Path) -> Path:
     (place / "docs" / "page.md").touch()
     if git("init", "-q", cwd=place).returncode:
         pytest.skip("no git")
-    who = ["-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false"]
+    who = ["-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false", "-c", "core.hooksPath="]
     for words in (["add", "-A"], [*who, "commit", "-q", "-m", "all"]):
         assert git(*words, cwd=place).returncode == 0
     return place

@@ -19,6 +19,10 @@ Job = TypeVar("Job")
 PATIENCE = 20  # seconds that a process has to clear up
 
 
+class Ended(BaseException):
+    """This worker is told to end; no SystemExit, with which jobs refuse."""
+
+
 class WorkerError(RuntimeError):
     """A job failed or its process ended; the message holds the worker's own traceback."""
 
@@ -102,9 +106,19 @@ def finished(busy: dict[Connection, Job], workers: dict[Connection, Any]) -> tup
 
 def serve(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
     """A worker's life: jobs in, results out, until it is ended or the connection closes."""
+    def end(*_: object) -> None:
+        raise Ended
     settle()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the host's folder is removed
+    try:
+        signal.signal(signal.SIGTERM, end)
+        answer(connection, make)
+    except Ended:
+        sys.exit(143)  # in order, so that the host's folder is removed
+
+
+def answer(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
+    """Jobs in, results out, until the connection closes."""
     work = None
     while True:
         try:
