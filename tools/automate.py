@@ -111,7 +111,8 @@ class Shelf:
 
     def keep(self, job: Job, name: str, index: int, suffix: str, data: bytes) -> str:
         """Write one file under a name that was free. OSError where it could not be written; then nothing is left of it."""
-        words = re.sub(r"\W+", "_", name).strip("_")[:60]
+        letters = sys.getfilesystemencoding()
+        words = re.sub(r"\W+", "_", name.encode(letters, "ignore").decode(letters)).strip("_")[:60]
         stem = f"{self.first + job.number - 1:05}_{words or 'output'}"
         path, file = self.folder / f"{stem}_{index}{suffix}", None
         while file is None:

@@ -51,6 +51,14 @@ def test_jobs_with_titles_that_the_terminal_cannot_show_are_all_done(tmp_path: P
     assert done.returncode == 0 and b"3 of 3 jobs done" in done.stderr and b"Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_titles_that_no_file_can_have_here_are_left_out_of_the_names(tmp_path: Path) -> None:
+    """A locale of one byte per letter: names of files are letters of it."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert three_jobs(tmp_path, capture_output=True, env=os.environ | plain).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "pictures").glob("*.png")) == [f"0000{i}_output_1.png" for i in (1, 2, 3)]
+
+
 @pytest.fixture
 def unread() -> Iterator[int]:
     """A pipe whose reader has left, as after `| head -1`."""
