@@ -6,6 +6,7 @@ Standard library only: it runs before anything is installed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import io
@@ -92,13 +93,15 @@ def lasting(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
     if not isinstance(raw, io.RawIOBase) or isinstance(raw, Outlet):
         return stream
     end = Outlet(raw)
-    return io.TextIOWrapper(
+    made = io.TextIOWrapper(
         end if raw is buffer else io.BufferedWriter(end),
         stream.encoding,
         "backslashreplace",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+    atexit.register(made.flush)  # Python does it for what is sys.stdout then, which may be another stream
+    return made
 
 
 def settle() -> None:

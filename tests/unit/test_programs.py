@@ -115,6 +115,8 @@ def test_tests_go_on_when_nobody_reads_their_report(tmp_path: Path, unread: int)
     room = ["-m", "pytest", "tests/unit/test_archive.py", "-k", "taken_along", "-v", "-p", "no:cacheprovider", "--junitxml", tmp_path / "r"]
     done = subprocess.run([sys.executable, *room], cwd=ROOT, stdout=unread, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "") and 'tests="9"' in (tmp_path / "r").read_text("utf-8")
+    read = subprocess.run([sys.executable, *room], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert "9 passed" in read.stdout, "its last lines are read too"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
