@@ -100,7 +100,7 @@ def lasting(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
-    atexit.register(made.flush)  # Python does it for what is sys.stdout then, which may be another stream
+    atexit.register(made.flush)  # Python's own is for whatever is sys.stdout then
     return made
 
 
