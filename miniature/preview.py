@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .data import Renderings, held_out, render_range
 from .pack import CHECKPOINT, load_autoencoder
+from .program import run_program
 
 
 @torch.no_grad()
@@ -53,5 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

@@ -32,7 +32,9 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from boot import boot
 from pictures import NoPictures, PictureFolder, load_examples, prepare
+from results import IN_GIT, make_folder
 from safetensors.torch import load_file
+from terminal import run_program
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -85,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder")
     parser.add_argument("--checkpoint", required=True, help="SD1.5, SD2.x or SDXL .safetensors, or a name in models/checkpoints")
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of this run{IN_GIT}")
     parser.add_argument("--name", help="of the encoder's file (default: the run's folder)")
     parser.add_argument("--prompt", default="a photo", help='what every picture shows, for instance "a photo of a face"')
     tower = parser.add_mutually_exclusive_group(required=True)
@@ -191,7 +193,7 @@ class Training:
         from kindred.nodes import host
         self.given, self.accelerator, self.quiet, self.host = given, accelerator, quiet, host
         self.name = given.name or given.out.resolve().name
-        given.out.mkdir(parents=True, exist_ok=True)
+        make_folder(given.out)
         settings, node = TrainSettings(**given.settings), "train_concept_encoder"
         checkpoint = found(folder_paths, "checkpoints", given.checkpoint, Path(given.host))
         self.model, clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=True, output_clip=True,
@@ -371,5 +373,4 @@ class Training:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)
