@@ -1,8 +1,8 @@
-"""Draws many cells with the pack of any tree and keeps every tensor, so that trees can be compared.
+"""Draws many cells with the pack of any tree and keeps every tensor, so trees can be compared.
 
-`python bit_guard.py HOST TREE FILE` boots the ComfyUI in HOST with the pack in TREE and writes FILE,
-a .safetensors, its entries named "cell/tensor". A cell's warnings are kept too, as the bytes of
-their text. Names of cells behind FILE draw these alone.
+`python bit_guard.py HOST TREE FILE` boots the ComfyUI in HOST with the pack in TREE and writes
+FILE, a .safetensors, its entries named "cell/tensor". A cell's warnings are kept too, as the bytes
+of their text. Names of cells behind FILE draw these alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from bit_guard_nodes import (
     capture,
     concept,
     encoder,
+    everything,
     inject,
     levels,
     live,
@@ -93,11 +94,14 @@ def matrix() -> dict[str, Callable[[], Any]]:
 
 S = Setting()
 LONG = Setting(steps=5)  # a story's features are those of its fourth step
+LARGE = Setting(
+    batch=1, size=(48, 48), steps=2
+)  # its finest attentions are long enough to be joined by their sums
 MODES = ("logit bias", "post softmax", "key scale", "output blend")
 
 
 def inversion(**inputs: Any) -> dict[str, Tensor]:
-    """DDIM Invert's noise, the decibels of its round trip, and pictures that read its trajectory."""
+    """DDIM Invert's noise, the decibels of its round trip, and pictures that read its path."""
     import nodes
 
     how = {"steps": 3, "scheduler": "ddim_uniform", "sigmas": torch.tensor(levels(S))} | inputs
@@ -192,6 +196,46 @@ def with_control(node: Callable[..., Any], s: Setting) -> Tensor:
     return nodes.KSampler().sample(node(model_of(), s), *how)[0]["samples"]
 
 
+def beside(patch: Callable[[Any], Any], node: Callable[..., Any], s: Setting) -> Tensor:
+    """The pictures of a column with a neighbour's node on its MODEL."""
+    return draw(patch(node(model_of(), s)), s)
+
+
+def draw_two_references(s: Setting) -> Tensor:
+    return draw(cached(cached(model_of(), s), s, seed=8, weight=0.7), s)
+
+
+def hyper_tile(model: Any) -> Any:
+    from comfy_extras.nodes_hypertile import HyperTile
+
+    return HyperTile.execute(model, 32, 1, 0, False)[0]
+
+
+def merged_tokens(model: Any) -> Any:
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    return TomePatchModel.execute(model, 0.3)[0]
+
+
+def free_u(model: Any) -> Any:
+    from comfy_extras.nodes_freelunch import FreeU
+
+    return FreeU.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
+
+
+def perturbed(model: Any) -> Any:
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    return PerturbedAttentionGuidance.execute(model, 2.0)[0]
+
+
+def doubled_text(model: Any) -> Any:
+    """A patch that gives every text twice: where its words stand has to be traced."""
+    model = model.clone()
+    model.set_model_attn2_patch(lambda n, k, v, extra: (n, k.repeat(1, 2, 1), v.repeat(1, 2, 1)))
+    return model
+
+
 def in_precision(weights: torch.dtype, computed: torch.dtype) -> Tensor:
     model = model_in(weights, computed)
     return draw(concept(inject(model, capture(model, levels(S))[0]), S), S).float()
@@ -207,7 +251,8 @@ def of_file(kind: str) -> Tensor:
 
     bank = anchors(anchored(LONG))[1] if kind == "anchors" else reference(levels(S), SIZE)
     kindred("SaveReference", bank, filename_prefix=f"kindred/{kind}")
-    file = next((Path(folder_paths.get_output_directory()) / "kindred").glob(f"{kind}*")).name
+    folder = Path(folder_paths.get_output_directory()) / "kindred"
+    file = max(folder.glob(f"{kind}*")).name
     again = kindred(
         "LoadReference", next(name for name in (f"kindred/{file}", file) if listed(name))
     )
@@ -260,6 +305,7 @@ def trained() -> Tensor:
         "drop_text": 0.3,
         "drop_image": 0.3,
         "seed": 5,
+        "resume": False,
     }
     made, _ = kindred(
         "ConceptEncoderTrain",
@@ -381,6 +427,13 @@ def other_cells() -> dict[str, Callable[[], Any]]:
         "LoRA in bypass": partial(with_lora, True),
         "ControlNet - photo": partial(with_control, cached, S),
         "ControlNet - story": partial(with_control, story, LONG),
+        "HyperTile - photo": partial(beside, hyper_tile, cached, replace(S, size=(16, 16))),
+        "merged tokens - photo": partial(beside, merged_tokens, cached, S),
+        "FreeU - story": partial(beside, free_u, story, LONG),
+        "perturbed attention - all": partial(beside, perturbed, everything, S),
+        "doubled text - concept": partial(beside, doubled_text, concept, S),
+        "doubled text - story": partial(beside, doubled_text, story, LONG),
+        "384x384 pixels - two references": partial(draw_two_references, LARGE),
         "float16 weights": partial(in_precision, torch.float16, torch.float32),
         "bfloat16": partial(in_precision, torch.bfloat16, torch.bfloat16),
         "bfloat16 - story": partial(story_in_precision, torch.bfloat16, torch.bfloat16),

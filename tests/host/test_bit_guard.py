@@ -1,4 +1,4 @@
-"""This tree draws what the tree of one commit draws, to the bit: the guard of a move, gone after it.
+"""This tree draws what that of one commit draws, to the bit: the guard of a move, to go with it.
 
 Both trees are drawn with the same program on the same machine, each in a process of its own.
 """
