@@ -4,6 +4,7 @@ A node's configuration is a frozen `Injection` on a clone of the MODEL. When a s
 injections it finds into a `Run`; the run lives in the sampler's own copy of the options and dies with it.
 """
 from .concepts import CONCEPTS, ManagedEncoder, concept_files, concept_folder, concept_path, register_folders
+from .foresight import LEAPING
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .learning import SIDES, FrozenUNet, Interrupted, progress, training
 from .model import (
@@ -19,10 +20,10 @@ from .references import REFERENCES, is_listed, nameable, new_reference_path, ref
 from .run import Injection, SamplerRun, inject, injected, install, sample
 
 __all__ = [
-    "CONCEPTS", "Conditioning", "Encoder", "FrozenUNet", "Injection", "Interrupted", "Inversion", "KEY", "Loop", "ManagedEncoder",
-    "REFERENCES", "Reference", "SIDES", "SamplerRun", "TEXT", "attention_sites", "chosen_sigmas", "computes_in", "concept_files",
-    "concept_folder", "concept_path", "cross_layers", "decode", "example_name", "feature_tap", "first_rows", "inject", "injected",
-    "input_pictures", "install", "is_listed", "latent_in", "latent_out", "load_picture", "model_key", "nameable",
+    "CONCEPTS", "Conditioning", "Encoder", "FrozenUNet", "Injection", "Interrupted", "Inversion", "KEY", "LEAPING", "Loop",
+    "ManagedEncoder", "REFERENCES", "Reference", "SIDES", "SamplerRun", "TEXT", "attention_sites", "chosen_sigmas", "computes_in",
+    "concept_files", "concept_folder", "concept_path", "cross_layers", "decode", "example_name", "feature_tap", "first_rows",
+    "inject", "injected", "input_pictures", "install", "is_listed", "latent_in", "latent_out", "load_picture", "model_key", "nameable",
     "new_reference_path", "offer_example", "picture_embeddings", "picture_exists", "picture_fingerprint", "pictures_in", "progress",
     "read_prompt", "reference_files", "reference_pass", "reference_path", "reference_tokens", "register_folders",
     "register_references", "require_reference", "require_same_model", "require_unet", "rough_pictures", "sample", "samplers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -166,16 +166,24 @@ def wrapped_injections(model: ModelPatcher) -> list[str]:
 
 
 @contextmanager
-def ejected(model: ModelPatcher, keys: Iterable[str]) -> Iterator[None]:
-    """Inside: the network of a running model without what it was given under these keys; afterwards it is back."""
-    given = [one for key in keys for one in model.injections[key]] if model.is_injected else []
-    for one in reversed(given):
-        one.eject(model)
-    try:
+def ejected(model: ModelPatcher, keys: Collection[str]) -> Iterator[None]:
+    """Inside: the network of a running model without what it was given under these keys; afterwards it is back.
+
+    By the patcher's own methods, which tell others' callbacks; while the rest alone is in, those under these keys are not told of it.
+    """
+    if not (keys and model.is_injected):
         yield
-    finally:
-        for one in given:
-            one.inject(model)
+        return
+    with model.use_ejected():
+        injections, callbacks = model.injections, model.callbacks
+        model.injections = {key: many for key, many in injections.items() if key not in keys}
+        model.callbacks = {kind: {key: many for key, many in by_key.items() if key not in keys} for kind, by_key in callbacks.items()}
+        try:
+            model.inject_model()
+            yield
+        finally:
+            model.eject_model()
+            model.injections, model.callbacks = injections, callbacks
 
 
 def _bypassing(model: ModelPatcher) -> list[tuple[str, float, list[object]]]:
@@ -254,8 +262,9 @@ def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
 
 
 def computes_in(model: ModelPatcher) -> torch.dtype:
-    """The dtype of the UNet's hidden states."""
-    return model.model.get_dtype_inference()
+    """The dtype of the UNet's hidden states: of this MODEL, as the shared network holds what the one before left there."""
+    cast = model.get_model_object("manual_cast_dtype")
+    return network(model).dtype if cast is None else cast
 
 
 def token_sizes(model: ModelPatcher, latent: Sequence[int]) -> dict[BlockId, tuple[int, int]]:
@@ -266,7 +275,9 @@ def token_sizes(model: ModelPatcher, latent: Sequence[int]) -> dict[BlockId, tup
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
     """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the CPU."""
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
+    if scheduler not in schedulers():
+        raise ValueError(f"Kindred: this ComfyUI has no scheduler {scheduler!r:.60}. Choose one of {', '.join(map(str, schedulers()))}.")
+    return comfy.samplers.KSampler(model, steps, torch.device("cpu"), "euler", scheduler).sigmas  # packs change how it computes them
 
 
 def schedulers() -> list[str]:
@@ -309,12 +320,12 @@ def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
 
 def to_model_scale(model: ModelPatcher, samples: Tensor) -> Tensor:
     """A LATENT's samples in model scale, on the CPU."""
-    return model.model.process_latent_in(samples.float().cpu())  # --fp16-intermediates and --gpu-only give others
+    return model.get_model_object("latent_format").process_in(samples.float().cpu())  # --fp16-intermediates and --gpu-only give others
 
 
 def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
     """Latents in model scale -> a LATENT's samples."""
-    return model.model.process_latent_out(samples)
+    return model.get_model_object("latent_format").process_out(samples)
 
 
 def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
