@@ -188,6 +188,7 @@ class Training:
         import comfy.sd
         import folder_paths
         from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing, check_layers, load_concept_encoder
+        from kindred.models.identity import tell_key
         from kindred.models.injection import Merge
         from kindred.models.training import Trainer, TrainSettings, read_state
         from kindred.nodes import host
@@ -240,13 +241,14 @@ class Training:
             self.prompts[text]  # before the UNet is loaded, which the text encoder would push aside
         self.denoise = host.FrozenUNet(self.model, config.merge, self.prompts, given.checkpointing)
         self.trainer = Trainer(encoder, self.denoise, self.examples, settings, Accelerated(accelerator))
-        self.made_with = {"pictures": self.digest(), "size": size, "merge": given.merge, "tower": tower, "base": host.model_key(self.model),
+        base = host.model_key(self.model)
+        self.made_with = {"pictures": self.digest(), "size": size, "merge": given.merge, "tower": tower, "base": tell_key(base),
                           "processes": accelerator.num_processes, "precision": given.mixed_precision}
         if (given.out / "state.pt").is_file():
             self.trainer.resume(read_state(given.out / "state.pt"), **self.made_with)
         self.facts = {"pictures": len(self.examples), "subjects": len(self.examples.groups), "batch": settings.batch * settings.accumulate
                       * accelerator.num_processes, "rate": settings.rate, "prompt": given.prompt, "seed": settings.seed,
-                      "drop": [settings.drop_text, settings.drop_image, settings.drop_both], "base": host.model_key(self.model)}
+                      "drop": [settings.drop_text, settings.drop_image, settings.drop_both], "base": str(base)}
 
     def digest(self) -> str:
         """Names, sizes and prompts of the pictures, in short."""

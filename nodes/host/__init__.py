@@ -5,12 +5,12 @@ injections it finds into a `Run`; the run lives in the sampler's own copy of the
 """
 from .concepts import CONCEPTS, ManagedEncoder, concept_files, concept_folder, concept_path, register_folders
 from .foresight import LEAPING
+from .identity import model_key, require_reference, require_same_model
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .learning import SIDES, FrozenUNet, Interrupted, progress, training
 from .model import (
     KEY, TEXT, Conditioning, Encoder, Inversion, Reference, attention_sites, chosen_sigmas, computes_in, cross_layers, feature_tap,
-    latent_in, latent_out, model_key, require_reference, require_same_model, require_unet, samplers, schedulers, self_attentions,
-    to_model_scale, token_sizes,
+    latent_in, latent_out, require_unet, samplers, schedulers, self_attentions, to_model_scale, token_sizes,
 )
 from .page import tell
 from .photos import example_name, input_pictures, load_picture, offer_example, picture_exists, picture_fingerprint

@@ -77,7 +77,7 @@ def test_the_key_tells_models_and_loras_apart():
 def test_a_reference_of_another_model(other, blocks):
     given = other()
     refuse(lambda: inject(given, bank_of(), blocks=blocks), "Masked Self-Attn Inject: the reference was made with model", model_key(MODEL),
-           "but the model given is", model_key(given), "(weights and LoRAs count)", "Wire the same MODEL, LoRAs included")
+           "but the model given is", model_key(given), " differ. ", "or make the reference again with this one.")
 
 
 def test_a_reference_of_another_architecture():
