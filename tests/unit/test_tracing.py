@@ -28,12 +28,20 @@ def test_what_nobody_changed_is_what_it_was() -> None:
 
 def test_without_keys_rows_are_told_by_their_queries() -> None:
     found = trace(2, WAS, torch.cat((WAS[:1], WAS)))
-    assert found is not None and found.parts == (0, 0, 1) and found.places == found.repeats == (None,) * 3
+    assert (
+        found is not None
+        and found.parts == (0, 0, 1)
+        and found.places == found.repeats == (None,) * 3
+    )
 
 
 def test_keys_behind_the_text_have_no_place_in_it() -> None:
     found = trace(2, WAS, WAS, TEXT, torch.cat((TEXT, OTHER.expand(2, -1, -1)), 1), (T, T))
-    assert found is not None and found.places == ((*ALL, *(-1,) * T),) * 2 and found.repeats == ((1,), (1,))
+    assert (
+        found is not None
+        and found.places == ((*ALL, *(-1,) * T),) * 2
+        and found.repeats == ((1,), (1,))
+    )
 
 
 def test_a_text_of_which_some_is_gone_is_not_followed() -> None:
@@ -52,8 +60,10 @@ def test_regions_are_told_by_their_texts_where_the_queries_are_equal() -> None:
     """Cond and uncond begin with equal queries; the copies are of whose text stands among their keys."""
     same = WAS[:1].expand(2, -1, -1)
     now = same[:1].expand(3, -1, -1)
-    for keys, parts, places in (((TEXT[:1], OTHER, TEXT[1:]), (0, 0, 1), (ALL, None, ALL)),
-                                ((TEXT[:1], TEXT[1:], TEXT[1:]), (0, 1, 1), (ALL, ALL, ALL))):
+    for keys, parts, places in (
+        ((TEXT[:1], OTHER, TEXT[1:]), (0, 0, 1), (ALL, None, ALL)),
+        ((TEXT[:1], TEXT[1:], TEXT[1:]), (0, 1, 1), (ALL, ALL, ALL)),
+    ):
         found = trace(2, same, now, TEXT, torch.cat(keys), (T, T))
         assert found is not None and (found.parts, found.places) == (parts, places)
     assert trace(2, same, now, TEXT, OTHER.expand(3, -1, -1), (T, T)) is None
@@ -74,10 +84,14 @@ def test_what_the_host_repeated_is_counted_and_equal_tokens_are_not() -> None:
     assert found is not None and found.repeats == ((2,), (1,))
 
 
-@pytest.mark.parametrize("now, keys", [
-    (WAS[:1].expand(3, -1, -1)[:, :2], TEXT[:1].expand(3, -1, -1)),  # other tokens
-    (torch.cat((WAS[:1], WAS)), TEXT),  # keys for other rows
-    (rand(3, 4, C, seed=5), None)])  # other queries
+@pytest.mark.parametrize(
+    "now, keys",
+    [
+        (WAS[:1].expand(3, -1, -1)[:, :2], TEXT[:1].expand(3, -1, -1)),  # other tokens
+        (torch.cat((WAS[:1], WAS)), TEXT),  # keys for other rows
+        (rand(3, 4, C, seed=5), None),
+    ],
+)  # other queries
 def test_what_cannot_be_told_is_not(now: Tensor, keys: Tensor | None) -> None:
     assert trace(2, WAS, now, None if keys is None else TEXT, keys, (T, T)) is None
 

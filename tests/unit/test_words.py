@@ -16,9 +16,7 @@ def clip(*words: str) -> list[Piece]:
 
 def sentence(*pieces: str | bytes) -> list[Piece]:
     """Pieces of a sentencepiece vocabulary, with _ where a word begins."""
-    return [
-        (i, p if isinstance(p, bytes) else p.replace("_", SPACE)) for i, p in enumerate(pieces)
-    ]
+    return [(i, p if isinstance(p, bytes) else p.replace("_", SPACE)) for i, p in enumerate(pieces)]
 
 
 def test_an_occurrence_may_begin_inside_another() -> None:
