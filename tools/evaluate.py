@@ -8,7 +8,8 @@ nothing twice. The miniature's numbers depend on neither the machine's cores nor
 --table takes some of the tables, --task all of paper A's (personalize) or B's (story), or the miniature's own figures (miniature).
 --variant "name: input=value, ..." is a row of your own, beside plain. For personalize: inputs of Ref-UNet Feature Capture and Masked
 Self-Attn Inject, concept.INPUT for Cross-Attn Detail Inject (on where one is given), self=off, mask=true or none (the renderer's own
-mask, no mask), inverted=yes (DDIM Invert first), cfg. For story: inputs of ConsiStory Shared Attention, node=off, mask=none, cfg.
+mask, no mask), inverted=yes (DDIM Invert first), cfg. For story: inputs of ConsiStory Shared Attention, node=off, mask=none, cfg,
+freeu=yes (ComfyUI's FreeU before it, with the paper's numbers).
 """
 from __future__ import annotations
 

@@ -56,6 +56,21 @@ def test_a_plain_workflow_runs_from_an_empty_latent(host, loaded):
     assert latent.shape == (2, 8, 16, 16) and image.shape == (2, 128, 128, 3) and bool(image.isfinite().all())
 
 
+def test_freeu_is_felt_by_its_second_pair_of_numbers_alone(host, loaded):
+    """Its first pair is of features four times as wide as the model's first ones; the miniature has them but twice as wide."""
+    from comfy_extras.nodes_freelunch import FreeU
+
+    model, clip, _ = loaded
+    with torch.inference_mode():
+        positive, negative = (host.CLIPTextEncode().encode(clip, text)[0] for text in ("a photo of a cat on the beach", ""))
+        empty = host.EmptyLatentImage().generate(128, 128, 1)[0]
+        plain, paper, first, second = (host.common_ksampler(
+            m, 1, 2, 4.0, "ddim", "ddim_uniform", positive, negative, empty)[0]["samples"] for m in (
+                model, *(FreeU.execute(model, *scales)[0] for scales in ((1.1, 1.2, 0.6, 0.4), (2, 1.2, 0.1, 0.4), (1.1, 1, 0.6, 1)))))
+    assert float((paper - plain).abs().mean()) > 0.1 * float(plain.std())
+    assert torch.equal(first, paper) and torch.allclose(second, plain, atol=1e-4)
+
+
 def test_measuring_without_the_loader_is_the_same_model(host, loaded):
     """Text encoder, VAE and UNet of miniature/measure.py against the host's own, same weights."""
     import comfy.options
