@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-BASELINE = "e1eaf4d226a0e0e7fe4bbd16e5963171a87abddd"
+BASELINE = "ba506359818f37a50474b1ffd646ce1a3bc8587a"
 
 
 def has(root: Path, commit: str) -> bool:
