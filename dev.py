@@ -31,22 +31,24 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from environment import Environment, Refusal, clean_environment, existing, setup  # noqa: E402
+from results import IN_GIT  # noqa: E402
+from terminal import run_program  # noqa: E402
 
 
 def run(environment: Environment, arguments: list[str], **extra: str) -> int:
-    """Run the environment's Python from the repository's root; the child dies with this process. Returns its exit code."""
-    return together(environment, [arguments], **extra)[0][0]
+    """Run the environment's Python where the user is, whose paths it is given; it dies with this process. Returns its exit code."""
+    return together(environment, [arguments], Path.cwd(), **extra)[0][0]
 
 
-def together(environment: Environment, commands: Sequence[list[str]], **extra: str) -> list[tuple[int, float]]:
-    """Several at once, the first in the open; what the others say is shown once all have ended. Returns exit codes and seconds."""
+def together(environment: Environment, commands: Sequence[list[str]], folder: Path = ROOT, **extra: str) -> list[tuple[int, float]]:
+    """Several in `folder` at once, the first in the open; what the others say is shown once all have ended. Exit codes and seconds."""
     settings = clean_environment(KINDRED_HOST=str(environment.host), PYTHONUNBUFFERED="1", **extra)
     begun, ended, start = [], {}, time.monotonic()
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands[1:]]
         try:
             for arguments, out in zip(commands, [None, *said]):
-                begun.append(subprocess.Popen([str(environment.python), *arguments], cwd=ROOT, env=settings, stdout=out,
+                begun.append(subprocess.Popen([str(environment.python), *arguments], cwd=folder, env=settings, stdout=out,
                                               stderr=None if out is None else subprocess.STDOUT))
             while len(ended) < len(begun):
                 for i, process in enumerate(begun):
@@ -61,6 +63,7 @@ def together(environment: Environment, commands: Sequence[list[str]], **extra: s
                     process.wait(15)
                 except subprocess.TimeoutExpired:
                     process.kill()
+                    process.wait()
             raise
         finally:
             for out in said:
@@ -135,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("serve", parents=[own], help="ComfyUI's canvas with the pack")
     command.add_argument("--port", type=int, help="default: a free one")
     command.add_argument("--cpu", action="store_true", help="even if there is a GPU")
-    command.add_argument("--base", type=Path, metavar="DIR", help="keep models, inputs and outputs in this folder")
+    command.add_argument("--base", type=Path, metavar="DIR", help=f"keep models, inputs and outputs in this folder{IN_GIT}")
     for name, text in (("demo", "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
                                 "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ..."),
                        ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
@@ -151,8 +154,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are stopped on the way out
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with & in a script; the children would inherit it
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if passes_on and not (ROOT / "tools" / f"{chosen.command}.py").is_file():
             raise Refusal(f"This version of Kindred has no `{chosen.command}` yet.")
@@ -175,7 +176,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     if sys.version_info < (3, 10):
         sys.exit(f"dev.py needs Python 3.10 or newer; this is {platform.python_version()}.")
-    sys.exit(main())
+    run_program(main)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .program import make_folder, run_program
 from .world import CLASSES, HELD_OUT, SCENES, caption, random_identity, render
 
 FIRST = 1 << 24  # identities the other trainings do not draw either
@@ -47,9 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=4, help="of each subject")
     parser.add_argument("--held-out", action="store_true")
     given = parser.parse_args(arguments)
-    write_album(given.folder, given.subjects, given.pictures, given.held_out)
+    write_album(make_folder(given.folder), given.subjects, given.pictures, given.held_out)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

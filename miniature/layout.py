@@ -21,6 +21,7 @@ FLOW_LAYOUT = {  # of the host's Flux: two double and eight single blocks on 16 
     "guidance_embed": False,
     "txt_ids_dims": [],
 }
+FLOW_SHIFT = 3.0  # of the noise levels that its sampler takes
 FLOW = "flow-"  # before the names of its files in a work folder
 CONTEXT = 64  # width of the text encoder
 WORDS = 77
@@ -62,3 +63,22 @@ PREVIEW = [  # of each latent channel, for the host's live previews: `python -m 
     [-0.0147, -0.0122, -0.0120],
 ]
 PREVIEW_BIAS = [0.0090, 0.0647, 0.0028]
+FLOW_PREVIEW = [  # the same of the flow miniature's
+    [0.2318, 0.1586, 0.3419],
+    [0.2772, 0.0781, -0.1139],
+    [-0.0751, 0.3294, -0.0607],
+    [-0.0720, 0.0444, 0.0614],
+    [0.0132, 0.0348, -0.0070],
+    [0.0024, -0.0068, -0.1061],
+    [0.1015, -0.0129, 0.0573],
+    [0.0175, 0.0042, 0.1108],
+    [-0.0142, 0.0475, 0.0325],
+    [0.0353, 0.0329, 0.0212],
+    [0.0106, 0.0374, -0.0251],
+    [-0.0214, -0.0256, -0.0056],
+    [0.0371, -0.0490, -0.0609],
+    [-0.0409, 0.0652, 0.0849],
+    [-0.0143, -0.0615, 0.0266],
+    [0.0115, 0.0247, 0.0056],
+]
+FLOW_PREVIEW_BIAS = [-0.0360, 0.0135, -0.0535]

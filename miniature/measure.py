@@ -23,6 +23,7 @@ from .autoencoder import Autoencoder, psnr
 from .data import Renderings, held_out
 from .denoiser import MASK_LAYERS, Attention, build_text, build_unet, load_tokenizer, schedule
 from .pack import CHECKPOINT, TABLE, load_autoencoder
+from .program import prepare, run_program
 from .reader import Reading, load_reader
 from .train_reader import accuracy
 from .world import CLASSES, SCENES, prompt, rgb
@@ -218,6 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
+    prepare(None, given.json, given.sheet)
     torch.set_num_threads(given.threads)
     figures = measure(given.host, given.count, given.seed, given.checkpoint, given.sheet)
     report = {"command": "evaluate --task miniature", "seed": given.seed, "figures": figures}
@@ -228,5 +230,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

@@ -17,6 +17,7 @@ from torch import Tensor
 from .control import WEIGHTS, build_network, control, covered, hint_of, load_weights
 from .data import Renderings, held_out
 from .measure import CFG, STEPS, Miniature, open_miniature, overlap, sample
+from .program import prepare, run_program
 from .reader import MASK_GRID, Reader, load_reader
 from .world import CLASSES, SCENES, prompt
 
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    prepare(None, given.json, given.sheet)
     torch.set_num_threads(given.threads)
     figures = measure(given.host, given.count, given.seed, given.control, given.strength, given.steps, given.cfg, given.sheet)
     text = json.dumps({"command": "miniature.measure_control", "seed": given.seed, "figures": figures}, indent=1)
@@ -99,5 +101,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

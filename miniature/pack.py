@@ -21,7 +21,8 @@ from .world import world_hash
 log = logging.getLogger(__name__)
 VERSION = "1"
 CHECKPOINT = READER.parent / "checkpoints" / "kindred_miniature.safetensors"
-FLOW_AUTOENCODER = READER.parent / "flow" / "autoencoder.safetensors"  # of the flow miniature, whose transformer is still to come
+FLOW_CHECKPOINT = CHECKPOINT.with_name("kindred_flow_miniature.safetensors")
+FLOW_AUTOENCODER = READER.parent / "flow" / "autoencoder.safetensors"  # the flow miniature's, alone
 TABLE = 49_408  # rows of the standard token table
 
 
@@ -87,13 +88,40 @@ def pack(folder: Path) -> None:
 
 
 def pack_flow(folder: Path) -> None:
-    """Writes the flow miniature's autoencoder if its training has begun in `folder`, as the host's Load VAE reads it."""
+    """Writes the flow miniature's autoencoder if its training has begun in `folder`, and its checkpoint if the transformer's has."""
     if not (folder / f"{FLOW}autoencoder.pt").exists():
         return
     weights, metadata = flow_weights(folder)
     FLOW_AUTOENCODER.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, FLOW_AUTOENCODER, metadata)
     log.info("%s %.2f MiB", FLOW_AUTOENCODER.name, FLOW_AUTOENCODER.stat().st_size / 2**20)
+    if (folder / f"{FLOW}transformer.pt").exists():
+        weights, metadata = flow_checkpoint_weights(folder)
+        save_file(weights, FLOW_CHECKPOINT, metadata)
+        log.info("%s %.2f MiB %s", FLOW_CHECKPOINT.name, FLOW_CHECKPOINT.stat().st_size / 2**20, metadata)
+
+
+def flow_checkpoint_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Transformer (averaged), autoencoder and the UNet miniature's text encoder in half precision, and the metadata.
+
+    The host projects pooled text; the training pooled it as it was, so the projection is the identity.
+    """
+    from safetensors.torch import load_file
+
+    state = load(folder / f"{FLOW}transformer.pt", torch.device("cpu"))
+    autoencoder, metadata = flow_weights(folder)
+    text = "cond_stage_model.transformer."
+    weights = {f"model.diffusion_model.{name}": value.half() for name, value in state["average"].items()}
+    weights |= {name: value for name, value in load_file(CHECKPOINT).items() if name.startswith(text)}
+    weights[f"{text}text_projection.weight"] = torch.eye(CONTEXT).half()
+    weights |= {f"first_stage_model.{name}": value for name, value in autoencoder.items()}
+    weights["first_stage_model.vae_scale"] = torch.tensor(float(state["spread"]))
+    metadata |= {
+        "kindred.flow_steps": str(state["step"]),
+        "kindred.seed": str(state["seed"]),
+        "kindred.velocity_loss": f"{state['loss']:.4f}",
+    }
+    return {name: value.contiguous() for name, value in weights.items()}, metadata
 
 
 def flow_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,13 +145,36 @@ def flow_autoencoder() -> dict[str, Tensor]:
 
 
 def begin_flow(folder: Path) -> None:
-    """A work folder without an autoencoder of its own goes on from the shipped one: every machine then trains on the same latents."""
+    """A work folder goes on from what is shipped: every machine then trains on the same latents, and no step is lost."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{FLOW}autoencoder.pt"
     if not path.exists() and FLOW_AUTOENCODER.exists():
-        with safe_open(FLOW_AUTOENCODER, "pt") as shipped:
-            steps = int(shipped.metadata()["kindred.autoencoder_steps"])
-        folder.mkdir(parents=True, exist_ok=True)
-        save(path, {"model": flow_autoencoder(), "step": steps})
+        steps = _facts(FLOW_AUTOENCODER)["kindred.autoencoder_steps"]
+        save(path, {"model": flow_autoencoder(), "step": int(steps)})
+    path = folder / f"{FLOW}transformer.pt"
+    if not path.exists() and FLOW_CHECKPOINT.exists():
+        save(path, shipped_flow())
+
+
+def shipped_flow() -> dict:
+    """The shipped transformer as a state of its training, without its optimizers'."""
+    from safetensors.torch import load_file
+
+    weights, facts, prefix = load_file(FLOW_CHECKPOINT), _facts(FLOW_CHECKPOINT), "model.diffusion_model."
+    model = {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
+    return {
+        "model": model,
+        "average": {name: value.clone() for name, value in model.items()},
+        "step": int(facts["kindred.flow_steps"]),
+        "spread": float(weights["first_stage_model.vae_scale"]),
+        "seed": int(facts["kindred.seed"]),
+        "loss": float(facts["kindred.velocity_loss"]),
+    }
+
+
+def _facts(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as shipped:
+        return shipped.metadata()
 
 
 def pack_control(folder: Path) -> None:

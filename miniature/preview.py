@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .autoencoder import Autoencoder
 from .data import Renderings, held_out, render_range
-from .pack import CHECKPOINT, load_autoencoder
+from .layout import FLOW_CHANNELS
+from .pack import CHECKPOINT, flow_autoencoder, load_autoencoder
+from .program import run_program
 
 
 @torch.no_grad()
@@ -32,26 +35,32 @@ def agreement(factors: Tensor, bias: Tensor, latents: Tensor, images: Tensor) ->
 
 
 @torch.no_grad()
-def coded(pictures: Renderings) -> tuple[Tensor, Tensor]:
-    """The packed checkpoint's latents of renderings, as its UNet sees them, and their images [b 3 y x]."""
+def coded(pictures: Renderings, autoencoder: Autoencoder | None = None) -> tuple[Tensor, Tensor]:
+    """Latents of renderings as a miniature's network sees them, of unit spread, and their images [b 3 y x].
+
+    autoencoder: the packed UNet checkpoint's unless another is given.
+    """
     from safetensors import safe_open
 
-    autoencoder = load_autoencoder()
-    with safe_open(CHECKPOINT, "pt") as file:
-        spread = float(file.get_tensor("first_stage_model.vae_scale"))
     images = torch.from_numpy(pictures.images).permute(0, 3, 1, 2).float() / 255
-    return torch.cat([autoencoder.encode(part) for part in images.split(16)]) / spread, images
+    latents = torch.cat([(autoencoder or load_autoencoder()).encode(part) for part in images.split(16)])
+    if autoencoder is not None:
+        return latents / latents.std(), images
+    with safe_open(CHECKPOINT, "pt") as file:
+        return latents / float(file.get_tensor("first_stage_model.vae_scale")), images
 
 
 def main() -> None:
     """Prints the lines for layout.py, fitted on 400 training renderings, and how well they serve 60 held-out ones."""
-    factors, bias = fit_colours(*coded(render_range(0, 400)))
-    rows = "".join(f"    [{', '.join(f'{value:.4f}' for value in row)}],\n" for row in factors.tolist())
-    sys.stdout.write(f"PREVIEW = [\n{rows}]\nPREVIEW_BIAS = [{', '.join(f'{value:.4f}' for value in bias.tolist())}]\n")
-    told = agreement(factors, bias, *coded(held_out(60)))
-    sys.stdout.write(f"# correlation with the picture: {float(told.mean()):.3f} on average, {float(told.min()):.3f} at least\n")
+    flow = Autoencoder(FLOW_CHANNELS)
+    flow.load_state_dict(flow_autoencoder())
+    for name, autoencoder in (("PREVIEW", None), ("FLOW_PREVIEW", flow.eval())):
+        factors, bias = fit_colours(*coded(render_range(0, 400), autoencoder))
+        rows = "".join(f"    [{', '.join(f'{value:.4f}' for value in row)}],\n" for row in factors.tolist())
+        sys.stdout.write(f"{name} = [\n{rows}]\n{name}_BIAS = [{', '.join(f'{value:.4f}' for value in bias.tolist())}]\n")
+        told = agreement(factors, bias, *coded(held_out(60), autoencoder))
+        sys.stdout.write(f"# correlation with the picture: {float(told.mean()):.3f} on average, {float(told.min()):.3f} at least\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

@@ -12,9 +12,22 @@ import comfy.latent_formats
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.utils
 import folder_paths
 
-from .layout import CONTEXT, LATENT_CHANNELS, LAYOUT, PREVIEW, PREVIEW_BIAS, TEXT
+from .layout import (
+    CONTEXT,
+    FLOW_CHANNELS,
+    FLOW_LAYOUT,
+    FLOW_PREVIEW,
+    FLOW_PREVIEW_BIAS,
+    FLOW_SHIFT,
+    LATENT_CHANNELS,
+    LAYOUT,
+    PREVIEW,
+    PREVIEW_BIAS,
+    TEXT,
+)
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -68,9 +81,44 @@ class KindredMiniature(comfy.supported_models.SD15):
         return comfy.supported_models_base.ClipTarget(MiniatureTokenizer, MiniatureText)
 
 
+class FlowMiniatureLatent(comfy.latent_formats.LatentFormat):
+    """Sixteen channels of unit spread: the checkpoint's vae_scale already divides by the spread."""
+
+    latent_channels = FLOW_CHANNELS
+    scale_factor = 1.0
+    latent_rgb_factors = FLOW_PREVIEW
+    latent_rgb_factors_bias = FLOW_PREVIEW_BIAS
+
+
+class KindredFlowMiniature(comfy.supported_models.FluxSchnell):
+    """FLUX's layout with ten blocks of width 192 on single latent cells, and the UNet miniature's text encoder."""
+
+    unet_config = {"image_model": "flux"} | {name: FLOW_LAYOUT[name] for name in ("hidden_size", "context_in_dim")}
+    unet_extra_config = {
+        name: FLOW_LAYOUT[name] for name in ("in_channels", "out_channels", "patch_size", "axes_dim", "num_heads", "theta")
+    }
+    sampling_settings = {"multiplier": 1.0, "shift": FLOW_SHIFT}
+    latent_format = FlowMiniatureLatent
+    memory_usage_factor = 0.2
+    vae_key_prefix = ["first_stage_model."]
+    text_encoder_key_prefix = ["cond_stage_model."]
+
+    def process_clip_state_dict(self, state_dict: dict) -> dict:
+        """As of Stable Diffusion 1.5, whose text model has no projection; here it has one, since the pooled text is read."""
+        return comfy.utils.state_dict_prefix_replace(state_dict, {"cond_stage_model.": "clip_l."}, filter_keys=True)
+
+    def clip_target(self, state_dict: dict | None = None) -> comfy.supported_models_base.ClipTarget:
+        """The text encoder's two classes."""
+        return comfy.supported_models_base.ClipTarget(MiniatureTokenizer, MiniatureText)
+
+
 def register() -> None:
-    """Adds the architecture and the weights' folders to the host; calling it again, or from a reloaded pack, changes nothing more."""
+    """Adds the architectures and the weights' folders to the host; calling it again, or from a reloaded pack, changes nothing more.
+
+    The host takes the first class that fits, and FLUX.1's fits the flow miniature too.
+    """
     known = comfy.supported_models.models
-    known[:] = [model for model in known if model.__name__ != KindredMiniature.__name__] + [KindredMiniature]
+    ours = (KindredFlowMiniature.__name__, KindredMiniature.__name__)
+    known[:] = [KindredFlowMiniature, *(model for model in known if model.__name__ not in ours), KindredMiniature]
     for kind in ("checkpoints", "controlnet"):
         folder_paths.add_model_folder_path(kind, str(WEIGHTS / kind))

@@ -1,12 +1,12 @@
 """Draws the example hint of the ControlNet: `python -m miniature.silhouette` writes silhouette.png, a cat, white on black."""
 from __future__ import annotations
 
-import sys
 
 import numpy as np
 from PIL import Image
 
 from .control import EXAMPLE
+from .program import run_program
 from .world import Identity, render
 
 WHO, CLASS, SCENE, SEED = Identity(0.0, 1.0, 1.0, 0.5, "plain", "none", 0.0), "cat", "meadow", 9
@@ -17,6 +17,9 @@ def example() -> np.ndarray:
     return np.where(render(WHO, CLASS, SCENE, SEED).mask, 255, 0).astype(np.uint8)[..., None].repeat(3, 2)
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
+def main() -> None:
     Image.fromarray(example()).save(EXAMPLE, optimize=True)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from .program import prepare, run_program
+
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECT = ROOT / "miniature" / "weights" / "references" / "kindred_story.safetensors"
 WORKFLOW = ROOT / "workflows" / "api" / "story_more_pictures.json"
@@ -37,7 +39,6 @@ def make(host: Path, path: Path) -> float:
     latent = {"samples": torch.zeros(len(SCENES), 4, 16, 16)}
     bank = studio.run("KindredAnchorSampler", model=model, seed=SEED, positive=positive, negative=studio.empty(), latent_image=latent,
                       precision="float16", **sampling)[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_reference(bank, path)
     return path.stat().st_size / 2**20
 
@@ -48,9 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", type=Path, required=True, help="a ComfyUI folder")
     parser.add_argument("--out", type=Path, default=SUBJECT)
     given = parser.parse_args(arguments)
+    prepare(None, given.out)
     sys.stderr.write(f"{given.out.name}: {make(given.host, given.out):.2f} MiB\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 from .data import training_set
 from .layout import FLOW, FLOW_CHANNELS
+from .program import make_folder, run_program, settle
 from .training import Run
 
 STEPS = {
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run = Run(given.folder, torch.device(given.device), given.seed, given.renderings, given.workers)
+    run = Run(make_folder(given.folder), torch.device(given.device), given.seed, given.renderings, given.workers)
     if given.part in ("flow", "flow-decoder"):  # before there are several workers
         from .pack import begin_flow
 
@@ -66,6 +66,7 @@ def _meeting(given: argparse.Namespace, process: int) -> Path:
 
 def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
     """One of several processes that train together: robust where other programs share the cores, as threads are not."""
+    settle()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     torch.set_num_threads(max(given.threads // run.workers, 1))
     meeting = _meeting(given, os.getppid()).as_uri()
@@ -120,5 +121,4 @@ def _train(run: Run, given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    main()
+    run_program(main)

@@ -77,8 +77,9 @@ def resume(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer
     if state is not None:
         module.load_state_dict(state["model"])
         average = state["average"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        if "optimizers" in state:  # shipped weights come without
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
     return average, state
 
 

@@ -4,17 +4,26 @@ Axes: r anchors, n tokens of a grid, l kept tokens of all anchors, c channels, y
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .injection import Asker
 from .inversion import InversionTrajectory
-from .reference import AnchorFeatures, BlockId, Grid, Half, Layer, ReferenceBank, ReferencePrompt
+from .reference import LOG_SIGMA_TOLERANCE, AnchorFeatures, BlockId, Grid, Half, Layer, ReferenceBank, ReferencePrompt
 
 Row = tuple[int, float]  # stage (0 where there is but one, else 1 or 2), sigma
+NODE = "ConsiStory Anchor Sampler"
+
+
+def passes_over(who: Asker, what: str) -> ValueError:
+    """Anchors are read at the levels of a schedule: what says that these would lack some."""
+    return ValueError(f"{NODE}: {who} passes over {what} of its schedule, so no further picture could read anchors made with it. "
+                      + who.choose("asks at every level of its schedule, such as euler, ddim or dpmpp_2m"))
 
 
 def in_host_memory(held: Mapping[BlockId, Tensor], precision: torch.dtype | None) -> dict[BlockId, Tensor]:
@@ -36,6 +45,9 @@ class AnchorRecorder:
     latents: dict[float, Tensor] = field(default_factory=dict)
     masks: dict[Grid, Tensor] = field(default_factory=dict)  # of the last step, bool [r y x]
     maps: Tensor | None = None  # [t r y x]
+    asker: Asker = Asker()
+    _levels: tuple[float, ...] = ()  # of the schedule, descending; where it does not fall, none
+    _unasked: list[float] = field(default_factory=list)
     _tokens: dict[tuple[Row, Half], dict[BlockId, Tensor]] = field(default_factory=dict)
     _kept: dict[Row, dict[Grid, Tensor]] = field(default_factory=dict)
     _outputs: dict[float, dict[BlockId, Tensor]] = field(default_factory=dict)
@@ -43,8 +55,23 @@ class AnchorRecorder:
     _features: Tensor | None = None
     _subject: Tensor | None = None
 
+    def expect(self, count: int, sigmas: Sequence[float], asker: Asker) -> None:
+        """A run of so many anchors begins; sigmas: those of its schedule, without the last 0."""
+        levels = tuple(dict.fromkeys(sigmas))
+        self.count, self.asker, self._unasked = count, asker, [*levels]
+        self._levels = levels if levels == tuple(sorted(levels, reverse=True)) else ()
+
+    def asked(self, sigma: float) -> None:
+        """ValueError once a level lies behind that was not asked for; the next one may be, as samplers look ahead."""
+        if sigma > 0:
+            self._unasked = [s for s in self._unasked if abs(log(s / sigma)) > LOG_SIGMA_TOLERANCE]
+        for level, following in zip(self._levels, self._levels[1:]):
+            if level in self._unasked and sigma < following * (1 - LOG_SIGMA_TOLERANCE):
+                raise passes_over(self.asker, f"sigma {level:.4g}")
+
     def latent(self, sigma: float, x: Tensor) -> None:
         """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to host memory."""
+        self.asked(sigma)
         self.latents[sigma] = x[:self.count].float().to("cpu", copy=True)
         for held in (*(t for (row, _), t in self._tokens.items() if row[1] == sigma), self._outputs.get(sigma, {})):
             held.update(in_host_memory(held, self.precision))  # after the call, not within it
@@ -79,7 +106,9 @@ class AnchorRecorder:
 
     def finish(self, final: Tensor, prompts: Mapping[Half, ReferencePrompt], model_key: str, schedule: str,
                settings: Mapping[str, float | int | str]) -> ReferenceBank:
-        """final: the finished latents [r c y x] in model scale."""
+        """final: the finished latents [r c y x] in model scale. ValueError where a level of the schedule lacks its anchors."""
+        if self._unasked:
+            raise passes_over(self.asker, f"sigma {self._unasked[0]:.4g}")
         sigmas = sorted(self.latents)
         text = prompts[Half.COND].text
         path = torch.stack([final.float().cpu(), *(self.latents[s] for s in sigmas)])
@@ -88,7 +117,7 @@ class AnchorRecorder:
         halves = tuple(half for half in Half if all((row, half) in self._tokens for row in last))
         if Half.COND not in halves:
             at = next(row[1] for row in last if (row, Half.COND) not in self._tokens)
-            raise ValueError(f"ConsiStory Anchor Sampler: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
+            raise ValueError(f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
                              "kept whole. Remove the timestep range of the positive prompt.")
         first = [(1, s) if row == (2, s) and (1, s) in self._kept else None for row, s in zip(last, sigmas)]
         staged = [s for s, row in zip(sigmas, first) if row]
@@ -111,7 +140,7 @@ class AnchorRecorder:
     def _row(self, sigma: float) -> Row:
         row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
         if row is None:
-            raise ValueError(f"ConsiStory Anchor Sampler: at sigma {sigma:.4g} no whole picture passed through the model, so there is "
+            raise ValueError(f"{NODE}: at sigma {sigma:.4g} no whole picture passed through the model, so there is "
                              "nothing to keep of the anchors. Remove what crops or skips its calls: a timestep range of the positive "
                              "prompt, area prompts alone, EasyCache.")
         return row

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .concept import check_safetensors, number
 from .files import torn, unread, whole
+from .identity import read_parts, tell_parts
 from .inversion import InversionTrajectory
 from .noise import DIFFUSION, Diffusion, Flow, Noise
 from .reference import (
@@ -154,7 +155,8 @@ class Parcel:
         new = bank.live or isinstance(bank.trajectory.noise, Flow) or any(block[0] not in UNET_STAGES for block in bank.blocks)
         version = TRANSFORMER_VERSION if new else bank.version
         return {
-            "version": version, "model": bank.model_key, "trajectory": self.trajectory(bank.trajectory),
+            "version": version, "model": str(bank.model_key), "identity": tell_parts(bank.model_key),
+            "trajectory": self.trajectory(bank.trajectory),
             "prompts": {half.value: self.prompt(f"prompt.{half.value}", prompt) for half, prompt in bank.prompts.items()},
             "layers": layers_told(bank.layers), "masks": [list(grid) for grid in bank.masks],
             "features": {half.value: self.rows(f"features.{half.value}", rows) for half, rows in bank.features.items()},
@@ -165,7 +167,7 @@ class Parcel:
     def trajectory(self, path: InversionTrajectory) -> dict[str, Any]:
         self.put("trajectory.sigmas", path.sigmas)
         self.put("trajectory.latents", path.latents)
-        return {"method": path.method, "prompt": path.prompt, "model": path.model_key, "schedule": path.schedule,
+        return {"method": path.method, "prompt": path.prompt, "model": str(path.model_key), "schedule": path.schedule,
                 "noise_maps": self.optional("trajectory.noise_maps", path.noise_maps), **noise_told(path.noise)}
 
     def prompt(self, name: str, prompt: ReferencePrompt) -> dict[str, Any]:
@@ -205,16 +207,16 @@ Source = Callable[[str], Tensor]  # a tensor of the file by its name
 
 def read_bank(told: Told, tensor: Source) -> ReferenceBank:
     """ValueError, KeyError, TypeError, AttributeError or IndexError where the description is not what Parcel.bank says."""
-    path = told["trajectory"]
+    path, model = told["trajectory"], read_parts(word(told["model"]), told.get("identity"))  # older references have the name alone
     trajectory = InversionTrajectory(
-        tensor("trajectory.sigmas"), tensor("trajectory.latents"), word(path["method"]), word(path["prompt"]), word(path["model"]),
+        tensor("trajectory.sigmas"), tensor("trajectory.latents"), word(path["method"]), word(path["prompt"]),
+        model if path["model"] == model else word(path["model"]),
         word(path["schedule"]), tensor("trajectory.noise_maps") if path["noise_maps"] else None,
         read_noise(path) if told["version"] == TRANSFORMER_VERSION else DIFFUSION)
     prompts = {Half(half): read_prompt(own, f"prompt.{half}", tensor) for half, own in told["prompts"].items()}
     masks = {grid: tensor(f"mask.{grid[0]}x{grid[1]}") for grid in (read_grid(*g) for g in told["masks"])}
     return ReferenceBank(
-        trajectory, prompts, read_layers(told["layers"], told["version"]), masks,
-        read_halves(told["features"], "features", tensor), word(told["model"]),
+        trajectory, prompts, read_layers(told["layers"], told["version"]), masks, read_halves(told["features"], "features", tensor), model,
         tensor("maps") if told["maps"] else None, None if told["anchors"] is None else read_anchors(told["anchors"], tensor),
         BANK_VERSION, read_share(told.get("share", 1.0)))
 

@@ -84,13 +84,33 @@ def grid_of(latent: Grid, divisor: int) -> Grid:
 
 
 @dataclass(frozen=True)
+class Asker:
+    """Who asks the model, for sentences: the sampler, and the other nodes that stand between it and us."""
+    sampler: str = ""
+    between: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        others = f", or a node between it and the model ({', '.join(self.between)})," if self.between else ""
+        return f"the sampler {self.sampler}{others}"
+
+    def choose(self, sampler: str) -> str:
+        return f"Choose a sampler that {sampler}{', or remove that node' if self.between else ''}."
+
+
+def is_resized(whole: Grid, size: Grid) -> bool:
+    """Whether a picture of one size is another of it with the same sides' ratio, each side rounded to a cell; else it is a part."""
+    low, high = zip(*(((s - 1) / w, (s + 1) / w) for w, s in zip(whole, size)))
+    return max(low) <= min(high)
+
+
+@dataclass(frozen=True)
 class AttnCall:
     """One attention call of the host, translated: extra_options of BasicTransformerBlock.forward."""
     block: BlockId
     grid: Grid
     roles: tuple[Role, ...]  # per equal part of the batch, in the host's order
     areas: tuple[tuple[int, ...] | None, ...]  # per part: (height, width, y, x) in latent cells of a cropped call
-    latent: Grid  # size of the whole latent
+    latent: Grid  # size of what the sampler asks about: of the whole latent, unless it resizes
     cross: bool = False  # cross-attention, whose keys are the text
     repeats: tuple[tuple[int, ...], ...] = ()  # per part, per row (cycled): how many times its text stands in the keys; () is once
     texts: tuple[Part, ...] = ()  # per part: what is known of its text
@@ -98,6 +118,7 @@ class AttnCall:
     places: tuple[Places | None, ...] = ()  # per part: where in its text each key stands, None: it is not there; (): as the host gave it
     unknown: str = ""  # why nobody can tell whose the rows are
     joint: Joint | None = None  # a transformer's call: text and picture in one softmax
+    part: str = ""  # who asks about a part of the picture, and of which size
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
@@ -139,10 +160,12 @@ class TargetMask:
     """Where in the new picture an injection may act: mask [1|b y x] at its own size, white is where; kept per grid."""
     mask: Tensor
     node: str  # whose errors these are
-    _at: dict[tuple[Grid, tuple[Any, ...]], Tensor] = field(default_factory=dict)
+    _at: dict[tuple[Grid, Grid, tuple[Any, ...]], Tensor] = field(default_factory=dict)
 
     def __call__(self, call: AttnCall, q: Tensor) -> Tensor:
-        """-> [parts 1|b n] at the call's grid; the call of an area prompt is cropped, and the mask with it. ValueError on tiles."""
+        """-> [parts 1|b n] at the call's grid; the call of an area prompt is cropped, and the mask with it; where the sampler resizes
+        the picture, the mask is resized to what it asks about. ValueError on tiles and parts.
+        """
         if call.grid[0] * call.grid[1] != q.shape[1]:
             raise ValueError(f"{self.node}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
                              f"({q.shape[1]} tokens for a grid of {call.grid[0]}x{call.grid[1]}: HyperTile does this). "
@@ -151,10 +174,13 @@ class TargetMask:
             raise ValueError(f"{self.node}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
                              f"({call.given[0]}x{call.given[1]} of a latent of {whole[0]}x{whole[1]}: tiled diffusion does this). "
                              "Remove that node or the target mask.")
+        if call.part:
+            raise ValueError(f"{self.node}: a target mask needs whole pictures, but {call.part}. Choose another sampler, or remove the "
+                             "target mask.")
         rows = q.shape[0] // len(call.roles)
         if self.mask.shape[0] not in (1, rows):
             raise ValueError(f"{self.node}: {self.mask.shape[0]} target masks for {rows} pictures. Wire one mask, or one per picture.")
-        key = (call.grid, call.areas)
+        key = (call.latent, call.grid, call.areas)
         if key not in self._at:
             whole = resize_user_mask(self.mask, call.latent).float()
             crops = [whole if a is None else whole[:, a[2]:a[2] + a[0], a[3]:a[3] + a[1]] for a in call.areas]
@@ -293,6 +319,8 @@ class Run:
     sites: dict[BlockId, BlockSite] = field(default_factory=dict)
     parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
     latent: Grid = (0, 0)
+    handed: Grid | None = None  # size of what the sampler asks about now; None: the latent's
+    part: str = ""  # as of AttnCall
     pictures: int = 0  # in the sampled batch; 0: not known
     active: list[ActiveInjection] = field(default_factory=list)
     current: AttnCall | None = None  # the call that the UNet is in
@@ -306,6 +334,11 @@ class Run:
     drop: Callable[[], None] | None = None  # takes away what was left on a module for its next call
     wanted: set[int] = field(default_factory=set)  # ids of active ones that should have been read
     heard: set[int] = field(default_factory=set)  # of those that an attention asked
+
+    def asks(self, size: Grid, who: Asker) -> None:
+        """The sampler is about to ask for a picture of this size."""
+        self.handed, (y, x), (height, width) = size, size, self.latent
+        self.part = "" if is_resized(self.latent, size) else f"{who} asks the model about {y}x{x} of a latent of {height}x{width}"
 
     def read_conds(self, conds: Mapping[str, list[dict[str, Any]]]) -> None:
         """Give every processed cond its own uuid (the host shares one between area twins) and remember its role."""
@@ -328,15 +361,15 @@ class Run:
         parts = self.parts_of(options)
         repeats = () if text is None else tuple(tuple(r * max(text // (p.text or text), 1) for r in p.repeats) for p in parts)
         return AttnCall((*options["block"], options["block_index"]), tuple(options["activations_shape"][2:]),
-                        tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent, text is not None,
+                        tuple(p.role for p in parts), tuple(p.area for p in parts), self.handed or self.latent, text is not None,
                         repeats if any(r != 1 for part in repeats for r in part) else (), tuple(parts),
-                        tuple(options["original_shape"][2:]) if "original_shape" in options else None)
+                        tuple(options["original_shape"][2:]) if "original_shape" in options else None, part=self.part)
 
     def joint_call(self, block: BlockId, options: Mapping[str, Any], picture: slice, mask: Tensor | None) -> AttnCall:
         """A call of a transformer, translated; picture: of its keys."""
         parts = self.parts_of(options)
-        return AttnCall(block, self.passing.grid, tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent,
-                        texts=tuple(parts), given=self.passing.latent, joint=Joint(picture, mask))
+        return AttnCall(block, self.passing.grid, tuple(p.role for p in parts), tuple(p.area for p in parts), self.handed or self.latent,
+                        texts=tuple(parts), given=self.passing.latent, part=self.part, joint=Joint(picture, mask))
 
     def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
         """The call behind all patches: its rows and keys as they are now, or why that cannot be told.

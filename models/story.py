@@ -17,7 +17,7 @@ from .anchors import AnchorRecorder
 from .attention import ReferenceTokens
 from .consistory import SLACK, Schedule, StorySettings, SubjectMaps, dropped, positions_of, shared_groups, subject_masks
 from .correspondence import adain, correspond, inject, smooth
-from .injection import AttnCall, BlockSite, Part, References, Role, Watcher
+from .injection import Asker, AttnCall, BlockSite, Part, References, Role, Watcher
 from .masks import resize_user_mask, token_map, token_weights
 from .reference import BlockId, Grid, Half, SubjectTokens, block_name, keys_values
 from .sharing import Gathers, Sharing
@@ -126,6 +126,15 @@ class Story(Watcher):
             self.read()
         if self.anchors and self.stage == 2 and self.schedule.injects(sigma):
             self.outputs()
+
+    def require_size(self, size: Grid, sigma: float, who: Asker) -> None:
+        """Positions, masks and features are those of the latent's size: ValueError where the sampler asks for another and they matter."""
+        compares = self.stage == 1 and sigma <= self.schedule.features_at * (1 + SLACK)
+        injects = self.stage == 2 and self.schedule.injects(sigma)
+        if size != self.latent and (self.user_masks is None or self.recorder or self.wants or compares or injects):
+            raise ValueError(f"{NODE}: {who} asks the model for pictures of {size[0]}x{size[1]} where the latent is "
+                             f"{self.latent[0]}x{self.latent[1]}. Pictures that share a subject must keep their size in all steps. "
+                             + who.choose("keeps the size, such as euler or ddim"))
 
     def begin_call(self) -> None:
         """The model is about to be asked: of the passes of its UNet in one call the last counts, of several calls the first.

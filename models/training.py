@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import ReferenceTokens
 from .concept import ConceptEncoder, KeysValues
 from .files import of_system, unread, whole
+from .identity import differences, read_key
 from .injection import AttnCall, BlockSite, Merge, References, Role
 
 
@@ -314,7 +315,9 @@ class Trainer:
         now = {**asdict(self.settings), **{k: v for k, v in made_with.items() if k in was}}
         free = () if self.settings.schedule == "cosine" else ("steps",)  # a cosine ends where the run does
         file = f" {state['file']}" if "file" in state else ""
-        differ = [k for k, v in now.items() if k not in free and was.get(k) != v]
+        if "base" in now:  # the same weights may be loaded in another precision
+            was["base"], now["base"] = read_key(was["base"]), read_key(now["base"])
+        differ = [k for k, v in now.items() if k not in free and (differences(was[k], v) != () if k == "base" else was.get(k) != v)]
         if differ:
             raise ValueError(f"training: the checkpoint{file} was made with " + ", ".join(f"{k} {was.get(k)!s:.80}" for k in differ)
                              + ", but "

@@ -98,9 +98,7 @@ def _characters(raw: Sequence[tuple[bytes, int]]) -> Iterable[tuple[str, tuple[i
         part = raw[i : i + length]
         try:
             character = b"".join(byte for byte, _ in part).decode()
-        except UnicodeDecodeError:
-            part, character = raw[i : i + 1], "\ufffd"
-        if len(character) != 1:  # the end of a word inside of it
+        except UnicodeDecodeError:  # cut off, or with the end of a word inside
             part, character = raw[i : i + 1], "\ufffd"
         yield character, tuple(dict.fromkeys(place for _, place in part))
         i += len(part)

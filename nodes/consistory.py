@@ -10,18 +10,18 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.anchors import AnchorRecorder
+from ..models.anchors import NODE as SAMPLER
+from ..models.anchors import AnchorRecorder, passes_over
 from ..models.attention import STORY_ODDS, dial
 from ..models.consistory import Schedule, StorySettings, dropped
 from ..models.correspondence import smooth
-from ..models.injection import BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
+from ..models.injection import Asker, BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
 from ..models.masks import resize_user_mask
 from ..models.reference import BlockId, Half, Halves, ReferenceBank, block_name, select_blocks, split_row
 from ..models.story import NODE as STORY
 from ..models.story import AnchorSource, Layout, Story
 from . import host
 
-SAMPLER = "ConsiStory Anchor Sampler"
 FAST, OFFICIAL = "fast", "official"
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class StoryInjection:
         story = Story(s, schedule, self.layout, run.pictures, run.latent, run.device_and_dtype[0], self.source(run, schedule),
                       None if self.masks is None else self.masks.cpu(), self.recorder)
         if self.recorder:
-            self.recorder.count = story.anchor_count
+            self.recorder.expect(story.anchor_count, run.sigmas, run.asker)
         plain, calls = run.steps, schedule.calls(self.masks is not None or self.bank is not None, run.steps)
         log.info("%s: %d pictures in %d calls of the UNet where the plain run has %d (%.2f times; of samplers that ask once a step); up to "
                  "%.1f MB beside it.", STORY,
@@ -371,6 +371,8 @@ class AnchorSampler(io.ComfyNode):
         if denoise <= 0:
             raise ValueError(f"{SAMPLER}: denoise is {denoise}, so no step is sampled and there is nothing to keep of the anchors. Give "
                              "more than 0; 1 begins from noise.")
+        if sampler_name in host.LEAPING:
+            raise passes_over(Asker(sampler_name), "levels")
         recorder = AnchorRecorder(torch.float16 if precision == "float16" else None)
         recording = host.inject(model, replace(story, recorder=recorder), instead_of=story)
         out = host.sample(recording, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models.concept import ConceptConfig, ConceptEncoder, Preprocessing, check_layers
 from ..models.files import remedy
+from ..models.identity import tell_key
 from ..models.injection import Merge
 from ..models.training import Examples, OneProcess, Trainer, TrainSettings, read_state
 from . import host
@@ -244,9 +245,9 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
                              "same checkpoint.")
         denoise = host.FrozenUNet(copy, encoder.config.merge, prompts, order.gradient_checkpointing)
         trainer = Trainer(encoder, denoise, examples, settings, OneProcess(device, dtype))
-        made_with = {"base": base, "pictures": digest(examples), "size": size, "merge": encoder.config.merge.value,
+        made_with = {"base": tell_key(base), "pictures": digest(examples), "size": size, "merge": encoder.config.merge.value,
                      "tower": dict(encoder.config.tower), "precision": str(dtype or "no")}
-        facts = {"pictures": len(examples), "subjects": len(examples.groups), "batch": order.batch * order.accumulate, "base": base,
+        facts = {"pictures": len(examples), "subjects": len(examples.groups), "batch": order.batch * order.accumulate, "base": str(base),
                  "rate": settings.rate, "prompt": captions[0], "seed": settings.seed,
                  "drop": [settings.drop_text, settings.drop_image, settings.drop_both]}
         try:

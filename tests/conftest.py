@@ -3,15 +3,11 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-for number in (signal.SIGINT, signal.SIGTERM):  # what a script, nohup or a CI left ignored, every child would inherit
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
 import pytest  # noqa: E402
 
@@ -20,8 +16,13 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != RO
 sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
 
 from checkout import as_kindred  # noqa: E402
+from environment import STRAYS  # noqa: E402
+from terminal import lasting, restore_signals  # noqa: E402
 
 as_kindred()
+restore_signals()  # every child would inherit them
+for stray in STRAYS:
+    os.environ.pop(stray, None)
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +41,10 @@ def known_seed() -> None:
             torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the reporter takes sys.stdout
 def pytest_configure(config: pytest.Config) -> None:
-    """Property tests: the same examples every time, no clock, no folder of examples in the checkout."""
+    """A report that nobody reads ends no test. Property tests: the same examples every time, no clock, no folder in the checkout."""
+    sys.stdout = lasting(sys.stdout)
     try:
         from hypothesis import settings
     except ImportError:

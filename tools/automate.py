@@ -32,6 +32,8 @@ from changes import (Change, Graph, Place, Refusal, check_known, listed, parse_c
                      split, subject_place, title, typed)
 from client import Answered, Client
 from jobs import Board, Job, Runner
+from results import IN_GIT, make_folder
+from terminal import run_program
 
 SAVE_REFERENCE = "KindredSaveReference"
 DEFAULT = "http://127.0.0.1:8188"
@@ -103,13 +105,14 @@ class Shelf:
     first: int = 1
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         numbers = [int(found[1]) for path in self.folder.iterdir() if (found := re.match(r"(\d{5,})_", path.name))]
         self.first = max(numbers, default=0) + 1
 
     def keep(self, job: Job, name: str, index: int, suffix: str, data: bytes) -> str:
         """Write one file under a name that was free. OSError where it could not be written; then nothing is left of it."""
-        words = re.sub(r"\W+", "_", name).strip("_")[:60]
+        letters = sys.getfilesystemencoding()
+        words = re.sub(r"\W+", "_", name.encode(letters, "ignore").decode(letters)).strip("_")[:60]
         stem = f"{self.first + job.number - 1:05}_{words or 'output'}"
         path, file = self.folder / f"{stem}_{index}{suffix}", None
         while file is None:
@@ -221,7 +224,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repeat", type=int, default=1, metavar="N", help="every job N times, with seed, seed + 1, ...")
     add("--server", action="append", metavar="URL", help=f"a ComfyUI; repeat it to share the jobs out (default {DEFAULT})")
     add("--header", action="append", default=[], metavar="NAME: VALUE", help="sent with every request, for hosts behind a login")
-    add("--out", type=Path, default=Path("pictures"), help="folder for what is saved (default: %(default)s)")
+    add("--out", type=Path, default=Path("pictures"), help=f"folder for what is saved (default: %(default)s{IN_GIT})")
     add("--patience", type=float, default=120, metavar="SECONDS", help="how long a host may be away (default %(default)s)")
     add("--json", action="store_true", help="a report on stdout instead of the paths")
     add("--quiet", action="store_true", help="no line for every node")
@@ -307,8 +310,7 @@ def exit_code(jobs: Sequence[Job], runners: Sequence[Runner], stopped: bool) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a script that starts us with & has SIGINT ignored
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was handed over is taken back then too
     try:
         plan, jobs = planned(given)
         headers = dict(re.split(r":\s*", words, maxsplit=1) for words in given.header)
@@ -329,5 +331,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

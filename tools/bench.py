@@ -29,6 +29,8 @@ from benching.probes import counted, first_wait
 from benching.report import block, command_of, listed, markdown, report, run_of, write_json, write_page
 from benching.rounds import Job, play, table
 from evaluation.workers import stoppable
+from results import prepare
+from terminal import run_program
 
 STOPPED, REFUSED = 130, 2
 PATIENCE = 20  # seconds that a stopped child has to print its table
@@ -94,6 +96,7 @@ def setting_of(given: argparse.Namespace) -> Setting:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     given = arguments(argv)
+    prepare(None, given.json)
     try:
         with stoppable():
             if given.one:
@@ -273,5 +276,4 @@ def tell_peak(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

@@ -21,6 +21,7 @@ from typing import Any
 
 from client import Client
 from playwright.sync_api import BrowserType, ConsoleMessage, Locator, Page, sync_playwright
+from results import make_folder
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")
@@ -100,13 +101,13 @@ class Canvas:
             self.page.evaluate("async ([w, name]) => { await app.loadGraphData(w, true, true, name) }", [workflow, name])
             wanted = len(workflow["nodes"])
         self.page.wait_for_function("n => app.graph.nodes.length === n && !app.graph.nodes.some(n => n.of_before)", arg=wanted,
-                                    timeout=30_000)
+                                    timeout=120_000)
         if wanted:
             self.fit()
 
     def load_api(self, graph: Mapping[str, Any], name: str) -> None:
         self.page.evaluate("async ([g, name]) => await app.loadApiJson(g, name)", [graph, name])
-        self.page.wait_for_function("n => app.graph.nodes.length === n", arg=len(graph), timeout=30_000)
+        self.page.wait_for_function("n => app.graph.nodes.length === n", arg=len(graph), timeout=120_000)
 
     def fit(self) -> None:
         self.page.wait_for_timeout(300)
@@ -170,7 +171,7 @@ class Canvas:
             return self.body(node).locator("img").count()
         return self.page.evaluate("id => app.graph.getNodeById(id).imgs?.length ?? 0", node)
 
-    def wait_for_pictures(self, node: int, seconds: float = 20) -> None:
+    def wait_for_pictures(self, node: int, seconds: float = 120) -> None:
         """Pictures arrive after the run has ended, later on a busy machine."""
         shown = (f"document.querySelectorAll('[data-node-id=\"{node}\"] img').length" if self.vue
                  else f"(app.graph.getNodeById({node}).imgs?.length ?? 0)")
@@ -178,7 +179,7 @@ class Canvas:
 
     def screenshot(self, path: Path, node: int | None = None, margin: int = 12) -> None:
         """The page, or only the part around a node."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if node is None:
             self.page.screenshot(path=path)
             return

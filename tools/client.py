@@ -30,7 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from environment import clean_environment
 from redirects import SameHost
+from results import make_folder
 from web_socket import WebSocket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,7 +329,7 @@ class HostServer:
             if self.given_base is None:
                 self.base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kindred-", ignore_cleanup_errors=True)))
             else:
-                self.base = Path(self.given_base).expanduser().absolute()
+                self.base = make_folder(Path(self.given_base).expanduser().absolute())
             self._furnish()
             if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a plain SIGTERM would leave the host running
@@ -366,7 +368,7 @@ class HostServer:
                 link(source, target)
 
     def _environment(self) -> dict[str, str]:
-        settings = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        settings = clean_environment()
         if self.threads is not None:
             settings |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         return settings | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}

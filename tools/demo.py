@@ -23,6 +23,8 @@ from typing import Any
 from checkout import ROOT, as_kindred, version
 from client import Client, HostError, HostServer, Progress
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from results import IN_GIT, prepare
+from terminal import run_program
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
@@ -181,7 +183,7 @@ def measured(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("kindred-demo"), help="folder for the pictures (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("kindred-demo"), help=f"folder for the pictures (default: %(default)s{IN_GIT})")
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
     parser.add_argument("--checkpoint", type=Path, help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature")
     parser.add_argument("--reference", type=Path, help="a photo of the subject")
@@ -242,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     photo = given.reference.read_bytes() if own else given.photo
     size = given.size or (native_size(given.checkpoint) if own else 128)
-    given.out.mkdir(parents=True, exist_ok=True)
+    prepare(given.out, given.json)
     models = {"checkpoints": given.checkpoint, "concept_encoders": given.concept_encoder, "clip_vision": given.clip_vision}
     with HostServer(given.host, models={kind: [path] for kind, path in models.items() if path} or None) as server:
         client = server.client
@@ -292,9 +294,8 @@ def report(given: argparse.Namespace, command: str, asked: Mapping[str, Any], fi
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
     try:
-        sys.exit(main())
+        run_program(main)
     except HostError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,9 @@ from checkout import ROOT
 from client import Client, HostServer, link
 from demo import Stopwatch, native_size, report, with_progress
 from PIL import Image, ImageDraw, ImageFont
+from results import IN_GIT, prepare
 from story_figures import PHOTO_SCENES, SCENES, SECOND, SUBJECT, figures_of, photos
+from terminal import run_program
 
 WORKFLOWS = {name: ROOT / "workflows" / "api" / f"{name}.json" for name in ("story", "story_more_pictures", "story_from_photo")}
 # node ids of the shipped workflows, by what they do; 1 to 8 are the same in all three
@@ -199,7 +200,7 @@ def costs(told: Mapping[str, Told]) -> dict[str, float]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dev.py demo --story", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("kindred-story"), help="folder for the pictures (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("kindred-story"), help=f"folder for the pictures (default: %(default)s{IN_GIT})")
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
     parser.add_argument("--checkpoint", type=Path, help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature")
     parser.add_argument("--subject", help="the word for the subject, which every prompt contains, such as cat or woman")
@@ -247,7 +248,7 @@ def from_world(given: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     began = time.monotonic()
-    given.out.mkdir(parents=True, exist_ok=True)
+    prepare(given.out, given.json)
     with counting_server(given) as server:
         told = tell(given, server.client)
     figures = costs(told)
@@ -269,5 +270,4 @@ def write(given: argparse.Namespace, told: Mapping[str, Told], figures: dict[str
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

@@ -21,11 +21,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from archive import ELSEWHERE
+
 PINS = Path(__file__).resolve().parent / "pins"
 LOCK, HOST_PIN = PINS / "requirements.txt", PINS / "host.json"
 PYTHONS = ((3, 11), (3, 14))  # first and last version that every pin has files for
 FREE_BYTES = 9_000_000_000  # 5.5 GB stay, pip may keep 2 GB of downloads in its own cache
 UNREACHABLE = re.compile(r"Retrying \(Retry|NewConnectionError|ConnectTimeout|Failed to establish|getaddrinfo|Name or service")
+STRAYS = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONSAFEPATH", "PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONWARNINGS",
+          "PYTHONDEVMODE", "PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME", "__PYVENV_LAUNCHER__", "PIP_USER", "PIP_TARGET", "PIP_PREFIX",
+          "PIP_REQUIRE_VIRTUALENV", "PIP_QUIET", "PIP_NO_BINARY", "PIP_ONLY_BINARY", "PIP_DRY_RUN", "PYTEST_ADDOPTS", "PYTEST_PLUGINS",
+          "PYTEST_DISABLE_PLUGIN_AUTOLOAD", *ELSEWHERE)
 
 
 class Refusal(Exception):
@@ -140,10 +146,8 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what would lead another interpreter astray."""
-    strays = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "__PYVENV_LAUNCHER__", "PIP_USER", "PIP_TARGET", "PIP_PREFIX",
-              "PIP_REQUIRE_VIRTUALENV", "PIP_QUIET", "PIP_NO_BINARY", "PIP_ONLY_BINARY", "PIP_DRY_RUN")
-    return {key: value for key, value in os.environ.items() if key not in strays} | extra
+    """This process's environment without what would lead another interpreter, pip, pytest or git astray."""
+    return {key: value for key, value in os.environ.items() if key not in STRAYS} | extra
 
 
 class Progress:

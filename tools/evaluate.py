@@ -8,7 +8,8 @@ nothing twice. The miniature's numbers depend on neither the machine's cores nor
 --table takes some of the tables, --task all of paper A's (personalize) or B's (story), or the miniature's own figures (miniature).
 --variant "name: input=value, ..." is a row of your own, beside plain. For personalize: inputs of Ref-UNet Feature Capture and Masked
 Self-Attn Inject, concept.INPUT for Cross-Attn Detail Inject (on where one is given), self=off, mask=true or none (the renderer's own
-mask, no mask), inverted=yes (DDIM Invert first), cfg. For story: inputs of ConsiStory Shared Attention, node=off, mask=none, cfg.
+mask, no mask), inverted=yes (DDIM Invert first), cfg. For story: inputs of ConsiStory Shared Attention, node=off, mask=none, cfg,
+freeu=yes (ComfyUI's FreeU before it, with the paper's numbers).
 """
 from __future__ import annotations
 
@@ -34,6 +35,8 @@ from evaluation.journal import Journal, fingerprint
 from evaluation.rows import Row
 from evaluation.tables import MINIATURE, Filled, Ground, Table, listed
 from evaluation.workers import WorkerError, pooled, stoppable
+from results import IN_GIT, prepare
+from terminal import run_program
 
 PLAINLY_NAMED = ("table_2", "ablation", "story", "own")  # tables whose figures have names without the table's
 LIKENESS = ("dino", "dino_consistency", "face_cosine")  # what stands for identity where CLIP does not judge
@@ -158,11 +161,7 @@ def tabulate(given: argparse.Namespace) -> int:
     tables, common = chosen(given), (given.host, given.steps, given.cfg, fingerprint(given.host))
     setting = real.RealSetting(*common, given.files) if given.files else Setting(*common)
     began = time.monotonic()
-    try:
-        for folder in filter(None, (given.out, given.json and given.json.parent)):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise SystemExit(f"evaluate: {problem.filename} cannot be a folder ({problem.strerror}). Give another --out or --json.") from None
+    prepare(given.out, given.json)
     with alone(given.out):
         journal = Journal(given.out / "journal.jsonl")
         failed, whole = "", False
@@ -206,6 +205,7 @@ def miniature(given: argparse.Namespace) -> int:
     from boot import boot
     boot(given.host)
     from kindred.miniature.measure import measure as figures_of
+    prepare(None, given.json)
     figures = figures_of(given.host, given.count or 20)
     for name, value in sorted(figures.items()):
         print(f"  {name:28} {value:.3f}")
@@ -226,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of the sampler (default: 25 on the miniature, which give the numbers of 50; else 50)")
     parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
     parser.add_argument("--processes", type=int, help="that measure at once (default: the cores, 8 at most; 1 for a checkpoint)")
-    parser.add_argument("--out", type=Path, default=Path("kindred-evaluation"), help="folder (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("kindred-evaluation"), help=f"folder (default %(default)s{IN_GIT})")
     parser.add_argument("--json", type=Path, help="write the figures into this file too")
     parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
     own = parser.add_argument_group("a checkpoint of yours", "All of these are paths. Judges whose file is missing are left out.")
@@ -286,5 +286,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

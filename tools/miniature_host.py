@@ -33,6 +33,11 @@ class Studio:
     def encoder(self) -> Any:
         return self.run("KindredConceptEncoderLoad", file=ENCODER)[0]
 
+    def freeu(self, model: Any, **scales: float) -> Any:
+        """The MODEL behind the host's own FreeU node, which no run without a server has among its nodes."""
+        from comfy_extras.nodes_freelunch import FreeU
+        return FreeU.execute(model, **scales)[0]
+
     def encode(self, image: Any) -> dict[str, Any]:
         """IMAGE -> LATENT."""
         with self.torch.inference_mode():

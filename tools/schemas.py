@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from terminal import run_program
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN, MADE_FROM = ROOT / "tests" / "host" / "object_info.json", ROOT / "tests" / "host" / "translated_from.json"
 LOCALES = ROOT / "locales"
@@ -173,14 +175,14 @@ def in_the_environment(arguments: list[str]) -> int:
     return subprocess.run([str(place.python), __file__, *arguments], env=clean_environment(KINDRED_HOST=str(place.host))).returncode
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accept", action="store_true", help="write the record and locales/en")
     parser.add_argument("--stale", action="store_true", help="tell which Chinese strings are out of date")
     parser.add_argument("--translated", action="store_true", help="remember that none is")
     chosen = parser.parse_args(arguments)
     if not os.environ.get("KINDRED_HOST"):
-        return in_the_environment(arguments)
+        return in_the_environment(sys.argv[1:] if arguments is None else arguments)
     from boot import boot
     nodes = object_info(boot(Path(os.environ["KINDRED_HOST"])).NODE_CLASS_MAPPINGS)
     now, words = shape(nodes, host_lists()), english(nodes)
@@ -200,5 +202,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

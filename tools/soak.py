@@ -26,8 +26,10 @@ from typing import Any
 from checkout import version
 from client import Client, HostError, HostServer, Interrupted, NodeFailed, Progress, PromptRefused
 from PIL import Image
+from results import prepare
 from soaking.laws import Late, Law, Reading, beside_fresh, judged, memory, slowdown, typical
 from soaking.mix import ENDS, MIX, NEEDS, PICTURES, SAVERS, SIZES, Graph, Turn, rounds_of
+from terminal import run_program
 
 REFUSED, STOPPED = 2, 130
 PATIENCE = 900  # seconds for one prompt
@@ -212,6 +214,7 @@ def figures_of(readings: Sequence[Reading], late: Late | None, laws: Sequence[La
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
+    prepare(None, given.json)
     try:
         with in_the_environment(GIVE_BACK):
             old, first, late = soak(given, lambda text: print(text, file=sys.stderr, flush=True))
@@ -235,5 +238,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

@@ -32,7 +32,9 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from boot import boot
 from pictures import NoPictures, PictureFolder, load_examples, prepare
+from results import IN_GIT, make_folder
 from safetensors.torch import load_file
+from terminal import run_program
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -85,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder")
     parser.add_argument("--checkpoint", required=True, help="SD1.5, SD2.x or SDXL .safetensors, or a name in models/checkpoints")
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of this run{IN_GIT}")
     parser.add_argument("--name", help="of the encoder's file (default: the run's folder)")
     parser.add_argument("--prompt", default="a photo", help='what every picture shows, for instance "a photo of a face"')
     tower = parser.add_mutually_exclusive_group(required=True)
@@ -186,12 +188,13 @@ class Training:
         import comfy.sd
         import folder_paths
         from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing, check_layers, load_concept_encoder
+        from kindred.models.identity import tell_key
         from kindred.models.injection import Merge
         from kindred.models.training import Trainer, TrainSettings, read_state
         from kindred.nodes import host
         self.given, self.accelerator, self.quiet, self.host = given, accelerator, quiet, host
         self.name = given.name or given.out.resolve().name
-        given.out.mkdir(parents=True, exist_ok=True)
+        make_folder(given.out)
         settings, node = TrainSettings(**given.settings), "train_concept_encoder"
         checkpoint = found(folder_paths, "checkpoints", given.checkpoint, Path(given.host))
         self.model, clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=True, output_clip=True,
@@ -238,13 +241,14 @@ class Training:
             self.prompts[text]  # before the UNet is loaded, which the text encoder would push aside
         self.denoise = host.FrozenUNet(self.model, config.merge, self.prompts, given.checkpointing)
         self.trainer = Trainer(encoder, self.denoise, self.examples, settings, Accelerated(accelerator))
-        self.made_with = {"pictures": self.digest(), "size": size, "merge": given.merge, "tower": tower, "base": host.model_key(self.model),
+        base = host.model_key(self.model)
+        self.made_with = {"pictures": self.digest(), "size": size, "merge": given.merge, "tower": tower, "base": tell_key(base),
                           "processes": accelerator.num_processes, "precision": given.mixed_precision}
         if (given.out / "state.pt").is_file():
             self.trainer.resume(read_state(given.out / "state.pt"), **self.made_with)
         self.facts = {"pictures": len(self.examples), "subjects": len(self.examples.groups), "batch": settings.batch * settings.accumulate
                       * accelerator.num_processes, "rate": settings.rate, "prompt": given.prompt, "seed": settings.seed,
-                      "drop": [settings.drop_text, settings.drop_image, settings.drop_both], "base": host.model_key(self.model)}
+                      "drop": [settings.drop_text, settings.drop_image, settings.drop_both], "base": str(base)}
 
     def digest(self) -> str:
         """Names, sizes and prompts of the pictures, in short."""
@@ -371,5 +375,4 @@ class Training:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

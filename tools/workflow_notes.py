@@ -14,6 +14,7 @@ STEPS = "Change **steps** and **scheduler** in **Read the subject** and in the s
 ENCODER = "An encoder fits one family: choose one for yours in **Concept encoder** (IP-Adapter full-face weights work, with Load CLIP " \
           "Vision wired into it), or bypass **{reader}** (Ctrl+B). "
 MEMORY = "SDXL takes much memory for 50 steps: write *decoder* into **blocks**, or take 25 steps."
+SAMPLED = "The paper samples with DDIM, 50 steps, CFG 5 and ComfyUI's FreeU (b1 1.1, b2 1.2, s1 0.6, s2 0.4)"
 SCORES = "The scores are the miniature's reader and mean nothing for other pictures: wire Load CLIP Vision into them. "
 READER = "Let them read it as part of the prompt"
 
@@ -67,9 +68,16 @@ NOTES = {
     "story": Note(
         "One subject in several pictures",
         "ConsiStory: the pictures of one batch share their subject, with no photo and no training. **strength** turns it; **dropout** "
-        "and **query_blend** keep the poses apart.",
+        f"and **query_blend** keep the poses apart.\n\n{SAMPLED}, as *A story with FreeU* does; this one is without FreeU.",
         YOURS + "Write your prompts, one per line, and the **subject** word that all of them contain. " + SIZES + "The pictures are "
                 "sampled together and need memory together; *Keep a subject for later* takes fewer at a time."),
+    "story_freeu": Note(
+        "A story with FreeU",
+        f"*One subject in several pictures*, sampled as the ConsiStory paper does. {SAMPLED}: skip connections count less and the "
+        "features that come from below count more. The numbers are for SDXL; of the miniature's features **b1** and **s1** touch none. "
+        "Bypass **What the paper samples with** (Ctrl+B) to see what it does.",
+        YOURS + "Write your prompts, one per line, and the **subject** word that all of them contain. " + SIZES + "For SD1.5 FreeU's "
+                "authors take other numbers: b1 1.5, b2 1.6, s1 0.9, s2 0.2."),
     "story_ablation": Note(
         "What sharing and injection bring",
         "The same noise three times: plain, shared self-attention alone, and with feature injection. The scores compare every pair.",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 from canvas import Canvas, browser
 from checkout import ROOT
 from client import HostServer
+from results import prepare
+from terminal import run_program
 from workflow_notes import NOTES
 
 API, CANVAS = ROOT / "workflows" / "api", ROOT / "workflows"
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shots", type=Path, help="keep a screenshot of each in this folder")
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
+    prepare(given.shots)
     unknown = sorted(set(given.name) - set(names()))
     if unknown:
         parser.error(f"there is no workflows/api/{unknown[0]}.json; there are {', '.join(names())}")
@@ -182,5 +184,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any title on any terminal
-    sys.exit(main())
+    run_program(main)

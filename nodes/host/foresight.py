@@ -17,6 +17,7 @@ from .model import KEY
 _IN_ORDER = {getattr(comfy.k_diffusion.sampling, name, None) for name in (
     "sample_euler", "sample_euler_ancestral", "sample_dpmpp_2m", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde", "sample_lcm", "sample_ddpm",
     "sample_lms", "sample_ipndm", "sample_deis")} - {None}
+LEAPING = frozenset({"dpm_fast", "dpm_adaptive"})  # levels of their own between the first and the last: comfy/samplers.py, ksampler
 
 
 @dataclass

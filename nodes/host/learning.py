@@ -22,7 +22,7 @@ from ...models.attention import product_attend
 from ...models.concept import KeysValues
 from ...models.injection import Merge, Part, Role, Run
 from ...models.training import Learning, checkpointed
-from .model import Conditioning, attention_sites, network
+from .model import Conditioning, attention_sites, computes_in, network
 from .run import install
 
 MOST_PROMPTS = 4096  # kept encoded
@@ -47,7 +47,7 @@ def training(model: ModelPatcher, dtype: torch.dtype, node: str) -> Iterator[Mod
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         copy = model.clone(disable_dynamic=True, force_deepcopy=True)
         copy.parent, copy.clone_base_uuid = None, uuid4()  # nobody's clone: what is done to it is done to it alone
-        if copy.model.get_dtype_inference() != dtype:
+        if computes_in(copy) != dtype:
             copy.set_model_compute_dtype(dtype)
         try:
             comfy.model_management.in_training = True

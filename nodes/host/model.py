@@ -1,10 +1,9 @@
 """The host's model: what it is, its attention layers, its schedule and its latents."""
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ...models.injection import BlockSite, grid_of
 from ...models.noise import DIFFUSION, Diffusion, Flow
-from ...models.reference import BANK_VERSION, BlockId, ReferenceBank, block_name
+from ...models.reference import BlockId, ReferenceBank
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 TEXT = "kindred_text"  # what Subject Prompts leaves inside CONDITIONING, beside SUBJECT and REPEATS
@@ -86,10 +85,9 @@ def noise_of(model: ModelPatcher, node: str) -> Diffusion | Flow:
 
 def require_invertible(model: ModelPatcher, node: str) -> Diffusion | Flow:
     """The noise path of a model that draws pictures from text; ValueError for others. A transformer is known by its flow."""
-    noise, sampling = noise_of(model, node), model.get_model_object("model_sampling")
-    if draws_by_unet(model) or isinstance(sampling, comfy.model_sampling.EPS):
+    if draws_by_unet(model) or isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.EPS):
         require_unet(model, node)
-    return noise
+    return noise_of(model, node)
 
 
 def draws_by_unet(model: ModelPatcher) -> bool:
@@ -138,7 +136,7 @@ def feature_tap(unet: UNetModel, divisor: int) -> int:
 
 
 @contextmanager
-def _own_modules(model: ModelPatcher) -> Iterator[None]:
+def own_modules(model: ModelPatcher) -> Iterator[None]:
     """The model's modules as they were loaded: those that another MODEL's object patches put there stay from its run until the next."""
     placed = {name: comfy.utils.set_attr(model.model, name, original) for name, original in model.object_patches_backup.items()
               if isinstance(original, torch.nn.Module)}
@@ -149,25 +147,16 @@ def _own_modules(model: ModelPatcher) -> Iterator[None]:
             comfy.utils.set_attr(model.model, name, other)
 
 
-def _told(value: object, dtype: torch.dtype | None = None) -> Iterable[object]:
-    """What tells one patch of the weights from another, cheaply; dtype: what its tensors will be cast to."""
-    if isinstance(value, Tensor):
-        yield tuple(value.shape)
-        yield value.detach().flatten()[:4].to(dtype or value.dtype).float().tolist()
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _told(v, dtype)
-    elif hasattr(value, "weights"):
-        yield from _told(value.weights, dtype)
-    elif isinstance(value, (float, int, str)):
-        yield value
-
-
-def _closure(function: object) -> Iterator[object]:
+def closure(function: object) -> Iterator[object]:
     """What a function holds of where it was written; another pack's may have been given up before all of it was there."""
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # an empty cell
             yield cell.cell_contents
+
+
+def is_lora(injection: Any) -> bool:
+    """Whether one of the host's injections is a LoRA in bypass mode: weights, and no module of another pack."""
+    return any(isinstance(found, BypassInjectionManager) for found in closure(injection.inject))
 
 
 def _pack(function: object) -> str:
@@ -185,114 +174,35 @@ def wrapped_injections(model: ModelPatcher) -> list[str]:
     held = (model.wrappers, model.model_options.get("transformer_options", {}).get("wrappers", {}))
     wrappers = [(key, f) for kinds in held for by_key in kinds.values() for key, many in by_key.items() if key != KEY for f in many]
     keys, packs = {key for key, _ in wrappers}, {_pack(f) for _, f in wrappers} - {"", "comfy", "comfy_extras", "comfy_api", "nodes"}
-
-    def weights(one: Any) -> bool:
-        return any(isinstance(found, BypassInjectionManager) for found in _closure(one.inject))
-    return [key for key, many in model.injections.items() if not any(map(weights, many))
+    return [key for key, many in model.injections.items() if not any(map(is_lora, many))
             and (key in keys or any(_pack(one.inject) in packs for one in many))]
 
 
 @contextmanager
-def ejected(model: ModelPatcher, keys: Iterable[str]) -> Iterator[None]:
-    """Inside: the network of a running model without what it was given under these keys; afterwards it is back."""
-    given = [one for key in keys for one in model.injections[key]] if model.is_injected else []
-    for one in reversed(given):
-        one.eject(model)
-    try:
-        yield
-    finally:
-        for one in given:
-            one.inject(model)
+def ejected(model: ModelPatcher, keys: Collection[str]) -> Iterator[None]:
+    """Inside: the network of a running model without what it was given under these keys; afterwards it is back.
 
-
-def _bypassing(model: ModelPatcher) -> list[tuple[str, float, list[object]]]:
-    """The pieces of LoRAs in bypass mode: layer, strength, weights. The host keeps them in its injections' closures alone.
-
-    A piece is cast to its layer's precision where it first runs, in place; it is told as it will be then, so its name does not change.
+    By the patcher's own methods, which tell others' callbacks; while the rest alone is in, those under these keys are not told of it.
     """
-    held = [found for many in model.injections.values() for one in many for found in _closure(one.inject)]
-    hooks = [hook for manager in held if isinstance(manager, BypassInjectionManager) for hook in manager.hooks]
-    names = {id(module): name for name, module in model.model.named_modules()} if hooks else {}
-    cast = {dtype: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-    return sorted(((names.get(id(hook.module), ""), hook.multiplier, [*_told(hook.adapter, cast.get(hook.module.weight.dtype))])
-                   for hook in hooks), key=lambda piece: piece[0])
-
-
-def model_key(model: ModelPatcher) -> str:
-    """A name for the weights and their LoRAs that is the same on every machine: "SD15 1a2b3c4d5e6f"."""
-    digest = hashlib.blake2b(digest_size=6)
-    with _own_modules(model):
-        weights, beside = model.get_key_patches("diffusion_model."), _bypassing(model)
-    for key, (original, *patches) in weights.items():
-        if patches or key.endswith(("attn1.to_k.weight", "attn2.to_v.weight")):
-            digest.update(repr((key, list(_told(original[0])), [list(_told(p)) for p in patches])).encode())
-    sampling = model.get_model_object("model_sampling")  # eps, v, zsnr: the same weights read otherwise
-    modules = sorted({*model.injections} - {*wrapped_injections(model)})
-    digest.update(repr(([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), modules)).encode())
-    if beside:
-        digest.update(repr(beside).encode())
-    return f"{family(model)} {digest.hexdigest()}"
-
-
-def family(model: ModelPatcher) -> str:
-    """The host's name of its kind; behind a slash that of its latents, where they are not its kind's (Playground 2.5 is an SDXL)."""
-    kind, latents = type(model.model.model_config), type(model.get_model_object("latent_format"))
-    return kind.__name__ + (f"/{latents.__name__}" if latents is not kind.latent_format else "")
-
-
-def _without_latents(key: str) -> str:
-    """A model's name as older versions wrote it."""
-    kind, _, rest = key.partition(" ")
-    return f"{kind.partition('/')[0]} {rest}"
-
-
-def require_same_model(node: str, what: str, made_with: str, given: str) -> None:
-    """Features of one set of weights mean nothing to another."""
-    if _without_latents(made_with) != _without_latents(given):
-        raise ValueError(f"{node}: the {what} was made with model {made_with}, but the model given is {given} (weights and LoRAs count). "
-                         f"Wire the same MODEL, LoRAs included, into the node that made the {what}.")
-
-
-def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
-    """A REFERENCE that this pack and this model can read; ValueError names both versions or both models."""
-    if bank.version != BANK_VERSION:
-        raise ValueError(f"{node}: the reference is of version {bank.version}, but this Kindred reads version {BANK_VERSION}. "
-                         "Make it again, or use the Kindred that made it.")
-    require_same_model(node, "reference", bank.model_key, model_key(model))
-    require_layers(node, bank, model)
-
-
-def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
-    """A file may name any model; ValueError where the reference's layers, text or latents are not this one's."""
-    if not isinstance(network(model), UNetModel):
-        return require_blocks(node, bank, model)
-    sites = attention_sites(network(model))
-    own = {block: (site.module.attn1.to_k, site.module.attn2.to_k) for block, site in sites.items()
-           if hasattr(site.module.attn1, "to_k") and hasattr(site.module.attn2, "to_k")}  # else another node's, refused where it is read
-    for layer in bank.layers:
-        to_k = own[layer.block][0] if layer.block in own else None
-        widths = (to_k.in_features, 2 * to_k.out_features) if to_k is not None else ("none",)  # hidden states; keys and values
-        if layer.channels not in widths and (layer.block in own or layer.block not in sites):
-            raise ValueError(f"{node}: the reference has {layer.channels} channels in {block_name(layer.block)}, but the model given has "
-                             f"{' or '.join(map(str, widths))}, though both are called {bank.model_key}. Make the reference again.")
-    wanted = model.get_model_object("latent_format").latent_channels, next((k.in_features for _, k in own.values()), None)
-    found = {(bank.trajectory.latents.shape[2], prompt.cross.shape[-1]) for prompt in bank.prompts.values()}
-    if own and found != {wanted}:
-        raise ValueError(f"{node}: the reference has (latent channels, text width) {sorted(found)}, but the model given has {wanted}, "
-                         f"though both are called {bank.model_key}. Make the reference again.")
-
-
-def require_blocks(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
-    """The same of a transformer, whose layers are known by what it was heard to do: the latents' channels are what can be compared."""
-    wanted, found = model.get_model_object("latent_format").latent_channels, bank.trajectory.latents.shape[2]
-    if found != wanted:
-        raise ValueError(f"{node}: the reference has latents of {found} channels, but the model given has {wanted}, though both are called "
-                         f"{bank.model_key}. Make the reference again.")
+    if not (keys and model.is_injected):
+        yield
+        return
+    with model.use_ejected():
+        injections, callbacks = model.injections, model.callbacks
+        model.injections = {key: many for key, many in injections.items() if key not in keys}
+        model.callbacks = {kind: {key: many for key, many in by_key.items() if key not in keys} for kind, by_key in callbacks.items()}
+        try:
+            model.inject_model()
+            yield
+        finally:
+            model.eject_model()
+            model.injections, model.callbacks = injections, callbacks
 
 
 def computes_in(model: ModelPatcher) -> torch.dtype:
-    """The dtype of the UNet's hidden states."""
-    return model.model.get_dtype_inference()
+    """The dtype of the UNet's hidden states: of this MODEL, as the shared network holds what the one before left there."""
+    cast = model.get_model_object("manual_cast_dtype")
+    return network(model).dtype if cast is None else cast
 
 
 def token_sizes(model: ModelPatcher, latent: Sequence[int], bank: ReferenceBank | None = None) -> dict[BlockId, tuple[int, int]]:
@@ -311,7 +221,9 @@ def token_sizes(model: ModelPatcher, latent: Sequence[int], bank: ReferenceBank 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
     """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the CPU."""
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
+    if scheduler not in schedulers():
+        raise ValueError(f"Kindred: this ComfyUI has no scheduler {scheduler!r:.60}. Choose one of {', '.join(map(str, schedulers()))}.")
+    return comfy.samplers.KSampler(model, steps, torch.device("cpu"), "euler", scheduler).sigmas  # packs change how it computes them
 
 
 def schedulers() -> list[str]:
@@ -339,7 +251,7 @@ def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None,
 
 def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
     """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
-    with _own_modules(model):
+    with own_modules(model):
         to_k = {block: site.module.attn2.to_k for block, site in attention_sites(require_unet(model, node)).items()}
     width = next(iter(to_k.values())).in_features
     return type(model.model.model_config).__name__, tuple((block, layer.out_features) for block, layer in to_k.items()), width

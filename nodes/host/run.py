@@ -18,7 +18,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ...models.attention import FusedAttend
-from ...models.injection import ActiveInjection, AttnCall, PassEnds, Run
+from ...models.injection import ActiveInjection, Asker, AttnCall, PassEnds, Run
 from ...models.reference import BlockId, Half, RowReader, block_name
 from ...models.story import QueryRecorder, Story
 from .foreign import hands_on, told_once
@@ -27,7 +27,7 @@ from .joint import joint_override, joint_pass
 from .model import KEY, Conditioning, log, network
 from .page import warn
 from .sites import require_backbone, sites_of
-from .stages import Stages, begin_keyframes
+from .stages import Stages, answering, begin_keyframes
 
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
@@ -56,6 +56,7 @@ class SamplerRun(Run):
     story: Story | None = None
     rows: RowReader | None = None  # of the banks that this run reads
     foreseen: Foreseen | None = None
+    asker: Asker = Asker()
 
     def say_unread(self) -> None:
         """Warn, once the run is over, of each injection that should have been read and was in no block at no step."""
@@ -67,6 +68,7 @@ class SamplerRun(Run):
     def begin(self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor) -> None:
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[-2:])
+        self.handed, self.part = None, ""
         self.pictures, self.sigmas = shape[0], tuple(s for s in sigmas.float().tolist() if 0 < s < math.inf)  # float32
         self.steps = len(sigmas) - 1
         unet = network(guider.model_patcher)
@@ -308,6 +310,7 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     run: SamplerRun = extra_args["model_options"]["transformer_options"][KEY]
 
     def whole(options: dict[str, Any]) -> Tensor:
+        run.asker = asker(executor.class_obj, extra_args["model_options"])
         run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
         sample = run.stages.sample if run.stages else _in_one_stage
         plain = options is not extra_args and len(run.sigmas) >= run.steps  # else some steps are at 0, or at no number
@@ -319,6 +322,13 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     log.info("Kindred: the model was asked for other noise levels than the sampler's, so the picture is made again with those.")
     begin_keyframes(guider)
     return whole(extra_args)
+
+
+def asker(sampler: Any, model_options: Mapping[str, Any]) -> Asker:
+    """A sampler as KSampler lists it, where it is a function as the host's are; else by its class."""
+    function = getattr(getattr(sampler, "sampler_function", None), "__name__", None)
+    name = function.removeprefix("sample_").removesuffix("_function") if function else type(sampler).__name__
+    return Asker(name, tuple(str(key or "unnamed") for key in answering(model_options)))
 
 
 def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -334,6 +344,10 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: di
         told = [len(o.get("sampler_post_cfg_function", ())) for o in (model_options, run.model_options)]
         if told[0] == told[1] and (known := run.stages.replayed(sigma, x)) is not None:  # CFG++ samplers listen to each call
             return known
+    size = tuple(x.shape[2:])
+    run.asks(size, run.asker)
+    if run.story:
+        run.story.require_size(size, sigma, run.asker)
     for injection in run.active:
         injection.begin_step(sigma)
         if injection.wants:

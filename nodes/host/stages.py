@@ -1,7 +1,7 @@
 """ConsiStory's two stages inside one sampler run: one progress bar, no UNet call twice."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,12 @@ from torch import Tensor
 from ...models.consistory import SLACK
 from ...models.story import NODE, Story
 from .model import KEY, log
+
+
+def answering(model_options: Mapping[str, Any]) -> list[Any]:
+    """Keys of the other nodes that stand between the sampler and the model, and may answer in its place."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.PREDICT_NOISE, {})
+    return [key for key, many in wrappers.items() if key != KEY and many]
 
 
 class _FirstStageDone(Exception):
@@ -66,8 +72,7 @@ class Stages:
     def _finish(self, model_options: dict[str, Any], steps: int) -> None:
         """The story is told; steps that another node answered before it could be asked are named."""
         self.story.finish()
-        others = model_options["transformer_options"].get("wrappers", {}).get(WrappersMP.PREDICT_NOISE, {}).keys() - {KEY}
-        if others and self._heard < steps:  # adaptive samplers may ask less often by themselves
+        if answering(model_options) and self._heard < steps:  # adaptive samplers may ask less often by themselves
             log.warning("%s: %d of %d steps were answered by another node without the model, so nothing was shared there. LazyCache does "
                         "this: remove it, or let it begin later.", NODE, steps - self._heard, steps)
 

@@ -29,17 +29,17 @@ def test_a_picture_goes_in_and_comes_out(client):
     prompt = {"1": {"class_type": "LoadImage", "inputs": {"image": name}},
               "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "t"}}}
     seen: list[Progress] = []
-    outputs = client.run(prompt, seen.append, timeout=60)
+    outputs = client.run(prompt, seen.append)
     picture = client.view(outputs["2"]["images"][0])
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", picture[16:24]) == (16, 8)
     assert {"1", "2"} <= {progress.node for progress in seen}
-    assert "2" in client.run(prompt, timeout=60)
+    assert "2" in client.run(prompt)
 
 
 def test_a_refused_prompt_names_the_node_and_the_input(client):
     with pytest.raises(PromptRefused) as refused:
         client.run({"7": {"class_type": "LoadImage", "inputs": {"image": "missing.png"}},
-                    "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}}, timeout=30)
+                    "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}})
     assert "missing.png" in str(refused.value) and "7" in refused.value.nodes
 
 
@@ -52,7 +52,7 @@ def test_a_failing_node_gives_its_own_sentence_and_the_server_lives_on(client):
     name = client.upload_image(b"not a picture", "broken.png")
     with pytest.raises((NodeFailed, PromptRefused)) as failed:
         client.run({"1": {"class_type": "LoadImage", "inputs": {"image": name}},
-                    "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}, timeout=60)
+                    "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
     assert "broken.png" in str(failed.value)
     assert client.object_info("LoadImage")
 
@@ -60,7 +60,7 @@ def test_a_failing_node_gives_its_own_sentence_and_the_server_lives_on(client):
 def test_without_a_websocket_it_polls(client, monkeypatch):
     monkeypatch.setattr("client.WebSocket.__init__", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("refused")))
     outputs = client.run({"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 7}},
-                          "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}, timeout=60)
+                          "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
     assert outputs["2"]["images"]
 
 
@@ -76,7 +76,7 @@ def test_a_line_that_closes_late_takes_no_progress_from_a_newer_one(client):
     slow = {"class_type": "ImageScale", "inputs": {"upscale_method": "lanczos", "width": 4096, "height": 4096, "crop": "disabled"}}
     chain = {str(key): slow | {"inputs": slow["inputs"] | {"image": [str(key - 1), 0], "width": 4096 - key}} for key in range(2, 8)}
     client.run({"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 9}}, **chain,
-                "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}}, hang_up, timeout=120)
+                "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}}, hang_up)
     assert {"7", "8"} <= {progress.node for progress in seen}
 
 

@@ -94,7 +94,7 @@ def pixels(client, prompt: Prompt) -> list[np.ndarray]:
     """Drawn anew: another name of the file makes the host run it."""
     saves = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
     client.free()
-    images = client.run(prompt, timeout=300)[saves[0]]["images"]
+    images = client.run(prompt)[saves[0]]["images"]
     return [np.asarray(Image.open(BytesIO(client.view(i)))) for i in images]
 
 

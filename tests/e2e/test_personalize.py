@@ -24,7 +24,7 @@ def shipped(**changes) -> dict:
 
 
 def pictures(client, graph, on_progress=None) -> list[np.ndarray]:
-    images = client.run(graph, on_progress, timeout=300)[PICTURES]["images"]
+    images = client.run(graph, on_progress)[PICTURES]["images"]
     return [np.asarray(Image.open(BytesIO(client.view(i)))) for i in images]
 
 
@@ -75,7 +75,7 @@ def test_the_shipped_workflow_runs_as_it_is(client, untouched):
 ])
 def test_bad_input_is_a_sentence_and_the_server_lives_on(client, untouched, changes, words):
     with pytest.raises(NodeFailed) as failed:
-        client.run(shipped(**changes), timeout=120)
+        client.run(shipped(**changes))
     assert all(word in failed.value.sentence for word in words), failed.value.sentence
     graph = plain(4)
     graph[PICTURES]["inputs"]["filename_prefix"] = "after"
@@ -88,7 +88,7 @@ def test_a_value_out_of_range_is_refused_before_anything_runs(client, inputs):
     graph = shipped(**{INJECT: inputs})
     del graph["14"]  # the mask's preview does not depend on the node, so the host would still run that much
     with pytest.raises(PromptRefused) as refused:
-        client.run(graph, timeout=60)
+        client.run(graph)
     assert INJECT in refused.value.nodes and next(iter(inputs)) in str(refused.value)
 
 
@@ -96,7 +96,7 @@ def test_an_encoder_that_is_not_there_is_refused_by_name(client):
     graph = shipped(**{ENCODER: {"file": "gone.safetensors"}})
     del graph["14"]
     with pytest.raises(PromptRefused) as refused:
-        client.run(graph, timeout=60)
+        client.run(graph)
     assert ENCODER in refused.value.nodes and "gone.safetensors" in str(refused.value)
 
 
@@ -116,5 +116,5 @@ def test_a_reference_of_another_model_is_refused(client):
     graph["30"] = {"class_type": "ModelMergeSubtract", "inputs": {"model1": [LOADER, 0], "model2": [LOADER, 0], "multiplier": 0.5}}
     graph[INJECT]["inputs"]["model"] = ["30", 0]
     with pytest.raises(NodeFailed) as failed:
-        client.run(graph, timeout=120)
+        client.run(graph)
     assert failed.value.sentence.count("KindredMiniature") == 2 and "same MODEL" in failed.value.sentence

@@ -8,17 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import archive
 import pytest
 from archive import ROOT, files
 
 # what each is given here so that it is quick; the commands themselves are the README's
 QUICK = {
     "demo": ["--steps", "4"],
-    "demo --story": ["--steps", "6"],
-    "test": ["--fast", "-k", "test_archive"],
+    "demo --story": ["--steps", "6", "--out", "docs/story/first", "--json", "docs/story/figures.json"],
+    "test": ["--fast", "-k", "test_archive"],  # after those that leave something
     "evaluate": ["--task", "personalize", "--variant", "mine: weight=1", "--count", "2", "--seeds", "1", "--steps", "4",
                  "--processes", "1"],
-    "bench": ["--latent", "8", "--rounds", "1", "--case", "cached_b1"],
+    "bench": ["--latent", "8", "--rounds", "1", "--case", "cached_b1", "--json", "bench.json"],
 }
 
 
@@ -30,8 +31,10 @@ def commands() -> list[str]:
 
 
 def git(clone: Path, *words: str) -> str:
-    who = ["-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *who, *words], cwd=clone, check=True, capture_output=True, text=True).stdout
+    who = ["-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false", "-c", "core.hooksPath="]
+    done = archive.git(*who, *words, cwd=clone)
+    assert done.returncode == 0, done
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

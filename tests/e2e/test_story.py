@@ -27,7 +27,7 @@ def shipped(name: str, **changes) -> dict:
 
 
 def pictures(client, graph, on_progress=None, node: str = PICTURES) -> list[np.ndarray]:
-    images = client.run(graph, on_progress, timeout=900)[node]["images"]
+    images = client.run(graph, on_progress)[node]["images"]
     return [np.asarray(Image.open(BytesIO(client.view(i)))) for i in images]
 
 
@@ -71,14 +71,14 @@ def test_the_shipped_subject_gives_further_pictures(client):
     steps = graph[SAMPLER]["inputs"]["steps"]
     graph[SAMPLER]["inputs"]["steps"] = steps - 2
     with pytest.raises(NodeFailed) as failed:
-        client.run(graph, timeout=300)
+        client.run(graph)
     assert all(word in failed.value.sentence for word in (f"({steps - 2} steps)", f"{steps} steps", "the anchors", "Take the sampler"))
 
 
 def test_a_subject_saved_and_loaded_draws_what_its_own_batch_drew(client, story):
     """The first two pictures saved as anchors; the last two asked for with the loaded file and the noise they had."""
     graph = anchors(shipped("story", **TWO))
-    outputs = client.run(graph, timeout=900)
+    outputs = client.run(graph)
     name = outputs["20"]["text"][0].partition(",")[0].removeprefix("kindred/")
     assert name in client.object_info("KindredLoadReference")["KindredLoadReference"]["input"]["required"]["file"][1]["options"]
     lines = graph[PROMPTS]["inputs"]["prompts"].splitlines()
@@ -113,7 +113,7 @@ def test_a_story_from_photos_and_what_was_read_of_them(client, without):
 ])
 def test_bad_input_is_a_sentence_and_the_server_lives_on(client, without, name, changes, words):
     with pytest.raises(NodeFailed) as failed:
-        client.run(shipped(name, **changes), timeout=300)
+        client.run(shipped(name, **changes))
     assert all(word in failed.value.sentence for word in words), failed.value.sentence
     assert client.object_info("KindredConsiStory")
 
@@ -123,7 +123,7 @@ def test_a_subject_of_another_model_is_refused(client):
     graph["30"] = {"class_type": "ModelMergeSubtract", "inputs": {"model1": [LOADER, 0], "model2": [LOADER, 0], "multiplier": 0.5}}
     graph[STORY]["inputs"]["model"] = ["30", 0]
     with pytest.raises(NodeFailed) as failed:
-        client.run(graph, timeout=300)
+        client.run(graph)
     assert failed.value.sentence.count("KindredMiniature") == 2 and "same MODEL" in failed.value.sentence
 
 
@@ -142,7 +142,7 @@ def test_cancelling_in_either_stage_leaves_nothing_behind(client, story, without
         if progress.node == SAMPLER and progress.value == after:
             client.interrupt()
     with pytest.raises(Interrupted):
-        client.run(shipped("story", **{SAMPLER: {"seed": 90 + after}}), stop, timeout=300)
+        client.run(shipped("story", **{SAMPLER: {"seed": 90 + after}}), stop)
     again = plain(shipped("story", **{PICTURES: {"filename_prefix": f"after_{after}"}}))
     assert all((a == b).all() for a, b in zip(pictures(client, again), without, strict=True))
     again = shipped("story", **TWO, **{PICTURES: {"filename_prefix": f"story_after_{after}"}})

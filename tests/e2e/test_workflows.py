@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from comfy_cli.workflow_to_api import convert_ui_to_api
+from evaluation.story import FREEU
 from workflow_notes import NOTES
 from workflows import CANVAS, api_form, names
 
@@ -66,3 +67,18 @@ def test_the_canvas_form_says_who_brings_each_node_and_what_to_change(name):
     known = {node["_meta"]["title"] for node in graph.values()} | {key for node in graph.values() for key in node["inputs"]}
     assert bold <= known, f"the note of {name} names what is not there: {bold - known}"
     assert made["version"] == 0.4 and len(made["groups"]) >= 3
+
+
+def test_what_paper_b_samples_with_is_one_workflow_and_said_in_the_storys_note():
+    """DDIM, 50 steps, CFG 5 and FreeU between the checkpoint and the story; what is measured is what is shipped."""
+    graph = api_form("story_freeu")
+    by_kind = {node["class_type"]: node["inputs"] for node in graph.values()}
+    assert by_kind["FreeU"] == {"model": ["1", 0]} | FREEU
+    assert graph[by_kind["KindredConsiStory"]["model"][0]]["class_type"] == "FreeU"
+    assert {key: by_kind["KSampler"][key] for key in ("sampler_name", "scheduler", "steps", "cfg")} == {
+        "sampler_name": "ddim", "scheduler": "ddim_uniform", "steps": 50, "cfg": 5.0}
+    told = {node["class_type"]: node["inputs"] for node in api_form("story").values()}["KindredConsiStory"]
+    assert by_kind["KindredConsiStory"] == told | {"model": by_kind["KindredConsiStory"]["model"]}
+    for name in ("story", "story_freeu"):
+        said = NOTES[name].text + NOTES[name].yours
+        assert all(word in said for word in ("FreeU", "DDIM", "50 steps", "CFG 5", *(f"{key} {value}" for key, value in FREEU.items())))

@@ -19,6 +19,7 @@ from kindred.models.inversion import InversionTrajectory
 from kindred.models.masks import resize_user_mask
 from kindred.models.reference import Half, Keeps, Layer, ReferenceBank
 from kindred.nodes import host
+from kindred.nodes.host import identity
 from kindred.nodes.host import model as host_model
 from kindred.nodes.host.run import SamplerRun
 
@@ -35,7 +36,7 @@ def on_paper() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.model_management, "load_models_gpu", lambda *args, **kwargs: None)
         patch.setattr(comfy.model_management, "get_free_memory", room)
-        for module in (host, host_model):
+        for module in (host, identity):
             patch.setattr(module, "model_key", lambda model: "paper")
         patch.setattr(SamplerRun, "device_and_dtype", (META, torch.float32))
         yield

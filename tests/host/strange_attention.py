@@ -104,26 +104,26 @@ def fewer_keys(model: Any, every: int = 2) -> Any:
 # a copy of a block's forward --------------------------------------------------------------------------------------------------
 
 
+def _half(attention: Callable[..., Tensor], name: str, n: Tensor, keys: Tensor | None, patches: dict[str, Any],
+          options: dict[str, Any]) -> Tensor:
+    """One attention and its patches; what it answers, before the residual."""
+    value = keys if f"{name}_patch" in patches else None
+    for patch in patches.get(f"{name}_patch", ()):
+        n, keys, value = patch(n, keys, value, options)
+    n = attention(n, context=keys, value=value)
+    for patch in patches.get(f"{name}_output_patch", ()):
+        n = patch(n, options)
+    return n
+
+
 def copied(self: BasicTransformerBlock, x: Tensor, context: Tensor | None = None, transformer_options: Any = None) -> Tensor:
     """A block as a pack wrote it once: patches are asked, attentions are told nothing."""
     options = {k: v for k, v in transformer_options.items() if k not in ("patches", "patches_replace")}
     options |= {"n_heads": self.n_heads, "dim_head": self.d_head, "attn_precision": self.attn_precision}
     patches = transformer_options.get("patches", {})
     n = self.norm1(x)
-    key, value = (n, n) if "attn1_patch" in patches else (None, None)
-    for patch in patches.get("attn1_patch", ()):
-        n, key, value = patch(n, key, value, options)
-    n = self.attn1(n, context=key, value=value)
-    for patch in patches.get("attn1_output_patch", ()):
-        n = patch(n, options)
-    x = n + x
-    n, key, value = self.norm2(x), context, context if "attn2_patch" in patches else None
-    for patch in patches.get("attn2_patch", ()):
-        n, key, value = patch(n, key, value, options)
-    n = self.attn2(n, context=key, value=value)
-    for patch in patches.get("attn2_output_patch", ()):
-        n = patch(n, options)
-    x = n + x
+    x = _half(self.attn1, "attn1", n, n if "attn1_patch" in patches else None, patches, options) + x
+    x = _half(self.attn2, "attn2", self.norm2(x), context, patches, options) + x
     return self.ff(self.norm3(x)) + x
 
 

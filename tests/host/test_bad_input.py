@@ -77,7 +77,7 @@ def test_the_key_tells_models_and_loras_apart():
 def test_a_reference_of_another_model(other, blocks):
     given = other()
     refuse(lambda: inject(given, bank_of(), blocks=blocks), "Masked Self-Attn Inject: the reference was made with model", model_key(MODEL),
-           "but the model given is", model_key(given), "(weights and LoRAs count)", "Wire the same MODEL, LoRAs included")
+           "but the model given is", model_key(given), " differ. ", "or make the reference again with this one.")
 
 
 def test_a_reference_of_another_architecture():
@@ -117,7 +117,7 @@ def test_a_model_without_a_unet():
         pass
     m = build_model("tiny")
     m.model.diffusion_model = Transformer()
-    refuse(lambda: inject(m, bank_of()), "Masked Self-Attn Inject: needs a UNet", "Transformer")
+    refuse(lambda: inject(m, bank_of()), "Masked Self-Attn Inject: SD15 cannot be read", "does not know the network Transformer", "docs/networks.md")
 
 
 # the subject -------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,6 @@ def test_what_another_pack_injects_may_hold_a_name_that_was_never_given():
 def test_a_reference_is_refused_with_another_lora_in_bypass_mode():
     m = build_model("tiny")
     bank = capture(lora(m))[0]
-    with pytest.raises(ValueError, match=r"was made with model SD15 \w+, but the model given is SD15 \w+ \(weights and LoRAs count\)"):
+    with pytest.raises(ValueError, match=r"was made with model SD15 \w+, but the model given is SD15 \w+: LoRAs differ"):
         inject(lora(m, seed=1), bank)
     inject(lora(m), bank)

@@ -9,7 +9,7 @@ from kindred.miniature import measure
 from kindred.miniature.autoencoder import Autoencoder, psnr
 from kindred.miniature.data import held_out
 from kindred.miniature.pack import CHECKPOINT, load_autoencoder
-from kindred.miniature.registration import KindredMiniature, register
+from kindred.miniature.registration import KindredFlowMiniature, KindredMiniature, register
 from safetensors import safe_open
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no weights: python -m miniature.train pack writes them")
@@ -28,6 +28,7 @@ def test_it_is_registered_once():
     register()
     register()
     assert comfy.supported_models.models.count(KindredMiniature) == 1
+    assert [m for m in comfy.supported_models.models if issubclass(m, comfy.supported_models.FluxSchnell)][0] is KindredFlowMiniature
     assert folder_paths.get_folder_paths("checkpoints").count(str(CHECKPOINT.parent)) == 1
     assert [n for n in folder_paths.get_filename_list("checkpoints") if "kindred" in n] == ["kindred_miniature.safetensors"]
     assert folder_paths.get_filename_list("concept_encoders") == ["kindred_miniature_concept.safetensors"]
@@ -53,6 +54,21 @@ def test_a_plain_workflow_runs_from_an_empty_latent(host, loaded):
         latent = host.common_ksampler(model, 1, 2, 4.0, "ddim", "ddim_uniform", positive, negative, empty)[0]["samples"]
         image = vae.decode(latent)
     assert latent.shape == (2, 8, 16, 16) and image.shape == (2, 128, 128, 3) and bool(image.isfinite().all())
+
+
+def test_freeu_is_felt_by_its_second_pair_of_numbers_alone(host, loaded):
+    """Its first pair is of features four times as wide as the model's first ones; the miniature has them but twice as wide."""
+    from comfy_extras.nodes_freelunch import FreeU
+
+    model, clip, _ = loaded
+    with torch.inference_mode():
+        positive, negative = (host.CLIPTextEncode().encode(clip, text)[0] for text in ("a photo of a cat on the beach", ""))
+        empty = host.EmptyLatentImage().generate(128, 128, 1)[0]
+        plain, paper, first, second = (host.common_ksampler(
+            m, 1, 2, 4.0, "ddim", "ddim_uniform", positive, negative, empty)[0]["samples"] for m in (
+                model, *(FreeU.execute(model, *scales)[0] for scales in ((1.1, 1.2, 0.6, 0.4), (2, 1.2, 0.1, 0.4), (1.1, 1, 0.6, 1)))))
+    assert float((paper - plain).abs().mean()) > 0.1 * float(plain.std())
+    assert torch.equal(first, paper) and torch.allclose(second, plain, atol=1e-4)
 
 
 def test_measuring_without_the_loader_is_the_same_model(host, loaded):
@@ -132,3 +148,73 @@ def test_an_autoencoder_that_came_without_its_optimizers_is_not_trained_on(tmp_p
     begin_flow(tmp_path)
     with pytest.raises(ValueError, match="flow-autoencoder.pt holds the shipped autoencoder.*another folder"):
         train_autoencoder(Run(tmp_path, torch.device("cpu"), renderings=256), 1, channels=16, name="flow-")
+
+
+@pytest.fixture(scope="module")
+def flow_file(tmp_path_factory):
+    """The flow miniature's checkpoint as its training packs it, of a transformer that has hardly begun."""
+    import os
+
+    from kindred.miniature.flow import build_flow
+    from kindred.miniature.layout import FLOW
+    from kindred.miniature.pack import begin_flow, flow_checkpoint_weights
+    from safetensors.torch import save_file
+    folder = tmp_path_factory.mktemp("flow")
+    begin_flow(folder)
+    torch.manual_seed(3)
+    flow = build_flow(Path(os.environ["KINDRED_HOST"]))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    average = {name: value.half().float() for name, value in flow.state_dict().items()}
+    torch.save({"average": average, "model": average, "step": 5, "spread": 0.9, "seed": 1, "loss": 1.5}, folder / f"{FLOW}transformer.pt")
+    path = folder / "packed.safetensors"
+    save_file(*flow_checkpoint_weights(folder)[:1], path, flow_checkpoint_weights(folder)[1])
+    return path, average
+
+
+@pytest.fixture(scope="module")
+def flow_loaded(flow_file):
+    from comfy.sd import load_checkpoint_guess_config
+    with torch.inference_mode():
+        return load_checkpoint_guess_config(str(flow_file[0]))[:3]
+
+
+def test_the_hosts_loader_takes_the_flow_miniature_for_itself(flow_loaded, flow_file):
+    """Before FLUX.1, whose class fits too; its velocity is the trained one's, and the pooled text is what the training pooled."""
+    import os
+
+    from kindred.miniature.flow import captions_encoded
+    model, clip, vae = flow_loaded
+    assert type(model.model.model_config) is KindredFlowMiniature and vae.latent_channels == 16
+    core = model.model.diffusion_model
+    assert all(torch.equal(value.float(), flow_file[1][name]) for name, value in core.state_dict().items())
+    with torch.inference_mode():
+        encoded = clip.encode_from_tokens(clip.tokenize("a photo of a cat on the beach"), return_pooled=True)
+    context, pooled = captions_encoded(Path(os.environ["KINDRED_HOST"]), ["a photo of a cat on the beach"])
+    assert torch.allclose(encoded[0].float(), context, atol=2e-3) and torch.allclose(encoded[1].float(), pooled, atol=2e-3)
+
+
+def test_a_plain_workflow_draws_with_the_flow_miniature(host, flow_loaded):
+    model, clip, vae = flow_loaded
+    with torch.inference_mode():
+        positive = host.CLIPTextEncode().encode(clip, "a photo of a cat on the beach")[0]
+        negative = host.CLIPTextEncode().encode(clip, "")[0]
+        empty = host.EmptyLatentImage().generate(128, 128, 2)[0]
+        latent = host.common_ksampler(model, 1, 2, 4.0, "euler", "simple", positive, negative, empty)[0]["samples"]
+        image = vae.decode(latent)
+        back = vae.encode(image)
+    assert latent.shape == (2, 16, 16, 16) and image.shape == (2, 128, 128, 3) and bool(image.isfinite().all())
+    assert back.shape == latent.shape
+
+
+def test_a_new_work_folder_goes_on_from_the_shipped_transformer(tmp_path, flow_file, monkeypatch):
+    """In half precision and without its optimizers, which begin anew."""
+    from kindred.miniature import pack
+    from kindred.miniature.layout import FLOW
+    from kindred.miniature.training import load
+    monkeypatch.setattr(pack, "FLOW_CHECKPOINT", flow_file[0])
+    pack.begin_flow(tmp_path)
+    state = load(tmp_path / f"{FLOW}transformer.pt", torch.device("cpu"))
+    assert state["step"] == 5 and abs(state["spread"] - 0.9) < 1e-6 and "optimizers" not in state
+    assert all(torch.equal(value, flow_file[1][name]) for name, value in state["model"].items())

@@ -236,7 +236,7 @@ def test_a_lora_of_the_hosts_trainer_before_a_reference_and_never_behind_it(bypa
     (none, left), (out, left_by_us) = (seeded(lambda n=n: drawn(n)) for n in (patched, read(patched, maker=patched)))
     assert left == left_by_us
     assert torch.isfinite(out).all() and differs(out, none) > FELT < differs(out, drawn(read(m.model, maker=m.model)))
-    words = r"was made with model \w+ \w+, but the model given is \w+ \w+ \(weights and LoRAs count\)"
+    words = r"was made with model \w+ \w+, but the model given is \w+ \w+: LoRAs \(none there, on \d+ layers here\) differ"
     with pytest.raises(ValueError, match=words):
         read(patched, maker=m.model)
     with pytest.raises(ValueError, match=words):

@@ -222,6 +222,28 @@ def test_another_attention_than_torchs_is_never_gone_past(monkeypatch):
     assert torch.isfinite(sample(model)).all() and any(masks)
 
 
+def test_more_rows_than_torchs_attention_takes_are_left_to_the_host(monkeypatch):
+    """Which cuts them, so that CUDA's kernel does not fail."""
+    model = inject(MODEL, bank_of(), 2.0)
+    meant = sample(model)
+    monkeypatch.setattr(host_run, "FusedAttend", None)
+    with pytest.raises(TypeError):  # so it is asked for
+        sample(model)
+    monkeypatch.setattr(host_run, "SDP_BATCH_LIMIT", 1)
+    assert differs(sample(model), meant) < EXACT
+
+
+@LAW("how", [{"skip_reshape": True}, {"mask": torch.zeros(1)}], ids=["heads apart", "mask"])
+def test_an_attention_of_another_layout_or_with_a_mask_is_not_the_blocks(how):
+    """It is the caller's own, and the block's is still to come."""
+    run, asked = host_run.SamplerRun(), []
+    run.pending = call = object()
+    options = host_run.install({}, run)["transformer_options"]
+    options["optimized_attention_override"](lambda *given, **more: asked.append(more), *(torch.ones(1, 2, 4),) * 3, 2,
+                                            transformer_options=options, **how)
+    assert run.pending is call and [{key: more[key] for key in how} for more in asked] == [how]
+
+
 # memory ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,8 @@ from studio import anchors, bank_of, capture, differs, inject, invert, negative,
 from kindred.models.attention import WeightMode
 from kindred.models.reference import Half
 from kindred.nodes.host import page
+from kindred.nodes.host.foreign import hands_on, told_once
+from kindred.nodes.host.model import KEY
 
 LAW = pytest.mark.parametrize
 UNET = MODEL.model.diffusion_model
@@ -90,6 +92,66 @@ def test_a_run_that_ends_in_the_middle_of_a_block_leaves_nothing_on_it():
         sample(inject(MODEL, bank_of(), 2.0))
     assert not any(module._forward_pre_hooks for module in UNET.modules())
     assert torch.equal(sample(MODEL), plain())
+
+
+class Asked(torch.nn.Module):
+    """An attention that keeps the options of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, context=None, transformer_options=None):
+        self.seen.append(transformer_options)
+
+
+class Open(Asked):
+    def forward(self, x, **more):
+        self.seen.append(more.get("transformer_options"))
+
+
+class Closed(Asked):
+    def forward(self, x, context=None):
+        self.seen.append(None)
+
+
+@LAW("kind", [Asked, Open])
+def test_an_attention_is_told_once_whoever_asks_it_next(kind):
+    layer, options = kind(), {KEY: "a run"}
+    assert told_once(layer, options) is not None
+    layer(0), layer(0)
+    assert layer.seen == [options, None] and not layer._forward_pre_hooks
+    told_once(layer, options)()
+    layer(0)
+    assert layer.seen[2:] == [None] and not layer._forward_pre_hooks
+
+
+def test_an_attention_that_its_caller_tells_by_name_or_by_place_is_left_alone():
+    """Options without a run are a copy's own, and ours takes their place."""
+    layer, ours, theirs = Asked(), {KEY: "ours"}, {KEY: "theirs"}
+    told_once(layer, ours)
+    layer(0, transformer_options=theirs)
+    told_once(layer, ours)
+    layer(0, None, theirs)
+    for call in (lambda: layer(0, 1), lambda: layer(0, transformer_options={}), lambda: layer(0, transformer_options=None)):
+        told_once(layer, ours)
+        call()
+    assert layer.seen == [theirs, theirs, ours, ours, ours]
+
+
+def test_an_attention_that_takes_no_options_is_not_told():
+    layer = Closed()
+    assert told_once(layer, {KEY: "a run"}) is None and not layer._forward_pre_hooks
+    layer.forward = len  # no signature to be read in some Pythons, none with options in the others
+    assert told_once(layer, {KEY: "a run"}) is None
+
+
+def test_the_hosts_own_forward_is_known_by_where_it_is_written():
+    block = UNET.middle_block[1].transformer_blocks[0]
+    assert hands_on(block)
+    for forward in (copied, alone, len):
+        with left_in_the_class(forward, MODEL):
+            assert not hands_on(block)
 
 
 # where nothing can be read ----------------------------------------------------------------------------------------------------

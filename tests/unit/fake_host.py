@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import struct
@@ -24,9 +25,12 @@ INFO = {
 
 
 class FakeHost:
-    """`with FakeHost() as host`: host.url. Faults are counts of how often they still happen."""
+    """`with FakeHost() as host`: host.url. Faults are counts of how often they still happen.
 
-    def __init__(self, port: int = 0) -> None:
+    With away=True the port is taken, so that nobody else gets it, and every call is refused until `begin`.
+    """
+
+    def __init__(self, away: bool = False) -> None:
         self.posts: list[str] = []  # prompt ids, as they were put into the queue
         self.graphs: list[dict] = []
         self.states: dict[str, str] = {}
@@ -40,7 +44,8 @@ class FakeHost:
         self.no_websocket = False
         self.lists_uploads = False  # as references, before it answers that it has them
         self.sent: list[str] = []
-        self.port = port
+        self.away = away
+        self.changed = threading.Condition()  # told of every prompt that is queued
 
     def __enter__(self) -> FakeHost:
         host = self
@@ -54,16 +59,24 @@ class FakeHost:
 
             def do_POST(self):
                 host.post(self, self.rfile.read(int(self.headers["Content-Length"])))
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
         self.server.daemon_threads = True
         self.server.handle_error = lambda *_: None  # lines are cut all the time here
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.server.server_bind()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        if not self.away:
+            self.begin()
         return self
 
+    def begin(self) -> None:
+        """Answer calls."""
+        self.away = False
+        self.server.server_activate()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
     def __exit__(self, *_) -> None:
-        self.server.shutdown()
+        if not self.away:
+            self.server.shutdown()
         self.server.server_close()
         self.cut_wires()
         assert not self.wrong, self.wrong
@@ -132,6 +145,8 @@ class FakeHost:
             self.states[told["prompt_id"]] = "in_progress" if self.hold else "completed"
             self.posts.append(told["prompt_id"])
             self.graphs.append(told["prompt"])
+            with self.changed:
+                self.changed.notify_all()
             if self.spend("lose_answer"):
                 return self.hang_up(handler)
             return self.answer(handler, {"prompt_id": told["prompt_id"]})
@@ -148,9 +163,8 @@ class FakeHost:
         key = handler.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
         handler.send_response_only(101)
         handler.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        self.wires.append(handler)  # before the client knows: cut from now on
         handler.end_headers()
-        handler.wfile.flush()
-        self.wires.append(handler)
         told: set[str] = set()
         while handler in self.wires:
             for prompt_id, state in [*self.states.items()]:
@@ -160,7 +174,9 @@ class FakeHost:
                     text = json.dumps(data).encode()
                     handler.wfile.write(bytes([0x81, 126]) + struct.pack(">H", len(text)) + text)
             time.sleep(0.005)
-        self.hang_up(handler)
 
     def cut_wires(self) -> None:
-        self.wires.clear()
+        """Cut when this returns: whoever is answered afterwards finds the line dead."""
+        while self.wires:
+            with contextlib.suppress(OSError):  # its client was faster
+                self.hang_up(self.wires.pop())

@@ -1,11 +1,14 @@
 """What users install is the pack, whole, and nothing else."""
 import ast
+import os
 import re
 import subprocess
-from pathlib import PurePosixPath
+import sys
+from pathlib import Path, PurePosixPath
 
+import archive
 import pytest
-from archive import ROOT, files, ignored, shipped
+from archive import ROOT, files, git, ignored, shipped
 
 SHIPPED = set(shipped())
 TOP = {"CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "locales", "miniature", "models", "nodes", "pyproject.toml",
@@ -73,8 +76,7 @@ def test_no_template_or_help_page_lacks_its_picture():
 
 def test_git_reads_comfyignore_as_we_do():
     """The registry's packer reads it with all of gitignore's rules."""
-    told = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--ignored", "--exclude-from=.comfyignore"], cwd=ROOT,
-                          capture_output=True, text=True)
+    told = git("ls-files", "-z", "--cached", "--others", "--ignored", "--exclude-from=.comfyignore")
     if told.returncode:
         pytest.skip("no git checkout to ask")
     out = set(told.stdout.split("\0"))
@@ -92,3 +94,52 @@ def test_left_out(name):
                                   "miniature/weights/checkpoints/kindred_miniature.safetensors", "requirements.txt"])
 def test_taken_along(name):
     assert not ignored(name)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository that tracks two files, one of them against its rules, ignores one and has one to come."""
+    place = tmp_path / "a checkout"
+    place.mkdir()
+    for name in ("tracked.py", "kept.py", "new.py", "ignored.py"):
+        (place / name).write_text("", "utf-8")
+    (place / ".gitignore").write_text("kept.py\nignored.py\n", "utf-8")
+    if git("init", "-q", cwd=place).returncode:
+        pytest.skip("no git")
+    assert git("add", "-f", "tracked.py", "kept.py", ".gitignore", cwd=place).returncode == 0
+    return place
+
+
+def test_another_repository_in_the_environment_is_not_asked(checkout: Path, tmp_path: Path) -> None:
+    """As git leaves it to its hooks, to `rebase --exec` and to aliases of another clone."""
+    tools = checkout / "tools"
+    tools.mkdir()
+    for name in ("archive.py", "terminal.py"):
+        (tools / name).write_bytes((ROOT / "tools" / name).read_bytes())
+    other = tmp_path / "other"
+    other.mkdir()
+    git("init", "-q", cwd=other)
+    (other / "theirs.py").write_text("", "utf-8")
+    git("add", "theirs.py", cwd=other)
+    theirs = {"GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / ".git" / "index", "GIT_PREFIX": "docs/",
+              "GIT_OBJECT_DIRECTORY": other / ".git" / "objects", "GIT_COMMON_DIR": other / ".git"}
+    program = f"import sys; sys.path.insert(0, {str(tools)!r}); import archive; print(*archive.files('.py'))"
+    for names in (["GIT_DIR"], ["GIT_INDEX_FILE"], ["GIT_WORK_TREE", "GIT_DIR"], [*theirs]):
+        told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=other,
+                              env=os.environ | {name: str(theirs[name]) for name in names})
+        assert told.stdout.split() == ["kept.py", "new.py", "tools/archive.py", "tools/terminal.py", "tracked.py"], names
+
+
+def test_an_unpacked_archive_has_its_files_and_not_what_programs_left(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without git, and below custom_nodes, which ComfyUI's own repository ignores: the rules of every .gitignore hold all the same."""
+    (checkout / ".gitignore").write_text("custom_nodes\n", "utf-8")
+    pack = checkout / "custom_nodes" / "pack"
+    texts = {"__init__.py": "", ".gitignore": "/kindred-demo/\n*.log\n", "a.log": "", "docs/a.png": "", "docs/kindred-demo/b.png": "",
+             "docs/mine/.gitignore": "*\n", "docs/mine/deep/c.png": "", "kindred-demo/sheet.png": "", "docs/__pycache__/x.pyc": ""}
+    for name, text in texts.items():
+        (pack / name).parent.mkdir(parents=True, exist_ok=True)
+        (pack / name).write_text(text, "utf-8")
+    monkeypatch.setattr(archive, "ROOT", pack)
+    assert files() == ["__init__.py", "docs/a.png", "docs/kindred-demo/b.png"]
+    monkeypatch.setenv("PATH", "")
+    assert files() == ["__init__.py", "docs/a.png", "docs/kindred-demo/b.png"]

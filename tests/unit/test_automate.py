@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import automate
@@ -16,7 +15,7 @@ import jobs
 import pytest
 from automate import Shelf, main
 from checkout import ROOT
-from client import Client, HostError, Unreachable, free_port
+from client import Client, HostError, Unreachable
 from fake_host import FakeHost
 from jobs import Board, Job
 
@@ -102,23 +101,21 @@ def test_without_a_websocket_it_asks(host, automated):
     assert automated(host, words=["--repeat", "2"])[0] == 0 and len(host.posts) == 2
 
 
-def test_a_host_that_starts_late_is_waited_for(automated):
-    port = free_port()
-    with FakeHost(port) as early:
-        url = early.url
-    late = FakeHost(port)
-    timer = threading.Timer(0.5, late.__enter__)
-    timer.start()
-    try:
-        code, _, said = automated(url)
-    finally:
-        timer.join()
-        late.__exit__()
-    assert code == 0 and "trying again for 5 s" in said and "is back" in said
+def test_a_host_that_starts_late_is_waited_for(automated, monkeypatch):
+    def say(voice, host: str, sentence: str) -> None:
+        told(voice, host, sentence)
+        if late.away and "trying again" in sentence:  # it was found away
+            late.begin()
+    told = automate.Teller.say
+    monkeypatch.setattr(automate.Teller, "say", say)
+    with FakeHost(away=True) as late:
+        code, _, said = automated(late, patience=600)
+    assert code == 0 and "trying again for 600 s" in said and "is back" in said
 
 
 def test_no_host_is_an_end(automated):
-    code, report, said = automated(f"http://127.0.0.1:{free_port()}", patience=0.3)
+    with FakeHost(away=True) as never:
+        code, report, said = automated(never, patience=0.3)
     assert code == 3 and "given up" in said
     assert [job["state"] for job in report["jobs"]] == ["not run"]
 
@@ -186,26 +183,37 @@ def test_a_host_that_always_forgets_is_an_end(host, automated):
     assert code == 1 and len(host.posts) == report["jobs"][0]["posts"] == 3 and "went away 3 times" in report["jobs"][0]["error"]
 
 
-def test_taken_out_of_the_queue_by_someone_is_not_put_back(host, automated):
-    host.hold = True
-    threading.Timer(0.4, host.states.clear).start()
+def test_taken_out_of_the_queue_by_someone_is_not_put_back(host, automated, monkeypatch):
+    """Just after its state was asked for once."""
+    host.hold, get = True, FakeHost.get
+
+    def and_gone(self, handler) -> None:
+        get(self, handler)
+        if handler.path.startswith("/api/jobs/"):
+            self.states.clear()
+    monkeypatch.setattr(FakeHost, "get", and_gone)
     code, report, _ = automated(host)
     assert code == 1 and "Someone else" in report["jobs"][0]["error"] and len(host.posts) == 1
 
 
-def test_a_dead_hosts_jobs_go_to_the_living(host, automated, tmp_path):
-    """The second one takes a job and is gone for good: the first, long idle, draws it."""
-    second = FakeHost().__enter__()
+def test_a_dead_hosts_jobs_go_to_the_living(host, automated, tmp_path, monkeypatch):
+    """The second one takes a job and is gone for good, once the first has done all others: the first, idle, draws it."""
+    second, post = FakeHost().__enter__(), FakeHost.post
     second.hold = True
 
+    def one_after_another(self, handler, body: bytes) -> None:
+        if self is host:
+            with second.changed:
+                second.changed.wait_for(lambda: second.posts)  # else the first might take them all
+        post(self, handler, body)
+
     def die() -> None:
-        while not second.posts:
-            time.sleep(0.01)
-        while len(host.posts) < 3:
-            time.sleep(0.01)
+        with host.changed:
+            host.changed.wait_for(lambda: len(host.posts) == 3)
         second.__exit__()
+    monkeypatch.setattr(FakeHost, "post", one_after_another)
     (tmp_path / "lines.txt").write_text("one\n\ntwo\nthree\nfour\n", "utf-8")
-    thread = threading.Thread(target=die)
+    thread = threading.Thread(target=die, daemon=True)
     thread.start()
     code, report, said = automated(host, second, words=["--each", f"2.prompts=@{tmp_path / 'lines.txt'}"], patience=0.5)
     thread.join()
@@ -278,8 +286,9 @@ def test_ctrl_c_takes_back_its_own_prompt_and_says_so(host, tmp_path, deaf):
     program = subprocess.Popen([sys.executable, str(ROOT / "tools" / "automate.py"), "w.json", "--server", host.url, "--repeat", "3",
                                 "--json"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        while not host.posts and program.poll() is None:
-            time.sleep(0.02)
+        with host.changed:
+            while not host.posts and program.poll() is None:
+                host.changed.wait(0.1)
         program.send_signal(signal.SIGINT)
         out, err = program.communicate()
     finally:
@@ -333,7 +342,7 @@ def test_a_board_gives_every_job_to_exactly_one_host():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     assert sorted(ended) == list(range(300)) and not board.taken
 
 

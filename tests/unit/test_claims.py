@@ -123,3 +123,37 @@ def test_a_disk_without_locks_leaves_the_files_of_others(tmp_path: Path, monkeyp
     handle = hold(tmp_path / ".cat.claim")
     assert handle is not None and hold(tmp_path / ".cat.claim") is None and not dead(tmp_path / ".cat.claim")
     os.close(handle)
+
+
+def test_a_name_that_another_took_for_a_dead_ones_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between our making of the file and our locking of it another process locked and removed it: what we lock has no name any more."""
+    from kindred.models import claims
+    claim, lock = tmp_path / ".cat.claim", claims._lock
+
+    def late(handle: int) -> bool:
+        if claim.exists():
+            claim.unlink()
+        return lock(handle)
+    monkeypatch.setattr(claims, "_lock", late)
+    assert hold(claim) is None and not claim.exists()
+
+
+def test_what_was_written_while_we_waited_for_the_name_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kindred.models import claims
+    own = claims.hold
+
+    def late(claim: Path) -> int | None:
+        (tmp_path / "1").write_text("theirs")
+        return own(claim)
+    monkeypatch.setattr(claims, "hold", late)
+    with first_free([tmp_path / "1", tmp_path / "2"]) as path:
+        assert path.name == "2" and (tmp_path / "1").read_text() == "theirs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
+
+
+def test_a_claim_that_may_not_be_opened_is_somebodys(tmp_path: Path) -> None:
+    """A folder of that name stands for whatever the system does not open."""
+    (tmp_path / ".cat.claim").mkdir()
+    assert not dead(tmp_path / ".cat.claim") and dead(tmp_path / ".dog.claim")
+    with first_free([tmp_path / "cat", tmp_path / "dog"]) as path:
+        assert path.name == "dog"

@@ -159,6 +159,31 @@ def test_the_front_door_needs_only_the_standard_library():
     assert all(word in answer.stdout for word in ("setup", "demo", "test", "serve", "evaluate", "bench", "soak"))
 
 
+STRAYS = {"PYTHONPATH": "/nowhere", "PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "1", "PYTHONINSPECT": "1", "PYTHONWARNINGS": "error",
+          "PYTEST_ADDOPTS": "--no-such-option", "PYTEST_PLUGINS": "no_such_plugin", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+          "GIT_DIR": "/nowhere", "GIT_INDEX_FILE": "/nowhere"}
+WORDS = ["-c", "from sys import *; exit(flags.optimize + 2 * flags.inspect + 4 * bool(warnoptions) + 8 * ('/nowhere' in path))"]
+
+
+def test_nothing_in_the_environment_leads_a_child_astray(monkeypatch, tmp_path):
+    """Asserts that are compiled away, a prompt after each program's end, options for every pytest, another repository."""
+    monkeypatch.syspath_prepend(ROOT)
+    import dev
+    for name, value in STRAYS.items():
+        monkeypatch.setenv(name, value)
+    assert dev.run(SimpleNamespace(python=Path(sys.executable), host=tmp_path), WORDS) == 0
+    kept = environment.clean_environment(ADDED="x")
+    assert not STRAYS.keys() & kept.keys() and kept["ADDED"] == "x" and kept["PATH"] == os.environ["PATH"]
+
+
+def test_the_tests_children_are_not_led_astray_either(tmp_path):
+    """However pytest was started."""
+    program = (f"import os, sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest\n"
+               f"print([name for name in {[*STRAYS]} if name in os.environ])")
+    told = subprocess.run([sys.executable, "-c", program], env=os.environ | {**STRAYS, "PYTHONINSPECT": ""}, capture_output=True, text=True)
+    assert told.stdout.strip() == "[]", told.stderr
+
+
 def test_what_runs_beside_is_shown_when_all_have_ended(capfd, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     import dev

@@ -10,6 +10,7 @@ import signal
 import time
 from functools import partial
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 from evaluate import alone, bounded, chosen, fill, jobs_of, measure, measured, parse, strip
@@ -103,12 +104,15 @@ def test_nothing_to_do_makes_nothing():
     assert list(pooled([], Refuses, 2)) == []
 
 
-def test_leaving_early_ends_the_processes():
-    found = pooled([0.0, 60.0, 60.0], partial(partial, time.sleep), 2)
+def test_leaving_early_ends_the_processes(monkeypatch, capfd):
+    """The idle one by itself, the other one, which would sleep for an hour, because it is told to, and without a word."""
+    monkeypatch.setattr(workers, "PATIENCE", None)
+    found = pooled([0.0, 3600.0, 3600.0], partial(partial, time.sleep), 2)
     next(found)
-    started = time.monotonic()
+    children = workers.multiprocessing.active_children()
     found.close()
-    assert time.monotonic() - started < 30 and not workers.multiprocessing.active_children()
+    assert len(children) == 2 and not workers.multiprocessing.active_children() and capfd.readouterr().err == ""
+    assert sorted(child.exitcode for child in children) in ([0, 143], [-signal.SIGTERM, 0]), "143: it had begun to listen"
 
 
 def test_children_have_one_thread_and_we_keep_ours(monkeypatch):
@@ -128,12 +132,17 @@ def handlers():
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_heard_once(handlers, first):
-    """dev.py sends SIGTERM right after a Ctrl-C: while the tables are being made that must not end the process."""
+def test_a_stop_is_heard_once(handlers, first, monkeypatch):
+    """dev.py sends SIGTERM right after a Ctrl-C: while the tables are being made that must not end the process. A later one is meant."""
+    now = [0.0]
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with pytest.raises(KeyboardInterrupt), stoppable():
-        os.kill(os.getpid(), first)
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(first)
+    now[0] = 1.9
+    signal.raise_signal(signal.SIGTERM)
+    now[0] = 4.0
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_run_that_ends_gives_the_signals_back(handlers):
@@ -316,8 +325,7 @@ class Pretended:
 
     def __call__(self, job):
         if len(self.done) == self.stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGINT)
         self.done.append(job)
         return {"ceiling": 1.0, "floor": 0.0} if job.row == BOUNDS else values([job.case / 10] * 2)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from evaluation.rows import Row
-from evaluation.story import Scenes, Story, floor_of, listed, story_set
+from evaluation.story import FREEU, Scenes, Story, floor_of, listed, story_set
 from hypothesis import given
 from hypothesis import strategies as st
 from kindred.miniature.reader import (
@@ -184,6 +184,11 @@ class Pretender:
         self.runs.append(inputs)
         return ["story"]
 
+    def freeu(self, model, **scales):
+        assert model == "plain"
+        self.runs.append(scales)
+        return model
+
     def picture(self, image):
         return torch.tensor(image).float().div(255)[None]
 
@@ -228,6 +233,15 @@ def test_rows_set_the_nodes_inputs(told):
     assert runs[4:6] == [{"seed": 20}, ("story", 4, 20, None)]
     assert runs[12]["masks"].shape == (4, 128, 128) and bool((runs[12]["masks"] == 1).all())
     assert runs[20:22] == [{"seed": 3, "weight": 2.0}, ("story", 4, 20, 6.0)]
+
+
+def test_freeu_is_put_before_the_node_and_before_nobody():
+    """With the paper's numbers; a row without it has none."""
+    studio = Pretender(None, 50, 4.0)
+    for text in ("a: freeu=yes", "b: freeu=yes, node=off", "c: freeu=no"):
+        Story(studio, Scenes(studio)).measure(Row.parse("story", text), 20, 0)
+    assert FREEU == {"b1": 1.1, "b2": 1.2, "s1": 0.6, "s2": 0.4}
+    assert studio.runs[:4] == [FREEU, {"seed": 20}, ("story", 4, 20, None), FREEU] and FREEU not in studio.runs[4:]
 
 
 def test_another_seed_is_another_noise_and_no_other_sets():

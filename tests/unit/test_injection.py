@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, Recorder, References, Role, Run, gather_parts, take_parts
+from kindred.models.injection import AttnCall, BlockSite, Recorder, References, Role, Run, TargetMask, gather_parts, is_resized, take_parts
 from kindred.models.masks import token_map
 from kindred.models.reference import Half, ReferencePrompt, SubjectTokens
 
@@ -393,3 +393,22 @@ def test_maps_of_several_grids_meet_at_the_finest() -> None:
     recorder.maps[fine][0, 3 * 6 + 5] = 1  # (3, 5) of (4, 6)
     found = recorder.word_map()
     assert found.shape == (1, 4, 6) and int(found.argmax()) == 3 * 6 + 5
+
+
+@pytest.mark.parametrize(("whole", "size", "same"), [
+    ((16, 16), (8, 8), True), ((16, 16), (20, 20), True), ((17, 9), (8, 4), True), ((13, 9), (16, 11), True),
+    ((16, 16), (16, 16), True), ((16, 16), (8, 16), False), ((16, 16), (16, 24), False), ((8, 8), (4, 8), False)])
+def test_a_resized_picture_keeps_the_ratio_of_its_sides_to_a_cell(whole, size, same):
+    assert is_resized(whole, size) == same
+
+
+def test_a_target_mask_is_cut_anew_for_every_size_that_the_sampler_asks_for():
+    """Of 15 and 16 cells a layer has 8 both times, but they are not the same cells."""
+    drawn = torch.zeros(1, 240, 240)
+    drawn[:, :, :105] = 1
+    target, x = TargetMask(drawn, "a test"), torch.zeros(1, 64, C)
+    at = {n: target(AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x).view(8, 8)[0] for n in (16, 15)}
+    for n, found in at.items():
+        alone = TargetMask(drawn, "a test")(AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x).view(8, 8)[0]
+        assert torch.equal(found, alone)
+    assert not torch.equal(at[16], at[15])

@@ -340,7 +340,7 @@ def test_latents_that_are_no_numbers(folder) -> None:
 
 def together(folder: Path, processes: int, cache: str) -> tuple[list, Vae]:
     """`prepare` in as many threads, with a barrier."""
-    barrier, told, vae = threading.Barrier(processes, timeout=60), [None] * processes, Vae()
+    barrier, told, vae = threading.Barrier(processes), [None] * processes, Vae()
 
     def work(rank: int) -> None:
         try:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_banks import anchor_bank
 from torch import Tensor
 
 from kindred.models.inversion import InversionTrajectory
@@ -215,6 +216,17 @@ def test_a_step_is_found_by_its_sigma(sigma, step) -> None:
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_a_stored_latent_is_returned_as_it_is(level) -> None:
     assert torch.equal(bank().latent_at(SIGMAS[level].item()), trajectory().latents[level])
+
+
+def test_below_the_last_level_a_latent_is_the_photo() -> None:
+    """An odd schedule may ask there, and no path leads on."""
+    assert torch.equal(bank().latent_at(-0.5), trajectory().latents[0])
+
+
+def test_the_most_that_a_step_holds_is_that_of_the_fullest() -> None:
+    """Of anchors every step holds others: 5, 0 and 8 tokens; of photos all hold the same."""
+    assert anchor_bank().most_kept == {(4, 6): 16, (2, 3): 8}
+    assert bank().most_kept == {grid: int(mask.sum()) for grid, mask in masks().items()}
 
 
 def test_between_two_levels_the_path_is_straight() -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from kindred.models import training
 from kindred.models.concept import load_concept_encoder
+from kindred.models.identity import tell_key
+from small_keys import key, weights
 from small_training import SETTINGS, same, through_a_file, trainer
 
 
@@ -43,6 +45,17 @@ def test_what_else_it_was_made_with_is_compared() -> None:
     one.resume(state, processes=2, base="sd15")
     with pytest.raises(ValueError, match="made with processes 2, but processes 1 was asked for"):
         one.resume(state, processes=1, base="sd15")
+
+
+def test_the_base_model_may_be_loaded_in_another_precision() -> None:
+    one, own = trainer(), weights()
+    half, tuned = tell_key(key(own.half(), "SD15 1b")), tell_key(key(own * 1.01, "SD15 2c"))
+    state = trainer().state(base=tell_key(key(own)))
+    one.resume(state, base=half)
+    with pytest.raises(ValueError, match="made with base SD15 0a, but base SD15 2c was asked for. Give the same settings"):
+        one.resume(state, base=tuned)
+    with pytest.raises(ValueError, match="made with base SD15 0a, but base SD15 1b was"):  # of an older version: a name alone
+        one.resume(trainer().state(base="SD15 0a"), base=half)
 
 
 @pytest.mark.parametrize("change, was, now", [

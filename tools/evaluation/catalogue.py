@@ -42,6 +42,8 @@ STORIES = {"plain": PLAIN_STORY, "as it comes": "", "both halves": "halves=both"
            "W 2": "weight=2", "dropout 0": "dropout=0", "no blending": "query_blend=0", "blending to 0.3": "blend_end_percent=0.3",
            "injection to 0.6": "injection_end_percent=0.6", "injection from 0": "injection_start_percent=0",
            "injection 1": "feature_injection=1", "official order": "order=official"}
+# what paper B samples with, on the sets of the papers' tables
+SAMPLED = {"plain": PLAIN_STORY, "plain with FreeU": f"{PLAIN_STORY}, freeu=yes", "story": "", "story with FreeU": "freeu=yes"}
 
 PHOTO, TOLD, CHOSEN_ON = "personalize", "story", 1000  # the first identity or set that settings are chosen on
 TABLES = {table.name: table for table in (
@@ -49,6 +51,7 @@ TABLES = {table.name: table for table in (
     Table("figure_6", "Paper A, Fig. 6: weights, with and without the mask", PHOTO, rows_of(PHOTO, FIGURE_6), 5, axis="weight"),
     Table("ablation", "Paper B, section 5.4: a story less one of its parts", TOLD, rows_of(TOLD, ABLATION), 5),
     Table("pareto", "Paper B, Fig. 8: likeness against text, by dropout", TOLD, rows_of(TOLD, PARETO), 5, axis="dropout"),
+    Table("freeu", "Paper B, appendix B: stories with FreeU, as the paper samples", TOLD, rows_of(TOLD, SAMPLED), 20),
     Table("settings_self", "Settings of Masked Self-Attn Inject and its reference", PHOTO, rows_of(PHOTO, SELF), 6, CHOSEN_ON),
     Table("settings_full", "Settings of both injections together", PHOTO, rows_of(PHOTO, FULL), 6, CHOSEN_ON),
     Table("settings_story", "Settings of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORIES), 5, CHOSEN_ON),

@@ -20,7 +20,7 @@ STORY: dict[str, Kind] = {
     "blocks": str, "mask_blocks": str, "halves": HALVES[:2], "order": ("fast", "official"), "align_keys": bool}
 OWN = {  # what no node has: how a row is made
     "personalize": {"self": ("on", "off"), "mask": ("word", "true", "none"), "inverted": ("no", "yes"), "cfg": float},
-    "story": {"node": ("on", "off"), "mask": ("word", "none"), "cfg": float}}
+    "story": {"node": ("on", "off"), "mask": ("word", "none"), "freeu": ("no", "yes"), "cfg": float}}
 INPUTS = {"personalize": CAPTURE | INJECT | CONCEPT, "story": STORY}
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 

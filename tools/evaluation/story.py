@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from miniature_host import Studio
 
 PICTURES = 4  # of a set of the miniature
+FREEU = {"b1": 1.1, "b2": 1.2, "s1": 0.6, "s2": 0.4}  # paper B, appendix B; constant factors, so the host's FreeU and not its V2
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Story:
         """Values of the set, per picture where they are of pictures, and its pictures [b y x 3]."""
         told, studio, start = self.sets(number), self.studio, time.monotonic()
         model, lines, count = studio.model, studio.prompts(told.prompts, told.word), len(told.prompts)
+        if row.get("freeu", "no") == "yes":
+            model = studio.freeu(model, **FREEU)
         if row.get("node", "on") == "on":
             masks = {"masks": studio.torch.ones(count, studio.size, studio.size)} if row.get("mask", "word") == "none" else {}
             model = studio.run("KindredConsiStory", model=model, **{"seed": number} | row.of(STORY) | masks)[0]

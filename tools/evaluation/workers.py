@@ -13,8 +13,14 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from terminal import settle
+
 Job = TypeVar("Job")
 PATIENCE = 20  # seconds that a process has to clear up
+
+
+class Ended(BaseException):
+    """This worker is told to end; no SystemExit, with which jobs refuse."""
 
 
 class WorkerError(RuntimeError):
@@ -100,8 +106,19 @@ def finished(busy: dict[Connection, Job], workers: dict[Connection, Any]) -> tup
 
 def serve(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
     """A worker's life: jobs in, results out, until it is ended or the connection closes."""
+    def end(*_: object) -> None:
+        raise Ended
+    settle()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the host's folder is removed
+    try:
+        signal.signal(signal.SIGTERM, end)
+        answer(connection, make)
+    except Ended:
+        sys.exit(143)  # in order, so that the host's folder is removed
+
+
+def answer(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
+    """Jobs in, results out, until the connection closes."""
     work = None
     while True:
         try:
