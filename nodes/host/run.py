@@ -344,7 +344,7 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: di
         told = [len(o.get("sampler_post_cfg_function", ())) for o in (model_options, run.model_options)]
         if told[0] == told[1] and (known := run.stages.replayed(sigma, x)) is not None:  # CFG++ samplers listen to each call
             return known
-    size = tuple(x.shape[2:])
+    size = tuple(x.shape[-2:])
     run.asks(size, run.asker)
     if run.story:
         run.story.require_size(size, sigma, run.asker)

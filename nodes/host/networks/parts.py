@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....models.network.backbone import Backbone, Turn
 from ....models.reference import BlockId
-from ..model import family
+from ..identity import family
 
 Row = Callable[
     [Any, ModelPatcher], Backbone
