@@ -263,8 +263,9 @@ class ReferenceBank:
         return split_row(row, self.layers, {grid: len(positions) for grid, positions in kept.items()})
 
     def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:
-        """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of this bank's layers."""
-        return {layer.block: kept_of(layer.block, layer.grid, tokens[layer.block], self.kept[layer.grid]) for layer in self.layers}
+        """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of those of this bank's layers."""
+        return {layer.block: kept_of(layer.block, layer.grid, tokens[layer.block], self.kept[layer.grid]) for layer in self.layers
+                if layer.block in tokens}
 
 
 def kept_of(block: BlockId, grid: Grid, tokens: Tensor, kept: Tensor) -> Tensor:

@@ -26,13 +26,21 @@ class Pass:
     latent: Grid  # cells of what the network was given
     seen: int = 0
 
-    def next(self, told: BlockId | None) -> BlockId | None:
-        """The block of the next call, None where it holds no whole picture; told: what the host says of it, if anything."""
-        number, self.seen = self.seen, self.seen + 1
-        calls = self.backbone.calls
+    def next(self, told: BlockId | None, keys: int) -> BlockId | None:
+        """The block of the next call, None where it holds no whole picture.
+
+        told: what the host says of it, if anything; keys: how many it has. With fewer than the picture's where a block's are
+        due it is another node's, and not counted.
+        """
         if self.backbone.named:
+            self.seen += 1
             return told if told in self.backbone.blocks else None
-        return calls[number] if number < len(calls) else None
+        calls = self.backbone.calls
+        block = calls[self.seen] if self.seen < len(calls) else None
+        if block is not None and keys < self.grid[0] * self.grid[1]:
+            return None
+        self.seen += 1
+        return block
 
     @property
     def grid(self) -> Grid:

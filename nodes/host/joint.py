@@ -110,7 +110,7 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         run = options.get(KEY)
         if not isinstance(run, Run) or run.passing is None:
             return host(q, k, v, heads, mask, **kwargs)
-        block = run.passing.next(_told(options))
+        block = run.passing.next(_told(options), k.shape[2 if kwargs.get("skip_reshape") else 1])
         if block is None or not (run.watchers or run.active):
             return host(q, k, v, heads, mask, **kwargs)
         own_q, own_k, own_v, restored = joined(q, k, v, heads, kwargs)

@@ -157,7 +157,7 @@ def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: fro
         raise ValueError(f"Kindred: this sampler asks for sigma {sigma:.4g}, which the reference does not hold (it was made with "
                          f"{bank.trajectory.schedule}), and to read it there masks of {len(lacking)} grids more than its {len(bank.masks)} "
                          "are needed. Take the sampler, scheduler and steps of the reference, or make it again with a mask wired.")
-    recorder = Recorder(bank.blocks)
+    recorder = Recorder(run.blocks_read(bank) if bank.live else bank.blocks)  # it runs as deep as the last of them
     watch_reference(run, bank, sigma, halves, recorder)
     return {half: bank.keep(recorder.of(half)) for half in halves}
 

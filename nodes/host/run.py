@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...models.attention import FusedAttend
 from ...models.injection import ActiveInjection, Asker, AttnCall, PassEnds, Run
-from ...models.reference import BlockId, Half, RowReader, block_name
+from ...models.reference import BlockId, Half, ReferenceBank, RowReader, block_name
 from ...models.story import QueryRecorder, Story
 from .foreign import hands_on, told_once
 from .foresight import Foreseen, foresee
@@ -83,6 +83,10 @@ class SamplerRun(Run):
         self.watchers = [w for w in self.watchers if w is not self.story] + stories
         self.story = next(iter(stories), None)
         self.stages = Stages(self.story) if self.story else None
+
+    def blocks_read(self, bank: ReferenceBank) -> frozenset[BlockId]:
+        """Of a bank, by all injections of this run."""
+        return frozenset().union(*(i.blocks for i in self.injections if getattr(i, "bank", None) is bank)) & frozenset(bank.blocks)
 
     def timesteps(self) -> tuple[float, ...]:
         """The model's own timestep, 0 to 999, at each of the run's sigmas."""

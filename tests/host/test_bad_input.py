@@ -117,7 +117,8 @@ def test_a_model_without_a_unet():
         pass
     m = build_model("tiny")
     m.model.diffusion_model = Transformer()
-    refuse(lambda: inject(m, bank_of()), "Masked Self-Attn Inject: SD15 cannot be read", "does not know the network Transformer", "docs/networks.md")
+    refuse(lambda: inject(m, bank_of()), "Masked Self-Attn Inject: SD15 cannot be read", "does not know the network Transformer",
+           "docs/networks.md")
 
 
 # the subject -------------------------------------------------------------------------------------------------------------------
