@@ -3,32 +3,141 @@
 A node's configuration is a frozen `Injection` on a clone of the MODEL. When a sampler starts, one wrapper turns the
 injections it finds into a `Run`; the run lives in the sampler's own copy of the options and dies with it.
 """
-from .concepts import CONCEPTS, ManagedEncoder, concept_files, concept_folder, concept_path, register_folders
+
+from .concepts import (
+    CONCEPTS,
+    ManagedEncoder,
+    concept_files,
+    concept_folder,
+    concept_path,
+    register_folders,
+)
 from .foresight import LEAPING
 from .identity import model_key, require_reference, require_same_model
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .latents import cell, latent_in, latent_out, to_model_scale
 from .learning import SIDES, FrozenUNet, Interrupted, progress, training
 from .model import (
-    KEY, TEXT, Conditioning, Encoder, Inversion, Reference, attention_sites, chosen_sigmas, computes_in, cross_layers, draws_by_unet,
-    feature_tap, noise_of, require_invertible, require_unet, samplers, schedulers, self_attentions, token_sizes,
+    KEY,
+    TEXT,
+    Conditioning,
+    Encoder,
+    Inversion,
+    Reference,
+    attention_sites,
+    chosen_sigmas,
+    computes_in,
+    cross_layers,
+    draws_by_unet,
+    feature_tap,
+    noise_of,
+    require_invertible,
+    require_unet,
+    samplers,
+    schedulers,
+    self_attentions,
+    token_sizes,
 )
 from .page import tell
-from .photos import example_name, input_pictures, load_picture, offer_example, picture_exists, picture_fingerprint
+from .photos import (
+    example_name,
+    input_pictures,
+    load_picture,
+    offer_example,
+    picture_exists,
+    picture_fingerprint,
+)
 from .pictures import decode, pictures_in, rough_pictures
-from .ref_unet import Loop, first_rows, read_prompt, reference_pass, reference_tokens, watch_reference
-from .references import REFERENCES, is_listed, nameable, new_reference_path, reference_files, reference_path, register_references
+from .ref_unet import (
+    Loop,
+    first_rows,
+    read_prompt,
+    reference_pass,
+    reference_tokens,
+    watch_reference,
+)
+from .references import (
+    REFERENCES,
+    is_listed,
+    nameable,
+    new_reference_path,
+    reference_files,
+    reference_path,
+    register_references,
+)
 from .run import Injection, SamplerRun, inject, injected, install, sample
 from .sites import require_sites
 
 __all__ = [
-    "CONCEPTS", "Conditioning", "Encoder", "FrozenUNet", "Injection", "Interrupted", "Inversion", "KEY", "LEAPING", "Loop",
-    "ManagedEncoder", "REFERENCES", "Reference", "SIDES", "SamplerRun", "TEXT", "attention_sites", "cell", "chosen_sigmas",
-    "computes_in", "concept_files", "concept_folder", "concept_path", "cross_layers", "decode", "draws_by_unet", "example_name",
-    "feature_tap", "first_rows", "inject", "injected", "input_pictures", "install", "is_listed", "latent_in", "latent_out",
-    "load_picture", "model_key", "nameable", "new_reference_path", "noise_of", "offer_example", "picture_embeddings", "picture_exists",
-    "picture_fingerprint", "pictures_in", "progress", "read_prompt", "reference_files", "reference_pass", "reference_path",
-    "reference_tokens", "register_folders", "register_references", "require_invertible", "require_reference", "require_same_model",
-    "require_sites", "require_unet", "rough_pictures", "sample", "samplers", "schedulers", "self_attentions", "tell", "text_embeddings",
-    "to_model_scale", "token_sizes", "tower_title", "training", "watch_reference",
+    "CONCEPTS",
+    "Conditioning",
+    "Encoder",
+    "FrozenUNet",
+    "Injection",
+    "Interrupted",
+    "Inversion",
+    "KEY",
+    "LEAPING",
+    "Loop",
+    "ManagedEncoder",
+    "REFERENCES",
+    "Reference",
+    "SIDES",
+    "SamplerRun",
+    "TEXT",
+    "attention_sites",
+    "cell",
+    "chosen_sigmas",
+    "computes_in",
+    "concept_files",
+    "concept_folder",
+    "concept_path",
+    "cross_layers",
+    "decode",
+    "draws_by_unet",
+    "example_name",
+    "feature_tap",
+    "first_rows",
+    "inject",
+    "injected",
+    "input_pictures",
+    "install",
+    "is_listed",
+    "latent_in",
+    "latent_out",
+    "load_picture",
+    "model_key",
+    "nameable",
+    "new_reference_path",
+    "noise_of",
+    "offer_example",
+    "picture_embeddings",
+    "picture_exists",
+    "picture_fingerprint",
+    "pictures_in",
+    "progress",
+    "read_prompt",
+    "reference_files",
+    "reference_pass",
+    "reference_path",
+    "reference_tokens",
+    "register_folders",
+    "register_references",
+    "require_invertible",
+    "require_reference",
+    "require_same_model",
+    "require_sites",
+    "require_unet",
+    "rough_pictures",
+    "sample",
+    "samplers",
+    "schedulers",
+    "self_attentions",
+    "tell",
+    "text_embeddings",
+    "to_model_scale",
+    "token_sizes",
+    "tower_title",
+    "training",
+    "watch_reference",
 ]
