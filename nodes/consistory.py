@@ -11,14 +11,9 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.anchors import NODE as SAMPLER
-from ..models.anchors import AnchorRecorder, passes_over
-from ..models.attention import STORY_ODDS, dial
-from ..models.consistory import Schedule, StorySettings, dropped
-from ..models.correspondence import smooth
+from ..models.attention.attend import STORY_ODDS, dial
 from ..models.injection import Asker, BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
-from ..models.masks import resize_user_mask
-from ..models.reference import (
+from ..models.reference.bank import (
     BlockId,
     Half,
     Halves,
@@ -27,8 +22,13 @@ from ..models.reference import (
     select_blocks,
     split_row,
 )
-from ..models.story import NODE as STORY
-from ..models.story import AnchorSource, Layout, Story
+from ..models.story.anchors import NODE as SAMPLER
+from ..models.story.anchors import AnchorRecorder, passes_over
+from ..models.story.plan import Schedule, StorySettings, dropped
+from ..models.story.story import NODE as STORY
+from ..models.story.story import AnchorSource, Layout, Story
+from ..models.subject.correspondence import smooth
+from ..models.subject.masks import resize_user_mask
 from . import host
 
 FAST, OFFICIAL = "fast", "official"
@@ -713,8 +713,8 @@ class AnchorSampler(io.ComfyNode):
                 "already reads a reference, so it makes no anchors"
                 if story
                 else (
-                    "does not come from ConsiStory Shared Attention, or its settings share nothing (strength 0; weight 0 or dropout 1, with "
-                    "feature_injection 0; black masks)"
+                    "does not come from ConsiStory Shared Attention, or its settings share nothing (strength 0; "
+                    "weight 0 or dropout 1, with feature_injection 0; black masks)"
                 )
             )
             raise ValueError(
