@@ -11,22 +11,19 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.attention.attend import STORY_ODDS, dial
-from ..models.injection import Asker, BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
-from ..models.reference.bank import (
-    BlockId,
-    Half,
-    Halves,
-    ReferenceBank,
-    block_name,
-    select_blocks,
-    split_row,
-)
+from ..models.attention.weights import STORY_ODDS, dial
+from ..models.network.blocks import BlockId, block_name, select_blocks
+from ..models.network.call import Asker, Half, Halves, Role, grid_of
+from ..models.network.sites import BlockSite, map_blocks, map_divisor
+from ..models.reference.bank import ReferenceBank
+from ..models.reference.recorder import Recorder
+from ..models.reference.rows import split_row
 from ..models.story.anchors import NODE as SAMPLER
 from ..models.story.anchors import AnchorRecorder, passes_over
 from ..models.story.plan import Schedule, StorySettings, dropped
+from ..models.story.sources import AnchorSource, Layout
 from ..models.story.story import NODE as STORY
-from ..models.story.story import AnchorSource, Layout, Story
+from ..models.story.story import Story
 from ..models.subject.correspondence import smooth
 from ..models.subject.masks import resize_user_mask
 from . import host

@@ -9,7 +9,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..models.injection import grid_of
+from ..models.network.call import grid_of
 from ..models.overlay import draw_heat, draw_masks, draw_matches
 from ..models.reference.bank import ReferenceBank
 from ..models.subject.correspondence import correspond

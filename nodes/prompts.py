@@ -10,9 +10,8 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.injection import REPEATS, SUBJECT
-from ..models.reference.bank import SubjectTokens
-from ..models.subject.words import Piece, positions_of, subjects_in
+from ..models.run import REPEATS, SUBJECT
+from ..models.subject.words import Piece, SubjectTokens, positions_of, subjects_in
 from .host import TEXT
 
 NODE = "Subject Prompts"

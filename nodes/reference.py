@@ -12,37 +12,23 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..models.attention.attend import SELF_ODDS, ReferenceTokens, WeightMode, dial
 from ..models.attention.joint import TextShare
-from ..models.injection import (
-    AttnCall,
-    BlockSite,
-    Recorder,
-    References,
-    Role,
-    TargetMask,
-    grid_of,
-    map_blocks,
-)
+from ..models.attention.references import ReferenceTokens
+from ..models.attention.weights import SELF_ODDS, WeightMode, dial
+from ..models.attention.parts import References
+from ..models.network.blocks import BlockId, Grid, block_name, select_blocks
+from ..models.network.call import AttnCall, Half, Halves, Role, grid_of
+from ..models.network.sites import BlockSite, map_blocks
 from ..models.noise import inversion as method
 from ..models.noise.inversion import InversionTrajectory
 from ..models.noise.path import Noise
 from ..models.overlay import draw_masks
-from ..models.reference.bank import (
-    BankBuilder,
-    BlockId,
-    Grid,
-    Half,
-    Halves,
-    Keeps,
-    Layer,
-    ReferenceBank,
-    ReferencePrompt,
-    block_name,
-    select_blocks,
-    thinned,
-)
+from ..models.reference.bank import ReferenceBank, ReferencePrompt
+from ..models.reference.builder import BankBuilder, Keeps
+from ..models.reference.recorder import Recorder
+from ..models.reference.rows import Layer, thinned
 from ..models.subject.masks import Threshold, resize_user_mask, union_of_first
+from ..models.subject.target import TargetMask
 from . import host
 
 CAPTURE, INJECT = "Ref-UNet Feature Capture", "Masked Self-Attn Inject"

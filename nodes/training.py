@@ -17,11 +17,15 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..models.concept.encoder import ConceptConfig, ConceptEncoder, Preprocessing, check_layers
-from ..models.concept.training import Examples, OneProcess, Trainer, TrainSettings, read_state
+from ..models.attention.parts import Merge
+from ..models.concept.config import ConceptConfig, Preprocessing, check_layers
+from ..models.concept.draws import Examples
+from ..models.concept.encoder import ConceptEncoder
+from ..models.concept.settings import TrainSettings
+from ..models.concept.training import OneProcess, Trainer
+from ..models.concept.training_state import read_state
 from ..models.files import remedy
 from ..models.identity import tell_key
-from ..models.injection import Merge
 from . import host
 from .drawing import as_image, typeface
 

@@ -157,7 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     from checkout import as_kindred
 
     as_kindred()
-    from kindred.models.concept.training import TrainSettings
+    from kindred.models.concept.settings import TrainSettings
 
     for setting in fields(TrainSettings):
         kind = {"int": int, "float": float, "float | None": float, "str": str}[setting.type]
@@ -252,16 +252,14 @@ class Training:
         import comfy.clip_vision
         import comfy.sd
         import folder_paths
-        from kindred.models.concept.encoder import (
-            ConceptConfig,
-            ConceptEncoder,
-            Preprocessing,
-            check_layers,
-            load_concept_encoder,
-        )
-        from kindred.models.concept.training import Trainer, TrainSettings, read_state
+        from kindred.models.attention.parts import Merge
+        from kindred.models.concept.config import ConceptConfig, Preprocessing, check_layers
+        from kindred.models.concept.encoder import ConceptEncoder
+        from kindred.models.concept.file import load_concept_encoder
+        from kindred.models.concept.settings import TrainSettings
+        from kindred.models.concept.training import Trainer
+        from kindred.models.concept.training_state import read_state
         from kindred.models.identity import tell_key
-        from kindred.models.injection import Merge
         from kindred.nodes import host
 
         self.given, self.accelerator, self.quiet, self.host = given, accelerator, quiet, host
@@ -483,7 +481,8 @@ class Training:
         """Eq. (10) on pictures kept out, always with the same noise, with the concept and without; and what they look like."""
         from dataclasses import replace
 
-        from kindred.models.concept.training import Trainer, draw
+        from kindred.models.concept.draws import draw
+        from kindred.models.concept.training import Trainer
 
         trainer, s = self.trainer, self.trainer.settings
         clean = replace(s, drop_text=0.0, drop_image=0.0, drop_both=0.0, seed=s.seed + 1)

@@ -15,15 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import (
-    LOG_ZERO,
-    Attend,
-    FusedAttend,
-    ReferenceTokens,
-    attend_with_references,
-    join_by_sums,
-    read_in_levels,
-)
+from .fused import Attend, FusedAttend
+from .references import ReferenceTokens, attend_with_references, join_by_sums, read_in_levels
+from .weights import LOG_ZERO
 
 
 class TextShare(str, Enum):
@@ -69,7 +63,7 @@ def attend_picture(
 
 @dataclass(frozen=True, eq=False)
 class PictureReader:
-    """attend_picture in the form in which reading.attend_group asks for an attention with references."""
+    """attend_picture in the form in which parts.attend_group asks for an attention with references."""
 
     picture: slice
     share: TextShare

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attend import Attend, ReferenceTokens, WeightMode, attend_with_references, blend_queries
+from .fused import Attend
 from .joint import PictureReader, TextShare
+from .references import ReferenceTokens, attend_with_references, blend_queries
 from .sharing import Sharing
+from .weights import WeightMode
 
 if TYPE_CHECKING:
-    from ..injection import AttnCall, Role
+    from ..network.call import AttnCall, Role
 
 
 # How a call reads references: attend_with_references, or in a joint softmax a PictureReader (attend, q, k, v, references, heads)

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.bank import Grid
-from .attend import Attend, ReferenceTokens, log_of
+from ..network.blocks import Grid
+from .fused import Attend
+from .references import ReferenceTokens
+from .weights import log_of
 
 Pictures = tuple[int, int]  # the first, and the one behind the last
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,84 +18,17 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from ..attention.attend import ReferenceTokens
-from ..files import of_system, unread, whole
+from ..attention.parts import Merge
+from ..attention.references import ReferenceTokens
+from ..files import whole
 from ..identity import differences, read_key
-from ..injection import AttnCall, BlockSite, Merge, References, Role
+from ..attention.parts import References
+from ..network.call import AttnCall, Role
+from ..network.sites import BlockSite
+from .draws import Draw, Examples, draw
 from .encoder import ConceptEncoder, KeysValues
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The paper's run is batch 2 (it does not say whether on each of its 4 GPUs), rate 1e-5, 100,000 steps, tower and projections
-    updated (section 3.1)."""
-
-    steps: int = 100_000
-    batch: int = 2  # per process and micro-step
-    accumulate: int = 1  # micro-steps per step
-    rate: float = 1e-5
-    tower_rate: float | None = None  # None: `rate`; 0 leaves the tower as it came
-    schedule: str = "constant"  # or cosine, down to 2 % of the rate
-    warm_up: int = 0  # steps of rising rate
-    weight_warm_up: int = (
-        0  # steps over which W_C rises from 1 % to 1 (method.md 2.3: null columns absorb mass)
-    )
-    drop_text: float = (
-        0.05  # arXiv 2308.06721's dropout, so that guidance has something to compare with
-    )
-    drop_image: float = 0.05
-    drop_both: float = 0.05
-    average: float = 0.9999  # decay of the averaged weights; 0 keeps none
-    clip: float = 1.0  # greatest norm of a step's gradient
-    weight_decay: float = 0.01
-    noise_from: float = 0.0  # noise levels are drawn from this share of the schedule up: what a subject is, is decided where it is noisy
-    weighting: str = "plain"  # eq. (10) as it is; velocity: the same error as one of v, which weighs the noisy levels up (arXiv 2202.00512)
-    min_snr: float | None = None  # gamma of arXiv 2303.09556, on top; None for none
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """ValueError names the setting, its value and what it may be."""
-        for name, fits, remedy in (
-            ("steps", self.steps >= 1, "1 or more"),
-            ("batch", self.batch >= 1, "1 or more"),
-            ("accumulate", self.accumulate >= 1, "1 or more"),
-            ("warm_up", self.warm_up >= 0, "0 or more"),
-            ("weight_warm_up", self.weight_warm_up >= 0, "0 or more"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("rate", 0 < self.rate < 1, "above 0 and below 1, for instance 1e-5"),
-            ("average", 0 <= self.average < 1, "0 to 0.99999"),
-            (
-                "tower_rate",
-                self.tower_rate is None or 0 <= self.tower_rate < 1,
-                "0 (frozen tower) to 1",
-            ),
-            ("schedule", self.schedule in ("constant", "cosine"), "constant or cosine"),
-            ("noise_from", 0 <= self.noise_from < 1, "0 (every level) to below 1"),
-            ("weighting", self.weighting in ("plain", "velocity"), "plain or velocity"),
-            (
-                "drop_text",
-                min(self.drop_text, self.drop_image, self.drop_both) >= 0
-                and self.drop_text + self.drop_image + self.drop_both < 1,
-                "0 or more, and below 1 together with drop_image and drop_both",
-            ),
-            ("clip", self.clip > 0, "above 0"),
-            ("min_snr", self.min_snr is None or self.min_snr > 0, "above 0, or none"),
-        ):
-            if not fits:
-                raise ValueError(f"training: {name} is {getattr(self, name)}; it must be {remedy}.")
-
-    def rate_at(self, step: int) -> float:
-        """Share of the rate at a step."""
-        if step < self.warm_up:
-            return (step + 1) / self.warm_up
-        if self.schedule == "constant":
-            return 1.0
-        progress = (step - self.warm_up) / max(self.steps - self.warm_up, 1)
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-    def weight_at(self, step: int) -> float:
-        """W_C at a step."""
-        return 1.0 if step >= self.weight_warm_up else 0.01 ** (1 - step / self.weight_warm_up)
+from .settings import TrainSettings
+from .training_state import unlike_tensors
 
 
 @dataclass(frozen=True)
@@ -153,35 +86,6 @@ class Denoiser(Protocol):
         """x [b c y x] = clean + sigma [b] * noise -> denoised [b c y x], differentiable in keys_values [b m c']."""
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """The training pictures: latents [n c y x] in model scale, pixels uint8 [n s s 3] for the tower, a prompt each.
-
-    Pictures of one subject share a number in `subjects`: then the tower sees another one of them than the UNet has to draw, so
-    that only the subject carries over; a picture alone is its own partner, which is the paper's reconstruction.
-    """
-
-    latents: Tensor
-    pixels: Tensor
-    prompts: Sequence[str]
-    subjects: Sequence[int]
-    groups: Mapping[int, list[int]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        groups: dict[int, list[int]] = {}
-        for i, subject in enumerate(self.subjects):
-            groups.setdefault(subject, []).append(i)
-        object.__setattr__(self, "groups", groups)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def partner(self, index: int, draw: float) -> int:
-        """The picture that the tower sees beside picture `index`; draw in [0, 1)."""
-        others = [i for i in self.groups[self.subjects[index]] if i != index]
-        return others[int(draw * len(others))] if others else index
-
-
 class Engine(Protocol):
     """What one process has of the whole run: accelerate's in the program, plain torch's in the node."""
 
@@ -215,53 +119,6 @@ class OneProcess:
 
     def mean(self, value: Tensor) -> Tensor:
         return value
-
-
-@dataclass(frozen=True)
-class Draw:
-    """All that is random in one micro-step, for this process's b pictures."""
-
-    index: list[int]  # pictures to draw
-    partner: list[int]  # pictures the tower sees
-    level: Tensor  # [b] into the denoiser's sigmas, uniform, one of b equal strata each
-    noise: Tensor  # [b c y x]
-    no_text: list[bool]
-    no_image: Tensor  # bool [b]
-
-
-def draw(
-    settings: TrainSettings,
-    examples: Examples,
-    levels: int,
-    micro_step: int,
-    rank: int = 0,
-    processes: int = 1,
-) -> Draw:
-    """This process's share of the whole step: p processes with batch b are one with p * b."""
-    total = settings.batch * processes
-    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + micro_step) % (1 << 63))
-    index = torch.randint(len(examples), (total,), generator=generator).tolist()
-    chosen, dropped, offset = torch.rand(3, total, generator=generator)
-    share = (torch.randperm(total, generator=generator) + offset) / total
-    level = (
-        ((settings.noise_from + (1 - settings.noise_from) * share) * levels)
-        .long()
-        .clamp(max=levels - 1)
-    )
-    noise = torch.randn(total, *examples.latents.shape[1:], generator=generator)
-    own = slice(rank * settings.batch, (rank + 1) * settings.batch)
-    text, image = settings.drop_text, settings.drop_text + settings.drop_image
-    both = image + settings.drop_both
-    dropped = dropped[own]
-    partners = [examples.partner(i, float(d)) for i, d in zip(index, chosen)]
-    return Draw(
-        index[own],
-        partners[own],
-        level[own],
-        noise[own],
-        [bool(d < text or image <= d < both) for d in dropped],
-        (dropped >= text) & (dropped < both),
-    )
 
 
 class Trainer:
@@ -526,39 +383,3 @@ class Trainer:
                 )
             )
         return fault
-
-
-def unlike_tensors(what: str, given: Any, own: Mapping[str, Tensor]) -> str:
-    """How tensors of a file differ from those they are to replace, in names, shapes or finiteness; "" where they do not."""
-    if not isinstance(given, Mapping) or given.keys() != own.keys():
-        return f"its {what} has other names"
-    for name, value in own.items():
-        if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
-            return f"{name} of its {what} is {list(getattr(given[name], 'shape', ()))}, but {list(value.shape)} is needed"
-        if value.is_floating_point() and not (
-            given[name].is_floating_point() and torch.isfinite(given[name]).all()
-        ):
-            return f"{name} of its {what} holds NaN or infinite values"
-    return ""
-
-
-def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What Trainer.save wrote, and its file's name; nothing in it is executed.
-
-    ValueError for a torn or foreign one, OSError where the system does not give it.
-    """
-    try:
-        path.open("rb").close()
-        state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"it holds a {type(state).__name__}")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged pickle fails in every way there is
-        if of_system(error):
-            raise unread(path, error) from error
-        raise ValueError(
-            f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]:.200}). "
-            "Remove it to begin again; the encoder beside it is a file of its own."
-        ) from error
-    return {**state, "file": path.name}

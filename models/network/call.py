@@ -1,13 +1,94 @@
-"""One pass of a transformer, and where the picture stands in each of its attention calls."""
+"""One pass of a network and one attention call in it, translated: whose its rows are, and where the picture stands.
+
+Axes: b rows of a call = parts x pictures, n query tokens, c channels, y x grid.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from torch import Tensor
 
-from ..reference.bank import BlockId, Grid
+from ..subject.words import SubjectTokens
 from .backbone import Backbone
+from .blocks import BlockId, Grid
+from .traced import Places, Traced
+
+
+class Half(str, Enum):
+    """Which half of classifier-free guidance a row belongs to."""
+
+    COND = "cond"
+    UNCOND = "uncond"
+
+
+class Halves(str, Enum):
+    """Which halves of the generation read the reference, and which of its features they read (method.md 2.2, CFG)."""
+
+    COND = "cond only"  # guidance amplifies the reference
+    BOTH = "both"  # each half reads the features of its own half
+    SHARED = "shared"  # both halves read the features of the cond half
+
+    def source(self, half: Half) -> Half | None:
+        """The captured half that a generating row of `half` reads, or None when it reads none."""
+        if self is Halves.BOTH:
+            return half
+        return Half.COND if self is Halves.SHARED or half is Half.COND else None
+
+
+class Role(str, Enum):
+    """What a part of the batch is to the guider."""
+
+    COND = "cond"
+    UNCOND = "uncond"
+    OTHER = "other"
+
+    @property
+    def half(self) -> Half | None:
+        return None if self is Role.OTHER else Half(self.value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of one processed cond: its role, its area, and its text's tokens before the host repeats them."""
+
+    role: Role = Role.OTHER
+    area: tuple[int, ...] | None = None
+    text: int | None = None
+    repeats: tuple[int, ...] = (1,)  # per row: how many times Subject Prompts already repeats it
+    subject: SubjectTokens | None = None
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who asks the model, for sentences: the sampler, and the other nodes that stand between it and us."""
+
+    sampler: str = ""
+    between: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        others = (
+            f", or a node between it and the model ({', '.join(self.between)}),"
+            if self.between
+            else ""
+        )
+        return f"the sampler {self.sampler}{others}"
+
+    def choose(self, sampler: str) -> str:
+        return f"Choose a sampler that {sampler}{', or remove that node' if self.between else ''}."
+
+
+def is_resized(whole: Grid, size: Grid) -> bool:
+    """Whether a picture of one size is another of it with the same sides' ratio, each side rounded to a cell; else it is a part."""
+    low, high = zip(*(((s - 1) / w, (s + 1) / w) for w, s in zip(whole, size)))
+    return max(low) <= min(high)
+
+
+def grid_of(latent: Grid, divisor: int) -> Grid:
+    """Token grid of a block: every stride-2 convolution rounds up."""
+    return -(-latent[0] // divisor), -(-latent[1] // divisor)
 
 
 @dataclass(frozen=True)
@@ -46,3 +127,85 @@ class Pass:
     def grid(self) -> Grid:
         """Tokens (y, x) of the picture."""
         return self.backbone.grid(self.latent)
+
+
+@dataclass(frozen=True)
+class AttnCall:
+    """One attention call of the host, translated: extra_options of BasicTransformerBlock.forward."""
+
+    block: BlockId
+    grid: Grid
+    roles: tuple[Role, ...]  # per equal part of the batch, in the host's order
+    areas: tuple[
+        tuple[int, ...] | None, ...
+    ]  # per part: (height, width, y, x) in latent cells of a cropped call
+    latent: Grid  # size of what the sampler asks about: of the whole latent, unless it resizes
+    cross: bool = False  # cross-attention, whose keys are the text
+    repeats: tuple[
+        tuple[int, ...], ...
+    ] = ()  # per part, per row (cycled): how many times its text stands in the keys; () is once
+    texts: tuple[Part, ...] = ()  # per part: what is known of its text
+    given: Grid | None = None  # size of what the UNet was given, in latent cells; None: not known
+    places: tuple[
+        Places | None, ...
+    ] = ()  # per part: where in its text each key stands, None: it is not there; (): as the host gave it
+    unknown: str = ""  # why nobody can tell whose the rows are
+    joint: Joint | None = None  # a transformer's call: text and picture in one softmax
+    part: str = ""  # who asks about a part of the picture, and of which size
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [b n c] -> one view per part."""
+        return x.chunk(len(self.roles))
+
+    @property
+    def cut(self) -> Grid | None:
+        """The size that a part should have had, where another node cut the latent before the UNet; None where none did."""
+        y, x = self.latent  # an area may reach over the edge, where the host ends it
+        sizes = (
+            (min(a[0], y - a[2]), min(a[1], x - a[3])) if a else (y, x)
+            for role, a in zip(self.roles, self.areas)
+            if role is not Role.OTHER
+        )
+        return next((size for size in sizes if self.given and size != self.given), None)
+
+    def word(self, part: int, positions: Sequence[int], keys: int, text: int) -> list[int] | None:
+        """Which of a part's keys are the words at these positions of its text of so many tokens; None: its text is not there."""
+        if not self.places:  # the host repeats the shorter of two prompts (method.md 2.3)
+            return (
+                [p + start for start in range(0, keys // text * text, text) for p in positions]
+                if keys >= text
+                else None
+            )
+        places = self.places[part]
+        return (
+            None
+            if places is None
+            else [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
+        )
+
+    def after(self, traced: Traced) -> AttnCall:
+        """The same call once other nodes' patches copied its parts or changed its keys."""
+        once = [self.texts[p].repeats for p in traced.parts]
+        repeats = [
+            tuple(r * n for n in (own if place is not None else (1,)) for r in times)
+            if times is not None
+            else self.repeats[p]
+            if self.repeats
+            else (1,)
+            for p, place, times, own in zip(traced.parts, traced.places, traced.repeats, once)
+        ]
+        return replace(
+            self,
+            roles=tuple(self.roles[p] for p in traced.parts),
+            areas=tuple(self.areas[p] for p in traced.parts),
+            texts=tuple(self.texts[p] for p in traced.parts),
+            places=traced.places if self.cross else (),
+            repeats=tuple(repeats) if any(r != 1 for row in repeats for r in row) else (),
+        )
+
+    def pictures(self, first: int, last: int) -> AttnCall:
+        """The same call with only the pictures first <= i < last of every part."""
+        picked = tuple(
+            tuple(rows[i % len(rows)] for i in range(first, last)) for rows in self.repeats
+        )
+        return replace(self, repeats=picked)

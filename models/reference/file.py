@@ -18,25 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..concept.encoder import check_safetensors, number
 from ..files import torn, unread, whole
 from ..identity import read_parts, tell_parts
+from ..network.blocks import UNET_STAGES, Grid
+from ..network.call import Half
 from ..noise.inversion import InversionTrajectory
 from ..noise.path import DIFFUSION, Diffusion, Flow, Noise
-from .bank import (
-    BANK_VERSION,
-    UNET_STAGES,
-    AnchorFeatures,
-    Grid,
-    Half,
-    Kept,
-    Layer,
-    ReferenceBank,
-    ReferencePrompt,
-    SubjectTokens,
-    block_name,
-)
-from .soundness import FLOATS, GREATEST, check_agreement
+from ..safetensor import check_safetensors, number
+from ..subject.words import SubjectTokens
+from .bank import BANK_VERSION, AnchorFeatures, Kept, ReferenceBank, ReferencePrompt
+from .rows import Layer
+from .soundness import GREATEST, Rows, check
 
 FORMAT = "kindred.reference"  # the metadata's one key: safetensors writes several in no fixed order
 DTYPES = {
@@ -56,7 +48,6 @@ STAGE = re.compile("[a-z]{1,16}")
 AGAIN = "Copy it again, or save the reference again."
 MOST = 1 << 40  # of anything counted; a real file is far below
 Told = Mapping[str, Any]
-Rows = Tensor | Sequence[Tensor]  # [t s], or t of [s_i]
 
 
 def save_reference(bank: ReferenceBank, path: Path) -> None:
@@ -447,111 +438,3 @@ def scalar(value: Any) -> int | float | str:
 
 
 # both ways -------------------------------------------------------------------------------------------------------------------
-
-
-def check(bank: ReferenceBank) -> None:
-    """ValueError says what does not fit together or is not finite: on CUDA a wrong position would take the whole server down."""
-    t, a = len(bank.trajectory.sigmas) - 1, bank.anchors
-    for (y, x), mask in bank.masks.items():
-        if mask.dtype is not torch.bool or tuple(mask.shape) != (bank.pictures, y, x):
-            raise ValueError(
-                f"the mask of {y}x{x} is {mask.dtype} {list(mask.shape)}, but it has to be bool {[bank.pictures, y, x]}"
-            )
-    for half, prompt in bank.prompts.items():
-        check_finite(f"the {half.value} prompt", [prompt.cross])
-    kept = {grid: [positions] * t for grid, positions in bank.kept.items()} if a is None else a.kept
-    for half, rows in bank.features.items() if not bank.live else ():
-        check_tokens(f"the features of the {half.value} half", rows, bank.layers, kept, t)
-    whole = tuple(bank.trajectory.latents.shape[-2:])
-    lacking = {*bank.grids.values(), *([whole] if a is None else [])} - bank.masks.keys()
-    if lacking and (
-        a is None or bank.masks
-    ):  # anchors whose words nobody heard in the cross-attention have none
-        have, need = (
-            " and ".join(f"{y}x{x}" for y, x in grids) for grids in (bank.masks, sorted(lacking))
-        )
-        raise ValueError(f"there are masks of {have or 'no grid'}, but none of {need}")
-    if a is not None:
-        for held in (a.kept, a.first_kept):
-            for grid, rows in held.items():
-                for positions in rows:
-                    check_positions(
-                        f"the kept tokens of {grid[0]}x{grid[1]}",
-                        positions,
-                        bank.pictures * grid[0] * grid[1],
-                    )
-        if "first_from" in a.settings and a.first.keys() != bank.features.keys():
-            raise ValueError(
-                f"the first stage holds {sorted(h.value for h in a.first)}, but the features hold "
-                f"{sorted(h.value for h in bank.features)}"
-            )
-        for half, rows in a.first.items():
-            if any(row.numel() for row in rows):
-                check_tokens(
-                    f"the first stage of the {half.value} half",
-                    rows,
-                    bank.layers,
-                    a.first_kept,
-                    t,
-                    may_lack=True,
-                )
-        if a.features is not None and a.subject is not None:
-            check_finite("the anchors' correspondence features", [a.features])
-            check_positions("the anchors' subject", a.subject, a.features.shape[:-1].numel())
-            if (a.subject.diff() <= 0).any():
-                raise ValueError("the anchors' subject is not in ascending order")
-        if any(row.numel() for row in a.outputs):
-            subject = (
-                {}
-                if a.subject is None
-                else {layer.grid: [a.subject] * t for layer in a.output_layers}
-            )
-            check_tokens(
-                "the anchors' outputs", a.outputs, a.output_layers, subject, t, may_lack=True
-            )
-    check_agreement(bank)
-
-
-def check_positions(what: str, positions: Tensor, n: int) -> None:
-    """positions: int64 [l], each below n."""
-    fits = positions.dtype is torch.int64 and positions.ndim == 1
-    if not fits or positions.numel() and not (0 <= positions.min() and positions.max() < n):
-        raise ValueError(f"{what} are not positions below {n}")
-
-
-def check_tokens(
-    what: str, rows: Rows, layers: Sequence[Layer], kept: Kept, t: int, may_lack: bool = False
-) -> None:
-    """rows: one per step, each as long as the tokens that its layers keep; may_lack: or empty."""
-    if len(rows) != t:
-        raise ValueError(f"{what} have {len(rows)} rows, but there are {t} steps")
-    for layer in layers:
-        if len(kept.get(layer.grid, ())) != t:
-            grid = f"{layer.grid[0]}x{layer.grid[1]}"
-            raise ValueError(
-                f"{block_name(layer.block)} has {grid} tokens, but nothing says which of them are kept"
-            )
-    for i, row in enumerate(rows):
-        wanted = sum(len(kept[layer.grid][i]) * layer.channels for layer in layers)
-        if tuple(row.shape) != (wanted,) and not (may_lack and not row.numel()):
-            raise ValueError(
-                f"{what} are {list(row.shape)} at step {i}, but the tokens kept there need [{wanted}]"
-            )
-    check_finite(what, rows)
-
-
-def check_finite(what: str, rows: Rows) -> None:
-    for i, row in enumerate(rows):
-        if row.dtype not in FLOATS:
-            raise ValueError(
-                f"{what} are of {row.dtype}, which is no floating point of 16, 32 or 64 bits"
-            )
-        if row.numel() and not all(
-            abs(float(x)) <= GREATEST for x in torch.aminmax(row)
-        ):  # NaN comes through; a tenth of isfinite's time
-            bad = int((~row.isfinite()).sum())
-            raise ValueError(
-                f"{what} hold {bad} NaN or infinite values of {row.numel()} in row {i}"
-                if bad
-                else f"{what} hold {int((row.abs() > GREATEST).sum())} values beyond {GREATEST:g} in row {i}"
-            )

@@ -13,18 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..injection import Asker
+from ..network.blocks import BlockId, Grid
+from ..network.call import Asker, Half
 from ..noise.inversion import InversionTrajectory
-from ..reference.bank import (
-    LOG_SIGMA_TOLERANCE,
-    AnchorFeatures,
-    BlockId,
-    Grid,
-    Half,
-    Layer,
-    ReferenceBank,
-    ReferencePrompt,
-)
+from ..reference.bank import LOG_SIGMA_TOLERANCE, AnchorFeatures, ReferenceBank, ReferencePrompt
+from ..reference.rows import Layer
 
 Row = tuple[int, float]  # stage (0 where there is but one, else 1 or 2), sigma
 NODE = "ConsiStory Anchor Sampler"

@@ -9,76 +9,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..attention.attend import ReferenceTokens
+from ..attention.references import ReferenceTokens
 from ..attention.sharing import Gathers, Sharing
-from ..injection import Asker, AttnCall, BlockSite, Part, References, Role, Watcher
+from ..attention.parts import References
+from ..network.blocks import BlockId, Grid, block_name
+from ..network.call import Asker, AttnCall, Half, Part, Role
+from ..network.sites import BlockSite, keys_values
 from ..network.traced import Places
-from ..reference.bank import BlockId, Grid, Half, SubjectTokens, block_name, keys_values
+from ..network.watch import Watcher
 from ..subject.correspondence import adain, correspond, inject, smooth
+from ..subject.maps import SubjectMaps, positions_of, subject_masks
 from ..subject.masks import resize_user_mask, token_map, token_weights
+from ..subject.words import SubjectTokens
 from .anchors import AnchorRecorder
-from .plan import (
-    SLACK,
-    Schedule,
-    StorySettings,
-    SubjectMaps,
-    dropped,
-    positions_of,
-    shared_groups,
-    subject_masks,
-)
+from .plan import SLACK, Schedule, StorySettings, dropped, shared_groups
+from .sources import AnchorSource, Layout
 
 NODE = "ConsiStory Shared Attention"
 log = logging.getLogger(__name__)
-
-
-class AnchorSource(Protocol):
-    """Anchors that are not in the batch: generated earlier, or inverted photos."""
-
-    aligned: bool  # their keys still have to be aligned (appendix E)
-
-    def tokens(
-        self, sigma: float, step: int, first: bool
-    ) -> Mapping[Half, Mapping[BlockId, Tensor]]:
-        """Kept tokens [l c] after dropout; first: of the first stage."""
-
-    def loudness(self, block: BlockId) -> float:
-        """How many of the subject's tokens each kept one stands for."""
-
-    def outputs(self, sigma: float) -> Mapping[BlockId, Tensor]:
-        """Self-attention outputs [l' c] of the subject's tokens, before injection."""
-
-    def features(self) -> tuple[Tensor, Tensor]:
-        """DIFT features [r n c], and the subject's flat positions [l'] among r*n, in host memory."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a model's features are: per block the divisor of its grid, the feature layers, the tap of DIFT."""
-
-    divisors: Mapping[BlockId, int]
-    output_blocks: frozenset[
-        BlockId
-    ]  # self-attentions whose outputs are injected: encoder and decoder at half the maps' divisor
-    tap: int  # the output block whose incoming features are DIFT's
-    divisor: int  # of both
-
-
-class QueryRecorder(Watcher):
-    """The vanilla pass of eq. (4): normed tokens of the shared layers; to_q has no bias, so blending them blends queries (I43)."""
-
-    def __init__(self, blocks: frozenset[BlockId]) -> None:
-        self.blocks, self.tokens = blocks, {}
-
-    def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
-        if call.block in self.blocks:
-            self.tokens[call.block] = n
-        return n
 
 
 @dataclass

@@ -10,6 +10,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 Piece = tuple[int, str | bytes]  # its place among the tokens, and what it spells
@@ -25,6 +26,24 @@ UNSPACED = (
     "TIBETAN",
 )  # scripts without spaces between words
 PRIVATE = 0xF0000  # code points that no text has: they stand for an embedding's vectors
+
+
+@dataclass(frozen=True)
+class SubjectTokens:
+    """Where the subject's words stand in an encoded prompt: one tuple of positions per row of the conditioning."""
+
+    words: tuple[str, ...]
+    positions: tuple[tuple[int, ...], ...]
+    by_word: tuple[
+        tuple[tuple[int, ...], ...], ...
+    ] = ()  # the same for each word alone; (): there is but one
+
+    def of_words(self, rows: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Positions per word, per picture; the host repeats the rows of a conditioning to the size of the batch."""
+        return tuple(
+            tuple(word[i % len(word)] for i in range(rows))
+            for word in self.by_word or (self.positions,)
+        )
 
 
 def subjects_in(field: str) -> list[str]:

@@ -23,7 +23,8 @@ from ...models.identity import (
     explain,
     held_as,
 )
-from ...models.reference.bank import BANK_VERSION, ReferenceBank, block_name
+from ...models.network.blocks import block_name
+from ...models.reference.bank import BANK_VERSION, ReferenceBank
 from .model import (
     attention_sites,
     closure,

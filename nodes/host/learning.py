@@ -19,10 +19,12 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.attention.attend import product_attend
+from ...models.attention.fused import product_attend
+from ...models.attention.parts import Merge
 from ...models.concept.encoder import KeysValues
 from ...models.concept.training import Learning, checkpointed
-from ...models.injection import Merge, Part, Role, Run
+from ...models.network.call import Part, Role
+from ...models.run import Run
 from .model import Conditioning, attention_sites, computes_in, network
 from .run import install
 

@@ -19,9 +19,11 @@ from comfy.weight_adapter.bypass import BypassInjectionManager
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ...models.injection import BlockSite, grid_of
+from ...models.network.blocks import BlockId
+from ...models.network.call import grid_of
+from ...models.network.sites import BlockSite
 from ...models.noise.path import DIFFUSION, Diffusion, Flow
-from ...models.reference.bank import BlockId, ReferenceBank
+from ...models.reference.bank import ReferenceBank
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 TEXT = "kindred_text"  # what Subject Prompts leaves inside CONDITIONING, beside SUBJECT and REPEATS

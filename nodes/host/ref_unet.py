@@ -12,8 +12,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.injection import SUBJECT, Recorder, Run
-from ...models.reference.bank import BlockId, Half, ReferenceBank, ReferencePrompt
+from ...models.network.blocks import BlockId
+from ...models.network.call import Half
+from ...models.reference.bank import ReferenceBank, ReferencePrompt
+from ...models.reference.recorder import Recorder
+from ...models.run import SUBJECT, Run
 from .latents import framed, unframed
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
 from .networks import recognise

@@ -1,4 +1,4 @@
-"""A sampler run: the host's attention calls, its conds and its guider, translated for models/injection.py."""
+"""A sampler run: the host's attention calls, its conds and its guider, translated for models/run.py."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from torch import Tensor
 
 import nodes
 
-from ...models.attention.attend import FusedAttend
-from ...models.injection import ActiveInjection, Asker, AttnCall, PassEnds, Run
-from ...models.reference.bank import BlockId, Half, ReferenceBank, RowReader, block_name
-from ...models.story.story import QueryRecorder, Story
+from ...models.attention.fused import FusedAttend
+from ...models.network.blocks import BlockId, block_name
+from ...models.network.call import Asker, AttnCall, Half
+from ...models.network.watch import ActiveInjection, PassEnds
+from ...models.reference.bank import ReferenceBank
+from ...models.reference.rows import RowReader
+from ...models.run import Run
+from ...models.story.sources import QueryRecorder
+from ...models.story.story import Story
 from .foreign import hands_on, told_once
 from .foresight import Foreseen, foresee
 from .joint import joint_override, joint_pass

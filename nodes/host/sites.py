@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
 
-from ...models.injection import BlockSite
 from ...models.network.backbone import Backbone
-from ...models.reference.bank import BlockId
+from ...models.network.blocks import BlockId
+from ...models.network.sites import BlockSite
 from .model import attention_sites, network, require_unet
 from .networks import require_network
 

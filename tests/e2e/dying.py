@@ -24,9 +24,11 @@ from boot import boot  # noqa: E402
 NODES = boot(Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from kindred.models import bank_file, concept, training  # noqa: E402
-from kindred.models.concept.encoder import load_concept_encoder  # noqa: E402
-from kindred.models.concept.training import read_state  # noqa: E402
+from kindred.models.concept import encoder as concept  # noqa: E402
+from kindred.models.concept import training  # noqa: E402
+from kindred.models.concept.file import load_concept_encoder  # noqa: E402
+from kindred.models.concept.training_state import read_state  # noqa: E402
+from kindred.models.reference import file as bank_file  # noqa: E402
 from kindred.models.reference.file import load_reference  # noqa: E402
 from kindred.nodes import host  # noqa: E402
 from kindred.nodes import training as training_node  # noqa: E402

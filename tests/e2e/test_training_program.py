@@ -19,7 +19,7 @@ import pytest
 import torch
 from checkout import ROOT
 from kindred.miniature.album import write_album
-from kindred.models.concept.encoder import load_concept_encoder
+from kindred.models.concept.file import load_concept_encoder
 from PIL import Image
 
 HOST = os.environ.get("KINDRED_HOST")

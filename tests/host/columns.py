@@ -15,8 +15,9 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from kindred.models.injection import SUBJECT
-from kindred.models.reference.bank import ReferenceBank, SubjectTokens
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.run import SUBJECT
+from kindred.models.subject.words import SubjectTokens
 from kindred.nodes.consistory import AnchorSampler, ConsiStory
 from matrix import (
     FIRST,

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from kindred.models.injection import Run
+from kindred.models.run import Run
 from matrix import seed_all, states
 from networks import random_model
 from studio import (

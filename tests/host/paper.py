@@ -11,9 +11,11 @@ import comfy.model_management
 import pytest
 import torch
 from counting import Counting
-from kindred.models.injection import grid_of
+from kindred.models.network.call import Half, grid_of
 from kindred.models.noise.inversion import InversionTrajectory
-from kindred.models.reference.bank import Half, Keeps, Layer, ReferenceBank
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.reference.builder import Keeps
+from kindred.models.reference.rows import Layer
 from kindred.models.subject.masks import resize_user_mask
 from kindred.nodes import host
 from kindred.nodes.host import identity

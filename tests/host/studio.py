@@ -16,10 +16,12 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
-from kindred.models.concept.encoder import ConceptConfig, ConceptEncoder, Preprocessing
-from kindred.models.injection import Merge
+from kindred.models.attention.parts import Merge
+from kindred.models.concept.config import ConceptConfig, Preprocessing
+from kindred.models.concept.encoder import ConceptEncoder
 from kindred.models.noise.inversion import InversionTrajectory
-from kindred.models.reference.bank import ReferenceBank, SubjectTokens
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.subject.words import SubjectTokens
 from kindred.nodes.concept import CrossAttnDetailInject
 from kindred.nodes.consistory import AnchorSampler, ConsiStory
 from kindred.nodes.host import ManagedEncoder, cross_layers

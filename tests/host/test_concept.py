@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kindred.models.attention.attend import CONCEPT_ODDS, WeightMode, dial
-from kindred.models.injection import Merge
-from kindred.models.reference.bank import Halves
+from kindred.models.attention.parts import Merge
+from kindred.models.attention.weights import CONCEPT_ODDS, WeightMode, dial
+from kindred.models.network.call import Halves
 from kindred.nodes.host import KEY
 from networks import build_model, random_model
 from studio import (

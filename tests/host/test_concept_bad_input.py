@@ -13,7 +13,7 @@ import folder_paths
 import pytest
 import torch
 from kindred.models.concept.encoder import ConceptEncoder
-from kindred.models.reference.bank import Half
+from kindred.models.network.call import Half
 from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.host import CONCEPTS, KEY, ManagedEncoder, concept_files
 from networks import random_model

@@ -25,7 +25,7 @@ from kindred.miniature.measure import overlap
 from kindred.miniature.reader import MASK_GRID, load_reader
 from kindred.miniature.registration import MiniatureLatent
 from kindred.miniature.world import CLASSES, SCENES, prompt
-from kindred.models.injection import Run
+from kindred.models.run import Run
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.prompts import SubjectPrompts
 from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture

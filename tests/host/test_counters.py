@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from counting import MATH, Counting, comes_home
-from kindred.models.attention.attend import WeightMode
-from kindred.models.injection import Merge
-from kindred.models.reference.bank import Half, Halves, Keeps
+from kindred.models.attention.parts import Merge
+from kindred.models.attention.weights import WeightMode
+from kindred.models.network.call import Half, Halves
+from kindred.models.reference.builder import Keeps
 from kindred.nodes import host
 from kindred.nodes.concept import ConceptInjection
 from networks import random_model

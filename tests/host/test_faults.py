@@ -14,11 +14,14 @@ import folder_paths
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from kindred.models.injection import Recorder, Run
-from kindred.models.reference.bank import BankBuilder, ReferenceBank
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.reference.builder import BankBuilder
 from kindred.models.reference.file import Parcel
+from kindred.models.reference.recorder import Recorder
+from kindred.models.run import Run
 from kindred.models.story.anchors import AnchorRecorder
-from kindred.models.story.story import QueryRecorder, Story
+from kindred.models.story.sources import QueryRecorder
+from kindred.models.story.story import Story
 from kindred.nodes.concept import ActiveConcept
 from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
 from kindred.nodes.host.stages import Stages

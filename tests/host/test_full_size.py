@@ -6,7 +6,8 @@ import gc
 
 import pytest
 import torch
-from kindred.models.reference.bank import Half, ReferenceBank
+from kindred.models.network.call import Half
+from kindred.models.reference.bank import ReferenceBank
 from kindred.nodes.host import attention_sites
 from networks import build_model
 from refusals import LONG

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from kindred.models.concept.encoder import (
-    FORMAT,
-    SD_STAGES,
-    ConceptConfig,
-    ConceptEncoder,
-    Preprocessing,
-)
-from kindred.models.concept.training import Examples, Trainer, TrainSettings, read_state
+from kindred.models.concept.config import FORMAT, ConceptConfig, Preprocessing
+from kindred.models.concept.draws import Examples
+from kindred.models.concept.encoder import ConceptEncoder
+from kindred.models.concept.full_face import SD_STAGES
+from kindred.models.concept.settings import TrainSettings
+from kindred.models.concept.training import Trainer
+from kindred.models.concept.training_state import read_state
 from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.host import CONCEPTS, REFERENCES
 from kindred.nodes.library import LoadReference

@@ -9,7 +9,8 @@ from functools import cache, partial
 import pytest
 import torch
 from kindred.models.reference.bank import ReferenceBank
-from kindred.models.reference.file import FORMAT, check, save_reference
+from kindred.models.reference.file import FORMAT, save_reference
+from kindred.models.reference.soundness import check
 from kindred.nodes.host import REFERENCES
 from kindred.nodes.library import LoadReference
 from kindred.nodes.preview import (

@@ -11,8 +11,8 @@ import folder_paths
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kindred.models.injection import SUBJECT
-from kindred.models.reference.bank import select_blocks
+from kindred.models.network.blocks import select_blocks
+from kindred.models.run import SUBJECT
 from kindred.models.subject.words import subjects_in
 from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.evaluation import ComparisonGrid

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.ldm.modules import attention
-from kindred.models.attention.attend import ReferenceTokens
 from kindred.models.attention.joint import TextShare, attend_picture
+from kindred.models.attention.references import ReferenceTokens
 from torch import Tensor
 
 B, H, D, P, T, F = 2, 3, 64, 96, 20, 30

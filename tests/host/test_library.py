@@ -15,8 +15,9 @@ import folder_paths
 import pytest
 import torch
 from kindred.models.identity import tell_key
+from kindred.models.network.call import Half
 from kindred.models.reference import file as bank_file
-from kindred.models.reference.bank import BANK_VERSION, Half
+from kindred.models.reference.bank import BANK_VERSION
 from kindred.models.reference.file import load_reference, save_reference
 from kindred.nodes.host import REFERENCES, reference_files, reference_path
 from kindred.nodes.library import LoadReference, SaveReference

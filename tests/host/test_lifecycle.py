@@ -16,8 +16,8 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from kindred.models.injection import Run
-from kindred.models.reference.bank import Half
+from kindred.models.network.call import Half
+from kindred.models.run import Run
 from kindred.nodes.host import KEY, SamplerRun
 from networks import build_model, random_model
 from studio import (

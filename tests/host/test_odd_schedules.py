@@ -8,7 +8,8 @@ from functools import cache
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
-from kindred.models.reference.bank import Half, ReferenceBank
+from kindred.models.network.call import Half
+from kindred.models.reference.bank import ReferenceBank
 from networks import random_model
 from ours import OURS, leaving_nothing
 from studio import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kindred.models.reference.bank import Half
+from kindred.models.network.call import Half
 from kindred.models.reference.file import load_reference, save_reference
 from kindred.nodes.prompts import SubjectPrompts
 from kindred.nodes.reference import RefUNetCapture

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import comfy.sd1_clip
 import pytest
 import torch
-from kindred.models.injection import SUBJECT
-from kindred.models.reference.bank import SubjectTokens
-from kindred.models.subject.words import positions_of
+from kindred.models.run import SUBJECT
+from kindred.models.subject.words import SubjectTokens, positions_of
 from kindred.nodes.host import TEXT
 from kindred.nodes.prompts import SubjectPrompts, batch_rows, pieces_of, tokens_of
 from words import WIDTH, clip, tokenizer

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kindred.models.attention.attend import SELF_ODDS, WeightMode, dial
-from kindred.models.injection import AttnCall, Role
-from kindred.models.reference.bank import Half, Halves, ReferenceBank
+from kindred.models.attention.weights import SELF_ODDS, WeightMode, dial
+from kindred.models.network.call import AttnCall, Half, Halves, Role
+from kindred.models.reference.bank import ReferenceBank
 from kindred.nodes.reference import MaskedSelfInjection
 from networks import build_model, random_model
 from studio import (

@@ -10,8 +10,8 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from kindred.models.attention.attend import FusedAttend
-from kindred.models.reference.bank import Keeps
+from kindred.models.attention.fused import FusedAttend
+from kindred.models.reference.builder import Keeps
 from kindred.nodes.host import foresight
 from kindred.nodes.host import run as host_run
 from networks import random_model
@@ -251,11 +251,11 @@ def test_kept_keys_and_values_give_the_picture_of_hidden_states(way, wired):
 
 
 def test_automatic_keeps_keys_and_values_up_to_its_limit(monkeypatch):
-    from kindred.models.reference import bank as reference
+    from kindred.models.reference import builder
 
     small = capture(MODEL)[0]
     assert small.bytes == capture(MODEL, keeps="keys and values")[0].bytes
-    monkeypatch.setattr(reference, "KEYS_VALUES_UP_TO", small.bytes - 1)
+    monkeypatch.setattr(builder, "KEYS_VALUES_UP_TO", small.bytes - 1)
     assert 2 * capture(MODEL)[0].bytes == small.bytes
 
 
@@ -275,14 +275,15 @@ def test_they_serve_a_live_pass_and_a_story_too():
 @LAW("way", [{}, {"weight": 2.0}, {"weight_mode": "output blend", "weight": 0.5}], ids=str)
 def test_a_share_of_equal_tokens_is_all_of_them(way, monkeypatch):
     """Where a subject's tokens are one and the same, half of them speaking twice as loud are all of them (I9)."""
-    from kindred.models.reference import bank as reference
+    from kindred.models.reference import bank, builder
 
-    kept_of = reference.kept_of
+    kept_of = builder.kept_of
 
     def equal(block, grid, tokens, kept):
         return kept_of(block, grid, tokens[:, :1].expand_as(tokens), kept)
 
-    monkeypatch.setattr(reference, "kept_of", equal)
+    for room in (bank, builder):
+        monkeypatch.setattr(room, "kept_of", equal)
     mask = torch.ones(1, 64, 64)
     whole, half = (capture(MODEL, mask=mask, token_share=share)[0] for share in (1.0, 0.5))
     assert half.bytes * 2 == whole.bytes and set(half.loudness.values()) == {2.0}

@@ -13,8 +13,9 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from kindred.models.injection import REPEATS, SUBJECT
-from kindred.models.reference.bank import Half, ReferenceBank
+from kindred.models.network.call import Half
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.run import REPEATS, SUBJECT
 from networks import build_model
 from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import (

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
-from kindred.models.injection import Run
-from kindred.models.reference.bank import Half, Halves
+from kindred.models.network.call import Half, Halves
+from kindred.models.run import Run
 from kindred.models.story.story import Story
 from kindred.nodes.host.stages import Stages
 from networks import build_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import strange_attention
 import torch
-from kindred.models import injection
+from kindred.models.reference import recorder
 from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing
 from strange_attention import couple, more_keys
 from studio import (
@@ -156,14 +156,14 @@ def test_a_capture_whose_text_is_halved_is_refused_in_words_whatever_the_other_p
 def test_an_adapters_keys_behind_the_text_are_not_the_word(tokens):
     """However many they are: the map is that of the word's own keys, and a story is told beside them in either order."""
     beside = torch.randn(1, tokens, SAME.shape[-1], generator=torch.Generator().manual_seed(2))
-    theirs, maps, ask = more_keys(MODEL, beside), [], injection.token_weights
+    theirs, maps, ask = more_keys(MODEL, beside), [], recorder.token_weights
 
     def weights(positions, keys, device):
         maps.append((positions, keys))
         return ask(positions, keys, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(injection, "token_weights", weights)
+        patch.setattr(recorder, "token_weights", weights)
         capture(theirs, negative=negative())
     assert maps == [([[5]], 77 + tokens)]
     outs = [pictures(m, (0, 1)) for m in (story(theirs), more_keys(story(MODEL), beside))]

@@ -12,8 +12,8 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
-from kindred.models.attention.attend import WeightMode
-from kindred.models.reference.bank import Half
+from kindred.models.attention.weights import WeightMode
+from kindred.models.network.call import Half
 from kindred.nodes.host import page
 from kindred.nodes.host.foreign import hands_on, told_once
 from kindred.nodes.host.model import KEY

@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkout import ROOT
 from kindred.miniature import subject
-from kindred.models.reference.bank import BANK_VERSION, Half
+from kindred.models.network.call import Half
+from kindred.models.reference.bank import BANK_VERSION
 from kindred.models.reference.file import load_reference
 from kindred.nodes.host import model_key, reference_files, reference_path
 

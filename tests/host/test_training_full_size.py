@@ -7,8 +7,10 @@ import gc
 
 import pytest
 import torch
-from kindred.models.concept.training import Examples, Trainer, TrainSettings, draw
-from kindred.models.injection import Merge
+from kindred.models.attention.parts import Merge
+from kindred.models.concept.draws import Examples, draw
+from kindred.models.concept.settings import TrainSettings
+from kindred.models.concept.training import Trainer
 from kindred.nodes.host import FrozenUNet, attention_sites
 from networks import ODD, build_model, random_prompt
 from studio import TOWER, fresh_encoder

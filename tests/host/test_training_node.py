@@ -17,8 +17,10 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from kindred.miniature.world import CLASSES, SCENES, random_identity, render
-from kindred.models.concept.encoder import load_concept_encoder
-from kindred.models.concept.training import Trainer, TrainSettings, draw
+from kindred.models.concept.draws import draw
+from kindred.models.concept.file import load_concept_encoder
+from kindred.models.concept.settings import TrainSettings
+from kindred.models.concept.training import Trainer
 from kindred.nodes import host, training
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order

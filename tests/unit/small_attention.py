@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from kindred.models.attention.attend import ReferenceTokens, WeightMode, sdpa_attend
+from kindred.models.attention.references import ReferenceTokens, sdpa_attend
+from kindred.models.attention.weights import WeightMode
 from torch import Tensor
 
 B, H, N, M, D = 2, 3, 10, 7, 5

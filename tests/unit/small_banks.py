@@ -7,18 +7,14 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
+from kindred.models.network.call import Half
 from kindred.models.noise.inversion import InversionTrajectory
 from kindred.models.noise.path import Flow
-from kindred.models.reference.bank import (
-    AnchorFeatures,
-    BankBuilder,
-    Half,
-    Layer,
-    ReferenceBank,
-    ReferencePrompt,
-    SubjectTokens,
-)
+from kindred.models.reference.bank import AnchorFeatures, ReferenceBank, ReferencePrompt
+from kindred.models.reference.builder import BankBuilder
 from kindred.models.reference.file import FORMAT
+from kindred.models.reference.rows import Layer
+from kindred.models.subject.words import SubjectTokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

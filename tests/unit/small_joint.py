@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kindred.models.attention.attend import Attend, FusedAttend, ReferenceTokens, sdpa_attend
+from kindred.models.attention.fused import Attend, FusedAttend
 from kindred.models.attention.joint import TextShare
+from kindred.models.attention.references import ReferenceTokens, sdpa_attend
 from small_attention import rand
 from torch import Tensor
 

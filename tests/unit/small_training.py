@@ -8,9 +8,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from kindred.models.attention.attend import sdpa_attend
-from kindred.models.concept.encoder import ConceptConfig, ConceptEncoder, Preprocessing
-from kindred.models.concept.training import Draw, Examples, Trainer, TrainSettings
+from kindred.models.attention.references import sdpa_attend
+from kindred.models.concept.config import ConceptConfig, Preprocessing
+from kindred.models.concept.draws import Draw, Examples
+from kindred.models.concept.encoder import ConceptEncoder
+from kindred.models.concept.settings import TrainSettings
+from kindred.models.concept.training import Trainer
 from torch import Tensor, nn
 
 TOWER = {

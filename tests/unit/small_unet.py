@@ -6,12 +6,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from kindred.models.attention.attend import sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, Part, Role, Run
-from kindred.models.reference.bank import SubjectTokens
+from kindred.models.attention.references import sdpa_attend
+from kindred.models.network.call import AttnCall, Part, Role
+from kindred.models.network.sites import BlockSite
+from kindred.models.run import Run
 from kindred.models.story.anchors import AnchorRecorder
 from kindred.models.story.plan import Schedule, StorySettings
-from kindred.models.story.story import AnchorSource, Layout, QueryRecorder, Story
+from kindred.models.story.sources import AnchorSource, Layout, QueryRecorder
+from kindred.models.story.story import Story
+from kindred.models.subject.words import SubjectTokens
 from torch import Tensor, nn
 
 GRID = (4, 6)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from kindred.models.reference.bank import Half, Halves, ReferenceBank, ReferencePrompt, split_row
+from kindred.models.network.call import Half, Halves
+from kindred.models.reference.bank import ReferenceBank, ReferencePrompt
+from kindred.models.reference.rows import split_row
 from kindred.models.story.anchors import AnchorRecorder
-from kindred.models.story.plan import subject_masks
 from kindred.models.subject.correspondence import adain
+from kindred.models.subject.maps import subject_masks
 from small_unet import (
     COARSE,
     ENCODER,

@@ -128,7 +128,7 @@ def test_who_imports_whom():
     "name, level, module",
     [
         ("models/subject/masks.py", 0, "comfy.utils"),
-        ("models/subject/masks.py", 2, "nodes.host"),
+        ("models/subject/masks.py", 3, "nodes.host"),
         ("models/subject/masks.py", 0, "models.attention"),
         ("nodes/host/run.py", 2, "concept"),
         ("nodes/host/networks/flux.py", 3, "concept"),
@@ -155,7 +155,7 @@ def test_the_rule_bites(name, level, module):
         ("nodes/host.py", 0, "comfy.samplers"),
         ("nodes/host/run.py", 0, "comfy.samplers"),
         ("nodes/host/run.py", 1, "model"),
-        ("nodes/host/run.py", 3, "models.injection"),
+        ("nodes/host/run.py", 3, "models.run"),
         ("nodes/host/networks/flux.py", 1, "parts"),
         ("nodes/host/networks/flux.py", 2, "model"),
         ("nodes/host/networks/flux.py", 4, "models.network.backbone"),

@@ -6,10 +6,8 @@ from math import log
 
 import pytest
 import torch
-from kindred.models.attention.attend import (
-    LOG_ZERO,
+from kindred.models.attention.references import (
     ReferenceTokens,
-    WeightMode,
     attend_with_references,
     biased_by_channel,
     blend_queries,
@@ -18,6 +16,7 @@ from kindred.models.attention.attend import (
     sdpa_attend,
     without_channel,
 )
+from kindred.models.attention.weights import LOG_ZERO, WeightMode
 from small_attention import (
     MODES,
     TIGHT,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kindred.models.network.call import Half
 from kindred.models.reference import file as bank_file
-from kindred.models.reference.bank import BANK_VERSION, Half
+from kindred.models.reference.bank import BANK_VERSION
 from kindred.models.reference.file import TRANSFORMER_VERSION, load_reference, save_reference
 from safetensors.torch import load_file
 from small_banks import (

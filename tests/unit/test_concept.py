@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kindred.models.concept.encoder import (
-    ConceptConfig,
-    ConceptEncoder,
-    Preprocessing,
-    VisionTower,
-    check_layers,
-)
+from kindred.models.concept.config import ConceptConfig, Preprocessing, check_layers
+from kindred.models.concept.encoder import ConceptEncoder
+from kindred.models.concept.tower import VisionTower
 from PIL import Image
 from small_concept import LAYERS, SD15, SDXL, SMALL, TOWER
 

@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from effort import at_most
+from kindred.models.attention.parts import Merge
 from kindred.models.concept import encoder as concept
-from kindred.models.concept.encoder import (
-    FORMAT,
-    ConceptConfig,
-    ConceptEncoder,
-    check_layers,
-    load_concept_encoder,
-    read_full_face,
-)
-from kindred.models.injection import Merge
+from kindred.models.concept.config import FORMAT, ConceptConfig, check_layers
+from kindred.models.concept.encoder import ConceptEncoder
+from kindred.models.concept.file import load_concept_encoder
+from kindred.models.concept.full_face import read_full_face
 from safetensors.torch import load_file, save_file
 from small_concept import LAYERS, SD15, SDXL, SMALL, TOWER
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -6,15 +6,8 @@ from itertools import permutations
 
 import pytest
 import torch
-from kindred.models.story.plan import (
-    Schedule,
-    StorySettings,
-    SubjectMaps,
-    dropped,
-    positions_of,
-    shared_groups,
-    subject_masks,
-)
+from kindred.models.story.plan import Schedule, StorySettings, dropped, shared_groups
+from kindred.models.subject.maps import SubjectMaps, positions_of, subject_masks
 from kindred.models.subject.masks import binarise
 from torch import Tensor
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kindred.models.attention import attend as attention
-from kindred.models.attention.attend import (
-    FusedAttend,
-    ReferenceTokens,
-    WeightMode,
-    attend_with_references,
-    sdpa_attend,
-)
+from kindred.models.attention import fused
+from kindred.models.attention.fused import FusedAttend
+from kindred.models.attention.references import ReferenceTokens, attend_with_references, sdpa_attend
+from kindred.models.attention.weights import WeightMode
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -154,11 +150,11 @@ def missing(q, k, v, heads):
 @LAW("kernel", [wrong, missing])
 def test_a_kernel_that_tells_wrong_is_not_asked(monkeypatch, kernel) -> None:
     monkeypatch.setattr(FusedAttend, "with_sums", staticmethod(kernel))
-    attention._kernel_tells.cache_clear()
+    fused._kernel_tells.cache_clear()
     try:
         found = attend_with_references(FUSED, *own(), [ref(2.0)], H)
     finally:
-        attention._kernel_tells.cache_clear()
+        fused._kernel_tells.cache_clear()
     assert torch.equal(found, attend_with_references(sdpa_attend, *own(), [ref(2.0)], H))
 
 

@@ -6,8 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kindred.models.attention.attend import ReferenceTokens, WeightMode, sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, Merge, References, Role, Run
+from kindred.models.attention.parts import Merge
+from kindred.models.attention.references import ReferenceTokens, sdpa_attend
+from kindred.models.attention.weights import WeightMode
+from kindred.models.attention.parts import References
+from kindred.models.network.call import AttnCall, Role
+from kindred.models.network.sites import BlockSite
+from kindred.models.run import Run
 from torch import Tensor, nn
 
 B, N, M, HEADS, C = 4, 6, 5, 2, 8

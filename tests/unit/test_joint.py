@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from kindred.models.attention.attend import (
-    FusedAttend,
-    ReferenceTokens,
-    WeightMode,
-    attend_with_references,
-    sdpa_attend,
-)
+from kindred.models.attention.fused import FusedAttend
 from kindred.models.attention.joint import TextShare, attend_picture
+from kindred.models.attention.references import ReferenceTokens, attend_with_references, sdpa_attend
+from kindred.models.attention.weights import WeightMode
 from small_attention import TIGHT, Recorder
 from small_joint import (
     BOUND,

@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from counting import Counting
-from kindred.models.attention.attend import (
-    FusedAttend,
-    ReferenceTokens,
-    attend_with_references,
-    product_attend,
-    sdpa_attend,
-)
+from kindred.models.attention.fused import FusedAttend, product_attend
 from kindred.models.attention.joint import PictureReader, TextShare, attend_picture, attend_rows
 from kindred.models.attention.parts import References, attend_group
-from kindred.models.injection import AttnCall, Role
+from kindred.models.attention.references import ReferenceTokens, attend_with_references, sdpa_attend
+from kindred.models.network.call import AttnCall, Role
 from small_attention import TIGHT, Recorder, rand
 from small_joint import (
     KEPT,

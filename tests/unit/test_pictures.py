@@ -12,7 +12,7 @@ import numpy as np
 import pictures
 import pytest
 import torch
-from kindred.models.concept.encoder import Preprocessing
+from kindred.models.concept.config import Preprocessing
 from pictures import NoPictures, PictureFolder, load_examples, prepare, read_picture, square
 from PIL import Image
 

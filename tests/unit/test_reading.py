@@ -6,14 +6,10 @@ from math import log
 
 import pytest
 import torch
-from kindred.models.attention.attend import (
-    ReferenceTokens,
-    WeightMode,
-    attend_with_references,
-    sdpa_attend,
-)
 from kindred.models.attention.parts import Merge, References, quieter
-from kindred.models.injection import Role
+from kindred.models.attention.references import ReferenceTokens, attend_with_references, sdpa_attend
+from kindred.models.attention.weights import WeightMode
+from kindred.models.network.call import Role
 from small_attention import TIGHT, B, C, H, M, rand
 
 SOFT = (WeightMode.LOGIT_BIAS, WeightMode.POST_SOFTMAX, WeightMode.KEY_SCALE)

@@ -6,23 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kindred.models.network.blocks import block_name, select_blocks
+from kindred.models.network.call import Half, Halves
+from kindred.models.network.sites import keys_values
 from kindred.models.noise.inversion import InversionTrajectory
 from kindred.models.noise.path import DIFFUSION, Flow, Noise
-from kindred.models.reference.bank import (
-    BANK_VERSION,
-    BankBuilder,
-    Half,
-    Halves,
-    Keeps,
-    Layer,
-    ReferenceBank,
-    ReferencePrompt,
-    block_name,
-    gather,
-    keys_values,
-    select_blocks,
-    thinned,
-)
+from kindred.models.reference.bank import BANK_VERSION, ReferenceBank, ReferencePrompt
+from kindred.models.reference.builder import BankBuilder, Keeps
+from kindred.models.reference.rows import Layer, gather, thinned
 from small_banks import anchor_bank
 from torch import Tensor
 

@@ -7,17 +7,13 @@ from math import log
 import pytest
 import torch
 from checkout import ROOT
-from kindred.models.attention.attend import (
-    CONCEPT_ODDS,
-    SELF_ODDS,
-    STORY_ODDS,
+from kindred.models.attention.references import (
     ReferenceTokens,
-    WeightMode,
     attend_with_references,
-    dial,
     reference_attention,
     sdpa_attend,
 )
+from kindred.models.attention.weights import CONCEPT_ODDS, SELF_ODDS, STORY_ODDS, WeightMode, dial
 from small_attention import MODES, TIGHT, B, C, H, M, N, Recorder, chain, probabilities, rand, read
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kindred.models.reference.bank import RowReader
+from kindred.models.reference.rows import RowReader
 
 ROWS = torch.arange(12.0).view(4, 3)
 

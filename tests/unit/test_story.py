@@ -8,13 +8,17 @@ from itertools import permutations
 
 import pytest
 import torch
-from kindred.models.attention.attend import sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, Part, Role, Run
-from kindred.models.reference.bank import Halves, SubjectTokens
+from kindred.models.attention.references import sdpa_attend
+from kindred.models.network.call import AttnCall, Halves, Part, Role
+from kindred.models.network.sites import BlockSite
+from kindred.models.run import Run
 from kindred.models.story import story as story_module
-from kindred.models.story.plan import Schedule, StorySettings, dropped, subject_masks
-from kindred.models.story.story import Layout, QueryRecorder, Story
+from kindred.models.story.plan import Schedule, StorySettings, dropped
+from kindred.models.story.sources import Layout, QueryRecorder
+from kindred.models.story.story import Story
+from kindred.models.subject.maps import subject_masks
 from kindred.models.subject.masks import token_map
+from kindred.models.subject.words import SubjectTokens
 from torch import Tensor, nn
 
 LATENT = GRID = (4, 6)

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from kindred.models.injection import Part
-from kindred.models.reference.bank import Halves
+from kindred.models.network.call import Halves, Part
 from kindred.models.story import story as story_module
 from kindred.models.story.anchors import AnchorRecorder
 from kindred.models.story.plan import dropped

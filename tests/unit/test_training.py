@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kindred.models.concept.training import Examples, OneProcess, Trainer, TrainSettings, draw
+from kindred.models.concept.draws import Examples, draw
+from kindred.models.concept.settings import TrainSettings
+from kindred.models.concept.training import OneProcess, Trainer
 from small_training import (
     CONFIG,
     LAYERS,

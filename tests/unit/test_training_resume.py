@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from kindred.models.concept import training
-from kindred.models.concept.encoder import load_concept_encoder
+from kindred.models.concept import training_state
+from kindred.models.concept.file import load_concept_encoder
 from kindred.models.identity import tell_key
 from small_keys import key, weights
 from small_training import SETTINGS, same, through_a_file, trainer
@@ -151,7 +151,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch) -> None:
     )  # written first, and whole: a state is never ahead of it
     monkeypatch.undo()
     resumed = trainer()
-    resumed.resume(training.read_state(state))
+    resumed.resume(training_state.read_state(state))
     assert resumed.step_number == 1 and resumed.step() == one.losses[1]
 
 
@@ -159,4 +159,4 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch) -> None:
 def test_a_torn_state_is_refused_by_name(tmp_path, content) -> None:
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"state\.pt is torn .*Remove it"):
-        training.read_state(tmp_path / "state.pt")
+        training_state.read_state(tmp_path / "state.pt")

@@ -157,7 +157,7 @@ class Ground:
         return self.prompts[pictures]
 
     def _prompt(self, pictures: int) -> list:
-        from kindred.models.reference.bank import SubjectTokens
+        from kindred.models.subject.words import SubjectTokens
         from networks import random_prompt
 
         rows = [random_prompt(self.setting.family, 50 + i)[0] for i in range(pictures)]
@@ -204,9 +204,9 @@ class Ground:
 
     def concept(self, model: Any, halves: str) -> Any:
         """Random tokens in the place of an encoder's: it runs once, before sampling."""
-        from kindred.models.attention.attend import WeightMode
-        from kindred.models.injection import Merge
-        from kindred.models.reference.bank import Half, Halves
+        from kindred.models.attention.parts import Merge
+        from kindred.models.attention.weights import WeightMode
+        from kindred.models.network.call import Half, Halves
         from kindred.nodes import host
         from kindred.nodes.concept import ConceptInjection
 

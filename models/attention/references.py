@@ -9,58 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 from itertools import groupby
-from math import log
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# attend(q [b n (h d)], k [b m (h d)], v [b m (h d)], heads, mask=None | float, broadcastable to [b h n m]) -> [b n (h d)]
-Attend = Callable[..., Tensor]
+from .fused import Attend, FusedAttend
+from .weights import LOG_ZERO, WeightMode, log_of
+
 BiasVia = Literal["mask", "channel"]
 
-# Stands for log 0: fits float16, exp() of it is exactly 0 even in float64, and a row of nothing else is still no NaN.
-LOG_ZERO = -1e4
 CHANNEL_MULTIPLE = 8  # head widths of the fused kernels
-# Of dial, measured on the miniature: dev.py evaluate --count 6 --first 500 --steps 25 --variant "a: weight=.1", and so on
-SELF_ODDS = 2.0  # identity .17 .23 .27 .38 .52 .66 .70 at W .02 .05 .1 .2 .4 .7 1; plain .16 (the fit gives 1.8)
-CONCEPT_ODDS = 300.0  # .22 .23 .28 .36 .46 .53 .65 .68 at W .00003 .0001 .0003 .001 .003 .01 .1 1; plain .17 (the fit gives 480, but
-# its steps are .33 .11 .12 .44 on eight others: --table dials)
-# --task story, 4 sets: .27 .75 .91 of the likeness at strength .25 .5 .75 with odds 0, .05 .45 .78 with odds 2, so between them
-STORY_ODDS = 1.0
-
-
-class WeightMode(str, Enum):
-    """What the weight W of a reference does (method table of eq. 3; W = 1 is the plain concatenation in every mode)."""
-
-    LOGIT_BIAS = (
-        "logit bias"  # probabilities of the reference times W, then renormalised: rows stay convex
-    )
-    POST_SOFTMAX = (
-        "post softmax"  # the same without renormalising; done as W * v_ref, which is equal
-    )
-    KEY_SCALE = "key scale"  # W * k_ref: a temperature on the reference's logits
-    OUTPUT_BLEND = (
-        "output blend"  # (1 - W) * attention without the reference + W * attention with it
-    )
-
-
-def dial(strength: float, node: str, odds: float = 0.0) -> float:
-    """A node's `strength` 0..1 -> the share of its weight that is heard: 0 -> 0, 1 -> 1, rising, so that likeness rises evenly.
-
-    In a softmax whose weight-1 reference stands to the own tokens as `odds` to 1, a weight W gives it the part W odds / (1 + W odds)
-    of the whole; this is that solved for W, as a share of the part at weight 1. Odds 0, for what is added or blended, are the
-    straight line. ValueError for a strength outside 0..1.
-    """
-    if not 0 <= strength <= 1:
-        raise ValueError(
-            f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all of the likeness)."
-        )
-    return strength / (1 + odds * (1 - strength))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,83 +69,6 @@ def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None
     """Attend with torch's fused attention, scale 1/sqrt(d). Shapes as Attend."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-@dataclass(frozen=True)
-class FusedAttend:
-    """The host's own `attend` where that is torch's fused attention, whose kernel also tells the log-sum-exp of its softmax.
-
-    With it a weighted reference is read beside the own tokens and joined after, which needs no mask (a mask takes every flash
-    kernel away) and no copy of the own keys (method.md 4). Shorter calls take the mask: there the join's five operations
-    cost more.
-    """
-
-    attend: Attend
-    shortest: int = 2048  # own keys: of SD1.5 at 512 pixels and SDXL at 1024 the finest layers
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
-    ) -> Tensor:
-        return self.attend(q, k, v, heads, mask=mask)
-
-    def joins(self, q: Tensor, k: Tensor, heads: int) -> bool:
-        """Whether a call with a weighted reference, q [b n (h d)], k [b m (h d)], is to be joined by sums."""
-        return k.shape[1] >= self.shortest and self.tells(q, k, heads)
-
-    @staticmethod
-    def tells(q: Tensor, k: Tensor, heads: int) -> bool:
-        """Whether a kernel of this device takes such a call, q [b n (h d)], k [b m (h d)], and tells the right number.
-
-        It has no gradient, and takes no keys of fewer heads than the queries'.
-        """
-        d = q.shape[-1] // heads
-        return (
-            not q.requires_grad
-            and k.shape[-1] == q.shape[-1]
-            and _kernel_tells(q.device, q.dtype, d)
-        )
-
-    @staticmethod
-    def with_sums(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """q [b n (h d)], k v [b m (h d)] -> out [b n h d] and the log of each softmax's sum [b n h 1] in float32."""
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention
-        if q.device.type in ("cpu", "meta"):
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums, *_ = kernel(q, k, v)
-        return out.transpose(1, 2), sums.transpose(1, 2)[..., None]
-
-
-@lru_cache(maxsize=64)
-def _kernel_tells(device: torch.device, dtype: torch.dtype, d: int) -> bool:
-    """These kernels have no public name, so each is tried on a few numbers before it is believed."""
-    if device.type == "meta":
-        return True
-    with torch.inference_mode():
-        q, k = (
-            torch.linspace(-2, 3, n * 2 * d, device=device).sin().view(1, n, 2 * d).to(dtype)
-            for n in (5, 9)
-        )
-        try:
-            _, sums = FusedAttend.with_sums(q, k, k, 2)
-            logits = (
-                torch.einsum("bnhd,bmhd->bnhm", *(x.float().unflatten(-1, (2, d)) for x in (q, k)))
-                * d**-0.5
-            )
-            right = torch.allclose(sums.float(), logits.logsumexp(-1, keepdim=True), atol=1e-2)
-        except (RuntimeError, AttributeError, TypeError, ValueError):
-            return False
-    return right
-
-
-def product_attend(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
-) -> Tensor:
-    """The same in plain matrix products, whose backward pass is the faster one on a CPU. Shapes as Attend."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    weights = (logits if mask is None else logits + mask).softmax(-1)
-    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 def reference_attention(
@@ -451,11 +336,6 @@ def _constant_bias(
     return torch.cat(
         [*parts, *(torch.full((1, m), value, dtype=dtype, device=device) for m, value in logs)], 1
     )
-
-
-def log_of(weight: float) -> float:
-    """log W, at least LOG_ZERO."""
-    return max(log(weight), LOG_ZERO)
 
 
 def _log_bias(ref: ReferenceTokens) -> Tensor | None:

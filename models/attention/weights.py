@@ -1,0 +1,50 @@
+"""What the weight of a reference does, and what a node's strength says of it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from math import log
+
+# Stands for log 0: fits float16, exp() of it is exactly 0 even in float64, and a row of nothing else is still no NaN.
+LOG_ZERO = -1e4
+
+# Of dial, measured on the miniature: dev.py evaluate --count 6 --first 500 --steps 25 --variant "a: weight=.1", and so on
+SELF_ODDS = 2.0  # identity .17 .23 .27 .38 .52 .66 .70 at W .02 .05 .1 .2 .4 .7 1; plain .16 (the fit gives 1.8)
+CONCEPT_ODDS = 300.0  # .22 .23 .28 .36 .46 .53 .65 .68 at W .00003 .0001 .0003 .001 .003 .01 .1 1; plain .17 (the fit gives 480, but
+# its steps are .33 .11 .12 .44 on eight others: --table dials)
+# --task story, 4 sets: .27 .75 .91 of the likeness at strength .25 .5 .75 with odds 0, .05 .45 .78 with odds 2, so between them
+STORY_ODDS = 1.0
+
+
+class WeightMode(str, Enum):
+    """What the weight W of a reference does (method table of eq. 3; W = 1 is the plain concatenation in every mode)."""
+
+    LOGIT_BIAS = (
+        "logit bias"  # probabilities of the reference times W, then renormalised: rows stay convex
+    )
+    POST_SOFTMAX = (
+        "post softmax"  # the same without renormalising; done as W * v_ref, which is equal
+    )
+    KEY_SCALE = "key scale"  # W * k_ref: a temperature on the reference's logits
+    OUTPUT_BLEND = (
+        "output blend"  # (1 - W) * attention without the reference + W * attention with it
+    )
+
+
+def dial(strength: float, node: str, odds: float = 0.0) -> float:
+    """A node's `strength` 0..1 -> the share of its weight that is heard: 0 -> 0, 1 -> 1, rising, so that likeness rises evenly.
+
+    In a softmax whose weight-1 reference stands to the own tokens as `odds` to 1, a weight W gives it the part W odds / (1 + W odds)
+    of the whole; this is that solved for W, as a share of the part at weight 1. Odds 0, for what is added or blended, are the
+    straight line. ValueError for a strength outside 0..1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(
+            f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all of the likeness)."
+        )
+    return strength / (1 + odds * (1 - strength))
+
+
+def log_of(weight: float) -> float:
+    """log W, at least LOG_ZERO."""
+    return max(log(weight), LOG_ZERO)

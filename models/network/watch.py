@@ -1,0 +1,53 @@
+"""Who takes part in a pass of the network: injections, which are read in it, and watchers, which see what passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ..attention.parts import References
+from ..attention.sharing import Sharing
+from .call import AttnCall, Part
+from .sites import BlockSite
+
+
+class ActiveInjection(Protocol):
+    """An injection during one run: everything of it that changes. node: whose; wants: it should be read at this step."""
+
+    node: str
+    wants: bool
+
+    def begin_step(self, sigma: float) -> None: ...
+    def concerns(self, call: AttnCall) -> bool: ...  # an attention that it is read in
+    def references(
+        self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor
+    ) -> Iterable[References | Sharing]: ...
+
+
+class Watcher:
+    """Sees what passes through the UNet, and may change what it is handed where it returns it."""
+
+    complete = False  # this pass has nothing more to show
+
+    def begin_pass(self) -> None:
+        """The UNet begins a pass that ends once all its watchers are complete."""
+
+    def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
+        """Normed tokens [b n c] before a self-attention's to_q (its keys and values keep what they were) -> what to_q reads."""
+        return n
+
+    def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
+        """Queries [b n (h d)] and text keys [b m (h d)] of a cross-attention."""
+
+    def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
+        """Outputs [b n c] of a self-attention after to_out, before the residual -> what is added."""
+        return out
+
+    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
+        """Features h [b c y x] that output block `index` is about to join with its skip."""
+
+
+class PassEnds(Exception):
+    """Leaves the UNet where its watchers have seen all they wait for."""

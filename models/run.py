@@ -1,0 +1,314 @@
+"""All that changes during one sampler run.
+
+Knows the host only by the plain values of a call; nodes/host/ translates.
+Axes: b rows of a call = parts x pictures, n query tokens, t tokens of the text, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from .attention.fused import Attend
+from .attention.parts import (
+    References,
+    attend_group,
+    attend_sharing,
+    beside_others,
+    reader,
+    take_parts,
+)
+from .attention.sharing import Sharing
+from .network.backbone import Backbone
+from .network.blocks import BlockId, Grid, block_name
+from .network.call import Asker, AttnCall, Joint, Part, Pass, Role, grid_of, is_resized
+from .network.sites import BlockSite
+from .network.traced import Traced, trace
+from .network.watch import ActiveInjection, PassEnds, Watcher
+
+SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
+REPEATS = "kindred_repeats"  # and how many times each row's text stands in it
+
+
+@dataclass
+class Run:
+    """Everything of ours that changes during one sampler run; a plain object, since the host copies dicts and lists."""
+
+    watchers: list[Watcher] = field(default_factory=list)
+    ends_early: bool = (
+        False  # nobody wants the UNet's answer: a pass ends with what the last watcher waits for
+    )
+    sites: dict[BlockId, BlockSite] = field(default_factory=dict)
+    parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
+    latent: Grid = (0, 0)
+    handed: Grid | None = None  # size of what the sampler asks about now; None: the latent's
+    part: str = ""  # as of AttnCall
+    pictures: int = 0  # in the sampled batch; 0: not known
+    active: list[ActiveInjection] = field(default_factory=list)
+    current: AttnCall | None = None  # the call that the UNet is in
+    pending: AttnCall | None = None  # the same, while its attention function comes next
+    asked: tuple[int, ...] = ()  # the shape of its queries' tokens [b n c]
+    before: tuple[Tensor, Tensor] | None = (
+        None  # tokens [b n c] and context [b t c] as the host gave them
+    )
+    traced: dict[tuple[Any, ...], Traced | None] = field(default_factory=dict)
+    compiled: bool = False  # torch.compile stands somewhere in the network
+    backbone: Backbone | None = None  # of a transformer; None: a UNet
+    passing: Pass | None = None  # the pass that a transformer is in
+    drop: Callable[[], None] | None = None  # takes away what was left on a module for its next call
+    wanted: set[int] = field(default_factory=set)  # ids of active ones that should have been read
+    heard: set[int] = field(default_factory=set)  # of those that an attention asked
+
+    def asks(self, size: Grid, who: Asker) -> None:
+        """The sampler is about to ask for a picture of this size."""
+        self.handed, (y, x), (height, width) = size, size, self.latent
+        self.part = (
+            ""
+            if is_resized(self.latent, size)
+            else f"{who} asks the model about {y}x{x} of a latent of {height}x{width}"
+        )
+
+    def read_conds(self, conds: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Give every processed cond its own uuid (the host shares one between area twins) and remember its role."""
+        for kind, entries in conds.items():
+            role = Role.UNCOND if "negative" in kind else Role.COND
+            for entry in entries:
+                entry["uuid"] = uuid4()
+                text = getattr(entry.get("model_conds", {}).get("c_crossattn"), "cond", None)
+                self.parts[entry["uuid"]] = Part(
+                    role,
+                    tuple(entry["area"]) if entry.get("area") else None,
+                    None if text is None else text.shape[1],
+                    entry.get(REPEATS, (1,)),
+                    entry.get(SUBJECT),
+                )
+
+    def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
+        """The parts of a call in their order. Tiled diffusion stacks several tiles of all of them, one tile behind the other."""
+        parts = [
+            self.parts.get(u, Part()) for u in options.get("uuids") or (None,)
+        ]  # called past the sampler: nobody we know
+        rows, whole = options.get("original_shape", (0,))[0], len(parts) * self.pictures
+        return parts * (rows // whole) if whole and rows > whole and not rows % whole else parts
+
+    def call(self, options: Mapping[str, Any], text: int | None = None) -> AttnCall:
+        """Translate extra_options; text: tokens of the context of a cross-attention, None in self-attention."""
+        parts = self.parts_of(options)
+        repeats = (
+            ()
+            if text is None
+            else tuple(
+                tuple(r * max(text // (p.text or text), 1) for r in p.repeats) for p in parts
+            )
+        )
+        return AttnCall(
+            (*options["block"], options["block_index"]),
+            tuple(options["activations_shape"][2:]),
+            tuple(p.role for p in parts),
+            tuple(p.area for p in parts),
+            self.handed or self.latent,
+            text is not None,
+            repeats if any(r != 1 for part in repeats for r in part) else (),
+            tuple(parts),
+            tuple(options["original_shape"][2:]) if "original_shape" in options else None,
+            part=self.part,
+        )
+
+    def joint_call(
+        self, block: BlockId, options: Mapping[str, Any], picture: slice, mask: Tensor | None
+    ) -> AttnCall:
+        """A call of a transformer, translated; picture: of its keys."""
+        parts = self.parts_of(options)
+        return AttnCall(
+            block,
+            self.passing.grid,
+            tuple(p.role for p in parts),
+            tuple(p.area for p in parts),
+            self.handed or self.latent,
+            texts=tuple(parts),
+            given=self.passing.latent,
+            part=self.part,
+            joint=Joint(picture, mask),
+        )
+
+    def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
+        """The call behind all patches: its rows and keys as they are now, or why that cannot be told.
+
+        Tiles of HyperTile are other rows of the same tokens; in self-attention the keys are no text.
+        """
+        (was, text), self.before = self.before, None
+        cross = call.cross
+        if n.shape[0] == was.shape[0] and (not cross or context.shape[1] == text.shape[1]):
+            return call
+        if not cross and n.shape[0] * n.shape[1] == was.shape[0] * was.shape[1]:
+            return call
+        shapes = (
+            was.shape[0],
+            n.shape[0],
+            *((text.shape[1], context.shape[1], context.shape[0]) if cross else ()),
+        )
+        known = cross, *shapes, *map(id, call.texts)
+        if self.traced.get(known) is None and (known, call.block) not in self.traced:
+            once = [p.text or text.shape[1] for p in call.texts]
+            found = trace(len(call.roles), was, n, *((text, context, once) if cross else ()))
+            self.traced[known if found else (known, call.block)] = found
+        if (found := self.traced.get(known)) is not None:
+            return call.after(found)
+        return replace(
+            call,
+            unknown=f"another node's {'cross' if cross else 'self'}-attention patch gives block {block_name(call.block)} "
+            f"{n.shape[0]} rows where the model was given {was.shape[0]} ({len(call.roles)} prompts of "
+            f"{was.shape[0] // len(call.roles)} pictures), and whose they are cannot be told (regional prompts, attention "
+            "couple). Remove that node.",
+        )
+
+    def end_if_complete(self) -> None:
+        """PassEnds where the rest of this pass is for nobody."""
+        if self.ends_early and all(watcher.complete for watcher in self.watchers):
+            self.pending = None
+            raise PassEnds
+
+    def drop_hook(self) -> None:
+        """Take away what a layer's next call would have been handed."""
+        if self.drop:
+            self.drop()
+        self.drop = None
+
+    def hear(self, call: AttnCall) -> None:
+        """The block's own attention came to where we are asked."""
+        self.heard.update(id(active) for active in self.active if active.concerns(call))
+
+    def close(self) -> None:
+        """Let go of everything, so that whoever still holds the run's options holds no tensors."""
+        self.active, self.watchers, self.sites, self.parts, self.traced = [], [], {}, {}, {}
+        self.current = self.pending = self.before = self.passing = None
+        self.drop_hook()
+
+    def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
+        """What the parts of a call read of every active injection; empty where they read nothing."""
+        concerned = [i for i in self.active if i.concerns(call)]
+        if not concerned:
+            return []
+        if call.unknown:
+            raise ValueError(f"{concerned[0].node}: {call.unknown}")
+        site = self.sites[call.block]
+        try:
+            found = [r for i in concerned for r in i.references(call, site, q, k, v)]
+        except AttributeError as error:
+            layer = site.module.attn2 if call.cross else site.module.attn1
+            if hasattr(layer, "to_k") and hasattr(layer, "to_v"):
+                raise
+            raise ValueError(
+                f"Kindred: another node put {type(layer).__name__} in the place of the attention of block "
+                f"{block_name(call.block)}, and it has no keys and values (to_k, to_v) to read. Remove that node, or choose "
+                "other blocks."
+            ) from error
+        return (
+            found
+            if any(
+                isinstance(r, Sharing) or r.read_by(call, p)
+                for r in found
+                for p in range(len(call.roles))
+            )
+            else []
+        )
+
+    def attend(
+        self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int
+    ) -> Tensor:
+        """The host's attention with every active reference: concatenated ones in its softmax, added ones beside it.
+
+        Parts that read nothing stay the host's own.
+        """
+        self.hear(call)
+        found = self.found(call, q, k, v)
+        return self.read(call, found, attend, q, k, v, heads) if found else attend(q, k, v, heads)
+
+    def read(
+        self,
+        call: AttnCall,
+        found: Sequence[References | Sharing],
+        attend: Attend,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+    ) -> Tensor:
+        """The same of what was found for the call."""
+        if len(found) == 1 and isinstance(found[0], Sharing):
+            return attend_sharing(call, attend, q, k, v, heads, found[0])
+        found = [
+            r
+            for f in found
+            for r in (beside_others(f, call, k, v) if isinstance(f, Sharing) else [f])
+        ]
+        if (
+            k.shape[0] != q.shape[0]
+        ):  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
+            k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
+        if (seen := self.share_of_own(call, k)) < 1:
+            found = [r.quieter(seen) for r in found]
+        rows = q.shape[0] // len(call.roles)
+        bounds = sorted({0, rows}.union(*(r.pictures for r in found if r.pictures)))
+        if len(bounds) == 2:
+            return self.attend_alike(call, attend, q, k, v, heads, found)
+        by_picture = [t.unflatten(0, (-1, rows)) for t in (q, k, v)]
+        out = []
+        for first, last in pairwise(
+            bounds
+        ):  # pictures that read the same share a call: no mask, and no tokens that nobody reads
+            own = [t[:, first:last].flatten(0, 1) for t in by_picture]
+            reads = [r.cut(first, last, rows) for r in found if r.covers(first, last)]
+            out.append(
+                self.attend_alike(call.pictures(first, last), attend, *own, heads, reads).unflatten(
+                    0, (-1, last - first)
+                )
+            )
+        return torch.cat(out, 1).flatten(0, 1)
+
+    def share_of_own(self, call: AttnCall, k: Tensor) -> float:
+        """How many of the keys that a picture of this size has here a query still sees of its own, k [b n c]: at most 1.
+
+        Tiles, merged tokens and smaller grids leave fewer, beside which a reference would be louder. More of them are another
+        node's reference, which ours stands beside as beside one of our own.
+        """
+        if call.cross or call.joint or not call.given:
+            return 1.0
+        whole = grid_of(call.given, self.sites[call.block].divisor)
+        return min(k.shape[1] / (whole[0] * whole[1]), 1.0)
+
+    def attend_alike(
+        self,
+        call: AttnCall,
+        attend: Attend,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        found: Sequence[References],
+    ) -> Tensor:
+        """`attend` where all pictures of a part read the same references."""
+        groups: dict[
+            tuple[int | None, ...], list[int]
+        ] = {}  # parts that read equally many tokens of the same injections share a call
+        for part in range(len(call.roles)):
+            groups.setdefault(
+                tuple(t.k.shape[1] if (t := r.read_by(call, part)) else None for r in found), []
+            ).append(part)
+        out: dict[int, Tensor] = {}
+        for reads, parts in groups.items():
+            own = [take_parts(call, t, parts) for t in (q, k, v)]
+            heard = [r for r, m in zip(found, reads) if m is not None]
+            mixed = attend_group(
+                call, attend, *own, heads, heard, parts, reader(call, parts, heard)
+            )
+            if len(groups) == 1:
+                return mixed
+            out.update(zip(parts, mixed.chunk(len(parts))))
+        return torch.cat([out[p] for p in range(len(call.roles))])

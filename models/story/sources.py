@@ -1,0 +1,57 @@
+"""What a story reads beside its own batch: anchors of other runs, the vanilla pass, and where a model's features are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..network.blocks import BlockId
+from ..network.call import AttnCall, Half
+from ..network.watch import Watcher
+
+
+class AnchorSource(Protocol):
+    """Anchors that are not in the batch: generated earlier, or inverted photos."""
+
+    aligned: bool  # their keys still have to be aligned (appendix E)
+
+    def tokens(
+        self, sigma: float, step: int, first: bool
+    ) -> Mapping[Half, Mapping[BlockId, Tensor]]:
+        """Kept tokens [l c] after dropout; first: of the first stage."""
+
+    def loudness(self, block: BlockId) -> float:
+        """How many of the subject's tokens each kept one stands for."""
+
+    def outputs(self, sigma: float) -> Mapping[BlockId, Tensor]:
+        """Self-attention outputs [l' c] of the subject's tokens, before injection."""
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """DIFT features [r n c], and the subject's flat positions [l'] among r*n, in host memory."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's features are: per block the divisor of its grid, the feature layers, the tap of DIFT."""
+
+    divisors: Mapping[BlockId, int]
+    output_blocks: frozenset[
+        BlockId
+    ]  # self-attentions whose outputs are injected: encoder and decoder at half the maps' divisor
+    tap: int  # the output block whose incoming features are DIFT's
+    divisor: int  # of both
+
+
+class QueryRecorder(Watcher):
+    """The vanilla pass of eq. (4): normed tokens of the shared layers; to_q has no bias, so blending them blends queries (I43)."""
+
+    def __init__(self, blocks: frozenset[BlockId]) -> None:
+        self.blocks, self.tokens = blocks, {}
+
+    def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
+        if call.block in self.blocks:
+            self.tokens[call.block] = n
+        return n
