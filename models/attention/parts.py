@@ -88,17 +88,13 @@ class References:
             return made[id(t)]
 
         def row_of(t: ReferenceTokens) -> ReferenceTokens:
-            def some(x: Tensor | float | None, axis: int = 0) -> Tensor | float | None:
-                return (
-                    x.narrow(axis, first, last - first)
-                    if isinstance(x, Tensor) and x.ndim and x.shape[0] == rows > 1
-                    else x
-                )
+            def some(x: Tensor) -> Tensor:
+                return x[first:last] if x.shape[0] == rows > 1 else x
 
-            log_mask = (
-                some(t.log_mask) if t.log_mask is not None and t.log_mask.ndim > 1 else t.log_mask
-            )
-            return replace(t, k=some(t.k), v=some(t.v), weight=some(t.weight), log_mask=log_mask)
+            log_mask = t.log_mask
+            if log_mask is not None and log_mask.ndim > 1:
+                log_mask = some(log_mask)
+            return replace(t, k=some(t.k), v=some(t.v), log_mask=log_mask)
 
         mask = self.query_mask
         if mask is not None and mask.shape[1] == rows > 1:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +19,18 @@ from torch import Tensor
 from .fused import Attend, FusedAttend
 from .weights import LOG_ZERO, WeightMode, log_of
 
-BiasVia = Literal["mask", "channel"]
-
-CHANNEL_MULTIPLE = 8  # head widths of the fused kernels
-
 
 @dataclass(frozen=True, eq=False)
 class ReferenceTokens:
     """Projected tokens of one reference and how loudly they speak.
 
-    A float weight 0, or no tokens, makes the reference silent: attention does not touch it. A weight held in a tensor is
-    never read back (that would stall the GPU), so its zeros only reach the plain result to rounding, and only in the modes
-    whose limit it is (LOGIT_BIAS, OUTPUT_BLEND). Raises ValueError if shapes do not fit or a float weight is below 0.
+    A weight of 0, or no tokens, makes the reference silent: attention does not touch it. Raises ValueError if shapes do not
+    fit or the weight is below 0.
     """
 
     k: Tensor  # [1|b m (h d)]
     v: Tensor  # [1|b m (h d)]
-    weight: float | Tensor = 1.0  # >= 0; a tensor is [] or [b]
+    weight: float = 1.0  # >= 0
     mode: WeightMode = WeightMode.LOGIT_BIAS
     log_mask: Tensor | None = (
         None  # [m] or [1|b m], added to the logits: log of a soft mask, -log R to share, log r for repeats
@@ -51,46 +45,18 @@ class ReferenceTokens:
             raise ValueError(
                 f"Reference tokens: the mask weighs {self.log_mask.shape[-1]} tokens, but the reference has {self.k.shape[1]}."
             )
-        if not isinstance(self.weight, Tensor) and not self.weight >= 0:
+        if not self.weight >= 0:
             raise ValueError(f"Reference tokens: the weight must be 0 or more; got {self.weight}.")
 
     @property
     def silent(self) -> bool:
         """True when attention may leave this reference out exactly."""
-        return self.k.shape[1] == 0 or (not isinstance(self.weight, Tensor) and self.weight == 0)
+        return self.k.shape[1] == 0 or self.weight == 0
 
     @property
     def even(self) -> bool:
         """True when one known number says how loud all of its tokens are."""
-        return self.log_mask is None and not isinstance(self.weight, Tensor)
-
-
-def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attend with torch's fused attention, scale 1/sqrt(d). Shapes as Attend."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-def reference_attention(
-    attend: Attend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_ref: Tensor,
-    v_ref: Tensor,
-    heads: int,
-    *,
-    weight: float | Tensor,
-    mode: WeightMode,
-    log_mask: Tensor | None = None,
-    bias_via: BiasVia = "mask",
-) -> Tensor:
-    """A, eq. 1-3: q [b n (h d)], k v [b m (h d)], k_ref v_ref [1|b m (h d)] -> [b n (h d)].
-
-    One reference; attend_with_references says the rest. Weight 0 or an empty reference is attend(q, k, v, heads) itself.
-    """
-    reference = ReferenceTokens(k_ref, v_ref, weight, mode, log_mask)
-    return attend_with_references(attend, q, k, v, (reference,), heads, bias_via=bias_via)
+        return self.log_mask is None
 
 
 def attend_with_references(
@@ -100,8 +66,6 @@ def attend_with_references(
     v: Tensor,
     references: Sequence[ReferenceTokens],
     heads: int,
-    *,
-    bias_via: BiasVia = "mask",
 ) -> Tensor:
     """q [b n (h d)] reads its own k v [b m (h d)] and every reference in ONE softmax -> [b n (h d)].
 
@@ -113,10 +77,9 @@ def attend_with_references(
         (1 - w1) A_0 + (w1 - w2) A_1 + ... + w_R A_R
     (the Lovasz extension of "attend to this set"): the table's formula for one reference, symmetric, convex for weights up
     to 1, the joint softmax when all are 1. Cost: one attend for each distinct weight, and one for A_0 unless w1 is 1.
-    Raises ValueError if several references blend and one of the weights is a tensor, as tensors cannot be ranked unread.
     """
     return read_in_levels(
-        references, lambda members: _attend_joint(attend, q, k, v, members, heads, bias_via)
+        references, lambda members: _attend_joint(attend, q, k, v, members, heads)
     )
 
 
@@ -125,21 +88,17 @@ def read_in_levels(
 ) -> Tensor:
     """`read` says what is attended to beside some of the references, [b n (h d)]; here OUTPUT_BLEND ones come in by weight.
 
-    The formula, the cost and the error are attend_with_references'.
+    The formula and the cost are attend_with_references'.
     """
     heard = [ref for ref in references if not ref.silent]
     held = [ref for ref in heard if ref.mode is not WeightMode.OUTPUT_BLEND]
     blended = [ref for ref in heard if ref.mode is WeightMode.OUTPUT_BLEND]
-    if len(blended) > 1 and any(isinstance(ref.weight, Tensor) for ref in blended):
-        raise ValueError(
-            f"Output blend: {len(blended)} references are blended and a weight is a tensor; give float weights, or blend one."
-        )
-    blended.sort(key=_weight, reverse=True)
+    blended.sort(key=lambda ref: ref.weight, reverse=True)
 
     levels = [
         (1.0, held)
     ]  # (weight, the references heard at it), each level holding those before it
-    for weight, group in groupby(blended, _weight):
+    for weight, group in groupby(blended, lambda ref: ref.weight):
         levels.append((weight, [*levels[-1][1], *group]))
 
     out = read(levels[-1][1])
@@ -147,47 +106,9 @@ def read_in_levels(
         reversed(levels[:-1]), reversed(levels[1:]), strict=True
     ):
         share = inner if outer == 1.0 else inner / outer
-        if isinstance(share, Tensor) or share != 1.0:
-            share = share.to(out).reshape(-1, 1, 1) if isinstance(share, Tensor) else share
+        if share != 1.0:
             out = torch.lerp(read(members), out, share)
     return out
-
-
-def concat_references(
-    references: Sequence[ReferenceTokens],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Join references on the token axis -> k, v [1|b m (h d)] and their log bias [1|b m] (None: no bias at all).
-
-    KEY_SCALE and POST_SOFTMAX weights are already multiplied in; the bias holds log W of LOGIT_BIAS and every log_mask, at
-    least LOG_ZERO; a batch of 1 stays 1 (stride 0) when all agree. An OUTPUT_BLEND weight is not the softmax's business and
-    has no effect here. Raises ValueError (from expand) if two batches differ and none is 1.
-    """
-    return *_joined_tokens(references), _joined_bias(references)
-
-
-def biased_by_channel(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Carry a bias per key in one more head channel, for kernels that take no mask.
-
-    q [b n (h d)], k v [b m (h d)], bias [1|b m] -> q', k', v' [b n|m (h d')] with d' > d a multiple of 8. As attend scales by
-    1/sqrt(d'): q' = [q sqrt(d'/d), sqrt(d'), 0..], k' = [k, bias, 0..], v' = [v, 0..] give exactly q.k/sqrt(d) + bias. Take
-    the result through without_channel. Kernels that quantise keys lose them beside a bias near LOG_ZERO: drop tokens
-    instead of masking them there.
-    """
-    d = q.shape[-1] // heads
-    wide = (d // CHANNEL_MULTIPLE + 1) * CHANNEL_MULTIPLE
-    q, k, v = (x.unflatten(-1, (heads, d)) for x in (q, k, v))
-    one = q.new_full((*q.shape[:-1], 1), wide**0.5)
-    carried = bias.to(k.dtype)[:, :, None, None].expand(*k.shape[:-1], 1)
-    q = torch.cat((q * (wide / d) ** 0.5, one), -1)
-    k = torch.cat((k, carried), -1)
-    return tuple(F.pad(x, (0, wide - x.shape[-1])).flatten(2) for x in (q, k, v))
-
-
-def without_channel(out: Tensor, heads: int, d: int) -> Tensor:
-    """Undo the widening of biased_by_channel: out [b n (h d')] -> [b n (h d)]."""
-    return out.unflatten(-1, (heads, -1))[..., :d].flatten(2)
 
 
 def blend_queries(plain: Tensor, injected: Tensor, query_mask: Tensor) -> Tensor:
@@ -206,7 +127,6 @@ def _attend_joint(
     v: Tensor,
     references: Sequence[ReferenceTokens],
     heads: int,
-    bias_via: BiasVia,
 ) -> Tensor:
     """One attend over [own; references]."""
     if not references:
@@ -219,13 +139,8 @@ def _attend_joint(
     bias = _bias_beside(k.shape[1], references, q.dtype)
     if bias is None:
         return attend(q, keys, values, heads)
-    if bias_via == "mask":
-        return attend(
-            q, keys, values, heads, mask=bias[:, None, None]
-        )  # [1|b 1 1 m]: never one bias per query
-    return without_channel(
-        attend(*biased_by_channel(q, keys, values, bias, heads), heads), heads, q.shape[-1] // heads
-    )
+    mask = bias[:, None, None]  # [1|b 1 1 m]: never one bias per query
+    return attend(q, keys, values, heads, mask=mask)
 
 
 def _loudness(ref: ReferenceTokens) -> float:
@@ -280,23 +195,17 @@ def join_by_sums(
 
 
 def _joined_tokens(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
-    keys = [
-        _scaled(ref.k, ref.weight if ref.mode is WeightMode.KEY_SCALE else 1.0)
-        for ref in references
-    ]
-    values = [
-        _scaled(ref.v, ref.weight if ref.mode is WeightMode.POST_SOFTMAX else 1.0)
-        for ref in references
-    ]
-    b = max(
-        x.shape[0] for x in (*keys, *values)
-    )  # after scaling: a weight [b] spreads a shared reference over the batch
+    """Keys and values of all references on one token axis, [1|b m (h d)] each, their weight in them where the mode says so."""
+    keys = [_scaled(ref.k, ref, WeightMode.KEY_SCALE) for ref in references]
+    values = [_scaled(ref.v, ref, WeightMode.POST_SOFTMAX) for ref in references]
+    b = max(x.shape[0] for x in (*keys, *values))
     return _joined([x.expand(b, -1, -1) for x in keys]), _joined(
         [x.expand(b, -1, -1) for x in values]
     )
 
 
 def _joined_bias(references: Sequence[ReferenceTokens]) -> Tensor | None:
+    """What is added to the logits of all references, [1|b m]; None where nothing is."""
     biases = [_log_bias(ref) for ref in references]
     if all(bias is None for bias in biases):
         return None
@@ -341,12 +250,7 @@ def _constant_bias(
 def _log_bias(ref: ReferenceTokens) -> Tensor | None:
     """Log bias [1|b m] of one reference, at least LOG_ZERO; None where nothing is added to its logits."""
     weight = ref.weight if ref.mode is WeightMode.LOGIT_BIAS else 1.0
-    if isinstance(weight, Tensor):
-        bias = weight.reshape(-1, 1).log().clamp(min=LOG_ZERO).expand(-1, ref.k.shape[1])
-    elif weight != 1.0:
-        bias = _filled(ref.k, log_of(weight))
-    else:
-        bias = None
+    bias = None if weight == 1.0 else _filled(ref.k, log_of(weight))
     if ref.log_mask is None:
         return bias
     mask = torch.atleast_2d(ref.log_mask)
@@ -360,15 +264,9 @@ def _filled(k: Tensor, value: float) -> Tensor:
     )
 
 
-def _weight(ref: ReferenceTokens) -> float | Tensor:
-    return ref.weight
-
-
-def _scaled(x: Tensor, weight: float | Tensor) -> Tensor:
-    """x [1|b m c] times a weight (float, [] or [b])."""
-    if isinstance(weight, Tensor):
-        return x * weight.to(x).reshape(-1, 1, 1)
-    return x if weight == 1.0 else x * weight
+def _scaled(x: Tensor, ref: ReferenceTokens, mode: WeightMode) -> Tensor:
+    """x [1|b m c] times the reference's weight, if that is what its mode does."""
+    return x if ref.mode is not mode or ref.weight == 1.0 else x * ref.weight
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from kindred.models.attention.references import ReferenceTokens, sdpa_attend
+from kindred.models.attention.fused import Attend
+from kindred.models.attention.references import ReferenceTokens, attend_with_references
 from kindred.models.attention.weights import WeightMode
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 B, H, N, M, D = 2, 3, 10, 7, 5
 C = H * D
@@ -27,6 +29,30 @@ def split(x: Tensor, heads: int = H) -> Tensor:
 def probabilities(q: Tensor, k: Tensor) -> Tensor:
     """The reference softmax, written out: [b h n m]."""
     return torch.softmax(split(q) @ split(k).transpose(-1, -2) / D**0.5, -1)
+
+
+def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """An Attend: torch's fused attention, scale 1/sqrt(d)."""
+    out = scaled_dot_product_attention(*(split(x, heads) for x in (q, k, v)), attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def reference_attention(
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_ref: Tensor,
+    v_ref: Tensor,
+    heads: int,
+    *,
+    weight: float,
+    mode: WeightMode,
+    log_mask: Tensor | None = None,
+) -> Tensor:
+    """A, eq. 1-3 of one reference."""
+    reference = ReferenceTokens(k_ref, v_ref, weight, mode, log_mask)
+    return attend_with_references(attend, q, k, v, (reference,), heads)
 
 
 def read(p: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from kindred.models.attention.references import sdpa_attend
+from small_attention import sdpa_attend
 from kindred.models.concept.config import ConceptConfig, Preprocessing
 from kindred.models.concept.draws import Draw, Examples
 from kindred.models.concept.encoder import ConceptEncoder

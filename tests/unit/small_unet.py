@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from kindred.models.attention.references import sdpa_attend
+from small_attention import sdpa_attend
 from kindred.models.network.call import AttnCall, Part, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kindred.models.attention import fused
 from kindred.models.attention.fused import FusedAttend
-from kindred.models.attention.references import ReferenceTokens, attend_with_references, sdpa_attend
+from kindred.models.attention.references import ReferenceTokens, attend_with_references
+from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,23 +119,12 @@ def test_weight_1_is_one_call_of_the_hosts_own() -> None:
     )
 
 
-@LAW(
-    "told",
-    [
-        ReferenceTokens(
-            rand(1, M, H * D, seed=4),
-            rand(1, M, H * D, seed=5),
-            2.0,
-            log_mask=torch.linspace(-1, 0, M),
-        ),
-        ReferenceTokens(rand(1, M, H * D, seed=4), rand(1, M, H * D, seed=5), torch.tensor(2.0)),
-    ],
-    ids=["a mask", "a tensor"],
-)
-def test_what_weighs_each_token_goes_by_mask(told) -> None:
+def test_what_weighs_each_token_goes_by_mask() -> None:
+    keys, values = (rand(1, M, H * D, seed=seed) for seed in (4, 5))
+    soft = ReferenceTokens(keys, values, 2.0, log_mask=torch.linspace(-1, 0, M))
     assert torch.equal(
-        attend_with_references(FUSED, *own(), [told], H),
-        attend_with_references(sdpa_attend, *own(), [told], H),
+        attend_with_references(FUSED, *own(), [soft], H),
+        attend_with_references(sdpa_attend, *own(), [soft], H),
     )
 
 

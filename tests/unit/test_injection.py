@@ -9,7 +9,8 @@ from uuid import uuid4
 import pytest
 import torch
 from kindred.models.attention.parts import gather_parts
-from kindred.models.attention.references import ReferenceTokens, sdpa_attend
+from kindred.models.attention.references import ReferenceTokens
+from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
 from kindred.models.attention.parts import References, take_parts
 from kindred.models.network.call import AttnCall, Half, Role, is_resized

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from kindred.models.attention.parts import Merge
-from kindred.models.attention.references import ReferenceTokens, sdpa_attend
+from kindred.models.attention.references import ReferenceTokens
+from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
 from kindred.models.attention.parts import References
 from kindred.models.network.call import AttnCall, Role
@@ -128,10 +129,7 @@ BESIDE = {
     ],
     "log mask row": [References({Role.COND: tokens(log_mask=rand(1, M, seed=8))})],
     "log masks": [References({Role.COND: tokens(log_mask=rand(B, M, seed=8))})],
-    "weights": [References({Role.COND: tokens(weight=torch.tensor([0.5, 1, 2, 3]))})],
-    "a weight": [
-        References({Role.COND: tokens(weight=torch.tensor(2.0), mode=WeightMode.KEY_SCALE)})
-    ],
+    "a weight": [References({Role.COND: tokens(weight=2.0, mode=WeightMode.KEY_SCALE)})],
     "added": [References({Role.COND: tokens(B, weight=0.7)}, merge=Merge.ADD)],
     "parts": [References({Role.COND: tokens()}, by_part={0: tokens(B, 70), 1: tokens(B, 80)})],
     "two": [

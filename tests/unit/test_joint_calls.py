@@ -8,7 +8,8 @@ from counting import Counting
 from kindred.models.attention.fused import FusedAttend, product_attend
 from kindred.models.attention.joint import PictureReader, TextShare, attend_picture, attend_rows
 from kindred.models.attention.parts import References, attend_group
-from kindred.models.attention.references import ReferenceTokens, attend_with_references, sdpa_attend
+from kindred.models.attention.references import ReferenceTokens, attend_with_references
+from small_attention import sdpa_attend
 from kindred.models.network.call import AttnCall, Role
 from small_attention import TIGHT, Recorder, rand
 from small_joint import (

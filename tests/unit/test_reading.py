@@ -7,7 +7,8 @@ from math import log
 import pytest
 import torch
 from kindred.models.attention.parts import Merge, References, quieter
-from kindred.models.attention.references import ReferenceTokens, attend_with_references, sdpa_attend
+from kindred.models.attention.references import ReferenceTokens, attend_with_references
+from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
 from kindred.models.network.call import Role
 from small_attention import TIGHT, B, C, H, M, rand
@@ -48,11 +49,11 @@ def test_what_is_added_beside_the_softmax_is_as_loud_as_ever() -> None:
 
 
 def test_some_of_the_pictures_read_what_is_theirs() -> None:
-    """Tokens, weights, masks of a row each are cut; what all rows share stays one."""
+    """Tokens and masks of a row each are cut; what all rows share stays one."""
     rows = 4
-    keys, weight = rand(rows, M, C, seed=6), torch.arange(1.0, rows + 1)
+    keys = rand(rows, M, C, seed=6)
     row_mask, one_mask = rand(rows, M, seed=7), torch.full((M,), log(2))
-    own = ReferenceTokens(keys, keys + 1, weight, log_mask=row_mask)
+    own = ReferenceTokens(keys, keys + 1, log_mask=row_mask)
     shared = ReferenceTokens(KEYS, VALUES, 2.0, log_mask=one_mask)
     region = rand(2, rows, 6, seed=8)
     found = References({Role.COND: own, Role.UNCOND: shared}, region).cut(1, 3, rows)
@@ -60,7 +61,6 @@ def test_some_of_the_pictures_read_what_is_theirs() -> None:
     for had, have in (
         (keys, cut.k),
         (keys + 1, cut.v),
-        (weight, cut.weight),
         (row_mask, cut.log_mask),
     ):
         torch.testing.assert_close(have, had[1:3], **TIGHT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kindred.models.attention.parts import attend_sharing, beside_others
-from kindred.models.attention.references import sdpa_attend
+from small_attention import sdpa_attend
 from kindred.models.attention.sharing import Gathers, Sharing
 from kindred.models.network.call import AttnCall, Role
 from kindred.models.run import Run

@@ -8,7 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from kindred.models.attention.references import sdpa_attend
+from small_attention import sdpa_attend
 from kindred.models.network.call import AttnCall, Halves, Part, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from kindred.models.attention.joint import TextShare, attend_picture
-from kindred.models.attention.references import ReferenceTokens, sdpa_attend
+from kindred.models.attention.references import ReferenceTokens
+from small_attention import sdpa_attend
 from kindred.models.network.backbone import Turn, turned
 from small_attention import rand
 from torch import Tensor
