@@ -8,26 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
-import torch
 from torch import Tensor
 
+from .attention.engine import read, references_of
 from .attention.fused import Attend
-from .attention.parts import (
-    References,
-    attend_group,
-    attend_sharing,
-    beside_others,
-    reader,
-    take_parts,
-)
+from .attention.parts import References
 from .attention.sharing import Sharing
 from .network.backbone import Backbone
 from .network.blocks import BlockId, Grid, block_name
-from .network.call import Asker, AttnCall, Joint, Part, Pass, Role, grid_of, is_resized
+from .network.call import Asker, AttnCall, Joint, Part, Pass, Role, is_resized
 from .network.sites import BlockSite
 from .network.traced import Traced, trace
 from .network.watch import ActiveInjection, PassEnds, Watcher
@@ -192,123 +184,27 @@ class Run:
 
     def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
         """What the parts of a call read of every active injection; empty where they read nothing."""
-        concerned = [i for i in self.active if i.concerns(call)]
-        if not concerned:
-            return []
-        if call.unknown:
-            raise ValueError(f"{concerned[0].node}: {call.unknown}")
-        site = self.sites[call.block]
-        try:
-            found = [r for i in concerned for r in i.references(call, site, q, k, v)]
-        except AttributeError as error:
-            layer = site.module.attn2 if call.cross else site.module.attn1
-            if hasattr(layer, "to_k") and hasattr(layer, "to_v"):
-                raise
-            raise ValueError(
-                f"Kindred: another node put {type(layer).__name__} in the place of the attention of block "
-                f"{block_name(call.block)}, and it has no keys and values (to_k, to_v) to read. Remove that node, or choose "
-                "other blocks."
-            ) from error
-        return (
-            found
-            if any(
-                isinstance(r, Sharing) or r.read_by(call, p)
-                for r in found
-                for p in range(len(call.roles))
-            )
-            else []
-        )
+        return references_of(call, self.active, self.sites, q, k, v)
 
     def attend(
         self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int
     ) -> Tensor:
-        """The host's attention with every active reference: concatenated ones in its softmax, added ones beside it.
-
-        Parts that read nothing stay the host's own.
-        """
+        """The host's attention with every active reference, q [b n c], k v [b m c] -> [b n c]."""
         self.hear(call)
-        found = self.found(call, q, k, v)
-        return self.read(call, found, attend, q, k, v, heads) if found else attend(q, k, v, heads)
+        references = self.found(call, q, k, v)
+        if not references:
+            return attend(q, k, v, heads)
+        return self.read(call, references, attend, q, k, v, heads)
 
     def read(
         self,
         call: AttnCall,
-        found: Sequence[References | Sharing],
+        references: Sequence[References | Sharing],
         attend: Attend,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         heads: int,
     ) -> Tensor:
-        """The same of what was found for the call."""
-        if len(found) == 1 and isinstance(found[0], Sharing):
-            return attend_sharing(call, attend, q, k, v, heads, found[0])
-        found = [
-            r
-            for f in found
-            for r in (beside_others(f, call, k, v) if isinstance(f, Sharing) else [f])
-        ]
-        if (
-            k.shape[0] != q.shape[0]
-        ):  # HyperTile cuts only the queries into tiles; the host's kernels read the keys so
-            k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
-        if (seen := self.share_of_own(call, k)) < 1:
-            found = [r.quieter(seen) for r in found]
-        rows = q.shape[0] // len(call.roles)
-        bounds = sorted({0, rows}.union(*(r.pictures for r in found if r.pictures)))
-        if len(bounds) == 2:
-            return self.attend_alike(call, attend, q, k, v, heads, found)
-        by_picture = [t.unflatten(0, (-1, rows)) for t in (q, k, v)]
-        out = []
-        for first, last in pairwise(
-            bounds
-        ):  # pictures that read the same share a call: no mask, and no tokens that nobody reads
-            own = [t[:, first:last].flatten(0, 1) for t in by_picture]
-            reads = [r.cut(first, last, rows) for r in found if r.covers(first, last)]
-            out.append(
-                self.attend_alike(call.pictures(first, last), attend, *own, heads, reads).unflatten(
-                    0, (-1, last - first)
-                )
-            )
-        return torch.cat(out, 1).flatten(0, 1)
-
-    def share_of_own(self, call: AttnCall, k: Tensor) -> float:
-        """How many of the keys that a picture of this size has here a query still sees of its own, k [b n c]: at most 1.
-
-        Tiles, merged tokens and smaller grids leave fewer, beside which a reference would be louder. More of them are another
-        node's reference, which ours stands beside as beside one of our own.
-        """
-        if call.cross or call.joint or not call.given:
-            return 1.0
-        whole = grid_of(call.given, self.sites[call.block].divisor)
-        return min(k.shape[1] / (whole[0] * whole[1]), 1.0)
-
-    def attend_alike(
-        self,
-        call: AttnCall,
-        attend: Attend,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        found: Sequence[References],
-    ) -> Tensor:
-        """`attend` where all pictures of a part read the same references."""
-        groups: dict[
-            tuple[int | None, ...], list[int]
-        ] = {}  # parts that read equally many tokens of the same injections share a call
-        for part in range(len(call.roles)):
-            groups.setdefault(
-                tuple(t.k.shape[1] if (t := r.read_by(call, part)) else None for r in found), []
-            ).append(part)
-        out: dict[int, Tensor] = {}
-        for reads, parts in groups.items():
-            own = [take_parts(call, t, parts) for t in (q, k, v)]
-            heard = [r for r, m in zip(found, reads) if m is not None]
-            mixed = attend_group(
-                call, attend, *own, heads, heard, parts, reader(call, parts, heard)
-            )
-            if len(groups) == 1:
-                return mixed
-            out.update(zip(parts, mixed.chunk(len(parts))))
-        return torch.cat([out[p] for p in range(len(call.roles))])
+        """The same with what was found for the call."""
+        return read(call, references, self.sites[call.block], attend, q, k, v, heads)

@@ -12,13 +12,12 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.attention.parts import Merge
+from ..models.attention.parts import Merge, References
 from ..models.attention.references import ReferenceTokens
 from ..models.attention.weights import CONCEPT_ODDS, WeightMode, dial
 from ..models.concept.config import check_layers
 from ..models.concept.encoder import KeysValues
 from ..models.concept.file import load_concept_encoder
-from ..models.attention.parts import References
 from ..models.network.blocks import BlockId, select_blocks
 from ..models.network.call import AttnCall, Half, Halves, Role
 from ..models.network.sites import BlockSite

@@ -13,9 +13,9 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..models.attention.joint import TextShare
+from ..models.attention.parts import References
 from ..models.attention.references import ReferenceTokens
 from ..models.attention.weights import SELF_ODDS, WeightMode, dial
-from ..models.attention.parts import References
 from ..models.network.blocks import BlockId, Grid, block_name, select_blocks
 from ..models.network.call import AttnCall, Half, Halves, Role, grid_of
 from ..models.network.sites import BlockSite, map_blocks

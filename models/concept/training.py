@@ -18,11 +18,10 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from ..attention.parts import Merge
+from ..attention.parts import Merge, References
 from ..attention.references import ReferenceTokens
 from ..files import whole
 from ..identity import differences, read_key
-from ..attention.parts import References
 from ..network.call import AttnCall, Role
 from ..network.sites import BlockSite
 from .draws import Draw, Examples, draw

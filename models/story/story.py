@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..attention.parts import References
 from ..attention.references import ReferenceTokens
 from ..attention.sharing import Gathers, Sharing
-from ..attention.parts import References
 from ..network.blocks import BlockId, Grid, block_name
 from ..network.call import Asker, AttnCall, Half, Part, Role
 from ..network.sites import BlockSite, keys_values

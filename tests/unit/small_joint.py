@@ -9,8 +9,7 @@ import torch
 from kindred.models.attention.fused import Attend, FusedAttend
 from kindred.models.attention.joint import TextShare
 from kindred.models.attention.references import ReferenceTokens
-from small_attention import sdpa_attend
-from small_attention import rand
+from small_attention import rand, sdpa_attend
 from torch import Tensor
 
 B, H, D, P, T, F = 2, 3, 8, 6, 5, 4

@@ -8,12 +8,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from small_attention import sdpa_attend
 from kindred.models.concept.config import ConceptConfig, Preprocessing
 from kindred.models.concept.draws import Draw, Examples
 from kindred.models.concept.encoder import ConceptEncoder
 from kindred.models.concept.settings import TrainSettings
 from kindred.models.concept.training import Trainer
+from small_attention import sdpa_attend
 from torch import Tensor, nn
 
 TOWER = {

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from small_attention import sdpa_attend
 from kindred.models.network.call import AttnCall, Part, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run
@@ -15,6 +14,7 @@ from kindred.models.story.plan import Schedule, StorySettings
 from kindred.models.story.sources import AnchorSource, Layout, QueryRecorder
 from kindred.models.story.story import Story
 from kindred.models.subject.words import SubjectTokens
+from small_attention import sdpa_attend
 from torch import Tensor, nn
 
 GRID = (4, 6)

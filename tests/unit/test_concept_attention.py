@@ -9,15 +9,14 @@ from uuid import uuid4
 
 import pytest
 import torch
-from kindred.models.attention.parts import Merge, gather_parts
+from kindred.models.attention.parts import Merge, References, gather_parts
 from kindred.models.attention.references import ReferenceTokens
-from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
-from kindred.models.attention.parts import References
 from kindred.models.network.call import AttnCall, Part, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run
 from kindred.models.subject.target import TargetMask
+from small_attention import sdpa_attend
 from torch import Tensor, nn
 
 B, N, M, W, HEADS, C = (

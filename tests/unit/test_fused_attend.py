@@ -7,8 +7,8 @@ import torch
 from kindred.models.attention import fused
 from kindred.models.attention.fused import FusedAttend
 from kindred.models.attention.references import ReferenceTokens, attend_with_references
-from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
+from small_attention import sdpa_attend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,11 +8,9 @@ from uuid import uuid4
 
 import pytest
 import torch
-from kindred.models.attention.parts import gather_parts
+from kindred.models.attention.parts import References, gather_parts, take_parts
 from kindred.models.attention.references import ReferenceTokens
-from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
-from kindred.models.attention.parts import References, take_parts
 from kindred.models.network.call import AttnCall, Half, Role, is_resized
 from kindred.models.network.sites import BlockSite
 from kindred.models.reference.bank import ReferencePrompt
@@ -21,6 +19,7 @@ from kindred.models.run import Run
 from kindred.models.subject.masks import token_map
 from kindred.models.subject.target import TargetMask
 from kindred.models.subject.words import SubjectTokens
+from small_attention import sdpa_attend
 from torch import Tensor, nn
 
 B, N, M, HEADS, C = 2, 6, 4, 2, 8

@@ -1,4 +1,4 @@
-"""Laws of references that only some pictures of a call read: the split is the pictures one by one (models/injection.py, Run.attend)."""
+"""Laws of references that only some pictures of a call read: the split is the pictures one by one (models/attention/engine.py)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from kindred.models.attention.parts import Merge
+from kindred.models.attention.parts import Merge, References
 from kindred.models.attention.references import ReferenceTokens
-from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
-from kindred.models.attention.parts import References
 from kindred.models.network.call import AttnCall, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run
+from small_attention import sdpa_attend
 from torch import Tensor, nn
 
 B, N, M, HEADS, C = 4, 6, 5, 2, 8

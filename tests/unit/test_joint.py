@@ -8,9 +8,8 @@ import torch
 from kindred.models.attention.fused import FusedAttend
 from kindred.models.attention.joint import TextShare, attend_picture
 from kindred.models.attention.references import ReferenceTokens, attend_with_references
-from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
-from small_attention import TIGHT, Recorder
+from small_attention import TIGHT, Recorder, sdpa_attend
 from small_joint import (
     BOUND,
     KEPT,

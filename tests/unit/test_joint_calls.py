@@ -9,9 +9,8 @@ from kindred.models.attention.fused import FusedAttend, product_attend
 from kindred.models.attention.joint import PictureReader, TextShare, attend_picture, attend_rows
 from kindred.models.attention.parts import References, attend_group
 from kindred.models.attention.references import ReferenceTokens, attend_with_references
-from small_attention import sdpa_attend
 from kindred.models.network.call import AttnCall, Role
-from small_attention import TIGHT, Recorder, rand
+from small_attention import TIGHT, Recorder, rand, sdpa_attend
 from small_joint import (
     KEPT,
     LAW,

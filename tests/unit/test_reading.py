@@ -8,10 +8,9 @@ import pytest
 import torch
 from kindred.models.attention.parts import Merge, References, quieter
 from kindred.models.attention.references import ReferenceTokens, attend_with_references
-from small_attention import sdpa_attend
 from kindred.models.attention.weights import WeightMode
 from kindred.models.network.call import Role
-from small_attention import TIGHT, B, C, H, M, rand
+from small_attention import TIGHT, B, C, H, M, rand, sdpa_attend
 
 SOFT = (WeightMode.LOGIT_BIAS, WeightMode.POST_SOFTMAX, WeightMode.KEY_SCALE)
 KEYS, VALUES = rand(1, M, C, seed=4), rand(1, M, C, seed=5)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from kindred.models.attention.parts import attend_sharing, beside_others
-from small_attention import sdpa_attend
 from kindred.models.attention.sharing import Gathers, Sharing
 from kindred.models.network.call import AttnCall, Role
 from kindred.models.run import Run
 from kindred.models.story.plan import shared_groups
+from small_attention import sdpa_attend
 
 GRID, B, C, H = (3, 4), 4, 8, 2
 N = GRID[0] * GRID[1]

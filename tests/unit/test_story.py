@@ -8,7 +8,6 @@ from itertools import permutations
 
 import pytest
 import torch
-from small_attention import sdpa_attend
 from kindred.models.network.call import AttnCall, Halves, Part, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run
@@ -19,6 +18,7 @@ from kindred.models.story.story import Story
 from kindred.models.subject.maps import subject_masks
 from kindred.models.subject.masks import token_map
 from kindred.models.subject.words import SubjectTokens
+from small_attention import sdpa_attend
 from torch import Tensor, nn
 
 LATENT = GRID = (4, 6)

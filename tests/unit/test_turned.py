@@ -8,9 +8,8 @@ import pytest
 import torch
 from kindred.models.attention.joint import TextShare, attend_picture
 from kindred.models.attention.references import ReferenceTokens
-from small_attention import sdpa_attend
 from kindred.models.network.backbone import Turn, turned
-from small_attention import rand
+from small_attention import rand, sdpa_attend
 from torch import Tensor
 
 B, H, D, P, T = 2, 3, 8, 6, 4
