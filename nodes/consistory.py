@@ -20,9 +20,9 @@ from ..models.reference.recorder import Recorder
 from ..models.reference.rows import split_row
 from ..models.story.anchors import NODE as SAMPLER
 from ..models.story.anchors import AnchorRecorder, passes_over
+from ..models.story.plan import NODE as STORY
 from ..models.story.plan import Schedule, StorySettings, dropped
 from ..models.story.sources import AnchorSource, Layout
-from ..models.story.story import NODE as STORY
 from ..models.story.story import Story
 from ..models.subject.correspondence import smooth
 from ..models.subject.masks import resize_user_mask

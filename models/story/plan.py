@@ -16,6 +16,7 @@ from ..network.blocks import BlockId, Grid
 from ..network.call import Halves
 from ..subject.masks import Threshold
 
+NODE = "ConsiStory Shared Attention"
 SLACK = 1e-4  # relative: what a sigma loses between a schedule in float64 and a sampler in float32
 DIFT_TIMESTEP = (
     261  # where diffusion features correspond best (arXiv 2306.03881); ConsiStory, appendix B

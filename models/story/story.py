@@ -7,7 +7,7 @@ through AttnCall; what anchors of other runs are made of, only through AnchorSou
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,19 +18,20 @@ from ..attention.parts import References
 from ..attention.references import ReferenceTokens
 from ..attention.sharing import Gathers, Sharing
 from ..network.blocks import BlockId, Grid, block_name
-from ..network.call import Asker, AttnCall, Half, Part, Role
+from ..network.call import Asker, AttnCall, Part, Role
 from ..network.sites import BlockSite, keys_values
 from ..network.traced import Places
 from ..network.watch import Watcher
 from ..subject.correspondence import adain, correspond, inject, smooth
-from ..subject.maps import SubjectMaps, positions_of, subject_masks
-from ..subject.masks import resize_user_mask, token_map, token_weights
+from ..subject.maps import SubjectMaps, positions_of
+from ..subject.masks import token_map, token_weights
 from ..subject.words import SubjectTokens
 from .anchors import AnchorRecorder
-from .plan import SLACK, Schedule, StorySettings, dropped, shared_groups
+from .plan import NODE, SLACK, Schedule, StorySettings, shared_groups
+from .refusals import require_own_keys, require_whole
 from .sources import AnchorSource, Layout
+from .step import Step
 
-NODE = "ConsiStory Shared Attention"
 log = logging.getLogger(__name__)
 
 
@@ -56,24 +57,11 @@ class Story(Watcher):
     features: Tensor | None = None  # [b n c]
     targets: Tensor | None = None  # [k] flat positions among b*n that are injected
     sources: Tensor | None = None  # [k] rows that they are injected from
-    _soft: Tensor | None = (
-        None  # the running mean of the words' maps [b w y x] in host memory; None: nothing is known yet
-    )
-    _masks: dict[Grid, Tensor | None] = field(default_factory=dict)
-    _shared: dict[Grid, list[tuple[tuple[int, int], Tensor]]] = field(default_factory=dict)
-    _kept: dict[Grid, list[Tensor]] = field(default_factory=dict)
-    _all_kept: dict[Grid, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _seen: bool = False  # the model ran its attention in this step
-    _missed: bool = False
-    _subject: dict[Grid, Tensor | None] = field(
-        default_factory=dict
-    )  # the masks [b n] on the device
-    _read: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
-    _outputs: Mapping[BlockId, Tensor] | None = None
     _weights: dict[tuple[SubjectTokens, int, int, Places], Tensor | None] = field(
         default_factory=dict
     )
-    _told: bool = False
+    _said: set[str] = field(default_factory=set)  # warnings that come once in a run
     _highest: float = 0.0  # noise level so far
     _fell: bool = False  # below an earlier one: there the subject may be known
     _calls: int = 0  # of the model
@@ -84,28 +72,23 @@ class Story(Watcher):
     def __post_init__(self) -> None:
         self.stage = int(self.schedule.first_injection is not None)
         self._gathers = Gathers(self.pictures, self.settings.weight, self.device)
+        self.step = self._new_step(None)
 
     # steps -----------------------------------------------------------------------------------------------------------
 
     def begin_step(self, sigma: float) -> None:
-        self.sigma, self._read, self._outputs = sigma, None, None
-        self._seen, self._no_word = False, ""
+        self.sigma, self._seen, self._no_word = sigma, False, ""
         self._fell, self._highest = self._fell or sigma < self._highest, max(sigma, self._highest)
-        for held in (self._masks, self._shared, self._kept, self._all_kept, self._subject):
-            held.clear()
         self._gathers.begin_step()
         self.maps.begin(sigma)
         if self.recorder:
             self.recorder.begin(self.stage, sigma)
-        self._soft = (
-            None if self.user_masks is not None else self.maps.mean(sigma)
-        )  # the one wait for the device in a step
-        if (
-            self.anchors and self.settings.weight and self.settings.dropout < 1
-        ):  # here: inside a call of the UNet no other may run
-            self.read()
+        self.step = self._new_step(self._mean_maps(sigma))  # the one wait for the device in a step
+        # inside a call of the UNet no other may run, so what anchors say is asked here
+        if self.anchors and self.wants:
+            self.step.tokens()
         if self.anchors and self.stage == 2 and self.schedule.injects(sigma):
-            self.outputs()
+            self.step.outputs()
 
     def require_size(self, size: Grid, sigma: float, who: Asker) -> None:
         """Positions, masks and features are those of the latent's size: ValueError where the sampler asks for another and they matter."""
@@ -134,8 +117,8 @@ class Story(Watcher):
         """
         if self._no_word and self.sigma not in self.maps.sigmas:
             raise ValueError(f"{NODE}: {self._no_word}")
-        if not self._seen and not self._missed:
-            self._missed = True
+        if not self._seen and "missed" not in self._said:
+            self._said.add("missed")
             log.warning(
                 "%s: at sigma %.4g the model answered without running its attention, so nothing was shared there. A node that "
                 "skips calls (EasyCache, LazyCache) does this, one that computes the network in a copy of its own, or a model "
@@ -152,58 +135,61 @@ class Story(Watcher):
     def begin_second_stage(self) -> None:
         """Match the pictures (eq. 8, 9), choose what is injected (eq. 5, the gate of appendix B), and forget what comes anew."""
         last = -1.0 if self.settings.official or self.tapped is None else self.tapped
-        self._masks.clear()
-        self._soft = None if self.user_masks is not None else self.maps.mean(last, inclusive=True)
+        self.step = self._new_step(self._mean_maps(last, inclusive=True))
         self._match()
         self.maps.forget(self.settings.inject[0] * (1 + SLACK))
         self.stage, self.features = 2, None
 
     def _match(self) -> None:
-        grid = self._grid(self.layout.divisor)
-        masks = self.masks(grid)
+        masks = self.step.masks(self._grid(self.layout.divisor))
         if masks is None or self.features is None:
-            if self.features is not None and not self._words_heard:
-                log.warning(
-                    "%s: the subject's word could not be followed, so no features are injected: another node computes the "
-                    "network's cross-attention by itself. Remove that node, or wire masks of the subject.",
-                    NODE,
-                )
-            else:
-                log.warning(
-                    "%s: the pictures could not be compared, so no features are injected: this sampler run ends before, or a node "
-                    "that skips calls (EasyCache, LazyCache) skipped the one in which they are.",
-                    NODE,
-                )
+            self._say_unmatched()
             return
         k = self.anchor_count
         if self.recorder:
             self.recorder.matched(self.features[:k], torch.cat(positions_of(masks, range(k))))
-        if self.anchors:
-            sources, subject = self.anchors.features()
-            sources, kept = sources.to(self.features), [subject] * self.pictures
-        else:
-            sources, per_picture = self.features[:k], positions_of(masks, range(k))
-            kept = [
-                torch.cat([per_picture[j] for j in read])
-                if read
-                else torch.zeros(0, dtype=torch.long)
-                for (first, last), read in shared_groups(self.pictures, self.settings.anchors)
-                for _ in range(first, last)
-            ]
-        found = correspond(
+        sources, candidates = self._candidates(masks)
+        matches = correspond(
             self.features,
             masks.flatten(1).to(self.device),
             sources,
-            [i.to(self.device) for i in kept],
+            [i.to(self.device) for i in candidates],
         )
-        targets = found.keep.flatten().cpu().nonzero().squeeze(1)  # once for the whole run
-        rows = found.source.flatten().cpu()[targets]
+        targets = matches.keep.flatten().cpu().nonzero().squeeze(1)  # once for the whole run
+        rows = matches.source.flatten().cpu()[targets]
         if self.anchors:  # flat positions among r*n -> rows of the stored outputs
-            rows = torch.searchsorted(subject, rows)
+            rows = torch.searchsorted(candidates[0], rows)
         self.targets, self.sources = targets.to(self.device), rows.to(self.device)
         log.info(
             "%s: %d of %d subject tokens found their like", NODE, len(targets), int(masks.sum())
         )
+
+    def _candidates(self, masks: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What pictures are compared with: features [r n c], and per picture flat positions [l] of the subject among r*n."""
+        if self.anchors:
+            features, subject = self.anchors.features()
+            return features.to(self.features), [subject] * self.pictures
+        k = self.anchor_count
+        per_picture, candidates = positions_of(masks, range(k)), []
+        for (first, last), read in shared_groups(self.pictures, self.settings.anchors):
+            positions = [per_picture[j] for j in read]
+            joined = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.long)
+            candidates += [joined] * (last - first)
+        return self.features[:k], candidates
+
+    def _say_unmatched(self) -> None:
+        if self.features is not None and not self._words_heard:
+            log.warning(
+                "%s: the subject's word could not be followed, so no features are injected: another node computes the "
+                "network's cross-attention by itself. Remove that node, or wire masks of the subject.",
+                NODE,
+            )
+        else:
+            log.warning(
+                "%s: the pictures could not be compared, so no features are injected: this sampler run ends before, or a node "
+                "that skips calls (EasyCache, LazyCache) skipped the one in which they are.",
+                NODE,
+            )
 
     def finish(self) -> None:
         """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the way; say if nothing was shared."""
@@ -215,94 +201,52 @@ class Story(Watcher):
             )
         if not self.recorder:
             return
-        self._masks.clear()
-        self._soft = None if self.user_masks is not None else self.maps.mean(-1.0, inclusive=True)
+        self.step = self._new_step(self._mean_maps(-1.0, inclusive=True))
         grids = {self.latent, *(layer.grid for layer in self.recorder.layers.values())}
         self.recorder.masks = {
-            g: m[: self.anchor_count].clone() for g in grids if (m := self.masks(g)) is not None
+            g: m[: self.anchor_count].clone()
+            for g in grids
+            if (m := self.step.masks(g)) is not None
         }
         seen = sorted(self.recorder.latents)
-        if self._soft is not None and {*seen} <= {*self.maps.sigmas}:
+        if self.step.soft is not None and {*seen} <= {*self.maps.sigmas}:
             self.recorder.maps = (
                 torch.stack([self.maps.at(s)[: self.anchor_count].sum(1) for s in seen])
                 .float()
                 .cpu()
             )
 
-    # masks -----------------------------------------------------------------------------------------------------------
+    # what a step knows -----------------------------------------------------------------------------------------------
 
     @property
     def anchor_count(self) -> int:
         """Pictures of the batch that others read."""
-        return 0 if self.anchors else min(self.settings.anchors or self.pictures, self.pictures)
+        return self.step.anchor_count
+
+    def _new_step(self, soft: Tensor | None) -> Step:
+        return Step(
+            self.settings,
+            self.schedule,
+            self.pictures,
+            self.device,
+            self.user_masks,
+            self.anchors,
+            self._said,
+            self.stage,
+            self.sigma,
+            soft,
+        )
+
+    def _mean_maps(self, sigma: float, inclusive: bool = False) -> Tensor | None:
+        """The running mean of the words' maps above a noise level; None where the user wired masks."""
+        return None if self.user_masks is not None else self.maps.mean(sigma, inclusive)
 
     def _grid(self, divisor: int) -> Grid:
         return -(-self.latent[0] // divisor), -(-self.latent[1] // divisor)
 
-    def masks(self, grid: Grid) -> Tensor | None:
-        """Where the subjects are at this step: bool [b y x] in host memory; None before anything is known."""
-        if grid not in self._masks:
-            if self.user_masks is not None:
-                found = resize_user_mask(self.user_masks, grid).expand(self.pictures, -1, -1)
-            else:
-                found = (
-                    None
-                    if self._soft is None
-                    else subject_masks(self._soft, grid, self.settings.threshold)
-                )
-                if found is not None and not found.any() and not self._told:
-                    self._told = True
-                    log.warning(
-                        "%s: the subject's word lights up nowhere, so nothing is shared at this step. Describe the subject more "
-                        "plainly, or wire masks.",
-                        NODE,
-                    )
-            self._masks[grid] = found
-        return self._masks[grid]
-
-    def kept(self, grid: Grid) -> list[Tensor]:
-        """Per anchor of the batch, the flat positions [l] among b*n that others see at this step: its mask after dropout."""
-        if grid not in self._kept:
-            masks, s = self.masks(grid), self.settings
-            if masks is None:
-                self._kept[grid] = [torch.zeros(0, dtype=torch.long)] * self.anchor_count
-            else:
-                step = self.schedule.step(self.sigma)
-                masks = torch.stack(
-                    [
-                        masks[i] & ~dropped(s.seed, i, step, grid, s.dropout).view(grid)
-                        for i in range(self.anchor_count)
-                    ]
-                )
-                self._kept[grid] = positions_of(masks, range(self.anchor_count))
-        return self._kept[grid]
-
-    def shared(self, grid: Grid) -> list[tuple[tuple[int, int], Tensor]]:
-        """Per group of pictures the flat positions it reads, on the device; groups that read nothing are left out."""
-        if grid not in self._shared:
-            kept = self.kept(grid)
-            groups = shared_groups(self.pictures, self.settings.anchors)
-            reads = [(who, torch.cat([kept[j] for j in read])) for who, read in groups if read]
-            self._shared[grid] = [
-                (who, index.to(self.device, non_blocking=True))
-                for who, index in reads
-                if len(index)
-            ]
-        return self._shared[grid]
-
-    def read(self) -> Mapping[Half, Mapping[BlockId, Tensor]]:
-        """This step's tokens of anchors that are not in the batch."""
-        if self._read is None:
-            self._read = self.anchors.tokens(
-                self.sigma, self.schedule.step(self.sigma), self.stage == 1
-            )
-        return self._read
-
-    def outputs(self) -> Mapping[BlockId, Tensor]:
-        """This step's self-attention outputs of anchors that are not in the batch."""
-        if self._outputs is None:
-            self._outputs = self.anchors.outputs(self.sigma)
-        return self._outputs
+    def _require_whole(self, call: AttnCall, x: Tensor) -> None:
+        grid = self._grid(self.layout.divisors[call.block])
+        require_whole(call, x, self.pictures, grid)
 
     @property
     def shares(self) -> bool:
@@ -310,9 +254,9 @@ class Story(Watcher):
         if not self.settings.weight or self.settings.dropout == 1:
             return False
         if self.anchors:
-            return any(len(t) for tokens in self.read().values() for t in tokens.values())
+            return any(len(t) for tokens in self.step.tokens().values() for t in tokens.values())
         grids = {self._grid(self.layout.divisors[b]) for b in self.settings.blocks}
-        return any(self.shared(grid) for grid in grids)
+        return any(self.step.shared(grid) for grid in grids)
 
     # the UNet's calls ------------------------------------------------------------------------------------------------
 
@@ -336,86 +280,48 @@ class Story(Watcher):
         done: set[int] = set()
         for i in self.sharing_parts(call.texts):
             part = call.texts[i]
-            if (
-                part.role is not Role.COND
-                or part.subject is None
-                or not part.text
-                or id(part) in done
-            ):
-                continue
-            if call.unknown:
-                self._no_word = f"{call.unknown[:-1]}, or wire masks of the subject."
-                continue
-            key = part.subject, part.text, k.shape[1], call.places[i] if call.places else ()
-            if key not in self._weights:
-                words = [
-                    [call.word(i, row, k.shape[1], part.text) for row in word]
-                    for word in part.subject.of_words(self.pictures)
-                ]
-                self._weights[key] = (
-                    None
-                    if any(None in rows for rows in words)
-                    else torch.stack(
-                        [token_weights(rows, k.shape[1], k.device) for rows in words], -1
-                    )
-                )
-            if self._weights[key] is None:
-                self._no_word = (
-                    f"another node's cross-attention patch leaves {k.shape[1]} keys of other contents in block "
-                    f"{block_name(call.block)} where the text has {part.text} tokens, so the subject's word cannot be "
-                    "followed there (NegPip, regional prompts). Wire masks of the subject, or remove that node."
-                )
-                continue
-            q_part = call.parts(q)[i]
-            self.require_whole(call, q_part)
-            maps = token_map(q_part, call.parts(k)[i], self._weights[key], heads)  # [b n w]
-            self.maps.add(
-                self.sigma,
-                call.block,
-                id(part),
-                maps.movedim(-1, 1).unflatten(2, call.grid),
-                self._calls or None,
-            )
-            self._words_heard = True
-            done.add(id(part))
+            named = part.role is Role.COND and part.subject is not None and part.text
+            if named and id(part) not in done and self._follow(call, i, q, k, heads):
+                done.add(id(part))
 
-    def require_whole(self, call: AttnCall, x: Tensor) -> None:
-        """Every part must hold every picture, whole, or positions would mean other things: ValueError."""
+    def _follow(self, call: AttnCall, i: int, q: Tensor, k: Tensor, heads: int) -> bool:
+        """Keep where part i of the call looks for its subject's words; False, and why, where they cannot be followed."""
+        part = call.texts[i]
         if call.unknown:
-            raise ValueError(f"{NODE}: {call.unknown}")
-        if x.shape[0] != self.pictures:
-            raise ValueError(
-                f"{NODE}: the model was given {x.shape[0]} pictures at once, but the batch has {self.pictures}. Pictures that "
-                "share a subject must be sampled together: remove the node that splits them (context windows, HyperTile)."
+            self._no_word = f"{call.unknown[:-1]}, or wire masks of the subject."
+            return False
+        weights = self._word_weights(call, i, k)
+        if weights is None:
+            self._no_word = (
+                f"another node's cross-attention patch leaves {k.shape[1]} keys of other contents in block "
+                f"{block_name(call.block)} where the text has {part.text} tokens, so the subject's word cannot be "
+                "followed there (NegPip, regional prompts). Wire masks of the subject, or remove that node."
             )
-        rows, columns = self._grid(self.layout.divisors[call.block])
-        if call.cut:
-            raise ValueError(
-                f"{NODE}: the model was given {call.given[0]}x{call.given[1]} of a latent of {call.cut[0]}x{call.cut[1]}. "
-                "Pictures that share a subject must be sampled whole: remove the node that cuts them (tiled diffusion)."
-            )
-        if x.shape[1] > rows * columns and call.grid == (rows, columns):
-            raise ValueError(
-                f"{NODE}: in block {block_name(call.block)} each picture has {x.shape[1]} keys where its own {rows}x{columns} "
-                f"tokens make {rows * columns}: another node lengthened them (StyleAligned shares every picture with all). "
-                "Remove that node; this one shares the subject alone."
-            )
-        if x.shape[1] != rows * columns or call.grid != (rows, columns):
-            raise ValueError(
-                f"{NODE}: block {block_name(call.block)} has {x.shape[1]} tokens ({call.grid[0]}x{call.grid[1]}) where the "
-                f"latent's size makes {rows}x{columns}. A node that changes the grid (Deep Shrink), merges or tiles tokens is "
-                "on the model: remove it."
-            )
+            return False
+        q_part = call.parts(q)[i]
+        self._require_whole(call, q_part)
+        maps = token_map(q_part, call.parts(k)[i], weights, heads)  # [b n w]
+        maps = maps.movedim(-1, 1).unflatten(2, call.grid)
+        self.maps.add(self.sigma, call.block, id(part), maps, self._calls or None)
+        self._words_heard = True
+        return True
 
-    def require_own_keys(self, call: AttnCall, q: Tensor, k: Tensor) -> None:
-        """A picture's keys must be its own tokens alone, q [b n c], k [b m c]: ValueError."""
-        if k.shape[1] < q.shape[1]:
-            raise ValueError(
-                f"{NODE}: another node shortened the keys of self-attention: block {block_name(call.block)} has {k.shape[1]} "
-                f"keys for {q.shape[1]} tokens ({call.grid[0]}x{call.grid[1]}), and which of them are left cannot be told. "
-                "Remove that node."
+    def _word_weights(self, call: AttnCall, i: int, k: Tensor) -> Tensor | None:
+        """Weights [b m w] of part i's words among its keys, k [b m c]; None where they are not there."""
+        part, keys = call.texts[i], k.shape[1]
+        key = part.subject, part.text, keys, call.places[i] if call.places else ()
+        if key not in self._weights:
+            words = [
+                [call.word(i, row, keys, part.text) for row in word]
+                for word in part.subject.of_words(self.pictures)
+            ]
+            lacks = any(None in rows for rows in words)
+            self._weights[key] = (
+                None
+                if lacks
+                else torch.stack([token_weights(rows, keys, k.device) for rows in words], -1)
             )
-        self.require_whole(call, k)
+        return self._weights[key]
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
         self._seen = True
@@ -423,10 +329,10 @@ class Story(Watcher):
             return n
         parts = self.sharing_parts(call.texts)
         if self.recorder and parts:
-            kept, index = self._recorded(call.grid)
+            kept, index = self.step.all_kept(call.grid)
             for half in {call.roles[i].half: None for i in parts}:  # the first part of each half
                 part = call.parts(n)[next(i for i in parts if call.roles[i].half is half)]
-                self.require_whole(call, part)
+                self._require_whole(call, part)
                 self.recorder.tokens(
                     self.stage,
                     self.sigma,
@@ -448,13 +354,6 @@ class Story(Watcher):
             [torch.lerp(a, b, nu) if i in parts else a for i, (a, b) in enumerate(pairs)]
         )
 
-    def _recorded(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Flat positions [l] of what all anchors of the batch show at this step, in host memory and on the device."""
-        if grid not in self._all_kept:
-            kept = torch.cat(self.kept(grid))
-            self._all_kept[grid] = kept, kept.to(self.device, non_blocking=True)
-        return self._all_kept[grid]
-
     @property
     def wants(self) -> bool:
         return self.settings.weight > 0 and self.settings.dropout < 1
@@ -470,11 +369,12 @@ class Story(Watcher):
         parts = self.sharing_parts(call.texts) if self.concerns(call) else ()
         if not parts:
             return []
-        self.require_whole(call, call.parts(q)[0])
-        self.require_own_keys(call, call.parts(q)[0], call.parts(k)[0])
+        self._require_whole(call, call.parts(q)[0])
+        grid = self._grid(self.layout.divisors[call.block])
+        require_own_keys(call, call.parts(q)[0], call.parts(k)[0], self.pictures, grid)
         if self.anchors:
             return self._references_to_anchors(call, site, k, parts)
-        reads = dict(self.shared(call.grid))
+        reads = dict(self.step.shared(call.grid))
         if not reads:
             return []
         groups = [who for who, _ in shared_groups(self.pictures, s.anchors)]
@@ -492,29 +392,21 @@ class Story(Watcher):
         made, projected = {}, {}
         for i in parts:
             half = self.settings.halves.source(call.roles[i].half)
-            tokens = self.read()[half][call.block]
+            tokens = self.step.tokens()[half][call.block]
             if not len(tokens):
                 return []
             if half not in projected:
                 projected[half] = keys_values(site.module.attn1, tokens.to(k)[None])
             keys, values = projected[half]
             if self.anchors.aligned and self.settings.align_keys:
-                keys = self._aligned(keys, call.parts(k)[i], call.grid)
+                # the photo's keys with the statistics of this picture's subject (appendix E)
+                where = self.step.subject(call.grid)
+                keys = keys if where is None else adain(keys, call.parts(k)[i], where=where)
                 values = values.expand(len(keys), -1, -1)
             made[i] = ReferenceTokens(
                 keys, values, self.settings.weight * self.anchors.loudness(call.block)
             )
         return [References({}, by_part=made)]
-
-    def _aligned(self, keys: Tensor, own: Tensor, grid: Grid) -> Tensor:
-        """Keys [1 l c] of the photo's subject with the statistics of this picture's subject, own [b n c] -> [1|b l c] (appendix E)."""
-        if grid not in self._subject:
-            masks = self.masks(grid)
-            self._subject[grid] = (
-                None if masks is None else masks.flatten(1).to(self.device, non_blocking=True)
-            )
-        where = self._subject[grid]
-        return keys if where is None else adain(keys, own, where=where)
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
         """Eq. (6): outputs after to_out, cond half, from a snapshot of all pictures, so that their order does not matter (Q1)."""
@@ -528,13 +420,15 @@ class Story(Watcher):
         mixed = list(call.parts(out)) if parts else []
         for i in parts:
             x = mixed[i]
-            self.require_whole(call, x)
+            self._require_whole(call, x)
             if (
                 self.recorder and self.targets is not None and i == parts[0]
             ):  # None: the pictures could not be compared
                 self.recorder.output(self.sigma, call.block, call.grid, x, self._calls or None)
             if self.targets is not None and len(self.targets):
-                snapshot = self.outputs()[call.block].to(x) if self.anchors else x.flatten(0, 1)
+                snapshot = (
+                    self.step.outputs()[call.block].to(x) if self.anchors else x.flatten(0, 1)
+                )
                 mixed[i] = inject(x, snapshot, self.sources, self.targets, self.settings.injection)
         return torch.cat(mixed) if parts and self.targets is not None and len(self.targets) else out
 

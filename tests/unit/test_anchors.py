@@ -169,7 +169,7 @@ def test_keys_of_photos_take_the_statistics_of_who_reads_them(align) -> None:
         (found,) = story.references(attn(), SITES[FINE], q, k, v)
         assert found.pictures is None and sorted(found.by_part) == [0, 1]
         for i, half in enumerate((Half.UNCOND, Half.COND)):
-            tokens = story.read()[half][FINE][None]
+            tokens = story.step.tokens()[half][FINE][None]
             keys, module = SITES[FINE].module.attn1.to_k(tokens), SITES[FINE].module.attn1
             if aligned and align:
                 keys = adain(keys, k.chunk(2)[i], where=spots(3).bool().flatten(1))

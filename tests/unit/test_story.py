@@ -11,7 +11,7 @@ import torch
 from kindred.models.network.call import AttnCall, Halves, Part, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run
-from kindred.models.story import story as story_module
+from kindred.models.story import step
 from kindred.models.story.plan import Schedule, StorySettings, dropped
 from kindred.models.story.sources import Layout, QueryRecorder
 from kindred.models.story.story import Story
@@ -104,7 +104,7 @@ def dense(story: Story, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 seen[i, j] = 1
             elif j < count:
                 drop = dropped(s.seed, j, story.schedule.step(story.sigma), GRID, s.dropout)
-                seen[i, j] = s.weight * (story.masks(GRID)[j].flatten() & ~drop)
+                seen[i, j] = s.weight * (story.step.masks(GRID)[j].flatten() & ~drop)
     heads = [x.unflatten(-1, (HEADS, -1)) for x in (q, k.flatten(0, 1), v.flatten(0, 1))]
     logits = (
         torch.einsum("bnhd,mhd->bhnm", heads[0], heads[1]) / (C // HEADS) ** 0.5
@@ -217,7 +217,7 @@ def test_weight_one_needs_no_mask_and_no_token_that_nobody_reads() -> None:
         return sdpa_attend(q, k, v, heads, mask)
 
     story = told(5, spots(5), anchors=2)
-    lengths = [len(i) for i in story.kept(GRID)]
+    lengths = [len(i) for i in story.step.kept(GRID)]
     attend(story, (UNCOND, COND), own(5, 2), kernel)
     assert shapes == [
         (2, N + lengths[1], None),
@@ -233,7 +233,7 @@ def test_no_dropout_keeps_the_whole_mask() -> None:
     """I20."""
     masks = spots(3)
     wanted = [(masks[i].flatten().nonzero().squeeze(1) + i * N).tolist() for i in range(3)]
-    assert [k.tolist() for k in told(3, masks, dropout=0.0).kept(GRID)] == wanted
+    assert [k.tolist() for k in told(3, masks, dropout=0.0).step.kept(GRID)] == wanted
 
 
 def test_only_pictures_with_something_to_read_change() -> None:
@@ -257,9 +257,7 @@ def test_the_order_of_the_pictures_changes_nothing(monkeypatch, dropout) -> None
     masks, qkv = spots(3), own(3, 1)
     out = attend(told(3, masks, dropout=dropout), (COND,), qkv)
     for order in permutations(range(3)):
-        monkeypatch.setattr(
-            story_module, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest)
-        )
+        monkeypatch.setattr(step, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest))
         close(
             attend(
                 told(3, masks[list(order)], dropout=dropout), (COND,), [t[list(order)] for t in qkv]
@@ -404,21 +402,21 @@ def test_masks_come_from_the_word_in_the_cond_half() -> None:
     )
     story.cross(cross, q, k, HEADS)
     story.cross(replace(cross, block=BLOCK), 9 * q, k, HEADS)  # not a block that is asked
-    assert story.masks(GRID) is None and story.kept(GRID)[0].numel() == 0
+    assert story.step.masks(GRID) is None and story.step.kept(GRID)[0].numel() == 0
     wanted = token_map(q[8:12], k[8:12], [(2,), (1, 3), (2,), (1, 3)], HEADS).unflatten(
         1, (1, 2, 3)
     )
     for sigma in (5.0, 2.0):
         story.begin_step(sigma)
         assert (
-            torch.equal(story.masks(GRID), subject_masks(wanted, GRID))
-            and story.masks(GRID).flatten(1).any(1).all()
+            torch.equal(story.step.masks(GRID), subject_masks(wanted, GRID))
+            and story.step.masks(GRID).flatten(1).any(1).all()
         )
         story.cross(cross, q, k, HEADS)
     story = told(4, None, 10.0, threshold=0.7)
     story.cross(cross, q, k, HEADS)
     story.begin_step(5.0)
-    assert torch.equal(story.masks(GRID), subject_masks(wanted, GRID, 0.7))
+    assert torch.equal(story.step.masks(GRID), subject_masks(wanted, GRID, 0.7))
 
 
 def test_several_words_are_located_apart_and_united() -> None:
@@ -437,7 +435,7 @@ def test_several_words_are_located_apart_and_united() -> None:
             ),
         )
         story.begin_step(1.0)
-        found[words] = story.masks(GRID)
+        found[words] = story.step.masks(GRID)
     united = torch.stack([found[w,] for w in where]).any(0)
     assert all(
         torch.equal(found[words], united) for words in permutations(where)
@@ -500,7 +498,7 @@ def test_prompts_that_do_not_tell(parts) -> None:
     story = told()
     look(story, *parts)
     story.begin_step(1.0)
-    assert story.maps.sigmas == [] and story.masks(GRID) is None and not story.shares
+    assert story.maps.sigmas == [] and story.step.masks(GRID) is None and not story.shares
 
 
 def test_a_step_evaluated_twice_counts_once() -> None:
@@ -523,7 +521,7 @@ def test_wired_masks_leave_the_words_unused() -> None:
     look(story, COND, sigma=5.0)
     story.begin_step(2.0)
     assert story.maps.sigmas == [] and torch.equal(
-        story.masks(GRID), spots(1).bool().expand(3, -1, -1)
+        story.step.masks(GRID), spots(1).bool().expand(3, -1, -1)
     )
     assert torch.equal(
         attend(story, (COND,), qkv), attend(told(3, spots(1).expand(3, -1, -1), 2.0), (COND,), qkv)
@@ -536,7 +534,9 @@ def test_a_word_that_lights_up_nowhere_is_told_once(caplog) -> None:
     story = told()
     for sigma in (5.0, 2.0, 1.0):
         look(story, COND, text=torch.zeros(3, TEXT, C, dtype=torch.float64), sigma=sigma)
-        assert not story.shares and (story.masks(GRID) is None or not story.masks(GRID).any())
+        assert not story.shares and (
+            story.step.masks(GRID) is None or not story.step.masks(GRID).any()
+        )
     assert len(caplog.records) == 1 and "nothing is shared" in caplog.text
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kindred.models.network.call import Halves, Part
-from kindred.models.story import story as story_module
+from kindred.models.story import step
 from kindred.models.story.anchors import AnchorRecorder
 from kindred.models.story.plan import dropped
 from kindred.models.story.story import Story
@@ -77,9 +77,7 @@ def test_each_part_of_a_story_changes_all_that_read() -> None:
 def test_the_order_of_the_pictures_changes_nothing(monkeypatch) -> None:
     """I22: all read all, injection is from a snapshot, dropout goes with its picture."""
     order, out = [2, 0, 3, 1], made([0, 1, 2, 3], told(4, anchors=0))
-    monkeypatch.setattr(
-        story_module, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest)
-    )
+    monkeypatch.setattr(step, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest))
     close(made(order, told(4, anchors=0)), out[order])
 
 
@@ -256,7 +254,7 @@ def test_nothing_is_injected_without_targets_or_before_the_second_stage() -> Non
         assert story.self_output(attn(), out) is out
 
 
-def test_the_second_stage_starts_from_what_came_before_the_injection() -> None:
+def test_the_second_stage_starts_from_what_came_before_the_injection(monkeypatch) -> None:
     """Masks of levels above the first injection stay, those below come anew; fast and official read the masks at other levels."""
     for official, last in ((False, 1.5), (True, 0.3)):
         story = told(3, official=official)
@@ -266,9 +264,11 @@ def test_the_second_stage_starts_from_what_came_before_the_injection() -> None:
             assert story.first_stage_ends == (sigma <= 1.5 and not official)
         wanted = story.maps.mean(last, inclusive=True)
         seen = []
-        story.masks = lambda grid: (
-            seen.append(story._soft) or spots(3).bool()
-        )  # what the match looks at
+        monkeypatch.setattr(
+            step.Step,
+            "masks",  # what the match looks at
+            lambda self, grid: seen.append(self.soft) or spots(3).bool(),
+        )
         story.begin_second_stage()
         assert torch.equal(seen[0], wanted) and story.maps.sigmas == [10.0] and story.stage == 2
 

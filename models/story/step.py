@@ -1,0 +1,129 @@
+"""One noise level of a story: where the subjects are, which of their tokens others see, and who reads them.
+
+Axes: b pictures, w words, n tokens of a grid (y x, row by row), l kept tokens, c channels, r anchors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..network.blocks import BlockId, Grid
+from ..network.call import Half
+from ..subject.maps import positions_of, subject_masks
+from ..subject.masks import resize_user_mask
+from .plan import NODE, Schedule, StorySettings, dropped, shared_groups
+from .sources import AnchorSource
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Step:
+    """What is made once in a step, when it is asked for first."""
+
+    settings: StorySettings
+    schedule: Schedule
+    pictures: int
+    device: torch.device
+    user_masks: Tensor | None = None  # [1|b Y X] in 0..1, host memory
+    anchors: AnchorSource | None = None  # else the first pictures of the batch
+    said: set[str] = field(default_factory=set)  # warnings of the whole run
+    stage: int = 0
+    sigma: float = 0.0
+    soft: Tensor | None = None  # the words' mean maps [b w y x] in host memory; None: not known yet
+    _masks: dict[Grid, Tensor | None] = field(default_factory=dict)
+    _kept: dict[Grid, list[Tensor]] = field(default_factory=dict)
+    _all_kept: dict[Grid, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _shared: dict[Grid, list[tuple[tuple[int, int], Tensor]]] = field(default_factory=dict)
+    _subject: dict[Grid, Tensor | None] = field(default_factory=dict)
+    _tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
+    _outputs: Mapping[BlockId, Tensor] | None = None
+
+    @property
+    def anchor_count(self) -> int:
+        """Pictures of the batch that others read."""
+        return 0 if self.anchors else min(self.settings.anchors or self.pictures, self.pictures)
+
+    def masks(self, grid: Grid) -> Tensor | None:
+        """Where the subjects are: bool [b y x] in host memory; None before anything is known."""
+        if grid not in self._masks:
+            self._masks[grid] = self._masks_at(grid)
+        return self._masks[grid]
+
+    def _masks_at(self, grid: Grid) -> Tensor | None:
+        if self.user_masks is not None:
+            return resize_user_mask(self.user_masks, grid).expand(self.pictures, -1, -1)
+        if self.soft is None:
+            return None
+        masks = subject_masks(self.soft, grid, self.settings.threshold)
+        if not masks.any() and "dark" not in self.said:
+            self.said.add("dark")
+            log.warning(
+                "%s: the subject's word lights up nowhere, so nothing is shared at this step. Describe the subject more "
+                "plainly, or wire masks.",
+                NODE,
+            )
+        return masks
+
+    def subject(self, grid: Grid) -> Tensor | None:
+        """The masks [b n] on the device."""
+        if grid not in self._subject:
+            masks = self.masks(grid)
+            self._subject[grid] = (
+                None if masks is None else masks.flatten(1).to(self.device, non_blocking=True)
+            )
+        return self._subject[grid]
+
+    def kept(self, grid: Grid) -> list[Tensor]:
+        """Per anchor of the batch, the flat positions [l] among b*n that others see: its mask after dropout."""
+        if grid not in self._kept:
+            self._kept[grid] = self._kept_at(grid)
+        return self._kept[grid]
+
+    def _kept_at(self, grid: Grid) -> list[Tensor]:
+        masks, count = self.masks(grid), self.anchor_count
+        if masks is None:
+            return [torch.zeros(0, dtype=torch.long)] * count
+        seed, share = self.settings.seed, self.settings.dropout
+        step = self.schedule.step(self.sigma)
+        seen = [masks[i] & ~dropped(seed, i, step, grid, share).view(grid) for i in range(count)]
+        return positions_of(torch.stack(seen), range(count))
+
+    def all_kept(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The same of all anchors together, [l] in host memory and on the device."""
+        if grid not in self._all_kept:
+            kept = torch.cat(self.kept(grid))
+            self._all_kept[grid] = kept, kept.to(self.device, non_blocking=True)
+        return self._all_kept[grid]
+
+    def shared(self, grid: Grid) -> list[tuple[tuple[int, int], Tensor]]:
+        """Per group of pictures the flat positions it reads, on the device; groups that read nothing are left out."""
+        if grid not in self._shared:
+            kept = self.kept(grid)
+            groups = shared_groups(self.pictures, self.settings.anchors)
+            reads = [(who, torch.cat([kept[j] for j in read])) for who, read in groups if read]
+            self._shared[grid] = [
+                (who, index.to(self.device, non_blocking=True))
+                for who, index in reads
+                if len(index)
+            ]
+        return self._shared[grid]
+
+    def tokens(self) -> Mapping[Half, Mapping[BlockId, Tensor]]:
+        """Tokens [l c] of anchors that are not in the batch."""
+        if self._tokens is None:
+            self._tokens = self.anchors.tokens(
+                self.sigma, self.schedule.step(self.sigma), self.stage == 1
+            )
+        return self._tokens
+
+    def outputs(self) -> Mapping[BlockId, Tensor]:
+        """Self-attention outputs [l' c] of anchors that are not in the batch."""
+        if self._outputs is None:
+            self._outputs = self.anchors.outputs(self.sigma)
+        return self._outputs
