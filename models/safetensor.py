@@ -8,6 +8,7 @@ from typing import Any
 
 from .files import unread
 
+GREATEST = 65504.0  # float16's; beyond it a run would overflow, and no model leaves such values
 MOST_HEADER = 1 << 26  # bytes; a real one has a few hundred kB
 
 

@@ -68,7 +68,7 @@ class ConceptConfig:
 
     def metadata(self) -> dict[str, str]:
         """One entry, since safetensors writes several in no fixed order."""
-        told = {
+        settings = {
             "version": VERSION,
             "family": self.family,
             "layers": [[*block, channels] for block, channels in self.layers],
@@ -79,56 +79,59 @@ class ConceptConfig:
             "merge": self.merge.value,
             "training": dict(self.training),
         }
-        return {FORMAT: json.dumps(told, sort_keys=True)}
+        return {FORMAT: json.dumps(settings, sort_keys=True)}
 
     @staticmethod
-    def read(told: Mapping[str, Any]) -> ConceptConfig:
+    def read(settings: Mapping[str, Any]) -> ConceptConfig:
         """Raises KeyError, ValueError, TypeError or AttributeError where it is not what `metadata` writes."""
-        pixels, tower = told["preprocessing"], told["tower"]
-        if not isinstance(told["family"], str) or not told["family"]:
-            raise ValueError(f"family is {told['family']!r:.60}")
-        layers = tuple(
-            (
-                (s, number(i, 0, 99, "a block"), number(d, 0, 99, "a block")),
-                number(c, 1, 65536, "channels"),
-            )
-            for s, i, d, c in told["layers"]
-        )
-        if (
-            not layers
-            or len(layers) > 1000
-            or any(b[0] not in UNET_STAGES for b, _ in layers)
-            or len(dict(layers)) < len(layers)
-        ):
-            raise ValueError("layers are no cross-attention layers of a UNet")
+        pixels, tower = settings["preprocessing"], settings["tower"]
+        if not isinstance(settings["family"], str) or not settings["family"]:
+            raise ValueError(f"family is {settings['family']!r:.60}")
         config = ConceptConfig(
-            told["family"],
-            layers,
-            number(told["width"], 1, 65536, "width"),
-            number(told["tower_width"], 1, SIZES["hidden_size"][1], "tower_width"),
+            settings["family"],
+            read_layers(settings["layers"]),
+            number(settings["width"], 1, 65536, "width"),
+            number(settings["tower_width"], 1, SIZES["hidden_size"][1], "tower_width"),
             tower,
             Preprocessing(
                 number(pixels["size"], 1, SIZES["image_size"][1], "size"),
                 *(tuple(real(v, -10, 10, name) for v in pixels[name]) for name in ("mean", "std")),
             ),
-            Merge(told["merge"]),
-            dict(told["training"].items()),
+            Merge(settings["merge"]),
+            dict(settings["training"].items()),
         )
-        if {len(config.preprocessing.mean), len(config.preprocessing.std)} != {3} or min(
-            config.preprocessing.std
-        ) <= 0:
-            raise ValueError("mean and std are three numbers each, and std above 0")
-        if tower is not None:
-            check_tower(tower)
-            if (tower["hidden_size"], tower["image_size"]) != (
-                config.tower_width,
-                config.preprocessing.size,
-            ):
-                raise ValueError(
-                    f"the tower is {tower['hidden_size']} wide and sees {tower['image_size']} pixels, but the rest says "
-                    f"{config.tower_width} and {config.preprocessing.size}"
-                )
+        check_pixels(config)
         return config
+
+
+def read_layers(layers: Sequence[Any]) -> tuple[tuple[BlockId, int], ...]:
+    """[stage, index, depth, channels] each -> (block, channels); ValueError or TypeError where they are none of a UNet."""
+    found = tuple(
+        (
+            (stage, number(i, 0, 99, "a block"), number(d, 0, 99, "a block")),
+            number(channels, 1, 65536, "channels"),
+        )
+        for stage, i, d, channels in layers
+    )
+    unknown = any(block[0] not in UNET_STAGES for block, _ in found)
+    if not found or len(found) > 1000 or unknown or len(dict(found)) < len(found):
+        raise ValueError("layers are no cross-attention layers of a UNet")
+    return found
+
+
+def check_pixels(config: ConceptConfig) -> None:
+    """What is said of the pixels, and of the tower that sees them; ValueError."""
+    pixels, tower = config.preprocessing, config.tower
+    if {len(pixels.mean), len(pixels.std)} != {3} or min(pixels.std) <= 0:
+        raise ValueError("mean and std are three numbers each, and std above 0")
+    if tower is None:
+        return
+    check_tower(tower)
+    if (tower["hidden_size"], tower["image_size"]) != (config.tower_width, pixels.size):
+        raise ValueError(
+            f"the tower is {tower['hidden_size']} wide and sees {tower['image_size']} pixels, but the rest says "
+            f"{config.tower_width} and {pixels.size}"
+        )
 
 
 def check_layers(

@@ -23,6 +23,7 @@ XL_STAGES = {
     "output": {0: 10, 1: 10, 2: 10, 3: 2, 4: 2, 5: 2},
     "middle": {0: 10},
 }
+FAMILIES = {768: ("SD15", SD_STAGES), 1024: ("SD20", SD_STAGES), 2048: ("SDXL", XL_STAGES)}
 
 
 def read_full_face(
@@ -36,58 +37,46 @@ def read_full_face(
             f"{path.name} is {kind_of(given)}. Choose a file that Concept Encoder Train or tools/train_concept_encoder.py "
             "made, or IP-Adapter full-face weights."
         )
-    tower_width, width = (
-        shapes["image_proj.proj.0.weight"][0],
-        shapes["image_proj.proj.3.weight"][0],
-    )
-    family, stages = {
-        768: ("SD15", SD_STAGES),
-        1024: ("SD20", SD_STAGES),
-        2048: ("SDXL", XL_STAGES),
-    }.get(width, (None, {}))
-    numbered: list[BlockId] = [
-        (stage, i, d)
-        for stage, blocks in stages.items()
-        for i, depth in blocks.items()
-        for d in range(depth)
-    ]
-    theirs = [f"ip_adapter.{2 * n + 1}.to_" for n in range(len(numbered))]
+    tower_width = shapes["image_proj.proj.0.weight"][0]
+    width = shapes["image_proj.proj.3.weight"][0]
+    family, stages = FAMILIES.get(width, (None, {}))
+    theirs = {block: f"ip_adapter.{2 * n + 1}.to_" for n, block in enumerate(numbered(stages))}
     layered = {name for name in shapes if name.startswith("ip_adapter.")}
-    if family is None or layered != {f"{name}{half}_ip.weight" for name in theirs for half in "kv"}:
+    if family is None or layered != {
+        f"{n}{half}_ip.weight" for n in theirs.values() for half in "kv"
+    }:
         raise ValueError(
             f"{path.name} is IP-Adapter full-face weights for a base model Kindred does not know: text width {width}, "
             f"{sum(n.endswith('to_k_ip.weight') for n in layered)} layers. Use weights for SD1.5 (768 and 16), SD2.x "
             "(1024 and 16) or SDXL (2048 and 70)."
         )
     names = {"mlp." + name.removeprefix("image_proj.proj."): name for name in mlp}
-    for block, name in zip(numbered, theirs):
+    channels: dict[BlockId, int] = {}
+    for block, name in theirs.items():
         own = "_".join(map(str, block))
-        names[f"to_k.{own}.weight"], names[f"to_v.{own}.weight"] = (
-            name + "k_ip.weight",
-            name + "v_ip.weight",
-        )
-    channels = {
-        block: math.prod(shapes[name + "k_ip.weight"][:1]) for block, name in zip(numbered, theirs)
-    }
-    if (
-        tower_width > SIZES["hidden_size"][1] or max(channels.values()) > 65536
-    ):  # an empty tensor may claim any size
-        raise torn(
-            path,
-            ValueError(
-                f"tokens of width {tower_width}, layers of {max(channels.values())} channels"
-            ),
-        )
+        names[f"to_k.{own}.weight"] = name + "k_ip.weight"
+        names[f"to_v.{own}.weight"] = name + "v_ip.weight"
+        channels[block] = math.prod(shapes[name + "k_ip.weight"][:1])
+    widest = max(channels.values())
+    if tower_width > SIZES["hidden_size"][1] or widest > 65536:
+        # an empty tensor may claim any size
+        claim = f"tokens of width {tower_width}, layers of {widest} channels"
+        raise torn(path, ValueError(claim))
     layers = sorted(channels.items(), key=lambda layer: (UNET_STAGES.index(layer[0][0]), layer[0]))
+    source = {"source": "IP-Adapter full-face"}
     config = ConceptConfig(
-        family,
-        tuple(layers),
-        width,
-        tower_width,
-        merge=Merge.ADD,
-        training={"source": "IP-Adapter full-face"},
+        family, tuple(layers), width, tower_width, merge=Merge.ADD, training=source
     )
     return config, names
+
+
+def numbered(stages: Mapping[str, Mapping[int, int]]) -> list[BlockId]:
+    """The cross-attention layers in the order of a full-face file; stages: per block how many it has."""
+    layers: list[BlockId] = []
+    for stage, blocks in stages.items():
+        for i, depth in blocks.items():
+            layers += [(stage, i, d) for d in range(depth)]
+    return layers
 
 
 def kind_of(image_proj: set[str]) -> str:

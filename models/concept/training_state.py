@@ -26,14 +26,14 @@ def unlike_tensors(what: str, given: Any, own: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """What Trainer.save wrote, and its file's name; nothing in it is executed.
 
     ValueError for a torn or foreign one, OSError where the system does not give it.
     """
     try:
         path.open("rb").close()
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
     except FileNotFoundError:

@@ -24,11 +24,11 @@ from ..network.blocks import UNET_STAGES, Grid
 from ..network.call import Half
 from ..noise.inversion import InversionTrajectory
 from ..noise.path import DIFFUSION, Diffusion, Flow, Noise
-from ..safetensor import check_safetensors, number
+from ..safetensor import GREATEST, check_safetensors, number
 from ..subject.words import SubjectTokens
 from .bank import BANK_VERSION, AnchorFeatures, Kept, ReferenceBank, ReferencePrompt
 from .rows import Layer
-from .soundness import GREATEST, Rows, check
+from .soundness import Rows, check
 
 FORMAT = "kindred.reference"  # the metadata's one key: safetensors writes several in no fixed order
 DTYPES = {

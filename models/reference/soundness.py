@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..network.blocks import block_name
 from ..network.call import Half
+from ..safetensor import GREATEST
 from .bank import Kept, ReferenceBank
 from .rows import Layer
 
-GREATEST = 65504.0  # float16's; beyond it a run would overflow, and no model leaves such values
 FLOATS = (
     torch.float16,
     torch.bfloat16,

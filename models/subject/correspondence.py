@@ -18,6 +18,7 @@ from .masks import otsu_threshold
 
 CHUNK = 1024  # target tokens at a time: 50 MB of similarities to 12k source tokens
 NO_MATCH = 2.0  # the greatest cosine distance
+CONSTANT = 1e-5  # a channel's spread, as a share of its largest value, that is rounding alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +121,12 @@ def inject(
     return flat.index_copy(0, targets, mixed).view_as(x)
 
 
-def adain(x: Tensor, like: Tensor, eps: float = 1e-5, where: Tensor | None = None) -> Tensor:
+def adain(x: Tensor, like: Tensor, where: Tensor | None = None) -> Tensor:
     """Keys x [1|b l c] -> [b l c] with the mean and standard deviation of like [b n c], channel by channel over tokens.
 
     Appendix E, of the keys of inverted photos; heads are not split, so a channel is a head-channel. where: bool [b n], the
     tokens of `like` that count (its subject, as x is the photo's); a picture without any leaves x as it is. A channel whose
-    spread is below eps times its largest value counts as constant and takes the mean of `like` (so does l = 1). No token on
+    spread is below CONSTANT times its largest value counts as constant and takes the mean of `like` (so does l = 1). No token on
     either side: x as it is. float32 inside; the result has x's dtype.
     """
     shape = (like.shape[0], *x.shape[1:])
@@ -147,5 +148,5 @@ def adain(x: Tensor, like: Tensor, eps: float = 1e-5, where: Tensor | None = Non
         spread, mean = (
             torch.where(total > 0, a, b) for a, b in ((spread, own_spread), (mean, own_mean))
         )
-    floor = (eps * own.abs().amax(1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
+    floor = (CONSTANT * own.abs().amax(1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
     return ((own - own_mean) / own_spread.maximum(floor) * spread + mean).to(x.dtype)
