@@ -21,13 +21,19 @@ from torch import Tensor, nn
 from ..attention.parts import Merge, References
 from ..attention.references import ReferenceTokens
 from ..files import whole
-from ..identity import differences, read_key
 from ..network.call import AttnCall, Role
 from ..network.sites import BlockSite
 from .draws import Draw, Examples, draw
 from .encoder import ConceptEncoder, KeysValues
 from .settings import TrainSettings
-from .training_state import unlike_tensors
+from .training_state import (
+    check_settings,
+    refuse,
+    unlike_a_state,
+    unlike_losses,
+    unlike_moments,
+    unlike_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -141,26 +147,8 @@ class Trainer:
         )
         self.engine = engine or OneProcess()
         encoder.to(self.engine.device, torch.float32).train().requires_grad_(True)
-        tower = [] if encoder.tower is None else list(encoder.tower.parameters())
-        if (
-            encoder.tower is not None
-            and self.engine.device.type == "cpu"
-            and hasattr(encoder.tower.model, "set_attn_implementation")
-        ):
-            encoder.tower.model.set_attn_implementation(
-                "eager"
-            )  # faster than the fused kernel in a CPU's backward pass
-        tower_rate = settings.rate if settings.tower_rate is None else settings.tower_rate
-        if tower_rate == 0 and tower:
-            encoder.tower.requires_grad_(False)
-            tower = []
-        known = {id(p) for p in tower}
-        rest = [p for p in encoder.parameters() if p.requires_grad and id(p) not in known]
-        groups = [{"params": rest, "rate": settings.rate}] + (
-            [{"params": tower, "rate": tower_rate}] if tower else []
-        )
         self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+            self._groups(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
         )
         self.trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
         self.average = (
@@ -175,6 +163,24 @@ class Trainer:
             torch.tensor(v, device=self.engine.device)[:, None, None]
             for v in (pixels.mean, pixels.std)
         )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups: the tower may have a rate of its own, and with a rate of 0 it does not learn."""
+        encoder, settings, tower = self.encoder, self.settings, []
+        if encoder.tower is not None:
+            tower = list(encoder.tower.parameters())
+            on_cpu = self.engine.device.type == "cpu"
+            if on_cpu and hasattr(encoder.tower.model, "set_attn_implementation"):
+                # faster than the fused kernel in a CPU's backward pass
+                encoder.tower.model.set_attn_implementation("eager")
+        tower_rate = settings.rate if settings.tower_rate is None else settings.tower_rate
+        if tower_rate == 0 and tower:
+            encoder.tower.requires_grad_(False)
+            tower = []
+        known = {id(p) for p in tower}
+        rest = [p for p in encoder.parameters() if p.requires_grad and id(p) not in known]
+        groups = [{"params": rest, "rate": settings.rate}]
+        return groups + ([{"params": tower, "rate": tower_rate}] if tower else [])
 
     def loss(self, d: Draw, weight: float = 1.0) -> Tensor:
         """Eq. (10) for one draw: the squared error of eps (or v), mean over the pictures -> []."""
@@ -277,47 +283,25 @@ class Trainer:
     ) -> None:
         """The averaged encoder, then the state, each whole or as it was: a state is never ahead. OSError where the disk says no."""
         self.kept(**facts).save(encoder)
-        told = self.state(**made_with)
-        held = [told["encoder"], told["average"] or {}, *told["optimizer"]["state"].values()]
+        content = self.state(**made_with)
+        held = [
+            content["encoder"],
+            content["average"] or {},
+            *content["optimizer"]["state"].values(),
+        ]
         with whole(
             state, [t for part in held for t in part.values() if isinstance(t, Tensor)]
         ) as partial:
-            torch.save(told, partial)
+            torch.save(content, partial)
 
     def resume(self, state: Mapping[str, Any], **made_with: Any) -> None:
         """Continue from `state`; steps may differ under a constant rate. ValueError names a setting that would make it another run."""
-        self.refuse(state, self.unlike(state))
-        was = {
-            **asdict(TrainSettings()),
-            **state["settings"],
-            **state.get("made_with", {}),
-        }  # a setting it does not know came later
-        now = {**asdict(self.settings), **{k: v for k, v in made_with.items() if k in was}}
-        free = (
-            () if self.settings.schedule == "cosine" else ("steps",)
-        )  # a cosine ends where the run does
-        file = f" {state['file']}" if "file" in state else ""
-        if "base" in now:  # the same weights may be loaded in another precision
-            was["base"], now["base"] = read_key(was["base"]), read_key(now["base"])
-        differ = [
-            k
-            for k, v in now.items()
-            if k not in free and (differences(was[k], v) != () if k == "base" else was.get(k) != v)
-        ]
-        if differ:
-            raise ValueError(
-                f"training: the checkpoint{file} was made with "
-                + ", ".join(f"{k} {was.get(k)!s:.80}" for k in differ)
-                + ", but "
-                + ", ".join(f"{k} {now[k]}" for k in differ)
-                + " was asked for. Give the same settings, "
-                "or another output folder or name."
-            )
-        self.refuse(state, self.unlike_learned(state))
+        refuse(state, unlike_a_state(state))
+        check_settings(state, self.settings, made_with)
+        refuse(state, self.unlike_learned(state))
         self.encoder.load_state_dict(state["encoder"])
-        groups = self.optimizer.state_dict()[
-            "param_groups"
-        ]  # they follow from the settings, which are the same
+        # the groups follow from the settings, which are the same
+        groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(
             {"state": state["optimizer"]["state"], "param_groups": groups}
         )
@@ -326,59 +310,13 @@ class Trainer:
                 self.average[name].copy_(value)
         self.step_number, self.losses = state["step"], list(state["losses"])
 
-    @staticmethod
-    def refuse(state: Mapping[str, Any], fault: str) -> None:
-        if fault:
-            raise ValueError(
-                f"training: {state.get('file', 'the state')} is damaged, or of another encoder: {fault}. Remove it to begin "
-                "again; the encoder beside it is a file of its own."
-            )
-
-    def unlike(self, state: Mapping[str, Any]) -> str:
-        """What of a state is none at all, before its settings are compared; "" where there is nothing."""
-        for name, kind in (
-            ("settings", Mapping),
-            ("encoder", Mapping),
-            ("optimizer", Mapping),
-            ("losses", list),
-            ("step", int),
-        ):
-            if not isinstance(state.get(name), kind):
-                return f"its {name} is {state.get(name)!r:.40}"
-        if not isinstance(state.get("made_with", {}), Mapping) or not isinstance(
-            state["optimizer"].get("state"), Mapping
-        ):
-            return "it does not say how it was made, or how far"
-        return ""
-
     def unlike_learned(self, state: Mapping[str, Any]) -> str:
         """What of a state does not fit this encoder's tensors, or is not finite; "" where everything does."""
-        step, losses = state["step"], state["losses"]
-        if (
-            step < 0
-            or len(losses) != step
-            or not all(type(x) is float and math.isfinite(x) for x in losses)
-        ):
-            return f"it is of step {step} and tells {len(losses)} losses"
-        fault = unlike_tensors("encoder", state["encoder"], self.encoder.state_dict())
-        if self.average is not None:
-            fault = fault or unlike_tensors("average", state.get("average"), self.average)
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = state["optimizer"]["state"]
-        if not fault and step and moments.keys() != set(range(len(learning))):
-            return f"it has moments of {len(moments)} tensors, and {len(learning)} learn"
-        for i, own in moments.items() if not fault else ():
-            fault = (
-                fault
-                or unlike_tensors(
-                    f"moments of tensor {i}",
-                    own,
-                    {"step": torch.zeros(()), "exp_avg": learning[i], "exp_avg_sq": learning[i]},
-                )
-                or (
-                    "negative squares"
-                    if (own["exp_avg_sq"] < 0).any() or own["step"] != step
-                    else ""
-                )
-            )
-        return fault
+        return (
+            unlike_losses(state)
+            or unlike_tensors("encoder", state["encoder"], self.encoder.state_dict())
+            or self.average is not None
+            and unlike_tensors("average", state.get("average"), self.average)
+            or unlike_moments(state, learning)
+        )
