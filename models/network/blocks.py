@@ -17,61 +17,66 @@ def block_name(block: BlockId) -> str:
     return f"{block[0]} {block[1]}" + (f".{block[2]}" if block[2] else "")
 
 
+def presets_of(available: Sequence[BlockId]) -> dict[str, list[BlockId]]:
+    """What each preset means among these blocks, given in the order in which the network runs; of some presets nothing.
+
+    "masactrl" is attention layers 10 and later (arXiv 2304.08465). Of a transformer, encoder and decoder are its first and second
+    half, and its kinds of blocks are presets.
+    """
+    of_stage: dict[str, list[BlockId]] = {}
+    for block in available:
+        of_stage.setdefault(block[0], []).append(block)
+    if not available or available[0][0] in UNET_STAGES:
+        return {
+            "all": [*available],
+            "encoder": of_stage.get("input", []),
+            "middle": of_stage.get("middle", []),
+            "decoder": of_stage.get("output", []),
+            "masactrl": [*available[10:]],
+        }
+    half = len(available) // 2
+    halves = {"all": available, "encoder": available[:half], "decoder": available[half:]}
+    return {name: [*blocks] for name, blocks in halves.items()} | of_stage
+
+
 def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple[BlockId, ...]:
     """Resolve "all", "encoder", "middle", "decoder", "masactrl" or a list such as "input 4, output 3-5, middle 0".
 
-    Order is that of `available` (the order in which the network runs). "masactrl" is attention layers 10 and later
-    (arXiv 2304.08465). Of a transformer, encoder and decoder are its first and second half, and its kinds of blocks are presets.
+    Order is that of `available` (the order in which the network runs); presets_of says what presets mean.
     Raises ValueError naming the unknown word and the blocks that exist.
     """
-    presets = {
-        "all": lambda i, b: True,
-        "encoder": lambda i, b: b[0] == "input",
-        "middle": lambda i, b: b[0] == "middle",
-        "decoder": lambda i, b: b[0] == "output",
-        "masactrl": lambda i, b: i >= 10,
-    }
-    if (
-        available and available[0][0] not in UNET_STAGES
-    ):  # of a transformer: its first and second half
-        half = len(available) // 2
-        presets = {
-            "all": presets["all"],
-            "encoder": lambda i, b: i < half,
-            "decoder": lambda i, b: i >= half,
-        } | {
-            kind: lambda i, b, kind=kind: b[0] == kind
-            for kind in dict.fromkeys(b[0] for b in available)
-        }
     if not available:
         raise ValueError(
             f"{node}: this model has no block with self-attention, so there is nothing to read. Load an SD1.5, SD2.x or SDXL "
             "checkpoint."
         )
-    there = ", ".join(
-        name for name, fits in presets.items() if any(fits(i, b) for i, b in enumerate(available))
-    )
+    presets = presets_of(available)
+    there = ", ".join(name for name, blocks in presets.items() if blocks)
     chosen: set[BlockId] = set()
     for term in filter(None, (t.strip().lower() for t in wanted.split(","))):
-        if term in presets:
-            found = {b for i, b in enumerate(available) if presets[term](i, b)}
-        elif match := re.fullmatch(r"([a-z]+)\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\.(\d+))?", term):
-            stage, first, last, depth = match[1], int(match[2]), int(match[3] or match[2]), match[4]
-            found = {
-                b
-                for b in available
-                if b[0] == stage and first <= b[1] <= last and depth in (None, str(b[2]))
-            }
-        else:
-            found = set()
-        if not found:
+        blocks = presets[term] if term in presets else _listed(term, available)
+        if not blocks:
             raise ValueError(
                 f"{node}: no attention block matches {term!r:.200}. Choose from this model's "
                 f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {there}."
             )
-        chosen |= found
+        chosen.update(blocks)
     if not chosen:
         raise ValueError(
             f"{node}: blocks is empty. Write {there.replace(', ', ' or ')}, or a list such as 'output 3-5, middle 0'."
         )
     return tuple(b for b in available if b in chosen)
+
+
+def _listed(term: str, available: Sequence[BlockId]) -> list[BlockId]:
+    """The blocks of a term such as "output 3-5" or "middle 0.1"; none where it is no such term."""
+    match = re.fullmatch(r"([a-z]+)\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\.(\d+))?", term)
+    if match is None:
+        return []
+    stage, depth = match[1], match[4]
+    first, last = int(match[2]), int(match[3] or match[2])
+    return [
+        b
+        for b in available
+        if b[0] == stage and first <= b[1] <= last and depth in (None, str(b[2]))
+    ]

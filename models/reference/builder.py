@@ -74,26 +74,26 @@ class BankBuilder:
                 block: kept_of(block, grids[block], t, self._positions(grids[block], t.device))
                 for block, t in tokens.items()
             }
-        if (
-            not self._steps
-            and (total := sum(t.numel() * t.element_size() for t in tokens.values()) * steps)
-            > LARGE
-        ):
-            when, less = (
-                ("", "a smaller token_share")
-                if self.masks
-                else (" until the mask is known", "a wired mask")
-            )
-            log.warning(
-                "Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, %s or precision float16 need "
-                "less.",
-                total / 1e9,
-                when,
-                less,
-            )
+        if not self._steps:
+            self._warn(sum(t.numel() * t.element_size() for t in tokens.values()) * steps)
         self._steps[half, step] = {
             b: t.to("cpu", self.precision or t.dtype, copy=True) for b, t in tokens.items()
         }
+
+    def _warn(self, size: float) -> None:
+        """Say so where a whole pass holds more than LARGE bytes."""
+        if size <= LARGE:
+            return
+        when, less = " until the mask is known", "a wired mask"
+        if self.masks:
+            when, less = "", "a smaller token_share"
+        log.warning(
+            "Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, %s or precision float16 need "
+            "less.",
+            size / 1e9,
+            when,
+            less,
+        )
 
     def _positions(self, grid: Grid, device: torch.device) -> Tensor:
         if (grid, device) not in self._kept:
@@ -128,20 +128,24 @@ class BankBuilder:
             project = None
         features, widths = {}, {}
         for half in dict.fromkeys(h for h, _ in self._steps):
-            steps = sorted(s for h, s in self._steps if h is half)
-            for i, step in enumerate(steps):
-                full = self._steps.pop((half, step))
-                row = {
-                    b: t if project is None else project(b, t).to(t)
-                    for b, t in (full if self.masks is not None else bank.keep(full)).items()
-                }
-                widths = {b: t.shape[-1] for b, t in row.items()}
-                whole = torch.cat([t.flatten() for t in row.values()])
-                if not i:
-                    features[half] = whole.new_empty(len(steps), len(whole))
-                features[half][i] = whole
-        return replace(
-            bank,
-            layers=tuple(replace(layer, channels=widths[layer.block]) for layer in layers),
-            features=features,
-        )
+            features[half], widths = self._rows(half, bank, project)
+        layers = tuple(replace(layer, channels=widths[layer.block]) for layer in layers)
+        return replace(bank, layers=layers, features=features)
+
+    def _rows(
+        self, half: Half, bank: ReferenceBank, project: Project | None
+    ) -> tuple[Tensor, dict[BlockId, int]]:
+        """All steps of one half [t s], and how many channels each block has in them."""
+        steps = sorted(s for h, s in self._steps if h is half)
+        rows, widths = None, {}
+        for i, step in enumerate(steps):
+            tokens = self._steps.pop((half, step))
+            tokens = tokens if self.masks is not None else bank.keep(tokens)
+            if project is not None:
+                tokens = {block: project(block, t).to(t) for block, t in tokens.items()}
+            row = torch.cat([t.flatten() for t in tokens.values()])
+            if rows is None:
+                rows = row.new_empty(len(steps), len(row))
+                widths = {block: t.shape[-1] for block, t in tokens.items()}
+            rows[i] = row
+        return rows, widths

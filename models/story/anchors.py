@@ -159,54 +159,18 @@ class AnchorRecorder:
         if self._unasked:
             raise passes_over(self.asker, f"sigma {self._unasked[0]:.4g}")
         sigmas = sorted(self.latents)
-        text = prompts[Half.COND].text
         path = torch.stack([final.float().cpu(), *(self.latents[s] for s in sigmas)])
         trajectory = InversionTrajectory(
-            torch.tensor([0.0, *sigmas]), path, "generated anchors", text, model_key, schedule
+            torch.tensor([0.0, *sigmas]),
+            path,
+            "generated anchors",
+            prompts[Half.COND].text,
+            model_key,
+            schedule,
         )
         last = [self._row(s) for s in sigmas]
-        halves = tuple(half for half in Half if all((row, half) in self._tokens for row in last))
-        if Half.COND not in halves:
-            at = next(row[1] for row in last if (row, Half.COND) not in self._tokens)
-            raise ValueError(
-                f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
-                "kept whole. Remove the timestep range of the positive prompt."
-            )
-        first = [
-            (1, s) if row == (2, s) and (1, s) in self._kept else None
-            for row, s in zip(last, sigmas)
-        ]
-        staged = [s for s, row in zip(sigmas, first) if row]
-        settings = (
-            {**settings, "first_from": max(staged), "first_until": min(staged)}
-            if staged
-            else settings
-        )
-        nothing = torch.zeros(0)
-        grids = {layer.grid for layer in self.layers.values()}
-        none = torch.zeros(0, dtype=torch.long)
-        output_rows = [
-            torch.cat([self._outputs[s][b].flatten() for b in self.output_layers])
-            if s in self._outputs
-            else nothing
-            for s in sigmas
-        ]
-        anchors = AnchorFeatures(
-            kept={grid: tuple(self._kept[row][grid] for row in last) for grid in grids},
-            first={
-                half: tuple(nothing if row is None else self._joined(row, half) for row in first)
-                for half in halves
-            },
-            first_kept={
-                grid: tuple(none if row is None else self._kept[row][grid] for row in first)
-                for grid in grids
-            },
-            outputs=tuple(output_rows),
-            output_layers=tuple(self.output_layers.values()),
-            features=self._features,
-            subject=self._subject,
-            settings=settings,
-        )
+        halves = self._halves(last)
+        anchors = self._anchor_features(last, halves, settings)
         features = {half: tuple(self._joined(row, half) for row in last) for half in halves}
         return ReferenceBank(
             trajectory,
@@ -218,6 +182,53 @@ class AnchorRecorder:
             self.maps,
             anchors,
         )
+
+    def _halves(self, last: Sequence[Row]) -> tuple[Half, ...]:
+        """Those that every step has; ValueError where cond is not among them."""
+        halves = tuple(half for half in Half if all((row, half) in self._tokens for row in last))
+        if Half.COND not in halves:
+            at = next(row[1] for row in last if (row, Half.COND) not in self._tokens)
+            raise ValueError(
+                f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
+                "kept whole. Remove the timestep range of the positive prompt."
+            )
+        return halves
+
+    def _anchor_features(
+        self,
+        last: Sequence[Row],
+        halves: Sequence[Half],
+        settings: Mapping[str, float | int | str],
+    ) -> AnchorFeatures:
+        """last: of each step the stage that counts, from little noise to much."""
+        first = [(1, s) if stage == 2 and (1, s) in self._kept else None for stage, s in last]
+        staged = [row[1] for row in first if row]
+        if staged:
+            settings = {**settings, "first_from": max(staged), "first_until": min(staged)}
+        no_tokens, no_positions = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        grids = {layer.grid for layer in self.layers.values()}
+        return AnchorFeatures(
+            kept={grid: tuple(self._kept[row][grid] for row in last) for grid in grids},
+            first={
+                half: tuple(self._joined(row, half) if row else no_tokens for row in first)
+                for half in halves
+            },
+            first_kept={
+                grid: tuple(self._kept[row][grid] if row else no_positions for row in first)
+                for grid in grids
+            },
+            outputs=tuple(self._joined_outputs(s) for _, s in last),
+            output_layers=tuple(self.output_layers.values()),
+            features=self._features,
+            subject=self._subject,
+            settings=settings,
+        )
+
+    def _joined_outputs(self, sigma: float) -> Tensor:
+        """[s]; empty where nothing was injected."""
+        if sigma not in self._outputs:
+            return torch.zeros(0)
+        return torch.cat([self._outputs[sigma][block].flatten() for block in self.output_layers])
 
     def _row(self, sigma: float) -> Row:
         row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
