@@ -26,13 +26,7 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
     one is writing stays. tensors: most of what will be written. Raises OSError where the disk does, whoever wrote, with the folder and
     its room.
     """
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if dead(stale.with_suffix(".lock")):
-            discard(stale)
-    for lock in path.parent.glob(
-        f".{glob.escape(path.name)}.*.lock"
-    ):  # of one that was killed behind its last step
-        dead(lock)
+    _clear(path)
     size = sum(t.numel() * t.element_size() for t in tensors)
     place, lock, handle = _place(path), path, None
     try:
@@ -43,30 +37,45 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
         partial = place / "file.partial"
         place.mkdir()  # safetensors writes beside the name it is given, and a kill leaves that too
         yield partial
-        plain = place / "plain.partial"
-        plain.touch()
-        partial.chmod(plain.stat().st_mode)  # safetensors makes files that nobody else may read
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        discard(place)
-        flush_folder(path.parent)
+        _finish(partial, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and "inline_container" not in str(
-            error
-        ):  # so begins what torch.save says of a disk
-            raise
+        if type(error) is RuntimeError and "inline_container" not in str(error):
+            raise  # only with this word torch.save speaks of a disk
         discard(place)  # its room is free again
         if handle is not None:
             release(lock, handle)
             handle = None
-        told = refusal(path, size, getattr(error, "strerror", None) or str(error).splitlines()[0])
-        told.errno = getattr(error, "errno", None)
-        raise told from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        refused = refusal(path, size, reason)
+        refused.errno = getattr(error, "errno", None)
+        raise refused from error
     finally:
         discard(place)
         if handle is not None:
             release(lock, handle)
+
+
+def _clear(path: Path) -> None:
+    """Take away what killed processes left of this name; what a living one is writing stays."""
+    name = glob.escape(path.name)
+    for stale in path.parent.glob(f".{name}.*.partial"):
+        if dead(stale.with_suffix(".lock")):
+            discard(stale)
+    for lock in path.parent.glob(f".{name}.*.lock"):  # of one that was killed behind its last step
+        dead(lock)
+
+
+def _finish(partial: Path, path: Path) -> None:
+    """Flush what was written to the disk, and give it its name."""
+    place = partial.parent
+    plain = place / "plain.partial"
+    plain.touch()
+    partial.chmod(plain.stat().st_mode)  # safetensors makes files that nobody else may read
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    discard(place)
+    flush_folder(path.parent)
 
 
 def _place(path: Path) -> Path:

@@ -166,38 +166,29 @@ def attend_group(
 ) -> Tensor:
     """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
     rows = q.shape[0] // len(parts)
-
-    def region(r: References) -> Tensor | None:
-        return (
-            None
-            if r.query_mask is None
-            else torch.cat([r.query_mask[p].expand(rows, -1) for p in parts])
-        )
-
-    given = [(gather_parts(r, call, parts, rows), region(r), r.merge) for r in references]
-    free = [tokens for tokens, mask, merge in given if merge is Merge.CONCAT and mask is None]
-    masked = [
-        (tokens, mask)
-        for tokens, mask, merge in given
-        if merge is Merge.CONCAT and mask is not None
-    ]
+    joined = [(gather_parts(r, call, parts, rows), _region(r, parts, rows), r) for r in references]
+    concat = [(tokens, mask) for tokens, mask, r in joined if r.merge is Merge.CONCAT]
+    free = [tokens for tokens, mask in concat if mask is None]
+    masked = [(tokens, mask) for tokens, mask in concat if mask is not None]
     mixed = read(attend, q, k, v, free, heads)
-    for size in range(
-        1, len(masked) + 1
-    ):  # where target masks overlap, a query reads all of their references
+    # where target masks overlap, a query reads all of their references
+    for size in range(1, len(masked) + 1):
         for chosen in combinations(masked, size):
             seen = torch.stack([mask for _, mask in chosen]).prod(0)
-            mixed = blend_queries(
-                mixed, read(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen
-            )
-    for tokens, mask, merge in given:
-        if merge is Merge.ADD and not tokens.silent:
-            beside = (
-                attend(q, tokens.k.expand(len(q), -1, -1), tokens.v.expand(len(q), -1, -1), heads)
-                * tokens.weight
-            )
+            tokens = [*free, *(t for t, _ in chosen)]
+            mixed = blend_queries(mixed, read(attend, q, k, v, tokens, heads), seen)
+    for tokens, mask, r in joined:
+        if r.merge is Merge.ADD and not tokens.silent:
+            keys, values = (x.expand(len(q), -1, -1) for x in (tokens.k, tokens.v))
+            beside = attend(q, keys, values, heads) * tokens.weight
             mixed = mixed + (beside if mask is None else beside * mask.to(beside)[..., None])
     return mixed
+
+
+def _region(references: References, parts: Sequence[int], rows: int) -> Tensor | None:
+    """The query mask of each row of the listed parts, [b n]."""
+    mask = references.query_mask
+    return None if mask is None else torch.cat([mask[p].expand(rows, -1) for p in parts])
 
 
 def take_parts(call: AttnCall, x: Tensor, parts: Sequence[int]) -> Tensor:

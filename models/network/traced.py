@@ -44,45 +44,56 @@ def trace(
     before the host repeats them. A part stands in one or more copies of all of its rows, in the order of the parts.
     """
     rows = was.shape[0] // parts
-    if (
-        was.shape[0] % parts
-        or now.shape[0] % rows
-        or (keys is not None and keys.shape[0] != now.shape[0])
-    ):
+    whole = not was.shape[0] % parts and not now.shape[0] % rows
+    if not whole or (keys is not None and keys.shape[0] != now.shape[0]):
         return None
-    count, places = now.shape[0] // rows, []
-    given, left = (x if x is None else _sample(x, x.shape[1], rows) for x in (text, keys))
-    for i in range(count):
-        places.append([None if left is None else _places(given[p], left[i]) for p in range(parts)])
+    count = now.shape[0] // rows
+    texts, left = (x if x is None else _sample(x, x.shape[1], rows) for x in (text, keys))
+    places: list[list[Places | None]] = [[None] * parts for _ in range(count)]
+    if left is not None:
+        places = [[_places(texts[p], left[i]) for p in range(parts)] for i in range(count)]
     orders = [tuple(range(parts))]
     if now.shape[0] != was.shape[0]:
-        if was.shape[1:] != now.shape[1:]:
-            return None
-        before, after = (_sample(x, TOKENS, rows) for x in (was, now))
-        alike = [[torch.equal(a, b) for b in before] for a in after]
-        orders = [o for o in _orders(count, parts) if all(alike[i][p] for i, p in enumerate(o))]
-        if len(orders) > 1 and left is not None:  # cond and uncond begin with equal queries
-            orders = [
-                o
-                for o in orders
-                if all(places[i][p] is not None or not any(places[i]) for i, p in enumerate(o))
-            ]
+        orders = _alike(was, now, rows, parts)
         if len(orders) > 1 and left is not None:
-            orders = [
-                o for o in orders if all(places[o.index(p)][p] is not None for p in range(parts))
-            ]
+            orders = _told_by_texts(orders, places, parts)
     if len(orders) != 1:
         return None
-    found = tuple(places[i][p] for i, p in enumerate(orders[0]))
-    repeats = tuple(
-        None
-        if left is None or (place is None and count == parts)
-        else (_copies(place, once[p]),)
-        if place is not None
-        else tuple(_repeated(row) for row in left[i])
-        for i, (p, place) in enumerate(zip(orders[0], found))
-    )
-    return Traced(orders[0], found, repeats)
+    order = orders[0]
+    found = tuple(places[i][p] for i, p in enumerate(order))
+    repeats: list[tuple[int, ...] | None] = []
+    for i, (part, place) in enumerate(zip(order, found)):
+        if left is None or (place is None and count == parts):
+            repeats.append(None)
+        elif place is not None:
+            repeats.append((_copies(place, once[part]),))
+        else:
+            repeats.append(tuple(_repeated(row) for row in left[i]))
+    return Traced(order, found, tuple(repeats))
+
+
+def _alike(was: Tensor, now: Tensor, rows: int, parts: int) -> list[tuple[int, ...]]:
+    """The orders in which the rows now could be copies of the parts, by their queries; none where they are of another shape."""
+    if was.shape[1:] != now.shape[1:]:
+        return []
+    before, after = (_sample(x, TOKENS, rows) for x in (was, now))
+    alike = [[torch.equal(a, b) for b in before] for a in after]
+    orders = _orders(len(after), parts)
+    return [order for order in orders if all(alike[i][p] for i, p in enumerate(order))]
+
+
+def _told_by_texts(
+    orders: Sequence[tuple[int, ...]], places: Sequence[Sequence[Places | None]], parts: int
+) -> list[tuple[int, ...]]:
+    """Those of the orders that the texts allow, since cond and uncond begin with equal queries."""
+    orders = [
+        o
+        for o in orders
+        if all(places[i][p] is not None or not any(places[i]) for i, p in enumerate(o))
+    ]
+    if len(orders) > 1:
+        orders = [o for o in orders if all(places[o.index(p)][p] is not None for p in range(parts))]
+    return orders
 
 
 def _sample(x: Tensor, tokens: int, rows: int) -> Tensor:

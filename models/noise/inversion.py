@@ -118,7 +118,6 @@ def ddim_invert(
     *,
     label: Label = "target",
     on_step: OnStep | None = None,
-    sigma_floor: float | None = None,
     evaluate_last: bool = False,
     noise: Noise = DIFFUSION,
 ) -> Tensor:
@@ -128,7 +127,7 @@ def ddim_invert(
     way back): the same z = x / sqrt(1 + sigma^2), told to be at the target, hence x * sqrt((1 + target^2) / (1 + source^2)).
     label "source" reads eps at (x_i, sigma_i), Euler on the flipped list: the very points that a denoising run over the
     trajectory asks at, so one pass inverts and captures. Its first point is at sigma 0, where eps is 0/0: it is asked at
-    sigma_floor (default: the noise path's). `evaluate_last` asks once more at the last point, whose answer only on_step sees.
+    the noise path's floor. `evaluate_last` asks once more at the last point, whose answer only on_step sees.
     On a flow "source" is Euler's inversion; "target" does not exist there.
 
     Calls of the denoiser: t, or t + 1 with evaluate_last. on_step(index, total, x asked at, denoised) follows each: "source"
@@ -143,7 +142,7 @@ def ddim_invert(
             'DDIM inversion: evaluate_last needs label "source"; got "target", which asks at no point of the path.'
         )
     total = len(sigmas) - 1 + evaluate_last
-    floor = min(noise.floor if sigma_floor is None else sigma_floor, sigmas[1])
+    floor = min(noise.floor, sigmas[1])
     slope_at = _slopes(denoise, on_step, total)
     x, latents = x0, [x0]
     for i, (source, target) in enumerate(pairwise(sigmas)):

@@ -16,7 +16,7 @@ from kindred.models.noise.inversion import (
     fireflow_invert,
     forward_noise,
 )
-from kindred.models.noise.path import DIFFUSION, Flow, ancestral_step
+from kindred.models.noise.path import DIFFUSION, Diffusion, Flow, ancestral_step
 from torch import Tensor
 
 SHAPE = (2, 3, 4, 6)  # b c y x
@@ -167,9 +167,9 @@ def test_source_label_is_euler_on_the_flipped_sigmas() -> None:
 @pytest.mark.parametrize("floor, asked", [(1e-4, 1e-4), (0.02, 0.02), (9.0, None)])
 def test_the_floor_is_asked_once_and_never_above_the_first_sigma(floor, asked) -> None:
     log, sigmas = [], ladder(5)
-    ddim_invert(
-        as_denoiser(curved, log), randn(*SHAPE, seed=8), sigmas, label="source", sigma_floor=floor
-    )
+    noise = type("Floored", (Diffusion,), {"floor": floor})()
+    x = randn(*SHAPE, seed=8)
+    ddim_invert(as_denoiser(curved, log), x, sigmas, label="source", noise=noise)
     assert [sigma for _, sigma in log] == [asked or sigmas[1].item(), *sigmas[1:-1].tolist()]
 
 
