@@ -8,11 +8,9 @@ from math import log
 # Stands for log 0: fits float16, exp() of it is exactly 0 even in float64, and a row of nothing else is still no NaN.
 LOG_ZERO = -1e4
 
-# Of dial, measured on the miniature: dev.py evaluate --count 6 --first 500 --steps 25 --variant "a: weight=.1", and so on
-SELF_ODDS = 2.0  # identity .17 .23 .27 .38 .52 .66 .70 at W .02 .05 .1 .2 .4 .7 1; plain .16 (the fit gives 1.8)
-CONCEPT_ODDS = 300.0  # .22 .23 .28 .36 .46 .53 .65 .68 at W .00003 .0001 .0003 .001 .003 .01 .1 1; plain .17 (the fit gives 480, but
-# its steps are .33 .11 .12 .44 on eight others: --table dials)
-# --task story, 4 sets: .27 .75 .91 of the likeness at strength .25 .5 .75 with odds 0, .05 .45 .78 with odds 2, so between them
+# Of dial, measured on the miniature: docs/evaluation.md, "The dials"
+SELF_ODDS = 2.0
+CONCEPT_ODDS = 300.0
 STORY_ODDS = 1.0
 
 
