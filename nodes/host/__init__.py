@@ -14,6 +14,7 @@ from .concepts import (
 )
 from .foresight import LEAPING
 from .identity import model_key, require_reference, require_same_model
+from .install import install
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .latents import cell, latent_in, latent_out, to_model_scale
 from .learning import SIDES, FrozenUNet, Interrupted, progress, training
@@ -65,8 +66,9 @@ from .references import (
     reference_path,
     register_references,
 )
-from .run import Injection, SamplerRun, inject, injected, install, sample
+from .run import Injection, SamplerRun
 from .sites import require_sites
+from .wrappers import inject, injected, sample
 
 __all__ = [
     "CONCEPTS",

@@ -23,8 +23,8 @@ from ...models.attention.attend import product_attend
 from ...models.concept.encoder import KeysValues
 from ...models.concept.training import Learning, checkpointed
 from ...models.injection import Merge, Part, Role, Run
+from .install import install
 from .model import Conditioning, attention_sites, computes_in, network
-from .run import install
 
 MOST_PROMPTS = 4096  # kept encoded
 SIDES = {

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ...models.injection import SUBJECT, Recorder, Run
 from ...models.reference.bank import BlockId, Half, ReferenceBank, ReferencePrompt
+from .install import install
 from .latents import framed, unframed
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
 from .networks import recognise
-from .run import SamplerRun, install
+from .run import SamplerRun
 
 
 def read_prompt(
