@@ -50,7 +50,6 @@ from .photos import (
 )
 from .pictures import decode, pictures_in, rough_pictures
 from .ref_unet import (
-    Loop,
     first_rows,
     read_prompt,
     reference_pass,
@@ -80,7 +79,6 @@ __all__ = [
     "Inversion",
     "KEY",
     "LEAPING",
-    "Loop",
     "ManagedEncoder",
     "REFERENCES",
     "Reference",

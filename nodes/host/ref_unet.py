@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.sampler_helpers
@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.injection import SUBJECT, Recorder, Run
+from ...models.noise.inversion import Loop
 from ...models.reference.bank import BlockId, Half, ReferenceBank, ReferencePrompt
 from .install import install
 from .latents import framed, unframed
@@ -103,11 +104,6 @@ class _ReferenceGuider(comfy.samplers.CFGGuider):
         return comfy.samplers.calc_cond_batch(
             self.inner_model, conds, x, timestep, model_options or {}
         )[0]
-
-
-Loop = Callable[
-    [Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int, Tensor, Tensor], None]], Any
-]
 
 
 class _ReferenceSampler(comfy.samplers.Sampler):

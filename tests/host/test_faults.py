@@ -17,13 +17,13 @@ from comfy.ldm.modules.attention import optimized_attention
 from kindred.models.injection import Recorder, Run
 from kindred.models.reference.bank import BankBuilder, ReferenceBank
 from kindred.models.reference.file import Parcel
+from kindred.models.reference.inject import ActiveMaskedSelf
 from kindred.models.story.anchors import AnchorRecorder
 from kindred.models.story.story import QueryRecorder, Story
 from kindred.nodes.concept import ActiveConcept
 from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
 from kindred.nodes.host.stages import Stages
 from kindred.nodes.library import SaveReference
-from kindred.nodes.reference import ActiveMaskedSelf
 from networks import random_model
 from studio import (
     anchors,

@@ -10,7 +10,7 @@ import torch
 from kindred.models.attention.attend import SELF_ODDS, WeightMode, dial
 from kindred.models.injection import AttnCall, Role
 from kindred.models.reference.bank import Half, Halves, ReferenceBank
-from kindred.nodes.reference import MaskedSelfInjection
+from kindred.nodes.inject import MaskedSelfInjection
 from networks import build_model, random_model
 from studio import (
     SIZE,
