@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..models.injection import Recorder, grid_of, map_blocks
+from ..models.injection import BlockSite, Recorder, grid_of, map_blocks
 from ..models.noise.inversion import Denoiser, InversionTrajectory, Progress
 from ..models.overlay import draw_masks
 from ..models.reference.bank import (
     BankBuilder,
+    BlockId,
     Grid,
     Half,
     Keeps,
@@ -31,6 +33,7 @@ from ..models.reference.photo import (
     replay_loop,
     user_masks,
 )
+from ..models.subject.masks import Threshold
 from . import host
 
 OTSU, VALUE = "otsu", "value"
@@ -202,34 +205,16 @@ class RefUNetCapture(io.ComfyNode):
     ) -> io.NodeOutput:
         sites = host.require_sites(model, NODE)
         wanted = select_blocks(blocks, host.self_attentions(sites), NODE)
-        if not 0 < token_share <= 1:
-            raise ValueError(
-                f"{NODE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject)."
-            )
+        require_share(token_share)
         photo = photo_of(model, inversion, latent, steps, scheduler, sigmas)
         prompts = read_prompts(model, positive, negative, photo.pictures, mask is not None)
-        grids = {block: grid_of(photo.whole, sites[block].divisor) for block in wanted}
-        masks = (
-            None
-            if mask is None
-            else user_masks(mask, photo.pictures, {*grids.values(), photo.whole})
-        )
-        map_at = () if masks else map_blocks(mask_blocks, sites, NODE)
+        threshold = OTSU if mask_threshold == OTSU else mask_value
+        subject = Finding(mask, mask_blocks, threshold, mask_steps)
         stored = torch.float16 if precision == "float16" else None
-        reading = RefUNetPass(
-            sites,
-            grids,
-            photo.whole,
-            prompts,
-            len(photo.down) - 1,
-            Recorder(wanted, map_at, prompts[Half.COND]),
-            BankBuilder(stored, masks, token_share, Keeps(keeps)),
-            OTSU if mask_threshold == OTSU else mask_value,
-            mask_steps,
+        reading = pass_over(
+            sites, wanted, photo, prompts, subject, stored, token_share, Keeps(keeps)
         )
-        transformer = any(site.backbone for site in sites.values())
-        reading.live = is_live(transformer, Keeps(keeps))
-        if transformer:
+        if reading.transformer:
             photo = inverted(model, photo, prompts[Half.COND])
         bank = read(model, photo, reading)
         picture, drawn = shown(model, bank, photo.whole)
@@ -259,6 +244,24 @@ class Photo:
         return tuple(self.shape[2:])
 
 
+@dataclass(frozen=True)
+class Finding:
+    """How the subject is found in the photo: by a wired mask, else by its words' maps."""
+
+    mask: Tensor | None  # MASK [1|r Y X]
+    blocks: str  # whose cross-attention locates it
+    threshold: Threshold
+    steps: int  # tau
+
+
+def require_share(token_share: float) -> None:
+    """ValueError for a share of the subject's tokens that is none."""
+    if not 0 < token_share <= 1:
+        raise ValueError(
+            f"{NODE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject)."
+        )
+
+
 def photo_of(
     model: Any,
     inversion: InversionTrajectory | None,
@@ -282,6 +285,37 @@ def photo_of(
     down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, NODE)
     z0 = host.latent_in(model, latent["samples"], NODE)
     return Photo(key, down, tuple(z0.shape), name, z0)
+
+
+def pass_over(
+    sites: Mapping[BlockId, BlockSite],
+    blocks: Sequence[BlockId],
+    photo: Photo,
+    prompts: Mapping[Half, ReferencePrompt],
+    subject: Finding,
+    stored: torch.dtype | None,
+    token_share: float,
+    keeps: Keeps,
+) -> RefUNetPass:
+    """The pass that keeps these blocks, before it begins; stored: the dtype of what is kept, None as it is computed."""
+    grids = {block: grid_of(photo.whole, sites[block].divisor) for block in blocks}
+    masks = None
+    if subject.mask is not None:
+        masks = user_masks(subject.mask, photo.pictures, {*grids.values(), photo.whole})
+    map_at = () if masks else map_blocks(subject.blocks, sites, NODE)
+    reading = RefUNetPass(
+        sites,
+        grids,
+        photo.whole,
+        prompts,
+        len(photo.down) - 1,
+        Recorder(blocks, map_at, prompts[Half.COND]),
+        BankBuilder(stored, masks, token_share, keeps),
+        subject.threshold,
+        subject.steps,
+    )
+    reading.live = is_live(reading.transformer, keeps)
+    return reading
 
 
 def inverted(model: Any, photo: Photo, prompt: ReferencePrompt) -> Photo:

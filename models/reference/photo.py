@@ -115,6 +115,10 @@ class RefUNetPass:
     # [r y x] per step; none where the masks are wired
     maps: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def transformer(self) -> bool:
+        return any(site.backbone for site in self.sites.values())
+
     def keep(self, i: int) -> bool:
         """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0 -> whether that is enough."""
         if not self.live:
