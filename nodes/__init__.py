@@ -6,9 +6,10 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .anchors import AnchorSampler
 from .capture import RefUNetCapture
 from .concept import ConceptEncoderLoad, CrossAttnDetailInject
-from .consistory import AnchorSampler, ConsiStory
+from .consistory import ConsiStory
 from .evaluation import ComparisonGrid, ConsistencyScore
 from .host import register_folders, register_references
 from .inject import MaskedSelfAttnInject

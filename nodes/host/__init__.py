@@ -30,7 +30,6 @@ from .model import (
     computes_in,
     cross_layers,
     draws_by_unet,
-    feature_tap,
     noise_of,
     require_invertible,
     require_unet,
@@ -54,7 +53,6 @@ from .ref_unet import (
     read_prompt,
     reference_pass,
     reference_tokens,
-    watch_reference,
 )
 from .references import (
     REFERENCES,
@@ -67,6 +65,7 @@ from .references import (
 )
 from .run import Injection, SamplerRun
 from .sites import require_sites
+from .story import StoryInjection, layout_of
 from .wrappers import inject, injected, sample
 
 __all__ = [
@@ -84,6 +83,7 @@ __all__ = [
     "Reference",
     "SIDES",
     "SamplerRun",
+    "StoryInjection",
     "TEXT",
     "attention_sites",
     "cell",
@@ -96,13 +96,13 @@ __all__ = [
     "decode",
     "draws_by_unet",
     "example_name",
-    "feature_tap",
     "first_rows",
     "inject",
     "injected",
     "input_pictures",
     "install",
     "is_listed",
+    "layout_of",
     "latent_in",
     "latent_out",
     "load_picture",
@@ -139,5 +139,4 @@ __all__ = [
     "token_sizes",
     "tower_title",
     "training",
-    "watch_reference",
 ]

@@ -17,7 +17,8 @@ import comfy.samplers
 import torch
 from kindred.models.injection import SUBJECT
 from kindred.models.reference.bank import ReferenceBank, SubjectTokens
-from kindred.nodes.consistory import AnchorSampler, ConsiStory
+from kindred.nodes.anchors import AnchorSampler
+from kindred.nodes.consistory import ConsiStory
 from matrix import (
     FIRST,
     NOTHING,

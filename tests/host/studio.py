@@ -20,9 +20,10 @@ from kindred.models.concept.encoder import ConceptConfig, ConceptEncoder, Prepro
 from kindred.models.injection import Merge
 from kindred.models.noise.inversion import InversionTrajectory
 from kindred.models.reference.bank import ReferenceBank, SubjectTokens
+from kindred.nodes.anchors import AnchorSampler
 from kindred.nodes.capture import RefUNetCapture
 from kindred.nodes.concept import CrossAttnDetailInject
-from kindred.nodes.consistory import AnchorSampler, ConsiStory
+from kindred.nodes.consistory import ConsiStory
 from kindred.nodes.host import ManagedEncoder, cross_layers
 from kindred.nodes.inject import MaskedSelfAttnInject
 from kindred.nodes.inversion import DDIMInvert

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from kindred.models.reference.bank import BANK_VERSION, block_name
-from kindred.nodes.consistory import AnchorSampler
+from kindred.nodes.anchors import AnchorSampler
 from kindred.nodes.host import model_key
 from networks import random_model
 from studio import (
