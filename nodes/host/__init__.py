@@ -10,6 +10,8 @@ from .concepts import (
     concept_files,
     concept_folder,
     concept_path,
+    continued_encoder,
+    new_encoder,
     register_folders,
 )
 from .foresight import LEAPING
@@ -17,7 +19,7 @@ from .identity import model_key, require_reference, require_same_model
 from .install import install
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .latents import cell, latent_in, latent_out, to_model_scale
-from .learning import SIDES, FrozenUNet, Interrupted, progress, training
+from .learning import SIDES, FrozenUNet, Interrupted, examples_of, progress, training
 from .model import (
     KEY,
     TEXT,
@@ -92,10 +94,12 @@ __all__ = [
     "concept_files",
     "concept_folder",
     "concept_path",
+    "continued_encoder",
     "cross_layers",
     "decode",
     "draws_by_unet",
     "example_name",
+    "examples_of",
     "first_rows",
     "inject",
     "injected",
@@ -108,6 +112,7 @@ __all__ = [
     "load_picture",
     "model_key",
     "nameable",
+    "new_encoder",
     "new_reference_path",
     "noise_of",
     "offer_example",
