@@ -8,9 +8,10 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .anchors import AnchorSampler
 from .capture import RefUNetCapture
+from .comparison import ComparisonGrid
 from .concept import ConceptEncoderLoad, CrossAttnDetailInject
 from .consistory import ConsiStory
-from .evaluation import ComparisonGrid, ConsistencyScore
+from .evaluation import ConsistencyScore
 from .host import register_folders, register_references
 from .inject import MaskedSelfAttnInject
 from .inversion import DDIMInvert

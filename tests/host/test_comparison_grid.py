@@ -8,7 +8,7 @@ import pytest
 import torch
 from judged import grid, noise
 from kindred.nodes import drawing
-from kindred.nodes.evaluation import ComparisonGrid
+from kindred.nodes.comparison import ComparisonGrid
 from PIL import Image
 from torch import Tensor
 

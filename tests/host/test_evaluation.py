@@ -14,7 +14,8 @@ import torch
 from judged import SCENES, clip, cosine, grid, noise, vision, world
 from kindred.miniature.world import prompt
 from kindred.nodes import drawing, evaluation
-from kindred.nodes.evaluation import ComparisonGrid, ConsistencyScore, digits
+from kindred.nodes.comparison import ComparisonGrid
+from kindred.nodes.evaluation import ConsistencyScore, digits
 from torch import Tensor
 
 LAW = pytest.mark.parametrize
