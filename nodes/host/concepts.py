@@ -148,8 +148,9 @@ def continued_encoder(
     node: str,
 ) -> ConceptEncoder:
     """A copy of an encoder to train further, in float32 on the CPU; ValueError where it is for another model."""
-    config, weights = managed.encoder.config, managed.encoder.state_dict()
+    config = managed.encoder.config
     check_layers(config, family, layers, width, node)
+    weights = managed.encoder.state_dict()
     if config.tower is None:  # full-face weights: its CLIP Vision becomes a tower of its own
         config, tower = _with_tower(config, managed.vision, node)
         encoder = ConceptEncoder(config)
