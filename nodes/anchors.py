@@ -149,9 +149,9 @@ class AnchorSampler(io.ComfyNode):
             denoise,
         )
         require_finite(out["samples"])
-        both = {Half.COND: positive, Half.UNCOND: negative}
         prompts = {
-            half: host.first_rows(model, prompt, recorder.count) for half, prompt in both.items()
+            Half.COND: host.first_rows(model, positive, recorder.count),
+            Half.UNCOND: host.first_rows(model, negative, recorder.count),
         }
         final = host.to_model_scale(model, out["samples"][: recorder.count])
         schedule = f"{scheduler}, {sampler_name}, {steps} steps"

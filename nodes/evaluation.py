@@ -69,18 +69,24 @@ def agreement(reading: Reading, index: int, line: str) -> float | None:
 
 
 def clip_scores(
-    images: Sequence[Tensor],
-    subjects: Sequence[Tensor],
-    reference: Sequence[Tensor],
+    images: Tensor,
+    reference: Tensor | None,
+    masks: Tensor | None,
+    reference_masks: Tensor | None,
     prompts: Sequence[str],
     vision: Any,
     clip: Any,
 ) -> Scores:
     """Cosines of the host's CLIP: of the subjects' pictures with one another, with the reference's, and of whole pictures with texts."""
+    mean = vision.image_mean  # what the tower reads as zero
+    subjects = cut_out(images, masks, mean, "masks")
+    photos = (
+        [] if reference is None else cut_out(reference, reference_masks, mean, "reference_masks")
+    )
     own = host.picture_embeddings(vision, subjects, SCORE)
     known = (
-        cosine_similarity(own, host.picture_embeddings(vision, reference, SCORE))
-        if len(reference)
+        cosine_similarity(own, host.picture_embeddings(vision, photos, SCORE))
+        if len(photos)
         else None
     )
     texts: tuple[float | None, ...] = (None,) * len(own)
@@ -290,12 +296,7 @@ class ConsistencyScore(io.ComfyNode):
             )
             scores = read_scores(images, known, lines)
         else:
-            mean = clip_vision.image_mean  # what the tower reads as zero
-            subjects = cut_out(images, masks, mean, "masks")
-            photos = (
-                [] if known is None else cut_out(known, reference_masks, mean, "reference_masks")
-            )
-            scores = clip_scores(images, subjects, photos, lines, clip_vision, clip)
+            scores = clip_scores(images, known, masks, reference_masks, lines, clip_vision, clip)
         log.info(
             "%s: %s: %s",
             SCORE,

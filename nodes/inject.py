@@ -184,12 +184,19 @@ class MaskedSelfAttnInject(io.ComfyNode):
             TextShare(text_share),
         )
         require_halves(injection)
-        nothing = (
-            weight == 0
-            or start_percent >= end_percent
-            or (mask is not None and not (mask > 0.5).any())
+        return io.NodeOutput(
+            model.clone() if reads_nothing(injection) else host.inject(model, injection)
         )
-        return io.NodeOutput(model.clone() if nothing else host.inject(model, injection))
+
+
+def reads_nothing(injection: MaskedSelf) -> bool:
+    """Whether the pictures stay plain whatever is sampled."""
+    mask = injection.target_mask
+    return (
+        injection.weight == 0
+        or injection.start >= injection.end
+        or (mask is not None and not (mask > 0.5).any())
+    )
 
 
 def readable_blocks(
