@@ -8,7 +8,8 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from . import host
-from .drawing import as_image, as_pictures, comparison
+from .drawing.grid import comparison
+from .drawing.pen import as_image, as_pictures
 
 GRID = "Comparison Grid"
 ROWS, COLUMNS = "rows", "columns"

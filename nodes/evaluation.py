@@ -17,7 +17,8 @@ from ..models.metrics import cosine_similarity, mean_with_others, paired_cosines
 from ..models.scores import CLIP_SCALE, READER_SCALE, Scores, counted, cut_out
 from ..models.scores import NODE as SCORE
 from . import host
-from .drawing import Card, Line, as_image, as_pictures, score_card
+from .drawing.card import Card, Line, score_card
+from .drawing.pen import as_image, as_pictures
 
 AUTO, READER, CLIP = "auto", "miniature reader", "CLIP"
 READER_TITLE = "the miniature's attribute reader (it only knows the miniature's world)"

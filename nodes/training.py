@@ -20,7 +20,8 @@ from ..models.identity import tell_key
 from ..models.injection import Merge
 from ..models.reference.bank import BlockId
 from . import host
-from .drawing import as_image, draw_curve
+from .drawing.curve import draw_curve
+from .drawing.pen import as_image
 
 WIRED, SMALL = "as wired", "new, small"
 EACH, BATCHES = "every picture", "every batch"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kindred.nodes.drawing import draw_curve, ticks
+from kindred.nodes.drawing.curve import draw_curve, ticks
 
 
 def test_the_curve_is_readable_for_any_number_of_steps():

@@ -71,13 +71,12 @@ def imports(name: str) -> list[tuple[int, str, int]]:
 def breach(name: str, level: int, module: str) -> str | None:
     """The rule that this import breaks, or None."""
     room, top = PurePosixPath(name).parts[0], module.split(".")[0]
-    if name.startswith(
-        "nodes/host/"
-    ):  # the door is a package; its rooms import each other, and no family
-        family = name.count("/")  # so many dots reach nodes/
-        if 0 < level <= family:
-            return None if level < family else f"the door knows no family of nodes ({module})"
-        name = "nodes/host.py"
+    for shared in ("host", "drawing"):  # packages; their rooms import each other, and no family
+        if name.startswith(f"nodes/{shared}/"):
+            family = name.count("/")  # so many dots reach nodes/
+            if 0 < level <= family:
+                return None if level < family else f"{shared}/ knows no family of nodes ({module})"
+            name = f"nodes/{shared}.py"
     if level == 0 and top in ROOMS and top not in ("nodes",):
         return "the pack imports itself relatively"
     if room == "models":
@@ -103,7 +102,7 @@ def breach(name: str, level: int, module: str) -> str | None:
         and name != "nodes/__init__.py"
         and top not in ("host", "drawing", "sockets", "")
     ):
-        return f"a family of nodes does not import another one ({module}): put what they share into models/, host.py or drawing.py"
+        return f"a family of nodes does not import another one ({module}): put what they share into models/, host/ or drawing/"
     if (
         room == "nodes"
         and level == 2
@@ -132,6 +131,8 @@ def test_who_imports_whom():
         ("models/subject/masks.py", 0, "models.attention"),
         ("nodes/host/run.py", 2, "concept"),
         ("nodes/host/networks/flux.py", 3, "concept"),
+        ("nodes/drawing/card.py", 2, "evaluation"),
+        ("nodes/drawing/card.py", 0, "comfy.utils"),
         ("nodes/host/run.py", 0, "cv2"),
         ("models/network/backbone.py", 3, "nodes.host"),
         ("nodes/hosts/run.py", 0, "comfy.samplers"),
@@ -155,6 +156,8 @@ def test_the_rule_bites(name, level, module):
         ("nodes/host.py", 0, "comfy.samplers"),
         ("nodes/host/run.py", 0, "comfy.samplers"),
         ("nodes/host/run.py", 1, "model"),
+        ("nodes/drawing/card.py", 1, "pen"),
+        ("nodes/drawing/card.py", 3, "models.overlay"),
         ("nodes/host/run.py", 3, "models.injection"),
         ("nodes/host/networks/flux.py", 1, "parts"),
         ("nodes/host/networks/flux.py", 2, "model"),
@@ -163,7 +166,7 @@ def test_the_rule_bites(name, level, module):
         ("nodes/capture.py", 2, "models.reference"),
         ("nodes/capture.py", 1, "host"),
         ("nodes/capture.py", 0, "comfy_api.v0_0_2"),
-        ("nodes/evaluation.py", 1, "drawing"),
+        ("nodes/evaluation.py", 1, "drawing.card"),
         ("nodes/evaluation.py", 2, "miniature.reader"),
         ("miniature/registration.py", 0, "comfy.supported_models"),
         ("miniature/train.py", 0, "comfy.model_base"),
