@@ -6,16 +6,19 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .anchors import AnchorSampler
+from .capture import RefUNetCapture
+from .comparison import ComparisonGrid
 from .concept import ConceptEncoderLoad, CrossAttnDetailInject
-from .consistory import AnchorSampler, ConsiStory
-from .evaluation import ComparisonGrid, ConsistencyScore
+from .consistory import ConsiStory
+from .evaluation import ConsistencyScore
 from .host import register_folders, register_references
+from .inject import MaskedSelfAttnInject
 from .inversion import DDIMInvert
 from .library import LoadReference, SaveReference
 from .photos import LoadPhoto, offer_examples
 from .preview import ReferencePreview
 from .prompts import SubjectPrompts
-from .reference import MaskedSelfAttnInject, RefUNetCapture
 from .sockets import guarded
 from .training import ConceptEncoderTrain
 

@@ -1,11 +1,10 @@
-"""Consistency Score and Comparison Grid: numbers and sheets that people can post (method.md 2.5 and 3.5, the papers' evaluations)."""
+"""Consistency Score: numbers and a sheet that people can post (method.md 2.5 and 3.5, the papers' evaluations)."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,82 +13,16 @@ from torch import Tensor
 
 from ..miniature.reader import Reading, load_reader, pairwise_similarity
 from ..miniature.world import CLASSES, SCENES
-from ..models.metrics import cosine_similarity, mean_of_pairs, mean_with_others, paired_cosines
-from ..models.subject.masks import resize_user_mask
+from ..models.metrics import cosine_similarity, mean_with_others, paired_cosines
+from ..models.scores import CLIP_SCALE, READER_SCALE, Scores, counted, cut_out
+from ..models.scores import NODE as SCORE
 from . import host
-from .drawing import Card, Line, as_image, as_pictures, comparison, score_card
+from .drawing.card import Card, Line, score_card
+from .drawing.pen import as_image, as_pictures
 
-SCORE, GRID = "Consistency Score", "Comparison Grid"
 AUTO, READER, CLIP = "auto", "miniature reader", "CLIP"
-ROWS, COLUMNS = "rows", "columns"
-MOST_BATCHES = 20
-MOST_PIXELS = 64_000_000  # of a sheet; as an IMAGE it takes 12 bytes each
 READER_TITLE = "the miniature's attribute reader (it only knows the miniature's world)"
-READER_SCALE, CLIP_SCALE = (
-    (0.0, 1.0),
-    (0.4, 1.0),
-)  # of the colours; cosines of CLIP's pictures are seldom lower
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one judge says of b pictures. A number that was not measured is None here, and 0 at the node's outputs."""
-
-    judge: str
-    pairs: Tensor  # similarity of every picture with every other [b b]
-    known: Tensor | None  # with every picture of the reference [b r]
-    texts: tuple[float | None, ...]  # agreement of each picture with its prompt; None: not measured
-    no_text: str  # why it was not
-    found: tuple[str, ...]  # what each picture was taken for, where the judge says so
-    scale: tuple[float, float]
-
-    @property
-    def consistency(self) -> float | None:
-        return mean_of_pairs(self.pairs) if len(self.pairs) > 1 else None
-
-    @property
-    def identity(self) -> float | None:
-        return None if self.known is None else float(self.known.mean())
-
-    @property
-    def text(self) -> float | None:
-        told = [value for value in self.texts if value is not None]
-        return sum(told) / len(told) if told else None
-
-    def figures(self) -> list[tuple[str, float | None, str]]:
-        """Each number with its name and what it is of, or why there is none."""
-        b, pairs = len(self.pairs), len(self.pairs) * (len(self.pairs) - 1) // 2
-        references = 0 if self.known is None else self.known.shape[1]
-        judged = sum(value is not None for value in self.texts)
-        kind = (
-            "mean cosine of picture and prompt"
-            if self.scale == CLIP_SCALE
-            else "share with class and scene as asked"
-        )
-        return [
-            (
-                "consistency",
-                self.consistency,
-                counted(pairs, "pair", "mean of ") if b > 1 else "one picture, no pairs",
-            ),
-            (
-                "identity",
-                self.identity,
-                counted(references, "reference picture", "mean with ")
-                if references
-                else "no reference",
-            ),
-            (
-                "text",
-                self.text,
-                kind if judged == b else f"{kind} ({judged} of {b})" if judged else self.no_text,
-            ),
-        ]
-
-
-def counted(count: int, what: str, before: str = "") -> str:
-    return f"{before}{count} {what}{'' if count == 1 else 's'}"
 
 
 # judges --------------------------------------------------------------------------------------------------------------------
@@ -137,18 +70,24 @@ def agreement(reading: Reading, index: int, line: str) -> float | None:
 
 
 def clip_scores(
-    images: Sequence[Tensor],
-    subjects: Sequence[Tensor],
-    reference: Sequence[Tensor],
+    images: Tensor,
+    reference: Tensor | None,
+    masks: Tensor | None,
+    reference_masks: Tensor | None,
     prompts: Sequence[str],
     vision: Any,
     clip: Any,
 ) -> Scores:
     """Cosines of the host's CLIP: of the subjects' pictures with one another, with the reference's, and of whole pictures with texts."""
+    mean = vision.image_mean  # what the tower reads as zero
+    subjects = cut_out(images, masks, mean, "masks")
+    photos = (
+        [] if reference is None else cut_out(reference, reference_masks, mean, "reference_masks")
+    )
     own = host.picture_embeddings(vision, subjects, SCORE)
     known = (
-        cosine_similarity(own, host.picture_embeddings(vision, reference, SCORE))
-        if len(reference)
+        cosine_similarity(own, host.picture_embeddings(vision, photos, SCORE))
+        if len(photos)
         else None
     )
     texts: tuple[float | None, ...] = (None,) * len(own)
@@ -167,40 +106,6 @@ def clip_scores(
         ("",) * len(own),
         CLIP_SCALE,
     )
-
-
-def cut_out(
-    images: Tensor, masks: Tensor | None, colour: Sequence[float], name: str
-) -> Sequence[Tensor]:
-    """The subject of every picture [Y X 3]: a square about its mask, the rest in one colour. Without masks the pictures themselves."""
-    if masks is None:
-        return images
-    masks = masks.detach().float().cpu().reshape(-1, *masks.shape[-2:])
-    if len(masks) not in (1, len(images)):
-        raise ValueError(
-            f"{SCORE}: {name} has {len(masks)} masks for {counted(len(images), 'picture')}. Wire one for all of them, or one "
-            "for each."
-        )
-    inside = resize_user_mask(masks, tuple(images.shape[1:3])).expand(len(images), -1, -1)
-    made = []
-    for number, (image, mask) in enumerate(zip(images, inside), 1):
-        if not mask.any():
-            raise ValueError(
-                f"{SCORE}: mask {number} of {name} is empty, so there is no subject to judge. Look at it with Preview Mask, "
-                f"and mark the subject or unwire {name}."
-            )
-        (top, bottom), (left, right) = (
-            (int(at.min()), int(at.max()) + 1) for at in mask.nonzero().unbind(1)
-        )
-        y, x = bottom - top, right - left
-        side = round(1.1 * max(y, x))
-        square = torch.tensor(colour, dtype=image.dtype).expand(side, side, 3).clone()
-        down, along = (side - y) // 2, (side - x) // 2
-        square[down : down + y, along : along + x] = torch.where(
-            mask[top:bottom, left:right, None], image[top:bottom, left:right], square[:y, :x]
-        )
-        made.append(square)
-    return made
 
 
 # the table -----------------------------------------------------------------------------------------------------------------
@@ -381,50 +286,18 @@ class ConsistencyScore(io.ComfyNode):
         images = host.pictures_in(images, SCORE, "images")
         known = None if reference is None else host.pictures_in(reference, SCORE, "reference")
         lines = lines_of(prompts, len(images))
-        if len(images) < 2 and known is None and not lines:
-            raise ValueError(
-                f"{SCORE}: consistency compares pictures with one another and takes 2 at least, but images has 1. Wire "
-                "more of them as one batch, or a reference to compare it with."
-            )
-        if judge == CLIP and clip_vision is None:
-            raise ValueError(
-                f"{SCORE}: judge is {CLIP}, but no clip_vision is wired. Wire Load CLIP Vision (ViT-L or ViT-H), or choose "
-                f"{AUTO}."
-            )
-        if reference_masks is not None and known is None:
-            raise ValueError(
-                f"{SCORE}: reference_masks is wired, but reference is not. Wire the photos as well, or unwire the masks."
-            )
+        require_judgeable(images, known, lines, judge, clip_vision, reference_masks)
         if judge == READER or clip_vision is None:
-            unused = [
-                name
-                for name, given in (
-                    ("clip_vision", clip_vision),
-                    ("clip", clip),
-                    ("masks", masks),
-                    ("reference_masks", reference_masks),
-                )
-                if given is not None
-            ]
-            if unused:
-                log.warning(
-                    "%s: %s judges, so %s is not used.", SCORE, READER, " and ".join(unused)
-                )
-            if judge == AUTO:
-                log.warning(
-                    "%s: no clip_vision is wired, so the %s judges. It only knows the miniature's world: for photos and other "
-                    "models' pictures its numbers mean nothing. Wire Load CLIP Vision for those.",
-                    SCORE,
-                    READER,
-                )
+            warn_of_reader(
+                judge,
+                clip_vision=clip_vision,
+                clip=clip,
+                masks=masks,
+                reference_masks=reference_masks,
+            )
             scores = read_scores(images, known, lines)
         else:
-            mean = clip_vision.image_mean  # what the tower reads as zero
-            subjects = cut_out(images, masks, mean, "masks")
-            photos = (
-                [] if known is None else cut_out(known, reference_masks, mean, "reference_masks")
-            )
-            scores = clip_scores(images, subjects, photos, lines, clip_vision, clip)
+            scores = clip_scores(images, known, masks, reference_masks, lines, clip_vision, clip)
         log.info(
             "%s: %s: %s",
             SCORE,
@@ -448,6 +321,45 @@ class ConsistencyScore(io.ComfyNode):
         )
 
 
+def require_judgeable(
+    images: Tensor,
+    reference: Tensor | None,
+    lines: Sequence[str],
+    judge: str,
+    clip_vision: Any,
+    reference_masks: Tensor | None,
+) -> None:
+    """ValueError where there is nothing to judge, or not what the judge needs."""
+    if len(images) < 2 and reference is None and not lines:
+        raise ValueError(
+            f"{SCORE}: consistency compares pictures with one another and takes 2 at least, but images has 1. Wire "
+            "more of them as one batch, or a reference to compare it with."
+        )
+    if judge == CLIP and clip_vision is None:
+        raise ValueError(
+            f"{SCORE}: judge is {CLIP}, but no clip_vision is wired. Wire Load CLIP Vision (ViT-L or ViT-H), or choose "
+            f"{AUTO}."
+        )
+    if reference_masks is not None and reference is None:
+        raise ValueError(
+            f"{SCORE}: reference_masks is wired, but reference is not. Wire the photos as well, or unwire the masks."
+        )
+
+
+def warn_of_reader(judge: str, **inputs: Any) -> None:
+    """Say that the miniature's reader judges, and what it does not look at; inputs: those that are for CLIP alone."""
+    unused = [name for name, wired in inputs.items() if wired is not None]
+    if unused:
+        log.warning("%s: %s judges, so %s is not used.", SCORE, READER, " and ".join(unused))
+    if judge == AUTO:
+        log.warning(
+            "%s: no clip_vision is wired, so the %s judges. It only knows the miniature's world: for photos and other "
+            "models' pictures its numbers mean nothing. Wire Load CLIP Vision for those.",
+            SCORE,
+            READER,
+        )
+
+
 def lines_of(prompts: str, pictures: int) -> list[str]:
     """A prompt per picture, or none at all; ValueError where the counts differ."""
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
@@ -457,139 +369,3 @@ def lines_of(prompts: str, pictures: int) -> list[str]:
             "or none."
         )
     return lines * pictures if len(lines) == 1 else lines
-
-
-# the comparison grid -------------------------------------------------------------------------------------------------------
-
-
-class ComparisonGrid(io.ComfyNode):
-    """Paper A's ablation figure: the reference, and a row of pictures per variant."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        batches = io.Autogrow.TemplatePrefix(
-            io.Image.Input(
-                "image",
-                tooltip="A batch of pictures made in one way; the next one gets the next row.",
-            ),
-            prefix="image",
-            min=1,
-            max=MOST_BATCHES,
-        )
-        return io.Schema(
-            node_id="KindredComparisonGrid",
-            display_name=GRID,
-            category="Kindred",
-            is_output_node=True,
-            description="Batches of pictures as one labelled sheet: a row for each batch, such as plain, self-attention only, concept only "
-            "and both, with the reference beside them.",
-            search_aliases=[
-                "ablation grid",
-                "image grid",
-                "contact sheet",
-                "xy plot",
-                "compare",
-                "figure",
-                "collage",
-            ],
-            inputs=[
-                io.Autogrow.Input(
-                    "images",
-                    template=batches,
-                    tooltip="One batch per row; sizes and counts may differ.",
-                ),
-                io.String.Input(
-                    "labels",
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=False,
-                    tooltip="One line per batch, in their order: what it was made with. A blank line names none.",
-                ),
-                io.String.Input(
-                    "captions",
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=False,
-                    tooltip="One line per picture of a batch: what was asked for, such as the lines of Subject Prompts.",
-                ),
-                io.Int.Input(
-                    "cell",
-                    default=256,
-                    min=32,
-                    max=2048,
-                    step=8,
-                    tooltip="Pixels of a picture's longer side on the sheet.",
-                ),
-                io.Combo.Input(
-                    "batches_as",
-                    options=[ROWS, COLUMNS],
-                    default=ROWS,
-                    advanced=True,
-                    tooltip="rows: a batch is a row. columns: a batch is a column.",
-                ),
-                io.Image.Input(
-                    "reference",
-                    optional=True,
-                    tooltip="Photos of the subject, drawn in the first column.",
-                ),
-            ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The sheet, as one picture.")],
-        )
-
-    @classmethod
-    def execute(
-        cls,
-        images: io.Autogrow.Type,
-        labels: str = "",
-        captions: str = "",
-        cell: int = 256,
-        batches_as: str = ROWS,
-        reference: Tensor | None = None,
-    ) -> io.NodeOutput:
-        wired = sorted(
-            (
-                (int(name.removeprefix("image")), batch)
-                for name, batch in images.items()
-                if batch is not None
-            ),
-            key=lambda slot: slot[0],
-        )
-        if not wired:
-            raise ValueError(
-                f"{GRID}: no batch is wired. Wire an IMAGE into image0, and one for every further row."
-            )
-        batches = [host.pictures_in(batch, GRID, f"image{slot}") for slot, batch in wired]
-        known = None if reference is None else host.pictures_in(reference, GRID, "reference")
-        most = max(map(len, batches))
-        names = texts(labels, len(batches), "labels", "batches")
-        asked = texts(captions, most, "captions", "pictures in its longest batch")
-        if len(batches) * most * cell**2 > MOST_PIXELS:
-            fits = int((MOST_PIXELS / (len(batches) * most)) ** 0.5) // 8 * 8
-            raise ValueError(
-                f"{GRID}: {len(batches)} batches of up to {most} pictures at {cell} pixels make a sheet of more than "
-                f"{MOST_PIXELS // 10**6} million pixels. Set cell to {fits} or less."
-            )
-        rows = [as_pictures(batch) for batch in batches]
-        if batches_as == COLUMNS:
-            rows, names, asked = (
-                [[row[i] for row in rows if i < len(row)] for i in range(most)],
-                asked,
-                names,
-            )
-        sheet = as_image(
-            comparison(rows, names, asked, [] if known is None else as_pictures(known), cell)
-        )
-        shown = ui.ImageSaveHelper.save_images(
-            sheet, "kindred_comparison", io.FolderType.temp, cls, compress_level=1
-        )
-        return io.NodeOutput(sheet, ui=ui.SavedImages(shown))
-
-
-def texts(text: str, count: int, name: str, of: str) -> list[str]:
-    """Lines, blank ones kept; ValueError where there are more of them than of what they name."""
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if len(lines) > count:
-        raise ValueError(
-            f"{GRID}: {name} has {len(lines)} lines, but the sheet has {count} {of}. Take {len(lines) - count} of them out."
-        )
-    return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -167,13 +166,11 @@ def forward_noise(z0: Tensor, down: Tensor, seed: int, noise: Noise) -> Tensor:
     )
 
 
-def ode_loop(z0: Tensor, down: Tensor, check: bool, noise: Noise, way: str) -> host.Loop:
+def ode_loop(z0: Tensor, down: Tensor, check: bool, noise: Noise, way: str) -> method.Loop:
     """Invert along the flipped sigmas: by FireFlow, or with the noise read at each target's label; sample back if asked."""
 
     def loop(
-        denoise: method.Denoiser,
-        device: torch.device,
-        progress: Callable[[int, Tensor, Tensor], None],
+        denoise: method.Denoiser, device: torch.device, progress: method.Progress
     ) -> tuple[Any, ...]:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)
@@ -198,13 +195,13 @@ def ode_loop(z0: Tensor, down: Tensor, check: bool, noise: Noise, way: str) -> h
     return loop
 
 
-def edit_friendly_loop(z0: Tensor, down: Tensor, seed: int, check: bool, noise: Noise) -> host.Loop:
+def edit_friendly_loop(
+    z0: Tensor, down: Tensor, seed: int, check: bool, noise: Noise
+) -> method.Loop:
     """DDPM inversion with independent noise per step (method.md 3.5); the replay needs the model again."""
 
     def loop(
-        denoise: method.Denoiser,
-        device: torch.device,
-        progress: Callable[[int, Tensor, Tensor], None],
+        denoise: method.Denoiser, device: torch.device, progress: method.Progress
     ) -> tuple[Any, ...]:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)

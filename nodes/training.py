@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from comfy_api.v0_0_2 import io, ui
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..models.attention.parts import Merge
-from ..models.concept.config import ConceptConfig, Preprocessing, check_layers
+from ..models.concept.config import ConceptConfig, Preprocessing
 from ..models.concept.draws import Examples
 from ..models.concept.encoder import ConceptEncoder
+from ..models.concept.pictures import NODE, captions_of, check_images, digest
+from ..models.concept.saving import Saving, Watching, known_state, run
 from ..models.concept.settings import TrainSettings
 from ..models.concept.training import OneProcess, Trainer
-from ..models.concept.training_state import read_state
-from ..models.files import remedy
 from ..models.identity import tell_key
+from ..models.network.blocks import BlockId
 from . import host
-from .drawing import as_image, typeface
+from .drawing.curve import draw_curve
+from .drawing.pen import as_image
 
-NODE = "Concept Encoder Train"
-WRITABLE = "another folder for concept_encoders (extra_model_paths.yaml)"
 WIRED, SMALL = "as wired", "new, small"
 EACH, BATCHES = "every picture", "every batch"
 AUTO, BF16, NO = "auto", "bf16", "no"
@@ -43,7 +38,6 @@ SMALL_TOWER = {
     "patch_size": 16,
     "hidden_act": "quick_gelu",
 }  # the miniature's: 1 million weights, learns from nothing
-PREVIEW_EVERY = 2.0  # seconds
 log = logging.getLogger(__name__)
 
 
@@ -103,38 +97,6 @@ class Order:
             **{name: getattr(self, name) for name in same},
         )
 
-    def check_images(self) -> None:
-        """ValueError for no pictures, a batch that is none, NaN."""
-        if not sum(len(batch) for batch in self.images):
-            raise ValueError(
-                f"{NODE}: there are no pictures. Wire Load Image, or Load Image Dataset from Folder for many, into images."
-            )
-        for number, batch in enumerate(self.images, 1):
-            if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4) or 0 in batch.shape[1:]:
-                raise ValueError(
-                    f"{NODE}: batch {number} of images is {list(batch.shape)}; a picture is [b y x 3]. Wire an IMAGE into it."
-                )
-            if not torch.isfinite(batch).all():
-                raise ValueError(
-                    f"{NODE}: {int((~torch.isfinite(batch)).sum())} values of batch {number} of images are NaN or infinite. "
-                    "Look at the picture with Preview Image and make it again."
-                )
-
-    def captions(self) -> list[str]:
-        """A prompt for each picture: one for all, or one line or list item each; ValueError where the counts differ."""
-        count = sum(len(batch) for batch in self.images)
-        given = (
-            list(self.prompt)
-            if len(self.prompt) > 1
-            else [line for line in self.prompt[0].splitlines() if line.strip()] or [""]
-        )
-        if len(given) not in (1, count):
-            raise ValueError(
-                f"{NODE}: there are {len(given)} prompts for {count} pictures. Write one line for all of them, such as "
-                "'a photo of a face', or a line for each."
-            )
-        return [text.strip() for text in (given * count if len(given) == 1 else given)]
-
     def files(self) -> tuple[Path, Path]:
         """The encoder's file and its state's; ValueError for a name that is no file in the folder or would replace a stranger's."""
         folder, name = (
@@ -173,23 +135,8 @@ class Order:
                 f"{NODE}: tower is {self.tower!r} and {' and '.join(wired) or 'nothing'} wired. Wire either clip_vision (CLIP "
                 "ViT-L or ViT-H) or a concept_encoder to go on from; or choose 'new, small' and wire neither."
             )
-        own = self.concept_encoder
-        if own is not None:
-            check_layers(own.encoder.config, family, layers, width, NODE)
-            config, weights = own.encoder.config, own.encoder.state_dict()
-            if (
-                config.tower is None
-            ):  # full-face weights: its CLIP Vision becomes a tower of its own
-                config, tower = self.with_tower(config, own.vision)
-                encoder = ConceptEncoder(config)
-                encoder.tower.load_clip(tower)
-            else:
-                encoder = ConceptEncoder(config)
-            encoder.load_state_dict(
-                {name: value.detach().float().cpu().clone() for name, value in weights.items()},
-                strict=False,
-            )
-            return encoder
+        if self.concept_encoder is not None:
+            return host.continued_encoder(self.concept_encoder, family, layers, width, NODE)
         config = ConceptConfig(
             family,
             layers,
@@ -199,27 +146,7 @@ class Order:
             Preprocessing(SMALL_TOWER["image_size"]),
             Merge(self.merge),
         )
-        tower = None
-        if self.clip_vision is not None:
-            config, tower = self.with_tower(config, self.clip_vision)
-        torch.default_generator.manual_seed(self.seed)  # the CPU's, which host.training puts back
-        encoder = ConceptEncoder(config)
-        if tower:
-            encoder.tower.load_clip(tower)
-        encoder.start_from_text(text)
-        return encoder
-
-    def with_tower(
-        self, config: ConceptConfig, vision: Any
-    ) -> tuple[ConceptConfig, dict[str, Tensor]]:
-        try:
-            tower, weights = host.ManagedEncoder.tower_of(vision)
-        except ValueError as error:
-            raise ValueError(f"{NODE}: {error}") from error
-        pixels = Preprocessing(vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
-        return replace(
-            config, tower=tower, tower_width=tower["hidden_size"], preprocessing=pixels
-        ), weights
+        return host.new_encoder(config, self.clip_vision, self.seed, text, NODE)
 
 
 class ConceptEncoderTrain(io.ComfyNode):
@@ -468,30 +395,18 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
         settings = order.settings
     except ValueError as error:
         raise ValueError(f"{NODE}: {error}") from error
-    family, layers, width = host.cross_layers(order.model, NODE)
-    order.check_images()
-    captions, (path, state) = order.captions(), order.files()
+    layout = host.cross_layers(order.model, NODE)
+    check_images(order.images)
+    captions = captions_of(order.prompt, sum(map(len, order.images)))
+    path, state = order.files()
     dtype, device = precision(order)
     base = host.model_key(order.model)
     with host.training(order.model, dtype or torch.float32, NODE) as copy:
-        sites = host.attention_sites(host.require_unet(copy, NODE))
-        text = {
-            b: (s.module.attn2.to_k.weight.float().cpu(), s.module.attn2.to_v.weight.float().cpu())
-            for b, s in sites.items()
-        }
-        encoder = order.encoder(family, layers, width, text)
+        encoder = order.encoder(*layout, text_layers(copy))
+        family, _, width = layout
         size = order.size or host.SIDES.get(family, 512)
         examples = look(order, encoder.config.preprocessing.size, size, captions)
-        prompts = {
-            text: order.clip.encode_from_tokens_scheduled(order.clip.tokenize(text))
-            for text in {*captions, ""}
-        }
-        wide = prompts[""][0][0].shape[-1]
-        if wide != width:
-            raise ValueError(
-                f"{NODE}: the CLIP given writes text of width {wide}, but the model reads width {width}. Wire the CLIP of the "
-                "same checkpoint."
-            )
+        prompts = encoded(order.clip, captions, width)
         denoise = host.FrozenUNet(copy, encoder.config.merge, prompts, order.gradient_checkpointing)
         trainer = Trainer(encoder, denoise, examples, settings, OneProcess(device, dtype))
         made_with = {
@@ -502,107 +417,57 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
             "tower": dict(encoder.config.tower),
             "precision": str(dtype or "no"),
         }
-        facts = {
-            "pictures": len(examples),
-            "subjects": len(examples.groups),
-            "batch": order.batch * order.accumulate,
-            "base": str(base),
-            "rate": settings.rate,
-            "prompt": captions[0],
-            "seed": settings.seed,
-            "drop": [settings.drop_text, settings.drop_image, settings.drop_both],
-        }
+        facts = facts_of(order, examples, base, captions)
         try:
             if order.resume and state.exists():
                 trainer.resume(known_state(state), **made_with)
                 log.info("%s: going on from step %d of %s", NODE, trainer.step_number, path.name)
-            run(trainer, order.save_every, Saving(trainer, path, state, made_with, facts))
+            save = Saving(trainer, path, state, made_with, facts)
+            watch = Watching(trainer, host.progress(settings.steps), draw_curve)
+            run(order.save_every, save, watch, host.Interrupted)
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{NODE}: {error}") from error
         return trainer.kept(**facts), trainer.losses
 
 
-def known_state(path: Path) -> dict[str, Any]:
-    """A state to go on from; OSError, in this node's words, where the system does not give it."""
-    try:
-        return read_state(path)
-    except OSError as error:
-        raise OSError(
-            f"{NODE}: {error}. It stays as it is; look at that folder and its disk, then queue it again."
-        ) from error
+def text_layers(model: Any) -> dict[BlockId, tuple[Tensor, Tensor]]:
+    """(to_k, to_v) of every cross-attention layer, in float32 on the CPU."""
+    sites = host.attention_sites(host.require_unet(model, NODE))
+    return {
+        b: (s.module.attn2.to_k.weight.float().cpu(), s.module.attn2.to_v.weight.float().cpu())
+        for b, s in sites.items()
+    }
 
 
-@dataclass
-class Saving:
-    """Saves a trainer's state and averaged encoder; knows which step the files hold."""
-
-    trainer: Trainer
-    path: Path
-    state: Path
-    made_with: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    saved: int = 0
-
-    def __post_init__(self) -> None:
-        self.saved = self.trainer.step_number if self.path.exists() else 0
-
-    def __call__(self) -> None:
-        """OSError says what there still is."""
-        if self.trainer.step_number == self.saved:
-            return
-        try:
-            self.trainer.save(self.path, self.state, self.made_with, self.facts)
-        except OSError as error:
-            kept = (
-                f"{self.path.name} of step {self.saved} is whole and stays"
-                if self.saved
-                else "nothing was saved before"
-            )
-            raise OSError(
-                f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. To go on, "
-                f"{remedy(error, WRITABLE)} and queue the same again: it goes on from step {self.saved}."
-            ) from error
-        self.saved = self.trainer.step_number
-        log.info(
-            "%s: step %d of %d saved as %s",
-            NODE,
-            self.saved,
-            self.trainer.settings.steps,
-            self.path,
+def encoded(clip: Any, captions: Sequence[str], width: int) -> dict[str, host.Conditioning]:
+    """CONDITIONING by text, of no text too; ValueError for the CLIP of another model."""
+    prompts = {
+        text: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in {*captions, ""}
+    }
+    wide = prompts[""][0][0].shape[-1]
+    if wide != width:
+        raise ValueError(
+            f"{NODE}: the CLIP given writes text of width {wide}, but the model reads width {width}. Wire the CLIP of the "
+            "same checkpoint."
         )
+    return prompts
 
 
-def run(trainer: Trainer, save_every: int, save: Saving) -> None:
-    """Every step up to the last. The host's interrupt, or a loss that is not finite, is raised once what was learned is saved."""
-    steps, shown = trainer.settings.steps, -math.inf
-    tell = host.progress(steps)
-    try:
-        tell(trainer.step_number)
-        while trainer.step_number < steps:
-            trainer.step()
-            now = time.monotonic()
-            due = (
-                now - shown >= PREVIEW_EVERY or trainer.step_number == steps
-            )  # the last one stays on the node beside the result
-            picture = draw_curve(trainer.losses, steps) if due else None
-            shown = now if picture else shown
-            tell(trainer.step_number, picture)
-            if trainer.step_number % save_every == 0:
-                save()
-    except (host.Interrupted, FloatingPointError) as stop:
-        try:
-            save()
-        except OSError as error:
-            log.warning("%s", error)
-        if isinstance(stop, host.Interrupted):
-            log.info(
-                "%s: cancelled at step %d; %s holds what was learned",
-                NODE,
-                trainer.step_number,
-                save.path,
-            )
-        raise
-    save()
+def facts_of(
+    order: Order, examples: Examples, base: str, captions: Sequence[str]
+) -> dict[str, Any]:
+    """What the encoder's file tells of its training."""
+    settings = order.settings
+    return {
+        "pictures": len(examples),
+        "subjects": len(examples.groups),
+        "batch": order.batch * order.accumulate,
+        "base": str(base),
+        "rate": settings.rate,
+        "prompt": captions[0],
+        "seed": settings.seed,
+        "drop": [settings.drop_text, settings.drop_image, settings.drop_both],
+    }
 
 
 def precision(order: Order) -> tuple[torch.dtype | None, torch.device]:
@@ -614,90 +479,14 @@ def precision(order: Order) -> tuple[torch.dtype | None, torch.device]:
 
 def look(order: Order, small: int, size: int, captions: Sequence[str]) -> Examples:
     """The pictures as the tower (`small` pixels) and the UNet (latents of `size` pixels) see them."""
-    pixels, latents, subjects = [], [], []
-    whole = {side: Preprocessing(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)) for side in (small, size)}
-    tell = host.progress(len(captions))
-    with torch.inference_mode():
-        for number, batch in enumerate(order.images):
-            for image in batch:
-                tell(len(subjects))
-                side = min(
-                    image.shape[:2]
-                )  # the centre square first: a strip would be enlarged beyond all memory
-                top, left = ((n - side) // 2 for n in image.shape[:2])
-                image = image[top : top + side, left : left + side]
-                pixels.append(
-                    whole[small](image[None].cpu())[0].mul(255).round().byte().movedim(0, -1)
-                )
-                encoded = order.vae.encode(whole[size](image[None].cpu()).movedim(1, -1))
-                latents.append(host.latent_in(order.model, encoded, NODE)[0])
-                subjects.append(number if order.subjects == BATCHES else len(subjects))
-    return Examples(
-        torch.stack(latents), torch.stack(pixels), captions, subjects
-    )  # copies, made outside of inference_mode
-
-
-def digest(examples: Examples) -> str:
-    told = hashlib.blake2b(examples.pixels.numpy().tobytes(), digest_size=4)
-    told.update(repr((list(examples.prompts), list(examples.subjects))).encode())
-    return f"{len(examples)} {told.hexdigest()}"
-
-
-def draw_curve(
-    losses: Sequence[float], steps: int, width: int = 768, height: int = 432
-) -> Image.Image:
-    """Every step's loss, faint, and its running mean, over all steps to come; a logarithmic axis where the mean spans 8 times."""
-    picture = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(picture), typeface()
-    left, top, right, bottom = 64, 32, width - 16, height - 40
-    if not losses:
-        pen.text((width / 2, height / 2), "no steps yet", "#555555", font, "mm")
-        return picture
-    values = np.asarray(losses, dtype=np.float64).clip(1e-12)
-    window = max(1, min(len(values) // 12, 400))
-    sums = np.concatenate(([0.0], values.cumsum()))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    mean = (sums[ends] - sums[starts]) / (ends - starts)
-    logarithmic = bool(mean.max() / mean.min() > 8)
-    low, high = (float(v) for v in np.quantile(values, (0.005, 0.995)))
-    low, high = min(low, mean.min()), max(high, mean.max())
-    low, high = (low / 1.1, high * 1.1) if logarithmic else (0.0, high * 1.05)
-    scale: Callable[[Any], Any] = np.log if logarithmic else np.asarray
-
-    def place(step: Any, loss: Any) -> Any:
-        y = (
-            scale(np.clip(loss, max(low, 1e-12) if logarithmic else low, high)) - scale(low)
-        ) / max(scale(high) - scale(low), 1e-12)
-        return left + (right - left) * step / max(steps, 1), bottom - (bottom - top) * y
-
-    for loss in ticks(low, high, logarithmic):
-        y = place(0, loss)[1]
-        pen.line(((left, y), (right, y)), "#e6e6e6")
-        pen.text((left - 6, y), f"{loss:.3g}", "#555555", font, "rm")
-    for step in ticks(0, steps, False):
-        x = place(step, high)[0]
-        pen.line(((x, bottom), (x, bottom + 4)), "#555555")
-        pen.text((x, bottom + 7), f"{step:g}", "#555555", font, "mt")
-    for series, colour, thick in ((values, "#b9cfe8", 1), (mean, "#1f4e8c", 3)):
-        points = [(float(x), float(y)) for x, y in zip(*place(ends, series))]
-        pen.line(points if len(points) > 1 else points * 2, colour, thick)
-        if len(points) == 1:
-            pen.ellipse(
-                [points[0][0] - 2, points[0][1] - 2, points[0][0] + 2, points[0][1] + 2], colour
-            )
-    pen.line(((left, top), (left, bottom), (right, bottom)), "#555555")
-    pen.text((left, 8), f"loss{' (log)' if logarithmic else ''}", "#555555", font)
-    pen.text((right, 8), f"step {len(values)} of {steps}: {mean[-1]:.4g}", "#1f4e8c", font, "ra")
-    pen.text(((left + right) / 2, height - 4), "step", "#555555", font, "mb")
-    return picture
-
-
-def ticks(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Round numbers between low and high: about five, or 1, 2 and 5 of every power of ten."""
-    if logarithmic:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        return [n * 10.0**p for p in powers for n in (1, 2, 5) if low <= n * 10.0**p <= high]
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / 4))
-    step *= next(n for n in (1, 2, 5, 10) if (high - low) / (n * step) <= 6)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return host.examples_of(
+        order.model,
+        order.vae,
+        order.images,
+        captions,
+        small,
+        size,
+        order.subjects == BATCHES,
+        NODE,
+        host.progress(len(captions)),
+    )

@@ -19,14 +19,7 @@ from ..network.call import AttnCall, grid_of
 from ..network.sites import BlockSite
 from ..network.watch import ActiveInjection
 from .fused import Attend
-from .parts import (
-    References,
-    attend_group,
-    attend_sharing,
-    beside_others,
-    reader,
-    take_parts,
-)
+from .parts import References, attend_group, attend_sharing, beside_others, reader, take_parts
 from .sharing import Sharing
 
 

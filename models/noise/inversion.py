@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from .path import DIFFUSION, Noise, slope
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 # (index, total, x the denoiser was asked at, its answer)
 OnStep = Callable[[int, int, Tensor, Tensor], None]
+# (step, denoised, x), for a progress bar and its preview
+Progress = Callable[[int, Tensor, Tensor], None]
+# what is done with a loaded model: (denoise, its device, progress) -> whatever it makes
+Loop = Callable[[Denoiser, torch.device, Progress], Any]
 Label = Literal["target", "source"]
 
 # relative; what a sigma may lose on its way through float32 and still count as the same

@@ -10,13 +10,16 @@ from .concepts import (
     concept_files,
     concept_folder,
     concept_path,
+    continued_encoder,
+    new_encoder,
     register_folders,
 )
 from .foresight import LEAPING
 from .identity import model_key, require_reference, require_same_model
+from .install import install
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .latents import cell, latent_in, latent_out, to_model_scale
-from .learning import SIDES, FrozenUNet, Interrupted, progress, training
+from .learning import SIDES, FrozenUNet, Interrupted, examples_of, progress, training
 from .model import (
     KEY,
     TEXT,
@@ -29,7 +32,6 @@ from .model import (
     computes_in,
     cross_layers,
     draws_by_unet,
-    feature_tap,
     noise_of,
     require_invertible,
     require_unet,
@@ -49,12 +51,10 @@ from .photos import (
 )
 from .pictures import decode, pictures_in, rough_pictures
 from .ref_unet import (
-    Loop,
     first_rows,
     read_prompt,
     reference_pass,
     reference_tokens,
-    watch_reference,
 )
 from .references import (
     REFERENCES,
@@ -65,8 +65,10 @@ from .references import (
     reference_path,
     register_references,
 )
-from .run import Injection, SamplerRun, inject, injected, install, sample
+from .run import Injection, SamplerRun
 from .sites import require_sites
+from .story import StoryInjection, layout_of
+from .wrappers import inject, injected, sample
 
 __all__ = [
     "CONCEPTS",
@@ -78,12 +80,12 @@ __all__ = [
     "Inversion",
     "KEY",
     "LEAPING",
-    "Loop",
     "ManagedEncoder",
     "REFERENCES",
     "Reference",
     "SIDES",
     "SamplerRun",
+    "StoryInjection",
     "TEXT",
     "attention_sites",
     "cell",
@@ -92,22 +94,25 @@ __all__ = [
     "concept_files",
     "concept_folder",
     "concept_path",
+    "continued_encoder",
     "cross_layers",
     "decode",
     "draws_by_unet",
     "example_name",
-    "feature_tap",
+    "examples_of",
     "first_rows",
     "inject",
     "injected",
     "input_pictures",
     "install",
     "is_listed",
+    "layout_of",
     "latent_in",
     "latent_out",
     "load_picture",
     "model_key",
     "nameable",
+    "new_encoder",
     "new_reference_path",
     "noise_of",
     "offer_example",
@@ -139,5 +144,4 @@ __all__ = [
     "token_sizes",
     "tower_title",
     "training",
-    "watch_reference",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...models.concept.config import ConceptConfig, Preprocessing, check_layers
 from ...models.concept.encoder import ConceptEncoder, KeysValues
+from ...models.network.blocks import BlockId
 from .learning import progress
 
 CONCEPTS = "concept_encoders"  # their folder beside checkpoints and loras
@@ -130,3 +133,60 @@ class ManagedEncoder:
                 "the encoder again."
             )
         return found
+
+
+def continued_encoder(
+    managed: ManagedEncoder,
+    family: str,
+    layers: tuple[tuple[BlockId, int], ...],
+    width: int,
+    node: str,
+) -> ConceptEncoder:
+    """A copy of an encoder to train further, in float32 on the CPU; ValueError where it is for another model."""
+    config = managed.encoder.config
+    check_layers(config, family, layers, width, node)
+    weights = managed.encoder.state_dict()
+    if config.tower is None:  # full-face weights: its CLIP Vision becomes a tower of its own
+        config, tower = _with_tower(config, managed.vision, node)
+        encoder = ConceptEncoder(config)
+        encoder.tower.load_clip(tower)
+    else:
+        encoder = ConceptEncoder(config)
+    encoder.load_state_dict(
+        {name: value.detach().float().cpu().clone() for name, value in weights.items()},
+        strict=False,
+    )
+    return encoder
+
+
+def new_encoder(
+    config: ConceptConfig,
+    vision: Any,
+    seed: int,
+    text: Mapping[BlockId, tuple[Tensor, Tensor]],
+    node: str,
+) -> ConceptEncoder:
+    """A new encoder; vision: CLIP_VISION to take the tower from, None for a new one; text: (to_k, to_v) of every layer."""
+    tower = None
+    if vision is not None:
+        config, tower = _with_tower(config, vision, node)
+    torch.default_generator.manual_seed(seed)  # the CPU's, which `training` puts back
+    encoder = ConceptEncoder(config)
+    if tower:
+        encoder.tower.load_clip(tower)
+    encoder.start_from_text(text)
+    return encoder
+
+
+def _with_tower(
+    config: ConceptConfig, vision: Any, node: str
+) -> tuple[ConceptConfig, dict[str, Tensor]]:
+    """The configuration with a CLIP_VISION's tower and pixels, and the tower's weights."""
+    try:
+        tower, weights = ManagedEncoder.tower_of(vision)
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}") from error
+    pixels = Preprocessing(vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
+    return replace(
+        config, tower=tower, tower_width=tower["hidden_size"], preprocessing=pixels
+    ), weights

@@ -21,12 +21,16 @@ from torch import Tensor
 
 from ...models.attention.fused import product_attend
 from ...models.attention.parts import Merge
+from ...models.concept.config import Preprocessing
+from ...models.concept.draws import Examples
 from ...models.concept.encoder import KeysValues
+from ...models.concept.pictures import centre_square
 from ...models.concept.training import Learning, checkpointed
 from ...models.network.call import Part, Role
 from ...models.run import Run
+from .install import install
+from .latents import latent_in
 from .model import Conditioning, attention_sites, computes_in, network
-from .run import install
 
 MOST_PROMPTS = 4096  # kept encoded
 SIDES = {
@@ -206,3 +210,36 @@ def _products(
         if kwargs.get("skip_reshape")
         else product_attend(q, k, v, heads, mask)
     )
+
+
+def examples_of(
+    model: ModelPatcher,
+    vae: Any,
+    images: Sequence[Tensor],
+    captions: Sequence[str],
+    small: int,
+    size: int,
+    one_subject: bool,
+    node: str,
+    tell: Callable[[int], None],
+) -> Examples:
+    """IMAGEs, each [b Y X c], as the tower (`small` pixels) and the UNet (latents of `size` pixels) see them.
+
+    one_subject: each of the batches shows one; tell: is told how many pictures were seen.
+    """
+    pixels, latents, subjects = [], [], []
+    for_tower, for_unet = (
+        Preprocessing(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)) for side in (small, size)
+    )
+    with torch.inference_mode():
+        for number, batch in enumerate(images):
+            for image in batch:
+                tell(len(subjects))
+                # a strip would be enlarged beyond all memory
+                image = centre_square(image)[None].cpu()
+                pixels.append(for_tower(image)[0].mul(255).round().byte().movedim(0, -1))
+                encoded = vae.encode(for_unet(image).movedim(1, -1))
+                latents.append(latent_in(model, encoded, node)[0])
+                subjects.append(number if one_subject else len(subjects))
+    # copies, made outside of inference_mode
+    return Examples(torch.stack(latents), torch.stack(pixels), captions, subjects)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.sampler_helpers
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ...models.network.blocks import BlockId
 from ...models.network.call import Half
+from ...models.noise.inversion import Loop
 from ...models.reference.bank import ReferenceBank, ReferencePrompt
 from ...models.reference.recorder import Recorder
 from ...models.run import SUBJECT, Run
+from .install import install
 from .latents import framed, unframed
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
 from .networks import recognise
-from .run import SamplerRun, install
+from .run import SamplerRun
 
 
 def read_prompt(
@@ -105,11 +107,6 @@ class _ReferenceGuider(comfy.samplers.CFGGuider):
         return comfy.samplers.calc_cond_batch(
             self.inner_model, conds, x, timestep, model_options or {}
         )[0]
-
-
-Loop = Callable[
-    [Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int, Tensor, Tensor], None]], Any
-]
 
 
 class _ReferenceSampler(comfy.samplers.Sampler):

@@ -36,6 +36,13 @@ def begin_keyframes(guider: Any) -> None:
             hook.initialize_timesteps(guider.inner_model)
 
 
+def _later(callback: Any, done: int, most: int, both: int) -> Callable[..., Any] | None:
+    """A sampler's callback for the one bar of two stages, `done` of whose steps lie behind; most: steps of this stage."""
+    return callback and (
+        lambda step, denoised, x, total: callback(done + min(step, most - 1), denoised, x, both)
+    )
+
+
 @dataclass
 class Stages:
     """The sampler runs again from the same noise; until the first injection it is handed the first stage's answers.
@@ -66,8 +73,9 @@ class Stages:
         **kwargs: Any,
     ) -> Tensor:
         story, second = self.story, len(sigmas) - 1
-        if not story.stage:
-            out = executor(
+
+        def run(extra_args: dict[str, Any], callback: Any, noise: Tensor, silent: bool) -> Tensor:
+            return executor(
                 guider,
                 sigmas,
                 extra_args,
@@ -75,52 +83,32 @@ class Stages:
                 noise,
                 latent_image,
                 denoise_mask,
-                disable_pbar,
+                silent,
                 **kwargs,
             )
-            self._finish(extra_args["model_options"], second)
-            return out
-        first = story.schedule.first_stage
 
-        def told(done: int) -> Callable[..., Any] | None:
-            return callback and (
-                lambda step, denoised, x, total: callback(
-                    done + min(step, second - 1), denoised, x, first + second
-                )
-            )
+        if story.stage:
+            first = story.schedule.first_stage
+            begun = _later(callback, 0, second, first + second)
+            self._first_stage(run, extra_args, begun, noise)
+            begin_keyframes(guider)
+            callback = _later(callback, first, second, first + second)
+        out = run(extra_args, callback, noise, disable_pbar)
+        self._finish(extra_args["model_options"], second)
+        return out
 
+    def _first_stage(
+        self, run: Callable[..., Tensor], extra_args: dict[str, Any], callback: Any, noise: Tensor
+    ) -> None:
+        """As far as the second one needs it; the draws that it makes are made again in the second."""
         devices = [noise.device] if noise.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             try:
-                executor(
-                    guider,
-                    sigmas,
-                    dict(extra_args),
-                    told(0),
-                    noise.clone(),
-                    latent_image,
-                    denoise_mask,
-                    True,
-                    **kwargs,
-                )
+                run(dict(extra_args), callback, noise.clone(), True)
             except _FirstStageDone:
                 pass
-        story.begin_second_stage()
-        begin_keyframes(guider)
+        self.story.begin_second_stage()
         self._replaying, self._heard = True, 0
-        out = executor(
-            guider,
-            sigmas,
-            extra_args,
-            told(first),
-            noise,
-            latent_image,
-            denoise_mask,
-            disable_pbar,
-            **kwargs,
-        )
-        self._finish(extra_args["model_options"], second)
-        return out
 
     def _finish(self, model_options: dict[str, Any], steps: int) -> None:
         """The story is told; steps that another node answered before it could be asked are named."""

@@ -18,7 +18,8 @@ import torch
 from kindred.models.reference.bank import ReferenceBank
 from kindred.models.run import SUBJECT
 from kindred.models.subject.words import SubjectTokens
-from kindred.nodes.consistory import AnchorSampler, ConsiStory
+from kindred.nodes.anchors import AnchorSampler
+from kindred.nodes.consistory import ConsiStory
 from matrix import (
     FIRST,
     NOTHING,

@@ -11,7 +11,7 @@ import comfy.sdxl_clip
 import comfy.supported_models_base
 import torch
 from kindred.miniature.world import held_out_identity, render
-from kindred.nodes.evaluation import ComparisonGrid
+from kindred.nodes.comparison import ComparisonGrid
 from studio import TOWER
 from torch import Tensor
 

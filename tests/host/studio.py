@@ -22,11 +22,13 @@ from kindred.models.concept.encoder import ConceptEncoder
 from kindred.models.noise.inversion import InversionTrajectory
 from kindred.models.reference.bank import ReferenceBank
 from kindred.models.subject.words import SubjectTokens
+from kindred.nodes.anchors import AnchorSampler
+from kindred.nodes.capture import RefUNetCapture
 from kindred.nodes.concept import CrossAttnDetailInject
-from kindred.nodes.consistory import AnchorSampler, ConsiStory
+from kindred.nodes.consistory import ConsiStory
 from kindred.nodes.host import ManagedEncoder, cross_layers
+from kindred.nodes.inject import MaskedSelfAttnInject
 from kindred.nodes.inversion import DDIMInvert
-from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
 from networks import random_model, random_prompt
 from torch import Tensor
 

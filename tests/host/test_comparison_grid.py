@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from judged import grid, noise
-from kindred.nodes import drawing
-from kindred.nodes.evaluation import ComparisonGrid
+from kindred.nodes.comparison import ComparisonGrid
+from kindred.nodes.drawing import pen
 from PIL import Image
 from torch import Tensor
 
@@ -140,31 +140,29 @@ def test_what_cannot_be_laid_out_names_both_values_and_the_remedy(batches, more,
     ],
 )
 def test_wrapped_words_stay_within_their_width(text):
-    font = drawing.typeface(14, text)
-    made = drawing.wrapped(text, font, 90, 3)
+    font = pen.typeface(14, text)
+    made = pen.wrapped(text, font, 90, 3)
     assert len(made) <= 3 and all(font.getlength(line) <= 90 for line in made)
-    everything = drawing.wrapped(text, font, 90, 99)
+    everything = pen.wrapped(text, font, 90, 99)
     assert "".join(everything).replace(" ", "") == text.replace(" ", "") and (
         made == everything
     ) == (len(everything) <= 3)
 
 
 def test_a_caption_behind_many_spaces_is_drawn():
-    assert drawing.wrapped(
-        " " * 5000 + "a" + " " * 5000 + "b", drawing.typeface(14, "a"), 90, 3
-    ) == ["a b"]
+    assert pen.wrapped(" " * 5000 + "a" + " " * 5000 + "b", pen.typeface(14, "a"), 90, 3) == ["a b"]
 
 
 @LAW("text", ["x" * 100_000, "\u200b" * 100_000, "a " * 50_000, "i" * 100_000])
 def test_of_a_text_of_any_length_no_more_is_measured_than_can_be_seen(text):
     """A caption of one word of 3,000 letters once kept a server busy for minutes."""
-    font, measured = drawing.typeface(14, "a"), []
+    font, measured = pen.typeface(14, "a"), []
     told = SimpleNamespace(
         getlength=lambda part: measured.append(len(part)) or font.getlength(part)
     )
-    made = drawing.wrapped(text, told, 90, 3)
+    made = pen.wrapped(text, told, 90, 3)
     assert len(made) <= 3 and sum(measured) < 20_000
 
 
 def test_a_picture_is_fitted_whole_and_never_vanishes():
-    assert drawing.fitted(Image.new("RGB", (4000, 1)), 64, 64).size == (64, 1)
+    assert pen.fitted(Image.new("RGB", (4000, 1)), 64, 64).size == (64, 1)

@@ -26,9 +26,10 @@ from kindred.miniature.reader import MASK_GRID, load_reader
 from kindred.miniature.registration import MiniatureLatent
 from kindred.miniature.world import CLASSES, SCENES, prompt
 from kindred.models.run import Run
+from kindred.nodes.capture import RefUNetCapture
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
+from kindred.nodes.inject import MaskedSelfAttnInject
 from kindred.nodes.prompts import SubjectPrompts
-from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
 from matrix import seed_all, states
 from studio import ConsiStory, differs, of_model
 from torch import Tensor

@@ -13,8 +13,10 @@ import pytest
 import torch
 from judged import SCENES, clip, cosine, grid, noise, vision, world
 from kindred.miniature.world import prompt
-from kindred.nodes import drawing, evaluation
-from kindred.nodes.evaluation import ComparisonGrid, ConsistencyScore, digits
+from kindred.nodes import evaluation
+from kindred.nodes.comparison import ComparisonGrid
+from kindred.nodes.drawing.card import score_card
+from kindred.nodes.evaluation import ConsistencyScore, digits
 from torch import Tensor
 
 LAW = pytest.mark.parametrize
@@ -213,7 +215,7 @@ def test_a_judge_that_nobody_chose_warns_once_that_it_only_knows_the_miniatures_
     """In the log; the table's first line and the head of the picture say it whoever chose it."""
     heads = []
     monkeypatch.setattr(
-        evaluation, "score_card", lambda card: heads.append(card.judge) or drawing.score_card(card)
+        evaluation, "score_card", lambda card: heads.append(card.judge) or score_card(card)
     )
     with caplog.at_level(logging.WARNING):
         told = score(

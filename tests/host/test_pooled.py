@@ -11,8 +11,8 @@ import pytest
 import torch
 from kindred.models.network.call import Half
 from kindred.models.reference.file import load_reference, save_reference
+from kindred.nodes.capture import RefUNetCapture
 from kindred.nodes.prompts import SubjectPrompts
-from kindred.nodes.reference import RefUNetCapture
 from networks import random_model
 from studio import (
     SCHEDULER,

@@ -16,9 +16,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_train import LoraModelLoader, TrainLoraNode
 from kindred.miniature.world import CLASSES, SCENES
 from kindred.models.story.story import Story
+from kindred.nodes.capture import RefUNetCapture
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
+from kindred.nodes.inject import MaskedSelfAttnInject
 from kindred.nodes.prompts import SubjectPrompts
-from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
 from networks import build_model
 from ours import FELT, TIGHT, Column, leaving_nothing, seeded
 from studio import (

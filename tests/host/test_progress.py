@@ -12,10 +12,10 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from kindred.models.overlay import draw_masks
 from kindred.models.reference.file import save_reference
+from kindred.nodes.capture import RefUNetCapture
 from kindred.nodes.host import ManagedEncoder, reference_path, rough_pictures
 from kindred.nodes.inversion import DDIMInvert
 from kindred.nodes.library import LoadReference
-from kindred.nodes.reference import RefUNetCapture
 from networks import random_model
 from PIL import Image
 from studio import (

@@ -10,7 +10,7 @@ import torch
 from kindred.models.attention.weights import SELF_ODDS, WeightMode, dial
 from kindred.models.network.call import AttnCall, Half, Halves, Role
 from kindred.models.reference.bank import ReferenceBank
-from kindred.nodes.reference import MaskedSelfInjection
+from kindred.nodes.inject import MaskedSelfInjection
 from networks import build_model, random_model
 from studio import (
     SIZE,

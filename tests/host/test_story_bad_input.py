@@ -10,7 +10,7 @@ import pytest
 import torch
 from kindred.models.network.blocks import block_name
 from kindred.models.reference.bank import BANK_VERSION
-from kindred.nodes.consistory import AnchorSampler
+from kindred.nodes.anchors import AnchorSampler
 from kindred.nodes.host import model_key
 from networks import random_model
 from studio import (

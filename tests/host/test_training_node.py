@@ -17,6 +17,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from kindred.miniature.world import CLASSES, SCENES, random_identity, render
+from kindred.models.concept import saving
 from kindred.models.concept.draws import draw
 from kindred.models.concept.file import load_concept_encoder
 from kindred.models.concept.settings import TrainSettings
@@ -193,7 +194,7 @@ def test_the_last_preview_is_the_curve_that_comes_out(train, monkeypatch, every)
     def bar(total):
         return lambda done, picture=None: told.append((done, picture and np.asarray(picture)))
 
-    monkeypatch.setattr(training, "PREVIEW_EVERY", every)
+    monkeypatch.setattr(saving, "PREVIEW_EVERY", every)
     monkeypatch.setattr(host, "progress", bar)
     curve = train(steps=4)[1]
     shown = [(done, picture) for done, picture in told if picture is not None]

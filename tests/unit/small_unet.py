@@ -1,4 +1,4 @@
-"""A UNet in small, a sampler and a story on it, driven through the hooks that nodes/host/run.py has in the host."""
+"""A UNet in small, a sampler and a story on it, driven through the hooks that nodes/host/ has in the host."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ INTO, OUT_OF = rand(4, C, seed=1), rand(C, 4, seed=2) / 3
 
 
 def unet(run: Run, x: Tensor, parts: tuple[Part, ...], text: Tensor) -> Tensor:
-    """x [b 4 y x], text [b m c] -> [b 4 y x], with the host's hooks in the host's order (nodes/host/run.py)."""
+    """x [b 4 y x], text [b m c] -> [b 4 y x], with the host's hooks in the host's order (nodes/host/attention.py)."""
     h = torch.einsum("bcyx,cd->bdyx", x, INTO)
     for block, site in SITES.items():
         if block[0] == "output":
@@ -103,7 +103,7 @@ def unet(run: Run, x: Tensor, parts: tuple[Part, ...], text: Tensor) -> Tensor:
 
 @dataclass
 class Studio:
-    """A sampler, as nodes/host/run.py and stages.py drive one."""
+    """A sampler, as nodes/host/wrappers.py and stages.py drive one."""
 
     x: Tensor  # [b 4 y x] noise
     text: Tensor  # [b m c]

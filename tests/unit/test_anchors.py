@@ -36,7 +36,7 @@ from torch import Tensor
 
 @dataclass
 class Saved:
-    """An AnchorSource over a bank, as nodes/consistory.py has one."""
+    """An AnchorSource over a bank, as models/story/readers.py has two."""
 
     bank: ReferenceBank
     aligned: bool = False

@@ -71,13 +71,12 @@ def imports(name: str) -> list[tuple[int, str, int]]:
 def breach(name: str, level: int, module: str) -> str | None:
     """The rule that this import breaks, or None."""
     room, top = PurePosixPath(name).parts[0], module.split(".")[0]
-    if name.startswith(
-        "nodes/host/"
-    ):  # the door is a package; its rooms import each other, and no family
-        family = name.count("/")  # so many dots reach nodes/
-        if 0 < level <= family:
-            return None if level < family else f"the door knows no family of nodes ({module})"
-        name = "nodes/host.py"
+    for shared in ("host", "drawing"):  # packages; their rooms import each other, and no family
+        if name.startswith(f"nodes/{shared}/"):
+            family = name.count("/")  # so many dots reach nodes/
+            if 0 < level <= family:
+                return None if level < family else f"{shared}/ knows no family of nodes ({module})"
+            name = f"nodes/{shared}.py"
     if level == 0 and top in ROOMS and top not in ("nodes",):
         return "the pack imports itself relatively"
     if room == "models":
@@ -103,7 +102,7 @@ def breach(name: str, level: int, module: str) -> str | None:
         and name != "nodes/__init__.py"
         and top not in ("host", "drawing", "sockets", "")
     ):
-        return f"a family of nodes does not import another one ({module}): put what they share into models/, host.py or drawing.py"
+        return f"a family of nodes does not import another one ({module}): put what they share into models/, host/ or drawing/"
     if (
         room == "nodes"
         and level == 2
@@ -132,15 +131,17 @@ def test_who_imports_whom():
         ("models/subject/masks.py", 0, "models.attention"),
         ("nodes/host/run.py", 2, "concept"),
         ("nodes/host/networks/flux.py", 3, "concept"),
+        ("nodes/drawing/card.py", 2, "evaluation"),
+        ("nodes/drawing/card.py", 0, "comfy.utils"),
         ("nodes/host/run.py", 0, "cv2"),
         ("models/network/backbone.py", 3, "nodes.host"),
         ("nodes/hosts/run.py", 0, "comfy.samplers"),
-        ("nodes/reference.py", 0, "comfy.samplers"),
-        ("nodes/reference.py", 1, "inversion"),
+        ("nodes/capture.py", 0, "comfy.samplers"),
+        ("nodes/capture.py", 1, "inversion"),
         ("nodes/evaluation.py", 2, "miniature.training"),
         ("nodes/evaluation.py", 2, "miniature"),
         ("miniature/world.py", 0, "folder_paths"),
-        ("nodes/reference.py", 0, "cv2"),
+        ("nodes/capture.py", 0, "cv2"),
     ],
 )
 def test_the_rule_bites(name, level, module):
@@ -156,14 +157,16 @@ def test_the_rule_bites(name, level, module):
         ("nodes/host/run.py", 0, "comfy.samplers"),
         ("nodes/host/run.py", 1, "model"),
         ("nodes/host/run.py", 3, "models.run"),
+        ("nodes/drawing/card.py", 1, "pen"),
+        ("nodes/drawing/card.py", 3, "models.overlay"),
         ("nodes/host/networks/flux.py", 1, "parts"),
         ("nodes/host/networks/flux.py", 2, "model"),
         ("nodes/host/networks/flux.py", 4, "models.network.backbone"),
         ("models/network/backbone.py", 2, "reference"),
-        ("nodes/reference.py", 2, "models.reference"),
-        ("nodes/reference.py", 1, "host"),
-        ("nodes/reference.py", 0, "comfy_api.v0_0_2"),
-        ("nodes/evaluation.py", 1, "drawing"),
+        ("nodes/capture.py", 2, "models.reference"),
+        ("nodes/capture.py", 1, "host"),
+        ("nodes/capture.py", 0, "comfy_api.v0_0_2"),
+        ("nodes/evaluation.py", 1, "drawing.card"),
         ("nodes/evaluation.py", 2, "miniature.reader"),
         ("miniature/registration.py", 0, "comfy.supported_models"),
         ("miniature/train.py", 0, "comfy.model_base"),

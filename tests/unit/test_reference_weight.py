@@ -7,10 +7,7 @@ from math import log
 import pytest
 import torch
 from checkout import ROOT
-from kindred.models.attention.references import (
-    ReferenceTokens,
-    attend_with_references,
-)
+from kindred.models.attention.references import ReferenceTokens, attend_with_references
 from kindred.models.attention.weights import CONCEPT_ODDS, SELF_ODDS, STORY_ODDS, WeightMode, dial
 from small_attention import (
     MODES,

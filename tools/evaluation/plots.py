@@ -23,7 +23,7 @@ from PIL import Image
 
 from .labels import LEADER, RIM, leaders, placed, spread
 
-PAPER, INK, GREY, FAINT = "#ffffff", "#1c2530", "#66717e", "#dfe3e8"  # as nodes/drawing.py
+PAPER, INK, GREY, FAINT = "#ffffff", "#1c2530", "#66717e", "#dfe3e8"  # as nodes/drawing/pen.py
 # no two nearer than 0.09 in OKLab to any colour-blind eye (searched for; test_plots holds them to it)
 COLOURS = (INK, "#1b4fc4", "#d63a0c", "#068a6b", "#b070cc", "#f0a012", "#7db8f0")
 MARKERS = (

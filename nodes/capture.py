@@ -1,0 +1,415 @@
+"""Ref-UNet Feature Capture: the subject read out of a photo (paper A, arXiv 2403.11284, section 2.2)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io, ui
+from torch import Tensor
+
+from ..models.network.blocks import BlockId, Grid, select_blocks
+from ..models.network.call import Half, grid_of
+from ..models.network.sites import BlockSite, map_blocks
+from ..models.noise.inversion import Denoiser, InversionTrajectory, Progress
+from ..models.overlay import draw_masks
+from ..models.reference.bank import ReferenceBank, ReferencePrompt
+from ..models.reference.builder import BankBuilder, Keeps
+from ..models.reference.photo import (
+    NODE,
+    RefUNetPass,
+    flow_loop,
+    is_live,
+    one_pass_loop,
+    replay_loop,
+    user_masks,
+)
+from ..models.reference.recorder import Recorder
+from ..models.subject.masks import Threshold
+from . import host
+
+OTSU, VALUE = "otsu", "value"
+log = logging.getLogger(__name__)
+
+
+class RefUNetCapture(io.ComfyNode):
+    """Ref-UNet pass of paper A: features of every step, and the subject's mask from its words' cross-attention, eq. (4), (5)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredRefUNetCapture",
+            display_name=NODE,
+            category="Kindred",
+            description="Reads the subject out of a photo: the self-attention features of every step and a mask of where the subject is. "
+            "Give it the encoded photo (it inverts and reads in one pass) or the result of DDIM Invert.",
+            search_aliases=[
+                "reference capture",
+                "ref unet",
+                "reference only",
+                "subject mask",
+                "attention features",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="A coarse description with the subject's word, such as: a photo of a cat "
+                    "(Subject Prompts).",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=2,
+                    max=1000,
+                    tooltip="With a latent: the steps of the sampler that will generate. Unused with an inversion.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=host.schedulers(),
+                    default="ddim_uniform",
+                    tooltip="With a latent: the scheduler of the sampler that will generate. Unused with an inversion.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="all",
+                    advanced=True,
+                    tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, masactrl, or a list such as "
+                    "output 3-5, middle 0. Fewer blocks take less memory.",
+                ),
+                io.Combo.Input(
+                    "mask_threshold",
+                    options=[OTSU, VALUE],
+                    default=OTSU,
+                    advanced=True,
+                    tooltip="otsu finds the threshold from the map itself; value uses the number below.",
+                ),
+                io.Float.Input(
+                    "mask_value",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Threshold on the map scaled to 0..1, used when the threshold is set to value.",
+                ),
+                io.Int.Input(
+                    "mask_steps",
+                    default=2,
+                    min=1,
+                    max=1000,
+                    advanced=True,
+                    tooltip="The mask is the union over this many first (noisiest) steps: the paper's tau = 2.",
+                ),
+                io.String.Input(
+                    "mask_blocks",
+                    default="auto",
+                    advanced=True,
+                    tooltip="Blocks whose cross-attention locates the subject. auto: those at a quarter of the latent's size.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["as computed", "float16"],
+                    default="as computed",
+                    advanced=True,
+                    tooltip="How the features are stored in memory. float16 halves the memory of a model that computes in "
+                    "float32.",
+                ),
+                io.Combo.Input(
+                    "keeps",
+                    options=[k.value for k in Keeps],
+                    default=Keeps.AUTO.value,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What is held of each token. keys and values make every later step a little faster and take "
+                    "twice the memory of hidden states; automatic takes them up to 1 GB.",
+                ),
+                io.Float.Input(
+                    "token_share",
+                    default=1.0,
+                    min=0.05,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How much of the subject's tokens is kept, evenly spread: less takes less memory and time, and "
+                    "those that are kept speak the louder.",
+                ),
+                host.Inversion.Input(
+                    "inversion",
+                    optional=True,
+                    tooltip="From DDIM Invert: its latents are read, one call per step.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Instead of an inversion: the photo through VAE Encode; inverted and read "
+                    "in one pass.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Also reads the features of the negative half, for CFG halves = both.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the subject is, instead of finding it by its word. White is the "
+                    "subject.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="With a latent, instead of steps and scheduler: the SIGMAS the sampler "
+                    "gets.",
+                ),
+            ],
+            outputs=[
+                host.Reference.Output(
+                    display_name="reference",
+                    tooltip="Features, masks and the trajectory of the photo.",
+                ),
+                io.Mask.Output(display_name="mask", tooltip="Where the subject was found."),
+            ],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: host.Conditioning,
+        steps: int,
+        scheduler: str,
+        blocks: str = "all",
+        mask_threshold: str = OTSU,
+        mask_value: float = 0.3,
+        mask_steps: int = 2,
+        mask_blocks: str = "auto",
+        precision: str = "as computed",
+        keeps: str = Keeps.AUTO.value,
+        token_share: float = 1.0,
+        inversion: InversionTrajectory | None = None,
+        latent: dict[str, Any] | None = None,
+        negative: host.Conditioning | None = None,
+        mask: Tensor | None = None,
+        sigmas: Tensor | None = None,
+    ) -> io.NodeOutput:
+        sites = host.require_sites(model, NODE)
+        wanted = select_blocks(blocks, host.self_attentions(sites), NODE)
+        require_share(token_share)
+        photo = photo_of(model, inversion, latent, steps, scheduler, sigmas)
+        prompts = read_prompts(model, positive, negative, photo.pictures, mask is not None)
+        threshold = OTSU if mask_threshold == OTSU else mask_value
+        subject = Finding(mask, mask_blocks, threshold, mask_steps)
+        stored = torch.float16 if precision == "float16" else None
+        reading = pass_over(
+            sites, wanted, photo, prompts, subject, stored, token_share, Keeps(keeps)
+        )
+        if reading.transformer:
+            photo = inverted(model, photo, prompts[Half.COND])
+        bank = read(model, photo, reading)
+        picture, drawn = shown(model, bank, photo.whole)
+        saved = ui.ImageSaveHelper.save_images(
+            drawn, "kindred_subject", io.FolderType.temp, cls, compress_level=1
+        )
+        return io.NodeOutput(bank, picture, ui=ui.SavedImages(saved))
+
+
+@dataclass(frozen=True)
+class Photo:
+    """What is read: an inverted photo, or an encoded one and the schedule that it is inverted along."""
+
+    key: str  # of the model
+    down: Tensor  # [t+1] sigmas, descending
+    shape: tuple[int, ...]  # [r c y x] of its latents
+    schedule: str = ""  # its name; "": the inversion tells
+    z0: Tensor | None = None  # [r c y x] in model scale; None: it is inverted already
+    inversion: InversionTrajectory | None = None
+
+    @property
+    def pictures(self) -> int:
+        return self.shape[0]
+
+    @property
+    def whole(self) -> Grid:
+        return tuple(self.shape[2:])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How the subject is found in the photo: by a wired mask, else by its words' maps."""
+
+    mask: Tensor | None  # MASK [1|r Y X]
+    blocks: str  # whose cross-attention locates it
+    threshold: Threshold
+    steps: int  # tau
+
+
+def require_share(token_share: float) -> None:
+    """ValueError for a share of the subject's tokens that is none."""
+    if not 0 < token_share <= 1:
+        raise ValueError(
+            f"{NODE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject)."
+        )
+
+
+def photo_of(
+    model: Any,
+    inversion: InversionTrajectory | None,
+    latent: dict[str, Any] | None,
+    steps: int,
+    scheduler: str,
+    sigmas: Tensor | None,
+) -> Photo:
+    """The one of both that is wired; ValueError for both and for none, and where it does not fit the model."""
+    if (inversion is None) == (latent is None):
+        raise ValueError(
+            f"{NODE}: "
+            f"{'neither an inversion nor a latent is' if latent is None else 'both an inversion and a latent are'} "
+            "wired. Wire exactly one: the photo's latent, or the result of DDIM Invert."
+        )
+    key = host.model_key(model)
+    if inversion is not None:
+        host.require_same_model(NODE, "inversion", inversion.model_key, key)
+        down, shape = inversion.sigmas.flip(0), tuple(inversion.latents.shape[1:])
+        return Photo(key, down, shape, inversion=inversion)
+    down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, NODE)
+    z0 = host.latent_in(model, latent["samples"], NODE)
+    return Photo(key, down, tuple(z0.shape), name, z0)
+
+
+def pass_over(
+    sites: Mapping[BlockId, BlockSite],
+    blocks: Sequence[BlockId],
+    photo: Photo,
+    prompts: Mapping[Half, ReferencePrompt],
+    subject: Finding,
+    stored: torch.dtype | None,
+    token_share: float,
+    keeps: Keeps,
+) -> RefUNetPass:
+    """The pass that keeps these blocks, before it begins; stored: the dtype of what is kept, None as it is computed."""
+    grids = {block: grid_of(photo.whole, sites[block].divisor) for block in blocks}
+    masks = None
+    if subject.mask is not None:
+        masks = user_masks(subject.mask, photo.pictures, {*grids.values(), photo.whole})
+    map_at = () if masks else map_blocks(subject.blocks, sites, NODE)
+    reading = RefUNetPass(
+        sites,
+        grids,
+        photo.whole,
+        prompts,
+        len(photo.down) - 1,
+        Recorder(blocks, map_at, prompts[Half.COND]),
+        BankBuilder(stored, masks, token_share, keeps),
+        subject.threshold,
+        subject.steps,
+    )
+    reading.live = is_live(reading.transformer, keeps)
+    return reading
+
+
+def inverted(model: Any, photo: Photo, prompt: ReferencePrompt) -> Photo:
+    """The same, inverted along a transformer's path; what is inverted already stays as it is."""
+    if photo.inversion is not None:
+        return photo
+    noise, down = host.noise_of(model, NODE), photo.down
+    loop = flow_loop(photo.z0, down, noise)
+    path = host.reference_pass(model, photo.shape, down, prompt, None, loop, total=len(down))
+    inversion = InversionTrajectory(
+        down.flip(0), path, "fireflow", prompt.text, photo.key, photo.schedule, noise=noise
+    )
+    return replace(photo, inversion=inversion)
+
+
+def read(model: Any, photo: Photo, reading: RefUNetPass) -> ReferenceBank:
+    """The whole pass, and what needs the loaded model after it."""
+    prompt, masks = reading.prompts[Half.COND], reading.builder.masks
+    if photo.inversion is not None:
+        loop = replay_loop(photo.inversion, reading.keep)
+    else:
+        loop = one_pass_loop(
+            photo.z0, photo.down, prompt.text, photo.key, photo.schedule, reading.keep
+        )
+
+    def whole_pass(denoise: Denoiser, device: torch.device, progress: Progress) -> ReferenceBank:
+        return reading.finish(loop(denoise, device, progress), photo.key, device)
+
+    calls = reading.calls(one_pass=photo.inversion is None)
+    dtype = reading.builder.precision or host.computes_in(model)
+    held = reading.bytes_held(photo.pictures, dtype)
+    log.info(
+        "%s: reads the photo in %d calls of the network%s%s.",
+        NODE,
+        calls,
+        f"; its features take {held / 1e6:.1f} MB of main memory" if held else "",
+        " until the mask is known"
+        if held and masks is None
+        else "; a sampler reads it anew in each step"
+        if reading.live
+        else "",
+    )
+    return host.reference_pass(
+        model,
+        photo.shape,
+        photo.down,
+        prompt,
+        reading.prompts.get(Half.UNCOND),
+        whole_pass,
+        reading.recorder,
+        calls,
+        ends_early=photo.inversion is not None,
+    )
+
+
+def shown(model: Any, bank: ReferenceBank, whole: Grid) -> tuple[Tensor, Tensor]:
+    """The subject's mask as a MASK [r Y X], and as the node draws it [r Y X 3]."""
+    subject = bank.masks[whole]
+    log.info(
+        "%s: %s, %d blocks, %.1f MB, %.0f %% of the picture is subject",
+        NODE,
+        bank.trajectory.schedule,
+        len(bank.layers),
+        bank.bytes / 1e6,
+        100 * subject.float().mean(),
+    )
+    pixels = host.cell(model)
+    picture = subject.float().repeat_interleave(pixels, 1).repeat_interleave(pixels, 2)
+    rough = host.rough_pictures(model, bank.trajectory.latents[0])
+    return picture, subject_picture(rough, subject, picture)
+
+
+def read_prompts(
+    model: Any,
+    positive: host.Conditioning,
+    negative: host.Conditioning | None,
+    pictures: int,
+    masked: bool,
+) -> dict[Half, ReferencePrompt]:
+    """The prompts of a pass; ValueError where positive marks no subject and no mask is wired that would show it."""
+    prompts = {Half.COND: host.read_prompt(model, positive, "positive", NODE, pictures)}
+    if negative is not None:
+        prompts[Half.UNCOND] = host.read_prompt(model, negative, "negative", NODE, pictures)
+    if not masked and prompts[Half.COND].subject is None:
+        raise ValueError(
+            f"{NODE}: positive ({(prompts[Half.COND].text or 'a CLIP Text Encode')[:200]!r}) marks no subject word, and no "
+            f"mask is wired. "
+            "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject."
+        )
+    return prompts
+
+
+def subject_picture(rough: Tensor | None, masks: Tensor, picture: Tensor) -> Tensor:
+    """What the node shows: masks bool [r y x] over the rough pictures [r y x 3], at the size of picture [r Y X]; without them, it alone."""
+    if rough is None:
+        return picture[..., None].expand(-1, -1, -1, 3)
+    return draw_masks(
+        torch.nn.functional.interpolate(
+            rough.movedim(-1, 1), picture.shape[1:], mode="bilinear"
+        ).movedim(1, -1),
+        masks,
+    )

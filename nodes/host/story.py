@@ -1,0 +1,62 @@
+"""ConsiStory on a MODEL: its configuration, asked by the host's sampling, and where a UNet's features are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from comfy.model_patcher import ModelPatcher
+
+from ...models.network.blocks import BlockId
+from ...models.network.sites import BlockSite, map_divisor
+from ...models.story.inject import StorySetup
+from ...models.story.readers import PhotoPasses
+from ...models.story.sources import Layout
+from ...models.story.story import NODE, Story
+from . import identity
+from .model import computes_in, feature_tap, self_attentions, token_sizes
+from .ref_unet import reference_tokens, watch_reference
+from .run import SamplerRun
+
+
+class StoryInjection(StorySetup):
+    """Configuration of one ConsiStory Shared Attention node."""
+
+    watches: ClassVar[bool] = True
+
+    def check(self, model: ModelPatcher) -> None:
+        """Called when a sampler starts: a LoRA may have been added behind this node."""
+        if self.bank:
+            key = identity.model_key(model)
+            identity.require_same_model(NODE, "reference", self.bank.model_key, key)
+
+    def held(self, model: ModelPatcher, shape: Sequence[int]) -> int:
+        """Bytes on the device at most."""
+        width = computes_in(model).itemsize
+        return self.bytes_held(shape[0], token_sizes(model, shape[2:]), width)
+
+    def start_run(self, run: SamplerRun) -> Story | None:
+        passes = PhotoPasses(partial(reference_tokens, run), partial(watch_reference, run))
+        story = self.begin(run, passes)
+        if story is not None:
+            held = self.held(run.guider.model_patcher, (run.pictures, 0, *run.latent))
+            self.tell_cost(run, story.schedule, held)
+        return story
+
+
+def layout_of(unet: Any, sites: Mapping[BlockId, BlockSite]) -> Layout:
+    """Features at twice the maps' resolution, or where there is self-attention beside the middle that is nearest to it."""
+    wanted = max(map_divisor(sites) // 2, 1)
+    outside = [block for block in self_attentions(sites) if block[0] != "middle"]
+    divisor = min(
+        (sites[b].divisor for b in outside),
+        key=lambda d: (d > wanted, abs(d - wanted)),
+        default=wanted,
+    )
+    return Layout(
+        {b: site.divisor for b, site in sites.items()},
+        frozenset(b for b in outside if sites[b].divisor == divisor),
+        feature_tap(unet, divisor),
+        divisor,
+    )

@@ -1,0 +1,220 @@
+"""Masked Self-Attn Inject: paper A's reference in the pictures being made (arXiv 2403.11284, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..models.attention.joint import TextShare
+from ..models.attention.weights import SELF_ODDS, WeightMode, dial
+from ..models.network.blocks import BlockId, block_name, select_blocks
+from ..models.network.call import Half, Halves
+from ..models.reference.bank import ReferenceBank
+from ..models.reference.inject import NODE, ActiveMaskedSelf, MaskedSelf
+from . import host
+
+
+class MaskedSelfInjection(MaskedSelf):
+    """Configuration of one Masked Self-Attn Inject node."""
+
+    watches: ClassVar[bool] = False
+
+    def check(self, model: Any) -> None:
+        """Called when a sampler starts: a LoRA may have been added behind this node."""
+        host.require_same_model(NODE, "reference", self.bank.model_key, host.model_key(model))
+
+    def held(self, model: Any, shape: Sequence[int]) -> int:
+        """Bytes on the device."""
+        width = host.computes_in(model).itemsize
+        return self.bytes_held(shape[0], host.token_sizes(model, shape[-2:], self.bank), width)
+
+    def start_run(self, run: host.SamplerRun) -> ActiveMaskedSelf:
+        def tokens_at(sigma: float) -> Mapping[Half, Mapping[BlockId, Tensor]]:
+            return host.reference_tokens(run, self.bank, sigma, self.sources)
+
+        return self.active(tokens_at, run.at(self.start, self.end))
+
+
+class MaskedSelfAttnInject(io.ComfyNode):
+    """Paper A eq. (1)-(3): reference keys and values beside the picture's own, weighted inside the softmax."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KindredMaskedSelfAttnInject",
+            display_name=NODE,
+            category="Kindred",
+            description="Lets the picture being made look at the subject of a reference. Works with any sampler; chain several for several "
+            "references.",
+            search_aliases=[
+                "attention injection",
+                "reference only",
+                "personalize",
+                "subject reference",
+                "self attention",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the reference was read with."),
+                host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="How much of the reference's subject comes through: 0 is the plain picture, 1 all of it. Start with "
+                    "1 and turn it down where the picture copies too much.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="W_S at full strength: 1 is the reference beside the picture's own features, more is more identity "
+                    "until shapes break.",
+                ),
+                io.Combo.Input(
+                    "weight_mode",
+                    options=[m.value for m in WeightMode],
+                    default=WeightMode.LOGIT_BIAS.value,
+                    advanced=True,
+                    tooltip="How the weight acts. logit bias: renormalised inside the softmax. post softmax: on its output. key "
+                    "scale: on the keys. "
+                    "output blend: between plain and concatenated.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="all",
+                    advanced=True,
+                    tooltip="Which captured blocks to use: all, encoder, middle, decoder, masactrl, or a list such as output "
+                    "3-5, middle 0.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="When in the sampling the reference starts to be read.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="When in the sampling it stops to be read.",
+                ),
+                io.Combo.Input(
+                    "halves",
+                    options=[h.value for h in Halves],
+                    default=Halves.COND.value,
+                    advanced=True,
+                    tooltip="Which half of CFG reads the reference. cond only lets guidance amplify the subject; both needs a "
+                    "negative in the capture; "
+                    "shared gives both halves the same features.",
+                ),
+                io.Mask.Input(
+                    "target_mask",
+                    optional=True,
+                    tooltip="Only this part of the new picture may look at the reference. White is "
+                    "where.",
+                ),
+                io.Combo.Input(
+                    "text_share",
+                    options=[s.value for s in TextShare],
+                    default=TextShare.KEPT.value,
+                    optional=True,
+                    advanced=True,
+                    tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the picture share one attention. "
+                    "kept: the prompt is heard as much as without the reference. plain: the reference dims it too. "
+                    "Without effect in SD1.5, SD2.x and SDXL.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        reference: ReferenceBank,
+        strength: float = 1.0,
+        weight: float = 1.0,
+        weight_mode: str = WeightMode.LOGIT_BIAS.value,
+        blocks: str = "all",
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        halves: str = Halves.COND.value,
+        target_mask: Tensor | None = None,
+        text_share: str = TextShare.KEPT.value,
+    ) -> io.NodeOutput:
+        sites = host.require_sites(model, NODE)
+        host.require_reference(NODE, reference, model)
+        wanted = readable_blocks(blocks, host.self_attentions(sites), reference)
+        if not weight >= 0:
+            raise ValueError(
+                f"{NODE}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the plain concatenation."
+            )
+        mode = WeightMode(weight_mode)
+        weight *= dial(strength, NODE, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
+        mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
+        injection = MaskedSelfInjection(
+            reference,
+            weight,
+            mode,
+            wanted,
+            start_percent,
+            end_percent,
+            Halves(halves),
+            mask,
+            TextShare(text_share),
+        )
+        require_halves(injection)
+        return io.NodeOutput(
+            model.clone() if reads_nothing(injection) else host.inject(model, injection)
+        )
+
+
+def reads_nothing(injection: MaskedSelf) -> bool:
+    """Whether the pictures stay plain whatever is sampled."""
+    mask = injection.target_mask
+    return (
+        injection.weight == 0
+        or injection.start >= injection.end
+        or (mask is not None and not (mask > 0.5).any())
+    )
+
+
+def readable_blocks(
+    blocks: str, attentions: Sequence[BlockId], reference: ReferenceBank
+) -> frozenset[BlockId]:
+    """The wanted blocks that the reference holds; ValueError where it lacks one that was asked for by name."""
+    wanted = select_blocks(blocks, attentions, NODE)
+    missing = [block_name(b) for b in wanted if b not in reference.blocks]
+    if missing and blocks.strip().lower() != "all":
+        raise ValueError(
+            f"{NODE}: {', '.join(missing)} not captured; the reference holds "
+            f"{', '.join(map(block_name, reference.blocks))}. "
+            "Choose the same blocks in Ref-UNet Feature Capture."
+        )
+    return frozenset(wanted) & frozenset(reference.blocks)
+
+
+def require_halves(injection: MaskedSelf) -> None:
+    """ValueError where a half is to be read that the reference does not hold."""
+    features = injection.bank.features
+    if not injection.sources <= features.keys():
+        raise ValueError(
+            f"{NODE}: halves is {injection.halves.value!r}, but the reference holds only the "
+            f"{', '.join(h.value for h in features)} half. "
+            "Wire the negative prompt into Ref-UNet Feature Capture, or choose cond only or shared."
+        )
