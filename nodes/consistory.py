@@ -13,8 +13,8 @@ from ..models.network.call import Half, Halves
 from ..models.network.sites import map_blocks
 from ..models.reference.bank import ReferenceBank
 from ..models.story.inject import FAST, OFFICIAL
+from ..models.story.plan import NODE as STORY
 from ..models.story.plan import StorySettings
-from ..models.story.story import NODE as STORY
 from . import host
 
 

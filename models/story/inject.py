@@ -16,10 +16,10 @@ from ..network.call import Halves, Role
 from ..reference.bank import AnchorFeatures, ReferenceBank
 from .anchors import NODE as SAMPLER
 from .anchors import AnchorRecorder
-from .plan import Schedule, StorySettings
+from .plan import NODE, Schedule, StorySettings
 from .readers import GeneratedAnchors, PhotoAnchors, PhotoPasses, StoryRun
 from .sources import AnchorSource, Layout
-from .story import NODE, Story
+from .story import Story
 
 FAST, OFFICIAL = "fast", "official"
 log = logging.getLogger(__name__)

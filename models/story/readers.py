@@ -19,9 +19,8 @@ from ..reference.recorder import Recorder
 from ..reference.rows import RowReader, split_row
 from ..subject.correspondence import smooth
 from ..subject.masks import resize_user_mask
-from .plan import Schedule, dropped
+from .plan import NODE, Schedule, dropped
 from .sources import Layout
-from .story import NODE
 
 
 class StoryRun(Protocol):

@@ -11,9 +11,10 @@ from comfy.model_patcher import ModelPatcher
 from ...models.network.blocks import BlockId
 from ...models.network.sites import BlockSite, map_divisor
 from ...models.story.inject import StorySetup
+from ...models.story.plan import NODE
 from ...models.story.readers import PhotoPasses
 from ...models.story.sources import Layout
-from ...models.story.story import NODE, Story
+from ...models.story.story import Story
 from . import identity
 from .model import computes_in, feature_tap, self_attentions, token_sizes
 from .ref_unet import reference_tokens, watch_reference

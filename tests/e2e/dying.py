@@ -24,12 +24,12 @@ from boot import boot  # noqa: E402
 NODES = boot(Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from kindred.models.concept import encoder as concept
-from kindred.models.concept import training
-from kindred.models.concept.file import load_concept_encoder
-from kindred.models.concept.training_state import read_state
-from kindred.models.reference import file as bank_file
-from kindred.models.reference.file import load_reference
+from kindred.models.concept import encoder as concept  # noqa: E402
+from kindred.models.concept import training  # noqa: E402
+from kindred.models.concept.file import load_concept_encoder  # noqa: E402
+from kindred.models.concept.training_state import read_state  # noqa: E402
+from kindred.models.reference import file as bank_file  # noqa: E402
+from kindred.models.reference.file import load_reference  # noqa: E402
 from kindred.nodes import host  # noqa: E402
 from kindred.nodes import training as training_node  # noqa: E402
 from kindred.nodes.library import SaveReference  # noqa: E402

@@ -12,8 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from kindred.models.attention.fused import FusedAttend
 from kindred.models.reference.builder import Keeps
-from kindred.nodes.host import foresight
-from kindred.nodes.host import run as host_run
+from kindred.nodes.host import SamplerRun, attention, foresight, injected, install, wrappers
 from networks import random_model
 from studio import (
     bank_of,
@@ -52,7 +51,7 @@ IN_ORDER = [
 def reads(monkeypatch):
     """How many noise levels were foreseen, and how many runs were made again."""
     seen = {"foreseen": 0, "runs": 0}
-    begin, ahead = host_run.SamplerRun.begin, foresight.Foreseen.next
+    begin, ahead = SamplerRun.begin, foresight.Foreseen.next
 
     def counted_begin(self, *args):
         seen["runs"] += 1
@@ -63,7 +62,7 @@ def reads(monkeypatch):
         seen["foreseen"] += told is not None
         return told
 
-    monkeypatch.setattr(host_run.SamplerRun, "begin", counted_begin)
+    monkeypatch.setattr(SamplerRun, "begin", counted_begin)
     monkeypatch.setattr(foresight.Foreseen, "next", counted_next)
     return seen
 
@@ -188,7 +187,7 @@ def test_who_asks_for_levels_of_its_own_gets_the_picture_of_those(
     """The guess is checked after the run, and the picture made again where it was wrong; keyframes of hooks begin again."""
     caplog.set_level(logging.INFO)
     began, model = [], patched(MODEL)
-    monkeypatch.setattr(host_run, "begin_keyframes", began.append)
+    monkeypatch.setattr(wrappers, "begin_keyframes", began.append)
     before = reads["runs"]
     found = guided(model, Twice)
     assert reads["runs"] == before + 2 and "made again" in caplog.text and len(began) == 1
@@ -311,14 +310,14 @@ def test_a_share_is_refused_where_it_leaves_nothing():
 )
 def test_weights_joined_by_sums_give_the_picture_of_the_mask(way, monkeypatch):
     masked = sample(inject(MODEL, bank_of(), **way), batch=2)
-    monkeypatch.setattr(host_run, "FusedAttend", partial(FusedAttend, shortest=0))
+    monkeypatch.setattr(attention, "FusedAttend", partial(FusedAttend, shortest=0))
     assert differs(sample(inject(MODEL, bank_of(), **way), batch=2), masked) < EXACT
 
 
 def test_another_attention_than_torchs_is_never_gone_past(monkeypatch):
     """Sage, flash, xformers or a pack's own: it is asked, with a mask."""
     model, masks = inject(MODEL, bank_of(), 2.0), []
-    monkeypatch.setattr(host_run, "FusedAttend", None)  # would raise
+    monkeypatch.setattr(attention, "FusedAttend", None)  # would raise
 
     def theirs(func, q, k, v, heads, mask=None, **kwargs):
         masks.append(mask is not None)
@@ -332,19 +331,19 @@ def test_more_rows_than_torchs_attention_takes_are_left_to_the_host(monkeypatch)
     """Which cuts them, so that CUDA's kernel does not fail."""
     model = inject(MODEL, bank_of(), 2.0)
     meant = sample(model)
-    monkeypatch.setattr(host_run, "FusedAttend", None)
+    monkeypatch.setattr(attention, "FusedAttend", None)
     with pytest.raises(TypeError):  # so it is asked for
         sample(model)
-    monkeypatch.setattr(host_run, "SDP_BATCH_LIMIT", 1)
+    monkeypatch.setattr(attention, "SDP_BATCH_LIMIT", 1)
     assert differs(sample(model), meant) < EXACT
 
 
 @LAW("how", [{"skip_reshape": True}, {"mask": torch.zeros(1)}], ids=["heads apart", "mask"])
 def test_an_attention_of_another_layout_or_with_a_mask_is_not_the_blocks(how):
     """It is the caller's own, and the block's is still to come."""
-    run, asked = host_run.SamplerRun(), []
+    run, asked = SamplerRun(), []
     run.pending = call = object()
-    options = host_run.install({}, run)["transformer_options"]
+    options = install({}, run)["transformer_options"]
     options["optimized_attention_override"](
         lambda *given, **more: asked.append(more),
         *(torch.ones(1, 2, 4),) * 3,
@@ -382,7 +381,7 @@ def announced(monkeypatch):
 )
 def test_the_host_is_told_what_an_injection_holds(patched, announced):
     bare, model = random_model("tiny"), patched(MODEL)
-    (injection,) = host_run.injected(model)
+    (injection,) = injected(model)
     pictures(bare, steps=2)
     pictures(model, steps=2)
     more = injection.held(model, (3, 4, 8, 8))
@@ -393,7 +392,7 @@ def test_the_host_is_told_what_an_injection_holds(patched, announced):
 
 def test_the_bytes_of_a_reference_are_its_row_and_the_longest_keys():
     model = inject(MODEL, bank_of(), halves="both")
-    (injection,) = host_run.injected(model)
+    (injection,) = injected(model)
     one, three = (injection.held(model, (n, 4, 8, 8)) for n in (1, 3))
     row = 2 * bank_of().bytes // (2 * len(bank_of().features["cond"]))
     assert one > 2 * row and three > one
