@@ -128,7 +128,7 @@ def test_who_imports_whom():
     "name, level, module",
     [
         ("models/subject/masks.py", 0, "comfy.utils"),
-        ("models/subject/masks.py", 2, "nodes.host"),
+        ("models/subject/masks.py", 3, "nodes.host"),
         ("models/subject/masks.py", 0, "models.attention"),
         ("nodes/host/run.py", 2, "concept"),
         ("nodes/host/networks/flux.py", 3, "concept"),
