@@ -67,7 +67,14 @@ class BlockSite:
 
 
 def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tuple[BlockId, ...]:
-    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is."""
+    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is.
+
+    Of a transformer, blocks in which the picture reads the text; auto: those that its backbone knows to locate best.
+    """
+    if (backbone := next((site.backbone for site in sites.values()), None)) is not None:
+        if wanted.strip().lower() == "auto":
+            return backbone.locating
+        return select_blocks(wanted, backbone.reading, node)
     if wanted.strip().lower() != "auto":
         return select_blocks(wanted, tuple(sites), node)
     divisor = map_divisor(sites)
@@ -116,7 +123,11 @@ class AttnCall:
         if not self.places:  # the host repeats the shorter of two prompts (method.md 2.3)
             return [p + start for start in range(0, keys // text * text, text) for p in positions] if keys >= text else None
         places = self.places[part]
-        return None if places is None else [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
+        if places is None:
+            return None
+        if self.joint:  # a transformer reads no text twice, and may make other rows of it (Anima)
+            return [places.index(p) for p in positions] if {*positions} <= {*places} else None
+        return [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
 
     def after(self, traced: Traced) -> AttnCall:
         """The same call once other nodes' patches copied its parts or changed its keys."""
@@ -174,6 +185,7 @@ class ActiveInjection(Protocol):
 class Watcher:
     """Sees what passes through the UNet, and may change what it is handed where it returns it."""
     complete = False  # this pass has nothing more to show
+    map_blocks: frozenset[BlockId] = frozenset()  # whose cross-attention it waits for
 
     def begin_pass(self) -> None:
         """The UNet begins a pass that ends once all its watchers are complete."""
@@ -279,6 +291,7 @@ class Part:
     text: int | None = None
     repeats: tuple[int, ...] = (1,)  # per row: how many times Subject Prompts already repeats it
     subject: SubjectTokens | None = None
+    rows: int | None = None  # of its CONDITIONING; a transformer may pad them
 
 
 class PassEnds(Exception):
@@ -315,7 +328,8 @@ class Run:
                 entry["uuid"] = uuid4()
                 text = getattr(entry.get("model_conds", {}).get("c_crossattn"), "cond", None)
                 self.parts[entry["uuid"]] = Part(role, tuple(entry["area"]) if entry.get("area") else None,
-                                                 None if text is None else text.shape[1], entry.get(REPEATS, (1,)), entry.get(SUBJECT))
+                                                 None if text is None else text.shape[1], entry.get(REPEATS, (1,)), entry.get(SUBJECT),
+                                                 None if (rows := entry.get("cross_attn")) is None else rows.shape[1])
 
     def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
         """The parts of a call in their order. Tiled diffusion stacks several tiles of all of them, one tile behind the other."""
@@ -337,6 +351,21 @@ class Run:
         parts = self.parts_of(options)
         return AttnCall(block, self.passing.grid, tuple(p.role for p in parts), tuple(p.area for p in parts), self.latent,
                         texts=tuple(parts), given=self.passing.latent, joint=Joint(picture, mask))
+
+    def text_call(self, block: BlockId, options: Mapping[str, Any], keys: int,
+                  stands: Callable[[int], slice | None]) -> tuple[AttnCall, slice]:
+        """Where the picture of a transformer's block reads the text, translated, and which of its keys are the text's.
+
+        keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as Backbone.text says.
+        """
+        call = self.joint_call(block, options, slice(0), None)
+        rows = [p.rows for p in call.texts] if self.backbone.joint else [keys for _ in call.texts]
+        where = [None if r is None else stands(r) for r in rows]
+        seen = [at for at in where if at is not None]
+        text = slice(min((at.start for at in seen), default=0), max((at.stop for at in seen), default=0))
+        places = tuple(None if at is None else tuple(i if 0 <= (i := key - at.start) < at.stop - at.start else -1
+                                                     for key in range(text.start, text.stop)) for at in where)
+        return replace(call, cross=True, places=places), text
 
     def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
         """The call behind all patches: its rows and keys as they are now, or why that cannot be told.
