@@ -153,7 +153,16 @@ def test_one_changed_patch_is_one_changed_token_of_the_picture(name):
 
 
 # the text's tokens are mixed before they meet the picture
-MIXING = ("HunyuanImage21", "Krea2", "Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu", "Kandinsky5Image")
+MIXING = (
+    "HunyuanImage21",
+    "Krea2",
+    "Lumina2",
+    "ZImage",
+    "ZImagePixel",
+    "Omnigen2",
+    "Boogu",
+    "Kandinsky5Image",
+)
 
 
 def rows_of(name: str) -> int:
@@ -175,7 +184,9 @@ def with_row_changed(name: str, row: int) -> list:
 
 def first_reading(found: Backbone) -> int:
     """The number of the first call in which the picture reads the text."""
-    return next(n for n, b in enumerate(found.calls) if b and (b[0] == CROSS or found.holds_text(b)))
+    return next(
+        n for n, b in enumerate(found.calls) if b and (b[0] == CROSS or found.holds_text(b))
+    )
 
 
 @pytest.mark.parametrize("name", READ)
@@ -213,7 +224,9 @@ def test_the_text_stands_beside_picture_and_references(name):
     one, two = (listen(name, positive=[[t, extras]])[0][n] for t in (text, other))
     tokens = found.text(one.k.shape[1], count(name), rows_of(name), one.references)
     differ = changed(one.k, two.k)
-    assert (differ == [tokens.start + 2]) or (name in MIXING and differ == list(range(tokens.start, tokens.stop)))
+    assert (differ == [tokens.start + 2]) or (
+        name in MIXING and differ == list(range(tokens.start, tokens.stop))
+    )
 
 
 @pytest.mark.parametrize("name", READ)
@@ -227,7 +240,11 @@ def test_rows_that_do_not_fit_stand_nowhere(name):
 def test_words_are_read_where_text_and_picture_meet(name):
     found = backbone(name)
     assert set(found.locating) <= set(found.reading) <= set(found.blocks) and found.locating
-    met = {b if found.holds_text(b) else ("self", *b[1:]) for b in found.calls if b and (b[0] == CROSS or found.holds_text(b))}
+    met = {
+        b if found.holds_text(b) else ("self", *b[1:])
+        for b in found.calls
+        if b and (b[0] == CROSS or found.holds_text(b))
+    }
     assert set(found.reading) == met
 
 

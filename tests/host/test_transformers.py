@@ -232,6 +232,24 @@ def test_a_reference_found_by_its_word_is_felt(name: str) -> None:
     assert apart(sample(inject(tiny(name), bank), name), plain(name)) > FELT
 
 
+@pytest.mark.parametrize("name", ["Flux2", "QwenImage", "SD3.5", "HiDream"])
+def test_a_longer_negative_beside_it_moves_no_word(name: str, planted: Any) -> None:
+    """FLUX.2 pads both to one length, so they share a pass; elsewhere they are two."""
+    planted(name)
+    longer = prompt(name, 3, READ[name].words + 3)
+    path = bank_of(name).trajectory
+    bank = capture(tiny(name), None, marked(name, WORD), inversion=path, negative=longer)[0]
+    y, x = READ[name].grid
+    assert bank.masks[y, x][0, : y // 2].all() and not bank.masks[y, x][0, y // 2 :].any()
+
+
+@pytest.mark.parametrize("name", ["Flux", "ZImage", "Anima"])
+def test_held_or_not_the_words_find_the_same_mask(name: str) -> None:
+    path = bank_of(name).trajectory
+    live, held = (capture(tiny(name), None, marked(name, WORD), inversion=path, keeps=k)[0] for k in ("automatic", "keys and values"))
+    assert held.bytes and all(torch.equal(live.masks[grid], held.masks[grid]) for grid in live.masks)
+
+
 def test_a_prompt_without_a_subject_asks_for_a_mask_and_names_the_family() -> None:
     with pytest.raises(ValueError) as error:
         capture(tiny("Flux"), None, prompt("Flux"), inversion=bank_of("Flux").trajectory)
