@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..models import inversion as method
 from ..models.attention import SELF_ODDS, ReferenceTokens, WeightMode, dial
-from ..models.injection import AttnCall, BlockSite, Recorder, References, Role, TargetMask, grid_of, map_blocks
+from ..models.injection import AttnCall, BlockSite, References, Role, TargetMask, grid_of, map_blocks
 from ..models.inversion import InversionTrajectory
 from ..models.joint import TextShare
 from ..models.masks import Threshold, resize_user_mask, union_of_first
 from ..models.noise import Noise
 from ..models.overlay import draw_masks
+from ..models.recorder import Recorder
 from ..models.reference import (
     BankBuilder, BlockId, Grid, Half, Halves, Keeps, Layer, ReferenceBank, ReferencePrompt, block_name, select_blocks, thinned,
 )
