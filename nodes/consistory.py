@@ -15,8 +15,9 @@ from ..models.anchors import AnchorRecorder, passes_over
 from ..models.attention import STORY_ODDS, dial
 from ..models.consistory import Schedule, StorySettings, dropped
 from ..models.correspondence import smooth
-from ..models.injection import Asker, BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
+from ..models.injection import Asker, BlockSite, Role, grid_of, map_blocks, map_divisor
 from ..models.masks import resize_user_mask
+from ..models.recorder import Recorder
 from ..models.reference import BlockId, Half, Halves, ReferenceBank, block_name, select_blocks, split_row
 from ..models.story import NODE as STORY
 from ..models.story import AnchorSource, Layout, Story

@@ -13,22 +13,24 @@ from .model import (
     KEY, TEXT, Conditioning, Encoder, Inversion, Reference, attention_sites, chosen_sigmas, computes_in, cross_layers, draws_by_unet,
     feature_tap, noise_of, require_invertible, require_unet, samplers, schedulers, self_attentions, token_sizes,
 )
-from .page import tell
+from .page import tell, warn
 from .photos import example_name, input_pictures, load_picture, offer_example, picture_exists, picture_fingerprint
 from .pictures import decode, pictures_in, rough_pictures
 from .ref_unet import Loop, first_rows, read_prompt, reference_pass, reference_tokens, watch_reference
 from .references import REFERENCES, is_listed, nameable, new_reference_path, reference_files, reference_path, register_references
 from .run import Injection, SamplerRun, inject, injected, install, sample
 from .sites import require_sites
+from .tokens import Prompt, Reader, rows_of_tokens, plain, readers_of
 
 __all__ = [
     "CONCEPTS", "Conditioning", "Encoder", "FrozenUNet", "Injection", "Interrupted", "Inversion", "KEY", "LEAPING", "Loop",
-    "ManagedEncoder", "REFERENCES", "Reference", "SIDES", "SamplerRun", "TEXT", "attention_sites", "cell", "chosen_sigmas",
-    "computes_in", "concept_files", "concept_folder", "concept_path", "cross_layers", "decode", "draws_by_unet", "example_name",
-    "feature_tap", "first_rows", "inject", "injected", "input_pictures", "install", "is_listed", "latent_in", "latent_out",
-    "load_picture", "model_key", "nameable", "new_reference_path", "noise_of", "offer_example", "picture_embeddings", "picture_exists",
-    "picture_fingerprint", "pictures_in", "progress", "read_prompt", "reference_files", "reference_pass", "reference_path",
-    "reference_tokens", "register_folders", "register_references", "require_invertible", "require_reference", "require_same_model",
-    "require_sites", "require_unet", "rough_pictures", "sample", "samplers", "schedulers", "self_attentions", "tell", "text_embeddings",
-    "to_model_scale", "token_sizes", "tower_title", "training", "watch_reference",
+    "ManagedEncoder", "Prompt", "REFERENCES", "Reader", "Reference", "SIDES", "SamplerRun", "TEXT", "attention_sites", "cell",
+    "chosen_sigmas", "computes_in", "concept_files", "concept_folder", "concept_path", "cross_layers", "decode", "draws_by_unet",
+    "example_name", "feature_tap", "first_rows", "inject", "injected", "input_pictures", "install", "is_listed", "latent_in",
+    "latent_out", "load_picture", "model_key", "nameable", "new_reference_path", "noise_of", "offer_example", "picture_embeddings",
+    "picture_exists", "picture_fingerprint", "pictures_in", "plain", "progress", "read_prompt", "readers_of", "reference_files",
+    "reference_pass", "reference_path", "reference_tokens", "register_folders", "register_references", "require_invertible",
+    "require_reference", "require_same_model", "require_sites", "require_unet", "rough_pictures", "rows_of_tokens", "sample",
+    "samplers", "schedulers", "self_attentions", "tell", "text_embeddings", "to_model_scale", "token_sizes", "tower_title", "training",
+    "warn", "watch_reference",
 ]

@@ -11,7 +11,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.injection import SUBJECT, Recorder, Run
+from ...models.injection import SUBJECT, Run
+from ...models.recorder import Recorder
 from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
 from .latents import framed, unframed
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kindred.models.anchors import AnchorRecorder
 from kindred.models.bank_file import Parcel
-from kindred.models.injection import Recorder, Run
+from kindred.models.injection import Run
+from kindred.models.recorder import Recorder
 from kindred.models.reference import BankBuilder, ReferenceBank
 from kindred.models.story import QueryRecorder, Story
 from kindred.nodes.concept import ActiveConcept

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from networks import random_model
 from refusals import faults_of
 from remedy import REMEDY
-from words import clip
+from words import clip, pieces_of
 
 from kindred.models.injection import SUBJECT
 from kindred.models.reference import select_blocks
@@ -22,7 +22,8 @@ from kindred.nodes.evaluation import ComparisonGrid
 from kindred.nodes.host import TEXT, attention_sites, concept_folder, new_reference_path
 from kindred.nodes.library import LoadReference
 from kindred.models.words import subjects_in
-from kindred.nodes.prompts import SubjectPrompts, pieces_of, tokens_of
+from kindred.nodes.host.tokens import tokens_of
+from kindred.nodes.prompts import SubjectPrompts
 from kindred.nodes.training import Order
 
 OUT = Path(folder_paths.get_output_directory()).resolve()

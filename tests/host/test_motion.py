@@ -9,7 +9,7 @@ from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing, seeded
 from studio import MOMENTS, STEPS, bank_of, capture, differs, inject, invert, pictures, sample, story
 from test_bypassed_lora import lora
 
-from kindred.models.injection import Recorder
+from kindred.models.recorder import Recorder
 from kindred.models.reference import ReferenceBank
 from kindred.nodes.host import model_key
 

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import comfy.sd1_clip
 import pytest
 import torch
-from words import WIDTH, clip, tokenizer
+from words import WIDTH, clip, pieces_of, tokenizer
 
 from kindred.models.reference import SubjectTokens
 from kindred.models.injection import SUBJECT
 from kindred.nodes.host import TEXT
 from kindred.models.words import positions_of
-from kindred.nodes.prompts import SubjectPrompts, batch_rows, pieces_of, tokens_of
+from kindred.nodes.host.tokens import tokens_of
+from kindred.nodes.prompts import SubjectPrompts, batch_rows
 
 LAW = pytest.mark.parametrize
 

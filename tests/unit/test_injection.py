@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, Recorder, References, Role, Run, TargetMask, gather_parts, is_resized, take_parts
+from kindred.models.injection import AttnCall, BlockSite, References, Role, Run, TargetMask, gather_parts, is_resized, take_parts
 from kindred.models.masks import token_map
+from kindred.models.recorder import Recorder
 from kindred.models.reference import Half, ReferencePrompt, SubjectTokens
 
 B, N, M, HEADS, C = 2, 6, 4, 2, 8
