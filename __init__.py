@@ -1,4 +1,5 @@
 """Kindred: pictures that share a subject. Masked self-attention injection and consistent stories for ComfyUI."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -13,5 +14,6 @@ async def comfy_entrypoint() -> ComfyExtension:
     """What the host calls once: registers the miniature's architecture and names the nodes."""
     from .miniature.registration import register
     from .nodes import KindredExtension
+
     register()
     return KindredExtension()

@@ -13,6 +13,7 @@ python3 dev.py setup      only make (or repair) the environment
 The environment is one virtual environment and one ComfyUI in your cache folder, named by the hash of tools/pins.
 `--host DIR --python PATH` uses a ComfyUI and a Python of your own instead.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,7 +41,9 @@ def run(environment: Environment, arguments: list[str], **extra: str) -> int:
     return together(environment, [arguments], Path.cwd(), **extra)[0][0]
 
 
-def together(environment: Environment, commands: Sequence[list[str]], folder: Path = ROOT, **extra: str) -> list[tuple[int, float]]:
+def together(
+    environment: Environment, commands: Sequence[list[str]], folder: Path = ROOT, **extra: str
+) -> list[tuple[int, float]]:
     """Several in `folder` at once, the first in the open; what the others say is shown once all have ended. Exit codes and seconds."""
     settings = clean_environment(KINDRED_HOST=str(environment.host), PYTHONUNBUFFERED="1", **extra)
     begun, ended, start = [], {}, time.monotonic()
@@ -48,8 +51,15 @@ def together(environment: Environment, commands: Sequence[list[str]], folder: Pa
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands[1:]]
         try:
             for arguments, out in zip(commands, [None, *said]):
-                begun.append(subprocess.Popen([str(environment.python), *arguments], cwd=folder, env=settings, stdout=out,
-                                              stderr=None if out is None else subprocess.STDOUT))
+                begun.append(
+                    subprocess.Popen(
+                        [str(environment.python), *arguments],
+                        cwd=folder,
+                        env=settings,
+                        stdout=out,
+                        stderr=None if out is None else subprocess.STDOUT,
+                    )
+                )
             while len(ended) < len(begun):
                 for i, process in enumerate(begun):
                     if i not in ended and process.poll() is not None:
@@ -79,43 +89,101 @@ def test(environment: Environment, expression: str | None, fast: bool) -> int:
 
     The last two wait for one server each, so they run beside one another.
     """
-    lacking = [name for name in ("ruff", "pytest", "hypothesis", "xdist", "playwright", "comfy_cli")
-               if subprocess.run([str(environment.python), "-c", f"import {name}"], capture_output=True).returncode]
+    lacking = [
+        name
+        for name in ("ruff", "pytest", "hypothesis", "xdist", "playwright", "comfy_cli")
+        if subprocess.run(
+            [str(environment.python), "-c", f"import {name}"], capture_output=True
+        ).returncode
+    ]
     if lacking:
-        raise Refusal(f"{environment.python} lacks {', '.join(lacking)}, which the tests need: install them there, "
-                      "or leave out --host and --python.")
+        raise Refusal(
+            f"{environment.python} lacks {', '.join(lacking)}, which the tests need: install them there, "
+            "or leave out --host and --python."
+        )
     stages: list[tuple[str, list[str]]] = [("lint", ["-m", "ruff", "check", "--no-cache", "."])]
     for room in ("unit", "host", "e2e", "browser"):
-        if any((ROOT / "tests" / room).glob("test_*.py")) and not (fast and room in ("e2e", "browser")):
-            argv = ["-m", "pytest", f"tests/{room}", "-q", "-p", "no:cacheprovider", "--durations=5", "--durations-min=3"]
-            if room in ("unit", "host"):  # the other two start servers of their own, and keep one for many tests
-                argv += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
-            stages.append((room, argv + (["-k", expression] if expression else []) + (["-m", "not slow"] if fast else [])))
+        if any((ROOT / "tests" / room).glob("test_*.py")) and not (
+            fast and room in ("e2e", "browser")
+        ):
+            argv = [
+                "-m",
+                "pytest",
+                f"tests/{room}",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--durations=5",
+                "--durations-min=3",
+            ]
+            if room in (
+                "unit",
+                "host",
+            ):  # the other two start servers of their own, and keep one for many tests
+                argv += [
+                    "-n",
+                    str(min(2, os.cpu_count() or 1)),
+                    "--dist",
+                    "loadfile",
+                    "--no-loadscope-reorder",
+                ]
+            stages.append(
+                (
+                    room,
+                    argv
+                    + (["-k", expression] if expression else [])
+                    + (["-m", "not slow"] if fast else []),
+                )
+            )
     results: list[str] = []
     failed, at_once = False, [s for s in stages if s[0] in ("e2e", "browser")]
     for group in [*([s] for s in stages if s not in at_once), *([at_once] if at_once else [])]:
-        print(f"\n== {', then what was beside it: '.join(name for name, _ in group)} ==", flush=True)
+        print(
+            f"\n== {', then what was beside it: '.join(name for name, _ in group)} ==", flush=True
+        )
         # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
-        ends = together(environment, [argv for _, argv in group], OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        ends = together(
+            environment, [argv for _, argv in group], OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
+        )
         for (name, _), (code, seconds) in zip(group, ends):
             empty = code == 5 and expression is not None  # pytest: nothing matched -k in this room
-            blind = code == 77 and name == "browser"  # there is no browser and none could be installed, says its conftest
-            told = "ok" if code == 0 else "nothing selected" if empty else "NOT RUN, NO BROWSER" if blind else f"FAILED ({code})"
+            blind = (
+                code == 77 and name == "browser"
+            )  # there is no browser and none could be installed, says its conftest
+            told = (
+                "ok"
+                if code == 0
+                else "nothing selected"
+                if empty
+                else "NOT RUN, NO BROWSER"
+                if blind
+                else f"FAILED ({code})"
+            )
             results.append(f"{name} {told} {seconds:.0f} s")
             failed |= bool(code and not empty and not blind)
         if failed:
             break
-    left = [name for name, _ in stages[len(results):]]
-    print("\n" + " | ".join(results) + (f" | not run: {', '.join(left)}" if left else ""), flush=True)
+    left = [name for name, _ in stages[len(results) :]]
+    print(
+        "\n" + " | ".join(results) + (f" | not run: {', '.join(left)}" if left else ""), flush=True
+    )
     return int(failed)
 
 
 def serve(environment: Environment, port: int | None, cpu: bool, base: Path | None) -> int:
     """The real host in the foreground with the pack linked into a base directory of its own."""
     from client import HostError, HostServer
+
     try:
-        with HostServer(environment.host, python=environment.python, port=port, cpu=True if cpu else None, base=base,
-                        log=None, api_nodes=True) as server:
+        with HostServer(
+            environment.host,
+            python=environment.python,
+            port=port,
+            cpu=True if cpu else None,
+            base=base,
+            log=None,
+            api_nodes=True,
+        ) as server:
             print(f"\nKindred is on the canvas at {server.url} (stop with Ctrl-C).", flush=True)
             if base is None:
                 print("Pictures live until you stop it; --base DIR keeps them.", flush=True)
@@ -126,39 +194,72 @@ def serve(environment: Environment, port: int | None, cpu: bool, base: Path | No
 
 def main(arguments: list[str] | None = None) -> int:
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--host", type=Path, metavar="DIR", help="your own ComfyUI instead of the one in the cache")
+    own.add_argument(
+        "--host", type=Path, metavar="DIR", help="your own ComfyUI instead of the one in the cache"
+    )
     own.add_argument("--python", type=Path, metavar="PATH", help="the Python that runs it")
-    parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("setup", parents=[own], help="make or repair the environment")
     command.add_argument("--again", action="store_true", help="make it anew even if it looks whole")
     command = commands.add_parser("test", parents=[own], help="run every test")
-    command.add_argument("-k", metavar="EXPR", help="only the tests whose names match, as pytest understands it")
-    command.add_argument("--fast", action="store_true", help="without the server and without the slow tests")
+    command.add_argument(
+        "-k", metavar="EXPR", help="only the tests whose names match, as pytest understands it"
+    )
+    command.add_argument(
+        "--fast", action="store_true", help="without the server and without the slow tests"
+    )
     command = commands.add_parser("serve", parents=[own], help="ComfyUI's canvas with the pack")
     command.add_argument("--port", type=int, help="default: a free one")
     command.add_argument("--cpu", action="store_true", help="even if there is a GPU")
-    command.add_argument("--base", type=Path, metavar="DIR", help=f"keep models, inputs and outputs in this folder{IN_GIT}")
-    for name, text in (("demo", "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
-                                "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ..."),
-                       ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
-                       ("bench", "costs against the plain host: [--case all] [--latent 64] [--rounds 5] [--json FILE] ..."),
-                       ("soak", "hundreds of mixed prompts to one server: [--prompts 300] [--json FILE] ..."),
-                       ("workflows", "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]")):
-        commands.add_parser(name, parents=[own], help=text, description=text, allow_abbrev=False,
-                            usage=f"dev.py {name} [options of tools/{name}.py]")
+    command.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help=f"keep models, inputs and outputs in this folder{IN_GIT}",
+    )
+    for name, text in (
+        (
+            "demo",
+            "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
+            "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ...",
+        ),
+        ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
+        (
+            "bench",
+            "costs against the plain host: [--case all] [--latent 64] [--rounds 5] [--json FILE] ...",
+        ),
+        ("soak", "hundreds of mixed prompts to one server: [--prompts 300] [--json FILE] ..."),
+        ("workflows", "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]"),
+    ):
+        commands.add_parser(
+            name,
+            parents=[own],
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            usage=f"dev.py {name} [options of tools/{name}.py]",
+        )
     chosen, rest = parser.parse_known_args(arguments)
     passes_on = chosen.command in ("demo", "evaluate", "bench", "soak", "workflows")
     if rest and not passes_on:
         parser.error(f"{chosen.command} does not know {' '.join(rest)}")
 
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are stopped on the way out
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # so that children are stopped on the way out
     try:
         if passes_on and not (ROOT / "tools" / f"{chosen.command}.py").is_file():
             raise Refusal(f"This version of Kindred has no `{chosen.command}` yet.")
         own_host = chosen.host or chosen.python
-        environment = existing(chosen.host, chosen.python) if own_host else setup(getattr(chosen, "again", False))
+        environment = (
+            existing(chosen.host, chosen.python)
+            if own_host
+            else setup(getattr(chosen, "again", False))
+        )
         if chosen.command == "setup":
             print(f"Python   {environment.python}\nComfyUI  {environment.host}")
             return 0

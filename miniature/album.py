@@ -2,6 +2,7 @@
 
 `python -m miniature.album FOLDER [--subjects 4000] [--pictures 4] [--held-out]`
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,7 +29,9 @@ def write_subject(folder: Path, pictures: int, number: int) -> None:
     for i in range(pictures):
         scene = SCENES[int(scenes[i % len(SCENES)])]
         seed = int(rng.integers(1 << 30))
-        Image.fromarray(render(random_identity(number), kind, scene, seed).image).save(own / f"{i}.png", compress_level=1)
+        Image.fromarray(render(random_identity(number), kind, scene, seed).image).save(
+            own / f"{i}.png", compress_level=1
+        )
         (own / f"{i}.txt").write_text(caption(kind, scene, seed), "utf-8")
 
 
@@ -41,7 +44,9 @@ def write_album(folder: Path, subjects: int, pictures: int = 4, held_out: bool =
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--subjects", type=int, default=4000)
     parser.add_argument("--pictures", type=int, default=4, help="of each subject")

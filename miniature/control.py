@@ -5,6 +5,7 @@ its colours. The file follows what the host's ControlLora reads: `<module>.up` a
 tensors for everything else. The hint block is narrower than usual: at the usual width it alone would be twice as large as all of this;
 the host takes its sizes from the file.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -19,10 +20,22 @@ from torch.nn import functional as F
 from .denoiser import add_host
 from .layout import LAYOUT
 
-WEIGHTS = Path(__file__).parent / "weights" / "controlnet" / "kindred_miniature_silhouette.safetensors"
+WEIGHTS = (
+    Path(__file__).parent / "weights" / "controlnet" / "kindred_miniature_silhouette.safetensors"
+)
 EXAMPLE = Path(__file__).parent / "silhouette.png"
 RANK = 8
-HINT_WIDTHS = (3, 8, 8, 16, 16, 32, 32, 64, 64)  # the usual ones: 3, 16, 16, 32, 32, 96, 96, 256 and the model's; layers 2, 4 and 6 halve
+HINT_WIDTHS = (
+    3,
+    8,
+    8,
+    16,
+    16,
+    32,
+    32,
+    64,
+    64,
+)  # the usual ones: 3, 16, 16, 32, 32, 96, 96, 256 and the model's; layers 2, 4 and 6 halve
 ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what a ControlNet copies of a UNet
 
 
@@ -33,22 +46,37 @@ class LowRank(nn.Module):
     at zero: up is zero, down is random.
     """
 
-    def __init__(self, base: Mapping[str, Tensor], whole: Mapping[str, Tensor], rank: int = RANK, seed: int = 0) -> None:
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        whole: Mapping[str, Tensor],
+        rank: int = RANK,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
-        self.base = {name: value.detach() for name, value in base.items() if value.ndim > 1}  # not saved: the checkpoint has them
+        self.base = {
+            name: value.detach() for name, value in base.items() if value.ndim > 1
+        }  # not saved: the checkpoint has them
         free = {name: value for name, value in base.items() if value.ndim <= 1} | dict(whole)
-        self.free = nn.ParameterDict({_flat(name): value.detach().clone() for name, value in free.items()})
+        self.free = nn.ParameterDict(
+            {_flat(name): value.detach().clone() for name, value in free.items()}
+        )
         self.up, self.down = nn.ParameterDict(), nn.ParameterDict()
         for name, value in self.base.items():
             used = min(rank, len(value), value[0].numel())
             self.up[_flat(name)] = torch.zeros(len(value), used, *[1] * (value.ndim - 2))
-            self.down[_flat(name)] = torch.randn(used, *value.shape[1:], generator=draw) / sqrt(value[0].numel())
+            self.down[_flat(name)] = torch.randn(used, *value.shape[1:], generator=draw) / sqrt(
+                value[0].numel()
+            )
 
     def forward(self) -> dict[str, Tensor]:
         """All weights of the new network by name."""
         free = {_deep(name): value for name, value in self.free.items()}
-        return {name: value + _update(self.up[_flat(name)], self.down[_flat(name)], value) for name, value in self.base.items()} | free
+        return {
+            name: value + _update(self.up[_flat(name)], self.down[_flat(name)], value)
+            for name, value in self.base.items()
+        } | free
 
 
 def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,7 +84,9 @@ def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = {"lora_controlnet": torch.zeros(0)}
     for name, value in state.items():
         kind, _, flat = name.partition(".")
-        weights[_deep(flat) if kind == "free" else f"{_deep(flat).removesuffix('.weight')}.{kind}"] = value
+        weights[
+            _deep(flat) if kind == "free" else f"{_deep(flat).removesuffix('.weight')}.{kind}"
+        ] = value
     return {name: value.detach().half().contiguous() for name, value in weights.items()}
 
 
@@ -83,10 +113,16 @@ def whole_weights(seed: int) -> dict[str, Tensor]:
     draw, weights = torch.Generator().manual_seed(seed), {}
     for layer, (inside, out) in enumerate(zip(HINT_WIDTHS[:-1], HINT_WIDTHS[1:], strict=True)):
         name = f"input_hint_block.{2 * layer}"
-        weights[f"{name}.weight"] = torch.randn(out, inside, 3, 3, generator=draw) * sqrt(2 / (9 * inside))
+        weights[f"{name}.weight"] = torch.randn(out, inside, 3, 3, generator=draw) * sqrt(
+            2 / (9 * inside)
+        )
         weights[f"{name}.bias"] = torch.zeros(out)
     channels = LAYOUT["model_channels"]
-    zeros = {"zero_convs.0": 1} | {f"zero_convs.{index}": width for index, width in ((1, 1), (2, 1), (3, 2))} | {"middle_block_out": 2}
+    zeros = (
+        {"zero_convs.0": 1}
+        | {f"zero_convs.{index}": width for index, width in ((1, 1), (2, 1), (3, 2))}
+        | {"middle_block_out": 2}
+    )
     for name, width in zeros.items():
         weights[f"{name}.0.weight"] = torch.zeros(channels * width, channels * width, 1, 1)
         weights[f"{name}.0.bias"] = torch.zeros(channels * width)
@@ -107,16 +143,27 @@ def load_weights(base: Mapping[str, Tensor], path: Path = WEIGHTS) -> dict[str, 
     from safetensors.torch import load_file
 
     told = {name: value.float() for name, value in load_file(path).items()}
-    weights = encoder_of(base) | {name: value for name, value in told.items() if name.endswith((".weight", ".bias"))}
+    weights = encoder_of(base) | {
+        name: value for name, value in told.items() if name.endswith((".weight", ".bias"))
+    }
     for name in told:
         if name.endswith(".up"):
             module = name.removesuffix(".up")
             weight = weights[f"{module}.weight"]
-            weights[f"{module}.weight"] = weight + _update(told[name], told[f"{module}.down"], weight)
+            weights[f"{module}.weight"] = weight + _update(
+                told[name], told[f"{module}.down"], weight
+            )
     return weights
 
 
-def control(network: nn.Module, weights: Mapping[str, Tensor], x: Tensor, hint: Tensor, t: Tensor, context: Tensor) -> dict[str, list]:
+def control(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    hint: Tensor,
+    t: Tensor,
+    context: Tensor,
+) -> dict[str, list]:
     """What the UNet adds to its features: x [b 8 y x], hint [b 3 8y 8x] in 0..1, t [b], context [b w 64] -> {"middle", "output"}."""
     return torch.func.functional_call(network, dict(weights), (x, hint, t, context))
 

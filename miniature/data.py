@@ -9,7 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .world import CLASSES, HATS, HELD_OUT, PATTERNS, SCENES, Rendering, random_rendering, world_hash
+from .world import (
+    CLASSES,
+    HATS,
+    HELD_OUT,
+    PATTERNS,
+    SCENES,
+    Rendering,
+    random_rendering,
+    world_hash,
+)
 
 LABELS = ("class", "scene", "pattern", "hat")  # indices into CLASSES, SCENES, PATTERNS, HATS
 COLOURS = ("hue", "saturation", "value", "second_hue", "hat_hue")  # 0..1
@@ -31,7 +40,12 @@ class Renderings:
 def stack(pictures: list[Rendering]) -> Renderings:
     """Renderings -> arrays."""
     labels = [
-        (CLASSES.index(p.class_name), SCENES.index(p.scene), PATTERNS.index(p.identity.pattern), HATS.index(p.identity.hat))
+        (
+            CLASSES.index(p.class_name),
+            SCENES.index(p.scene),
+            PATTERNS.index(p.identity.pattern),
+            HATS.index(p.identity.hat),
+        )
         for p in pictures
     ]
     colours = [[getattr(p.identity, name) for name in COLOURS] for p in pictures]
@@ -59,12 +73,22 @@ def training_set(folder: Path, count: int) -> Renderings:
     if not path.exists():
         chunk = 256
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            parts = list(pool.map(render_range, range(0, count, chunk), [min(chunk, count - first) for first in range(0, count, chunk)]))
+            parts = list(
+                pool.map(
+                    render_range,
+                    range(0, count, chunk),
+                    [min(chunk, count - first) for first in range(0, count, chunk)],
+                )
+            )
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in Renderings.__dataclass_fields__})
+        np.savez(
+            partial,
+            **{
+                name: np.concatenate([getattr(part, name) for part in parts])
+                for name in Renderings.__dataclass_fields__
+            },
+        )
         partial.rename(path)
     with np.load(path) as arrays:
         return Renderings(**{name: arrays[name] for name in Renderings.__dataclass_fields__})
-
-

@@ -14,8 +14,21 @@ from torch import Tensor, nn
 
 from .layout import LAYOUT, TEXT, WORDS
 
-ATTENTION = (("input", 1), ("input", 3), ("middle", 0), ("output", 0), ("output", 1), ("output", 2), ("output", 3))
-MASK_LAYERS = (("input", 3), ("middle", 0), ("output", 0), ("output", 1))  # the layers on the 8 x 8 grid
+ATTENTION = (
+    ("input", 1),
+    ("input", 3),
+    ("middle", 0),
+    ("output", 0),
+    ("output", 1),
+    ("output", 2),
+    ("output", 3),
+)
+MASK_LAYERS = (
+    ("input", 3),
+    ("middle", 0),
+    ("output", 0),
+    ("output", 1),
+)  # the layers on the 8 x 8 grid
 
 
 def add_host(host: Path) -> None:
@@ -41,8 +54,13 @@ def build_unet(host: Path) -> nn.Module:
         for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm):
             if isinstance(module, kind):
                 kind.reset_parameters(module)
-    for name, parameter in unet.named_parameters():  # as in the original code: every residual branch starts silent
-        if name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or name.startswith("out.2."):
+    for (
+        name,
+        parameter,
+    ) in unet.named_parameters():  # as in the original code: every residual branch starts silent
+        if name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or name.startswith(
+            "out.2."
+        ):
             nn.init.zeros_(parameter)
     return unet
 
@@ -51,7 +69,11 @@ def build_text(words: int) -> nn.Module:
     """transformers' CLIP text model, two layers of width 64, over `words` token rows: only those that occur are trained."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(**TEXT | {"eos_token_id": 1}, vocab_size=words, bos_token_id=0, pad_token_id=1))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            **TEXT | {"eos_token_id": 1}, vocab_size=words, bos_token_id=0, pad_token_id=1
+        )
+    )
 
 
 def load_tokenizer(host: Path) -> Callable[[list[str]], Tensor]:
@@ -61,7 +83,10 @@ def load_tokenizer(host: Path) -> Callable[[list[str]], Tensor]:
     tokenizer = CLIPTokenizer.from_pretrained(str(host / "comfy" / "sd1_tokenizer"))
 
     def tokens(captions: list[str]) -> Tensor:
-        rows = [[49406, *tokenizer(text, add_special_tokens=False)["input_ids"], 49407] for text in captions]
+        rows = [
+            [49406, *tokenizer(text, add_special_tokens=False)["input_ids"], 49407]
+            for text in captions
+        ]
         return torch.tensor([row + [49407] * (WORDS - len(row)) for row in rows])
 
     return tokens
@@ -84,12 +109,23 @@ class Attention:
             return self._attend(q, k, v, extra["n_heads"], None)
 
         def cross(block: tuple[str, int]) -> Callable:
-            return lambda q, k, v, extra: self._attend(q, k, v, extra["n_heads"], block if block in MASK_LAYERS else None)
+            return lambda q, k, v, extra: self._attend(
+                q, k, v, extra["n_heads"], block if block in MASK_LAYERS else None
+            )
 
-        return {"patches_replace": {"attn1": dict.fromkeys(ATTENTION, own), "attn2": {block: cross(block) for block in ATTENTION}}}
+        return {
+            "patches_replace": {
+                "attn1": dict.fromkeys(ATTENTION, own),
+                "attn2": {block: cross(block) for block in ATTENTION},
+            }
+        }
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, block: tuple[str, int] | None) -> Tensor:
-        q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))  # [b h n d]
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, block: tuple[str, int] | None
+    ) -> Tensor:
+        q, k, v = (
+            part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v)
+        )  # [b h n d]
         weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1)
         if block is not None:
             self.maps[block] = weights.float().mean(1)

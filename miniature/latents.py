@@ -19,14 +19,20 @@ def latents_of(run: Run, count: int, name: str = "") -> Tensor:
     path = run.folder / f"{name}latents-{count}-{run.rank}of{run.workers}.pt"
     if not path.exists():
         weights = load(run.folder / f"{name}autoencoder.pt", run.device)["model"]
-        model = Autoencoder(weights["taesd_decoder.1.weight"].shape[1]).to(run.device, memory_format=torch.channels_last)
+        model = Autoencoder(weights["taesd_decoder.1.weight"].shape[1]).to(
+            run.device, memory_format=torch.channels_last
+        )
         model.load_state_dict(weights)
         encoder = list(model.taesd_encoder)
-        short = nn.Sequential(encoder[0], nn.ReLU(), *encoder[2:])  # the full-size block is the identity
+        short = nn.Sequential(
+            encoder[0], nn.ReLU(), *encoder[2:]
+        )  # the full-size block is the identity
         images = training_set(run.folder, run.renderings).images[run.rank : count : run.workers]
         parts = []
         for index in range(0, len(images), 32):
             with torch.autocast(run.device.type, torch.bfloat16):
-                parts.append(short(as_pictures(images[index : index + 32], run.device)).half().cpu())
+                parts.append(
+                    short(as_pictures(images[index : index + 32], run.device)).half().cpu()
+                )
         save(path, {"latents": torch.cat(parts)})
     return load(path, run.device)["latents"]

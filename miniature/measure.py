@@ -50,12 +50,19 @@ class Miniature:
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [b y x 3] in 0..1 -> the UNet's latents [b 8 y/8 x/8]."""
-        return torch.cat([self.autoencoder.encode(part) for part in images.permute(0, 3, 1, 2).split(16)]) / self.spread
+        return (
+            torch.cat(
+                [self.autoencoder.encode(part) for part in images.permute(0, 3, 1, 2).split(16)]
+            )
+            / self.spread
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """The UNet's latents -> images [b y x 3] in 0..1."""
         with torch.autocast("cpu", torch.bfloat16):
-            parts = [self.autoencoder.decode(part * self.spread).float() for part in latents.split(16)]
+            parts = [
+                self.autoencoder.decode(part * self.spread).float() for part in latents.split(16)
+            ]
         return torch.cat(parts).permute(0, 2, 3, 1)
 
 
@@ -66,12 +73,24 @@ def open_miniature(host: Path, path: Path = CHECKPOINT) -> Miniature:
     weights = {name: value.float() for name, value in load_file(path).items()}
 
     def under(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): value
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
 
     unet, text = build_unet(host), build_text(TABLE)
     unet.load_state_dict(under("model.diffusion_model."))
-    own = next(iter(text.state_dict())).partition("embeddings")[0]  # "text_model." or nothing, as transformers has it
-    text.load_state_dict({own + name: value for name, value in under("cond_stage_model.transformer.text_model.").items()}, strict=False)
+    own = next(iter(text.state_dict())).partition("embeddings")[
+        0
+    ]  # "text_model." or nothing, as transformers has it
+    text.load_state_dict(
+        {
+            own + name: value
+            for name, value in under("cond_stage_model.transformer.text_model.").items()
+        },
+        strict=False,
+    )
     spread = float(weights["first_stage_model.vae_scale"])
     return Miniature(unet.eval(), text.eval(), load_tokenizer(host), load_autoencoder(path), spread)
 
@@ -97,14 +116,29 @@ def sample(
     empty, pictures = model.context([""]), []
     for first in range(0, len(prompts), batch):
         chosen = prompts[first : first + batch]
-        noise = [torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(seed + first + i)) for i in range(len(chosen))]
+        noise = [
+            torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(seed + first + i))
+            for i in range(len(chosen))
+        ]
         x = torch.stack(noise) * (1 + sigmas[0] ** 2).sqrt()
         context = torch.cat((model.context(chosen), empty.expand(len(chosen), -1, -1)))
         for index, t in enumerate(times):
             scaled = (x / (1 + sigmas[index] ** 2).sqrt()).repeat(2, 1, 1, 1)
             with torch.autocast("cpu", torch.bfloat16):
-                added = None if control is None else control(slice(first, first + batch), scaled, t.expand(len(scaled)), context)
-                eps = model.unet(scaled, t.expand(len(scaled)), context=context, control=added, transformer_options=options).float()
+                added = (
+                    None
+                    if control is None
+                    else control(
+                        slice(first, first + batch), scaled, t.expand(len(scaled)), context
+                    )
+                )
+                eps = model.unet(
+                    scaled,
+                    t.expand(len(scaled)),
+                    context=context,
+                    control=added,
+                    transformer_options=options,
+                ).float()
             positive, negative = eps.chunk(2)
             x = x + (negative + cfg * (positive - negative)) * (sigmas[index + 1] - sigmas[index])
         pictures.append(model.decode(x))
@@ -119,10 +153,14 @@ def otsu(values: np.ndarray) -> float:
     below, above = counts.cumsum(), counts[::-1].cumsum()[::-1]
     mean_below = (counts * centres).cumsum() / np.maximum(below, 1)
     mean_above = ((counts * centres)[::-1].cumsum() / np.maximum(above[::-1], 1))[::-1]
-    return float(centres[:-1][np.argmax(below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2)])
+    return float(
+        centres[:-1][np.argmax(below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2)]
+    )
 
 
-def word_masks(model: Miniature, latents: Tensor, prompts: list[str], time: int, seed: int) -> np.ndarray:
+def word_masks(
+    model: Miniature, latents: Tensor, prompts: list[str], time: int, seed: int
+) -> np.ndarray:
     """Masks [b 8 8] from the class word's map, mean over heads and over the layers of the 8 x 8 grid, at one timestep."""
     alpha, attention = schedule()[time], Attention()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
@@ -132,7 +170,12 @@ def word_masks(model: Miniature, latents: Tensor, prompts: list[str], time: int,
     maps = []
     for rows in torch.arange(len(latents)).split(50):
         context = model.context([prompts[i] for i in rows.tolist()])
-        model.unet(noised[rows], torch.full((len(rows),), time), context=context, transformer_options=attention.options())
+        model.unet(
+            noised[rows],
+            torch.full((len(rows),), time),
+            context=context,
+            transformer_options=attention.options(),
+        )
         layers = torch.stack([attention.maps[layer] for layer in MASK_LAYERS]).mean(0)  # [b n w]
         maps.append(layers[torch.arange(len(rows)), :, word[rows]])
     soft = torch.cat(maps).double().numpy()
@@ -151,21 +194,36 @@ def mask_figures(model: Miniature, pictures: Renderings, latents: Tensor) -> dic
     """
     names = [CLASSES[index] for index in pictures.labels[:, 0]]
     prompts = [prompt(name) for name in names]
-    true = F.avg_pool2d(torch.from_numpy(pictures.masks).float().unsqueeze(1), 16)[:, 0].numpy() > 0.5
-    at = {time: word_masks(model, latents, prompts, time, time) for time in (980, 960, 700, 400, 100)}
+    true = (
+        F.avg_pool2d(torch.from_numpy(pictures.masks).float().unsqueeze(1), 16)[:, 0].numpy() > 0.5
+    )
+    at = {
+        time: word_masks(model, latents, prompts, time, time) for time in (980, 960, 700, 400, 100)
+    }
     early = at[980] | at[960]
-    figures = {"mask.iou": overlap(early, true), "mask.iou_pixels": overlap(early.repeat(16, axis=1).repeat(16, axis=2), pictures.masks)}
+    figures = {
+        "mask.iou": overlap(early, true),
+        "mask.iou_pixels": overlap(early.repeat(16, axis=1).repeat(16, axis=2), pictures.masks),
+    }
     return figures | {f"mask.iou_t{time}": overlap(mask, true) for time, mask in at.items()}
 
 
 def body_spread(reading: Reading) -> float:
     """Spread of the read body colours: root of the summed variances of red, green and blue in 0..1."""
-    colours = zip(*(reading.colours[name].tolist() for name in ("hue", "saturation", "value")), strict=True)
+    colours = zip(
+        *(reading.colours[name].tolist() for name in ("hue", "saturation", "value")), strict=True
+    )
     return float(np.sqrt((np.asarray([rgb(*colour) for colour in colours]) / 255).var(0).sum()))
 
 
 @torch.no_grad()
-def measure(host: Path, count: int = 20, seed: int = 1000, path: Path = CHECKPOINT, sheet: Path | None = None) -> dict[str, float]:
+def measure(
+    host: Path,
+    count: int = 20,
+    seed: int = 1000,
+    path: Path = CHECKPOINT,
+    sheet: Path | None = None,
+) -> dict[str, float]:
     """Every figure of `evaluate --task miniature`, and some beside them. `count` pictures per class and scene."""
     model, reader = open_miniature(host, path), load_reader()
     pictures = held_out(200)
@@ -174,22 +232,32 @@ def measure(host: Path, count: int = 20, seed: int = 1000, path: Path = CHECKPOI
     rebuilt = model.decode(latents)
     figures = {
         "vae.psnr_db": float(psnr(rebuilt.permute(0, 3, 1, 2), images.permute(0, 3, 1, 2)).mean()),
-        "size.mib": sum(file.stat().st_size for file in path.parent.parent.rglob("*.safetensors")) / 2**20,
+        "size.mib": sum(file.stat().st_size for file in path.parent.parent.rglob("*.safetensors"))
+        / 2**20,
     }
     figures |= {f"reader.{name}": value for name, value in accuracy(reader, pictures).items()}
-    figures["reader.accuracy"] = min(figures[f"reader.{name}"] for name in ("class", "scene", "pattern", "hat_presence"))
-    figures |= {f"reader_after_vae.{name}": value for name, value in accuracy(reader, pictures, rebuilt).items()}
+    figures["reader.accuracy"] = min(
+        figures[f"reader.{name}"] for name in ("class", "scene", "pattern", "hat_presence")
+    )
+    figures |= {
+        f"reader_after_vae.{name}": value
+        for name, value in accuracy(reader, pictures, rebuilt).items()
+    }
     figures |= mask_figures(model, pictures, latents)
     pairs = [(name, scene) for name in CLASSES for scene in SCENES for _ in range(count)]
     made = sample(model, [prompt(*pair) for pair in pairs], seed)
     reading = reader.read(made)
     figures["class_accuracy.prompts"] = _share(reading.names("class"), [name for name, _ in pairs])
-    figures["scene_accuracy.prompts"] = _share(reading.names("scene"), [scene for _, scene in pairs])
+    figures["scene_accuracy.prompts"] = _share(
+        reading.names("scene"), [scene for _, scene in pairs]
+    )
     figures["spread_ratio"] = body_spread(reading) / body_spread(reader.read(rebuilt))
     figures["count.pictures"] = len(pairs)
     for kind in CLASSES:
         rows = [i for i, (name, _) in enumerate(pairs) if name == kind]
-        figures[f"class_accuracy.{kind}"] = _share([reading.names("class")[i] for i in rows], [kind] * len(rows))
+        figures[f"class_accuracy.{kind}"] = _share(
+            [reading.names("class")[i] for i in rows], [kind] * len(rows)
+        )
     if sheet is not None:
         save_sheet(made, count, sheet)
     return figures
@@ -203,7 +271,9 @@ def save_sheet(images: Tensor, count: int, path: Path) -> None:
     """Up to two rows per class, one column per scene."""
     from PIL import Image
 
-    grid = images.unflatten(0, (len(CLASSES), len(SCENES), count))[:, :, : min(count, 2)]  # [class scene copy y x 3]
+    grid = images.unflatten(0, (len(CLASSES), len(SCENES), count))[
+        :, :, : min(count, 2)
+    ]  # [class scene copy y x 3]
     rows = grid.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1, 2)
     Image.fromarray((rows.clamp(0, 1) * 255).round().byte().numpy()).save(path, quality=88)
 

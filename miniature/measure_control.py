@@ -3,6 +3,7 @@
 Held-out renderings give silhouette, class and scene; one picture is sampled for each with the ControlNet and one, from the same noise,
 without. The reader says where the subject stands (on its grid of 16 x 16) and what the picture shows.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,8 +25,17 @@ from .world import CLASSES, SCENES, prompt
 OFFSET = 30_000  # held-out renderings that no other figure uses
 
 
-def controlled(model: Miniature, host: Path, path: Path, hints: Tensor, prompts: list[str], seed: int, steps: int, cfg: float,
-               strength: float = 1.0) -> Tensor:
+def controlled(
+    model: Miniature,
+    host: Path,
+    path: Path,
+    hints: Tensor,
+    prompts: list[str],
+    seed: int,
+    steps: int,
+    cfg: float,
+    strength: float = 1.0,
+) -> Tensor:
     """Pictures [b y x 3] that follow hints [b 3 y x], both halves of CFG with the ControlNet, as the host's node applies it."""
     network, weights = build_network(host), load_weights(model.unet.state_dict(), path)
 
@@ -49,8 +59,16 @@ def figures_of(reader: Reader, pictures: Renderings, images: Tensor, name: str) 
 
 
 @torch.no_grad()
-def measure(host: Path, count: int = 120, seed: int = 5000, path: Path = WEIGHTS, strength: float = 1.0, steps: int = STEPS,
-            cfg: float = CFG, sheet: Path | None = None) -> dict[str, float]:
+def measure(
+    host: Path,
+    count: int = 120,
+    seed: int = 5000,
+    path: Path = WEIGHTS,
+    strength: float = 1.0,
+    steps: int = STEPS,
+    cfg: float = CFG,
+    sheet: Path | None = None,
+) -> dict[str, float]:
     """Figures with the ControlNet, without it, and of the renderings themselves after the autoencoder (the reader's own limit)."""
     model, reader, pictures = open_miniature(host), load_reader(), held_out(count, OFFSET)
     prompts = [prompt(CLASSES[kind], SCENES[scene]) for kind, scene, *_ in pictures.labels.tolist()]
@@ -78,7 +96,9 @@ def _save_sheet(rows: list[Tensor], path: Path, columns: int = 10) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m miniature.measure_control", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m miniature.measure_control", description=__doc__
+    )
     parser.add_argument("--host", type=Path, required=True, help="a ComfyUI folder")
     parser.add_argument("--count", type=int, default=120, help="held-out silhouettes")
     parser.add_argument("--seed", type=int, default=5000)
@@ -93,8 +113,19 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     prepare(None, given.json, given.sheet)
     torch.set_num_threads(given.threads)
-    figures = measure(given.host, given.count, given.seed, given.control, given.strength, given.steps, given.cfg, given.sheet)
-    text = json.dumps({"command": "miniature.measure_control", "seed": given.seed, "figures": figures}, indent=1)
+    figures = measure(
+        given.host,
+        given.count,
+        given.seed,
+        given.control,
+        given.strength,
+        given.steps,
+        given.cfg,
+        given.sheet,
+    )
+    text = json.dumps(
+        {"command": "miniature.measure_control", "seed": given.seed, "figures": figures}, indent=1
+    )
     if given.json:
         given.json.write_text(text)
     sys.stdout.write(text + "\n")

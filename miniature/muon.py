@@ -42,7 +42,13 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01, rank: int = 0, workers: int = 1
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        rank: int = 0,
+        workers: int = 1,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.rank, self.workers = rank, workers
@@ -65,6 +71,8 @@ class Muon(torch.optim.Optimizer):
             flat = torch.cat(updates)
             if self.workers > 1:
                 torch.distributed.all_reduce(flat)
-            for parameter, update in zip(group["params"], flat.split([p.numel() for p in group["params"]]), strict=True):
+            for parameter, update in zip(
+                group["params"], flat.split([p.numel() for p in group["params"]]), strict=True
+            ):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view(parameter.shape), alpha=-group["lr"])

@@ -31,7 +31,11 @@ def load_autoencoder(path: Path = CHECKPOINT) -> Autoencoder:
     from safetensors.torch import load_file
 
     model, prefix = Autoencoder(), "first_stage_model."
-    weights = {name.removeprefix(prefix): value.float() for name, value in load_file(path).items() if name.startswith(prefix + "taesd")}
+    weights = {
+        name.removeprefix(prefix): value.float()
+        for name, value in load_file(path).items()
+        if name.startswith(prefix + "taesd")
+    }
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
@@ -47,7 +51,9 @@ def checkpoint_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]
         if part == "unet":
             weights[f"model.diffusion_model.{rest}"] = value
         elif not rest.endswith("position_ids"):
-            weights[f"cond_stage_model.transformer.text_model.{rest.removeprefix('text_model.')}"] = value
+            weights[
+                f"cond_stage_model.transformer.text_model.{rest.removeprefix('text_model.')}"
+            ] = value
     key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     table = torch.zeros(TABLE, CONTEXT)  # words it never saw mean nothing to it
     table[unet["tokens"]] = weights[key]
@@ -80,8 +86,16 @@ def pack(folder: Path) -> None:
         log.info("%s %.2f MiB %s", CHECKPOINT.name, CHECKPOINT.stat().st_size / 2**20, metadata)
     reader = load(folder / "reader.pt", torch.device("cpu"))
     if reader is not None:
-        metadata = {"kindred.reader": VERSION, "kindred.world": world_hash(), "kindred.steps": str(reader["step"])}
-        save_file({name: value.half().contiguous() for name, value in reader["model"].items()}, READER, metadata)
+        metadata = {
+            "kindred.reader": VERSION,
+            "kindred.world": world_hash(),
+            "kindred.steps": str(reader["step"]),
+        }
+        save_file(
+            {name: value.half().contiguous() for name, value in reader["model"].items()},
+            READER,
+            metadata,
+        )
         log.info("%s %.2f MiB", READER.name, READER.stat().st_size / 2**20)
     pack_flow(folder)
     pack_control(folder)
@@ -98,7 +112,9 @@ def pack_flow(folder: Path) -> None:
     if (folder / f"{FLOW}transformer.pt").exists():
         weights, metadata = flow_checkpoint_weights(folder)
         save_file(weights, FLOW_CHECKPOINT, metadata)
-        log.info("%s %.2f MiB %s", FLOW_CHECKPOINT.name, FLOW_CHECKPOINT.stat().st_size / 2**20, metadata)
+        log.info(
+            "%s %.2f MiB %s", FLOW_CHECKPOINT.name, FLOW_CHECKPOINT.stat().st_size / 2**20, metadata
+        )
 
 
 def flow_checkpoint_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -111,8 +127,12 @@ def flow_checkpoint_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, 
     state = load(folder / f"{FLOW}transformer.pt", torch.device("cpu"))
     autoencoder, metadata = flow_weights(folder)
     text = "cond_stage_model.transformer."
-    weights = {f"model.diffusion_model.{name}": value.half() for name, value in state["average"].items()}
-    weights |= {name: value for name, value in load_file(CHECKPOINT).items() if name.startswith(text)}
+    weights = {
+        f"model.diffusion_model.{name}": value.half() for name, value in state["average"].items()
+    }
+    weights |= {
+        name: value for name, value in load_file(CHECKPOINT).items() if name.startswith(text)
+    }
     weights[f"{text}text_projection.weight"] = torch.eye(CONTEXT).half()
     weights |= {f"first_stage_model.{name}": value for name, value in autoencoder.items()}
     weights["first_stage_model.vae_scale"] = torch.tensor(float(state["spread"]))
@@ -126,7 +146,10 @@ def flow_checkpoint_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, 
 
 def flow_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The flow miniature's autoencoder in half precision, its decoder as it was tuned last, and the metadata."""
-    state, tuned = (load(folder / f"{FLOW}{part}.pt", torch.device("cpu")) for part in ("autoencoder", "decoder"))
+    state, tuned = (
+        load(folder / f"{FLOW}{part}.pt", torch.device("cpu"))
+        for part in ("autoencoder", "decoder")
+    )
     weights = {name: value.half().contiguous() for name, value in (tuned or state)["model"].items()}
     metadata = {
         "kindred.flow": VERSION,
@@ -141,7 +164,11 @@ def flow_autoencoder() -> dict[str, Tensor]:
     """The shipped autoencoder of the flow miniature in float32."""
     from safetensors.torch import load_file
 
-    return {name: value.float() for name, value in load_file(FLOW_AUTOENCODER).items() if name.startswith("taesd")}
+    return {
+        name: value.float()
+        for name, value in load_file(FLOW_AUTOENCODER).items()
+        if name.startswith("taesd")
+    }
 
 
 def begin_flow(folder: Path) -> None:
@@ -160,8 +187,16 @@ def shipped_flow() -> dict:
     """The shipped transformer as a state of its training, without its optimizers'."""
     from safetensors.torch import load_file
 
-    weights, facts, prefix = load_file(FLOW_CHECKPOINT), _facts(FLOW_CHECKPOINT), "model.diffusion_model."
-    model = {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
+    weights, facts, prefix = (
+        load_file(FLOW_CHECKPOINT),
+        _facts(FLOW_CHECKPOINT),
+        "model.diffusion_model.",
+    )
+    model = {
+        name.removeprefix(prefix): value.float()
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
     return {
         "model": model,
         "average": {name: value.clone() for name, value in model.items()},
@@ -182,6 +217,10 @@ def pack_control(folder: Path) -> None:
     state = load(folder / "control.pt", torch.device("cpu"))
     if state is not None:
         CONTROL.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"kindred.control": VERSION, "kindred.world": world_hash(), "kindred.steps": str(state["step"])}
+        metadata = {
+            "kindred.control": VERSION,
+            "kindred.world": world_hash(),
+            "kindred.steps": str(state["step"]),
+        }
         save_file(packed(state["model"]), CONTROL, metadata)
         log.info("%s %.2f MiB", CONTROL.name, CONTROL.stat().st_size / 2**20)

@@ -23,7 +23,12 @@ GRID = 64  # pictures are read at this size
 MASK_GRID = 16
 KINDS = {"class": CLASSES, "scene": SCENES, "pattern": PATTERNS, "hat": HATS}
 HUES = ("hue", "second_hue", "hat_hue")
-SHARES = {"body": 0.35, "second_hue": 0.25, "pattern": 0.25, "hat": 0.15}  # of the similarity: roughly how much one sees of each
+SHARES = {
+    "body": 0.35,
+    "second_hue": 0.25,
+    "pattern": 0.25,
+    "hat": 0.15,
+}  # of the similarity: roughly how much one sees of each
 HUE_REACH = 0.25  # of the colour circle: hues this far apart agree not at all, so two random hues agree 0.25
 
 
@@ -50,12 +55,20 @@ class Reader(nn.Module):
         super().__init__()
 
         def layer(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
-            return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.GroupNorm(8, n_out), nn.ReLU()]
+            return [
+                nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False),
+                nn.GroupNorm(8, n_out),
+                nn.ReLU(),
+            ]
 
-        self.near = nn.Sequential(*layer(3, 32), *layer(32, 48, 2), *layer(48, 48), *layer(48, 80, 2), *layer(80, 80))
+        self.near = nn.Sequential(
+            *layer(3, 32), *layer(32, 48, 2), *layer(48, 48), *layer(48, 80, 2), *layer(80, 80)
+        )
         self.far = nn.Sequential(*layer(80, 112, 2), *layer(112, 112))
         self.subject = nn.Conv2d(80, 1, 1)
-        self.kinds = nn.ModuleDict({kind: nn.Linear(2 * 112 + 80, len(names)) for kind, names in KINDS.items()})
+        self.kinds = nn.ModuleDict(
+            {kind: nn.Linear(2 * 112 + 80, len(names)) for kind, names in KINDS.items()}
+        )
         self.hues = nn.Linear(2 * 112 + 80, 2 * len(HUES))  # cosine and sine of each
         self.tones = nn.Linear(2 * 112 + 80, 2)  # saturation, value
 
@@ -65,11 +78,17 @@ class Reader(nn.Module):
         far = self.far(near)
         subject = self.subject(near)
         share = subject.flatten(2).float().softmax(2).to(near.dtype)
-        on_subject = (near.flatten(2) * share).sum(2)  # what the subject looks like wherever it stands
+        on_subject = (near.flatten(2) * share).sum(
+            2
+        )  # what the subject looks like wherever it stands
         seen = torch.cat((far.mean((2, 3)), far.amax((2, 3)), on_subject), 1)
         out = {kind: head(seen).float() for kind, head in self.kinds.items()}
         hues = self.hues(seen).float().unflatten(1, (len(HUES), 2))
-        return out | {"hues": hues, "tones": self.tones(seen).float(), "mask": subject[:, 0].float()}
+        return out | {
+            "hues": hues,
+            "tones": self.tones(seen).float(),
+            "mask": subject[:, 0].float(),
+        }
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Reading:
@@ -81,8 +100,12 @@ class Reader(nn.Module):
         out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         turns = torch.atan2(out["hues"][..., 1], out["hues"][..., 0]) / (2 * pi) % 1.0
         colours = dict(zip(HUES, turns.unbind(1), strict=True))
-        colours |= dict(zip(("saturation", "value"), out["tones"].clamp(0, 1).unbind(1), strict=True))
-        return Reading({kind: out[kind].softmax(1) for kind in KINDS}, colours, out["mask"].sigmoid())
+        colours |= dict(
+            zip(("saturation", "value"), out["tones"].clamp(0, 1).unbind(1), strict=True)
+        )
+        return Reading(
+            {kind: out[kind].softmax(1) for kind in KINDS}, colours, out["mask"].sigmoid()
+        )
 
 
 def load_reader(path: Path = WEIGHTS) -> Reader:
@@ -107,7 +130,12 @@ def similarity_parts(reading: Reading, identity: Identity, index: int = 0) -> di
     pattern: probability of the true one. hat: probability of the true kind, times hue agreement where there is one.
     """
     colours = {name: float(values[index]) for name, values in reading.colours.items()}
-    tone = max(0.0, 1 - abs(colours["saturation"] - identity.saturation) - abs(colours["value"] - identity.value))
+    tone = max(
+        0.0,
+        1
+        - abs(colours["saturation"] - identity.saturation)
+        - abs(colours["value"] - identity.value),
+    )
     hat = float(reading.probabilities["hat"][index, HATS.index(identity.hat)])
     if identity.hat != "none":
         hat *= float(hue_agreement(colours["hat_hue"], identity.hat_hue))
@@ -121,7 +149,9 @@ def similarity_parts(reading: Reading, identity: Identity, index: int = 0) -> di
 
 def identity_similarity(reading: Reading, identity: Identity, index: int = 0) -> float:
     """The mean of similarity_parts with the weights of SHARES: 1 = the same identity, a random other one about 0.2."""
-    return sum(SHARES[name] * part for name, part in similarity_parts(reading, identity, index).items())
+    return sum(
+        SHARES[name] * part for name, part in similarity_parts(reading, identity, index).items()
+    )
 
 
 def pairwise_similarity(one: Reading, other: Reading) -> Tensor:
@@ -132,10 +162,15 @@ def pairwise_similarity(one: Reading, other: Reading) -> Tensor:
     is one. Colours are read without doubt. Both directions give the same number, so it is their mean as well; a reading without
     doubt is an identity and gives identity_similarity; a picture with itself gives 1 as far as the reader is sure of it.
     """
-    mine, theirs = ({name: values.double() for name, values in r.colours.items()} for r in (one, other))
+    mine, theirs = (
+        {name: values.double() for name, values in r.colours.items()} for r in (one, other)
+    )
     hue = {name: hue_agreement(mine[name][:, None], theirs[name]) for name in HUES}
     tone = 1 - sum((mine[name][:, None] - theirs[name]).abs() for name in ("saturation", "value"))
-    same = {kind: one.probabilities[kind].double()[:, None] * other.probabilities[kind].double() for kind in ("pattern", "hat")}
+    same = {
+        kind: one.probabilities[kind].double()[:, None] * other.probabilities[kind].double()
+        for kind in ("pattern", "hat")
+    }
     bare = HATS.index("none")
     worn = same["hat"].sum(2) - same["hat"][..., bare]
     parts = {
@@ -151,7 +186,9 @@ def consistency(reading: Reading) -> float:
     """Mean similarity of all pairs of b pictures, b at least 2: how far they show one subject."""
     b = len(reading)
     if b < 2:
-        raise ValueError(f"Consistency compares pictures with one another and takes at least 2; it got {b}.")
+        raise ValueError(
+            f"Consistency compares pictures with one another and takes at least 2; it got {b}."
+        )
     return float(pairwise_similarity(reading, reading)[tuple(torch.triu_indices(b, b, 1))].mean())
 
 
@@ -170,7 +207,9 @@ def subject_boxes(reading: Reading) -> Tensor:
         centre = (along * cells).sum(1)
         spread = (along * (cells - centre[:, None]) ** 2).sum(1)
         centres.append(centre / n)
-        sizes.append((12 * spread + 1).sqrt() / n)  # m equal cells in a row have the variance (m^2 - 1) / 12
+        sizes.append(
+            (12 * spread + 1).sqrt() / n
+        )  # m equal cells in a row have the variance (m^2 - 1) / 12
     return torch.stack(centres + sizes, 1)
 
 
@@ -183,16 +222,24 @@ def layout_spread(boxes: Tensor) -> float:
     return float(seen.std(0, correction=0).mean()) if len(seen) > 1 else float("nan")
 
 
-def floor_and_ceiling(reader: Reader, autoencode: Callable[[Tensor], Tensor] | None = None, count: int = 40) -> tuple[float, float]:
+def floor_and_ceiling(
+    reader: Reader, autoencode: Callable[[Tensor], Tensor] | None = None, count: int = 40
+) -> tuple[float, float]:
     """Identity similarity of a random other identity, and of the same one rendered again in another scene and pose.
 
     Over `count` held-out identities. `autoencode` maps images [b y x 3] to images: give the model's own round trip, since
     every generated picture has passed it; None judges the renderings themselves.
     """
     identities = [held_out_identity(index) for index in range(count)]
-    pictures = [render(who, CLASSES[i % len(CLASSES)], SCENES[i % len(SCENES)], 7919 + i) for i, who in enumerate(identities)]
+    pictures = [
+        render(who, CLASSES[i % len(CLASSES)], SCENES[i % len(SCENES)], 7919 + i)
+        for i, who in enumerate(identities)
+    ]
     images = torch.from_numpy(stack(pictures).images).float() / 255
     reading = reader.read(autoencode(images) if autoencode else images)
     same = [identity_similarity(reading, who, index) for index, who in enumerate(identities)]
-    other = [identity_similarity(reading, identities[(index + 1) % count], index) for index in range(count)]
+    other = [
+        identity_similarity(reading, identities[(index + 1) % count], index)
+        for index in range(count)
+    ]
     return sum(other) / count, sum(same) / count

@@ -46,28 +46,52 @@ class MiniatureTokenizer(comfy.sd1_clip.SD1Tokenizer):
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None) -> None:
         class Words(comfy.sd1_clip.SDTokenizer):
-            def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None) -> None:
-                super().__init__(embedding_directory=embedding_directory, embedding_size=CONTEXT, tokenizer_data=tokenizer_data or {})
+            def __init__(
+                self, embedding_directory: Any = None, tokenizer_data: dict | None = None
+            ) -> None:
+                super().__init__(
+                    embedding_directory=embedding_directory,
+                    embedding_size=CONTEXT,
+                    tokenizer_data=tokenizer_data or {},
+                )
 
-        super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, tokenizer=Words)
+        super().__init__(
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data or {},
+            tokenizer=Words,
+        )
 
 
 class _Words(comfy.sd1_clip.SDClipModel):
-    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None) -> None:
-        super().__init__(device=device, dtype=dtype, textmodel_json_config=dict(TEXT), model_options=model_options or {})
+    def __init__(
+        self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None
+    ) -> None:
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=dict(TEXT),
+            model_options=model_options or {},
+        )
 
 
 class MiniatureText(comfy.sd1_clip.SD1ClipModel):
     """Two layers of width 64 under Stable Diffusion 1.5's key names."""
 
-    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None, **rest: Any) -> None:
-        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=_Words, **rest)
+    def __init__(
+        self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None, **rest: Any
+    ) -> None:
+        super().__init__(
+            device=device, dtype=dtype, model_options=model_options or {}, clip_model=_Words, **rest
+        )
 
 
 class KindredMiniature(comfy.supported_models.SD15):
     """Stable Diffusion 1.5's layout with 64 channels, two levels and a context of 64."""
 
-    unet_config = comfy.supported_models.SD15.unet_config | {"context_dim": CONTEXT, "model_channels": LAYOUT["model_channels"]}
+    unet_config = comfy.supported_models.SD15.unet_config | {
+        "context_dim": CONTEXT,
+        "model_channels": LAYOUT["model_channels"],
+    }
     unet_extra_config = {"num_heads": LAYOUT["num_heads"], "num_head_channels": -1}
     latent_format = MiniatureLatent
     memory_usage_factor = 0.2
@@ -93,9 +117,12 @@ class FlowMiniatureLatent(comfy.latent_formats.LatentFormat):
 class KindredFlowMiniature(comfy.supported_models.FluxSchnell):
     """FLUX's layout with ten blocks of width 192 on single latent cells, and the UNet miniature's text encoder."""
 
-    unet_config = {"image_model": "flux"} | {name: FLOW_LAYOUT[name] for name in ("hidden_size", "context_in_dim")}
+    unet_config = {"image_model": "flux"} | {
+        name: FLOW_LAYOUT[name] for name in ("hidden_size", "context_in_dim")
+    }
     unet_extra_config = {
-        name: FLOW_LAYOUT[name] for name in ("in_channels", "out_channels", "patch_size", "axes_dim", "num_heads", "theta")
+        name: FLOW_LAYOUT[name]
+        for name in ("in_channels", "out_channels", "patch_size", "axes_dim", "num_heads", "theta")
     }
     sampling_settings = {"multiplier": 1.0, "shift": FLOW_SHIFT}
     latent_format = FlowMiniatureLatent
@@ -105,7 +132,9 @@ class KindredFlowMiniature(comfy.supported_models.FluxSchnell):
 
     def process_clip_state_dict(self, state_dict: dict) -> dict:
         """As of Stable Diffusion 1.5, whose text model has no projection; here it has one, since the pooled text is read."""
-        return comfy.utils.state_dict_prefix_replace(state_dict, {"cond_stage_model.": "clip_l."}, filter_keys=True)
+        return comfy.utils.state_dict_prefix_replace(
+            state_dict, {"cond_stage_model.": "clip_l."}, filter_keys=True
+        )
 
     def clip_target(self, state_dict: dict | None = None) -> comfy.supported_models_base.ClipTarget:
         """The text encoder's two classes."""
@@ -119,6 +148,10 @@ def register() -> None:
     """
     known = comfy.supported_models.models
     ours = (KindredFlowMiniature.__name__, KindredMiniature.__name__)
-    known[:] = [KindredFlowMiniature, *(model for model in known if model.__name__ not in ours), KindredMiniature]
+    known[:] = [
+        KindredFlowMiniature,
+        *(model for model in known if model.__name__ not in ours),
+        KindredMiniature,
+    ]
     for kind in ("checkpoints", "controlnet"):
         folder_paths.add_model_folder_path(kind, str(WEIGHTS / kind))

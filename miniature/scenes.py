@@ -15,7 +15,12 @@ Colour = tuple[int, int, int]
 
 def rgb(hue: float, saturation: float, value: float) -> Colour:
     """HSV in 0..1 (hue wraps) -> 8-bit RGB."""
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1.0, min(max(saturation, 0), 1), min(max(value, 0), 1)))
+    return tuple(
+        round(255 * part)
+        for part in colorsys.hsv_to_rgb(
+            hue % 1.0, min(max(saturation, 0), 1), min(max(value, 0), 1)
+        )
+    )
 
 
 def _sky(top: Colour, bottom: Colour) -> Image.Image:
@@ -24,14 +29,30 @@ def _sky(top: Colour, bottom: Colour) -> Image.Image:
     return Image.fromarray(np.broadcast_to(rows, (SIZE * SUPER, SIZE * SUPER, 3)).astype(np.uint8))
 
 
-def _hills(draw: ImageDraw.ImageDraw, rng: np.random.Generator, base: float, height: float, colour: Colour, waves: float = 1.5) -> None:
+def _hills(
+    draw: ImageDraw.ImageDraw,
+    rng: np.random.Generator,
+    base: float,
+    height: float,
+    colour: Colour,
+    waves: float = 1.5,
+) -> None:
     xs = np.linspace(0, 1, 33)
     ys = base - height * (0.5 + 0.5 * np.sin(2 * pi * (waves * xs + rng.random())))
     pixels = SIZE * SUPER
-    draw.polygon([(0, pixels), *[(x * pixels, y * pixels) for x, y in zip(xs, ys, strict=True)], (pixels, pixels)], fill=colour)
+    draw.polygon(
+        [
+            (0, pixels),
+            *[(x * pixels, y * pixels) for x, y in zip(xs, ys, strict=True)],
+            (pixels, pixels),
+        ],
+        fill=colour,
+    )
 
 
-def _box(draw: ImageDraw.ImageDraw, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
+def _box(
+    draw: ImageDraw.ImageDraw, x0: float, y0: float, x1: float, y1: float, colour: Colour
+) -> None:
     n = SIZE * SUPER
     draw.rectangle((x0 * n, y0 * n, x1 * n, y1 * n), fill=colour)
 
@@ -49,7 +70,14 @@ def _beach(rng: np.random.Generator) -> Image.Image:
     horizon = rng.uniform(0.36, 0.46)
     _box(draw, 0, horizon, 1, 1, rgb(0.54 + h, 0.8, rng.uniform(0.6, 0.75)))
     _hills(draw, rng, horizon + rng.uniform(0.17, 0.24), 0.03, rgb(0.5, 0.1, 1.0), 1.0)
-    _hills(draw, rng, horizon + rng.uniform(0.22, 0.27), 0.03, rgb(0.12 + h / 2, 0.38, rng.uniform(0.88, 0.96)), 1.0)
+    _hills(
+        draw,
+        rng,
+        horizon + rng.uniform(0.22, 0.27),
+        0.03,
+        rgb(0.12 + h / 2, 0.38, rng.uniform(0.88, 0.96)),
+        1.0,
+    )
     return image
 
 
@@ -73,7 +101,13 @@ def _forest(rng: np.random.Generator) -> Image.Image:
         x, width = start + step * index + rng.uniform(-0.03, 0.03), rng.uniform(0.05, 0.08)
         _box(draw, x, 0, x + width, 0.75, rgb(0.07, 0.55, rng.uniform(0.26, 0.36)))
     for index in range(7):
-        _disc(draw, index / 6 + rng.uniform(-0.05, 0.05), rng.uniform(-0.02, 0.1), 0.14, rgb(0.35 + h, 0.75, rng.uniform(0.32, 0.46)))
+        _disc(
+            draw,
+            index / 6 + rng.uniform(-0.05, 0.05),
+            rng.uniform(-0.02, 0.1),
+            0.14,
+            rgb(0.35 + h, 0.75, rng.uniform(0.32, 0.46)),
+        )
     _hills(draw, rng, rng.uniform(0.68, 0.76), 0.04, rgb(0.28 + h, 0.6, 0.34), 1.3)
     return image
 
@@ -95,7 +129,11 @@ def _desert(rng: np.random.Generator) -> Image.Image:
     image = _sky(rgb(0.07 + h, 0.45, 0.98), rgb(0.12 + h, 0.3, 1.0))
     draw = ImageDraw.Draw(image)
     _hills(draw, rng, rng.uniform(0.5, 0.56), 0.12, rgb(0.07 + h, 0.65, 0.82), 1.0)
-    x, y, green = rng.choice((rng.uniform(0.06, 0.2), rng.uniform(0.8, 0.94))), rng.uniform(0.58, 0.64), rgb(0.36, 0.6, 0.45)
+    x, y, green = (
+        rng.choice((rng.uniform(0.06, 0.2), rng.uniform(0.8, 0.94))),
+        rng.uniform(0.58, 0.64),
+        rgb(0.36, 0.6, 0.45),
+    )
     _box(draw, x - 0.025, y - 0.26, x + 0.025, y, green)
     _box(draw, x - 0.085, y - 0.15, x + 0.085, y - 0.11, green)
     _box(draw, x - 0.085, y - 0.2, x - 0.05, y - 0.11, green)
@@ -114,13 +152,27 @@ def _city(rng: np.random.Generator) -> Image.Image:
         _box(draw, x, top, x + width - 0.015, 0.8, rgb(h, 0.12, grey))
         for row in np.arange(top + 0.05, 0.7, 0.1):
             for column in (0.2, 0.6):
-                _box(draw, x + column * width, row, x + (column + 0.2) * width, row + 0.05, rgb(0.14, 0.5, 0.95))
+                _box(
+                    draw,
+                    x + column * width,
+                    row,
+                    x + (column + 0.2) * width,
+                    row + 0.05,
+                    rgb(0.14, 0.5, 0.95),
+                )
         x += width
     road = rng.uniform(0.7, 0.78)
     _box(draw, 0, road, 1, 1, rgb(h, 0.05, 0.3))
     start = rng.uniform(-0.2, 0)
     for index in range(5):
-        _box(draw, start + 0.28 * index, road + 0.12, start + 0.28 * index + 0.14, road + 0.145, (235, 235, 225))
+        _box(
+            draw,
+            start + 0.28 * index,
+            road + 0.12,
+            start + 0.28 * index + 0.14,
+            road + 0.145,
+            (235, 235, 225),
+        )
     return image
 
 
@@ -140,7 +192,9 @@ def _meadow(rng: np.random.Generator) -> Image.Image:
 
 
 def _room(rng: np.random.Generator) -> Image.Image:
-    wall = rgb(rng.choice((0.03, 0.09, 0.93)) + rng.uniform(-0.02, 0.02), rng.uniform(0.2, 0.3), 0.88)
+    wall = rgb(
+        rng.choice((0.03, 0.09, 0.93)) + rng.uniform(-0.02, 0.02), rng.uniform(0.2, 0.3), 0.88
+    )
     image = _sky(wall, wall)
     draw = ImageDraw.Draw(image)
     x, y = rng.choice((rng.uniform(0.05, 0.15), rng.uniform(0.6, 0.7))), rng.uniform(0.06, 0.14)

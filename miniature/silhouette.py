@@ -1,4 +1,5 @@
 """Draws the example hint of the ControlNet: `python -m miniature.silhouette` writes silhouette.png, a cat, white on black."""
+
 from __future__ import annotations
 
 
@@ -14,7 +15,11 @@ WHO, CLASS, SCENE, SEED = Identity(0.0, 1.0, 1.0, 0.5, "plain", "none", 0.0), "c
 
 def example() -> np.ndarray:
     """uint8 [y x 3]; colours and scene leave no trace in it."""
-    return np.where(render(WHO, CLASS, SCENE, SEED).mask, 255, 0).astype(np.uint8)[..., None].repeat(3, 2)
+    return (
+        np.where(render(WHO, CLASS, SCENE, SEED).mask, 255, 0)
+        .astype(np.uint8)[..., None]
+        .repeat(3, 2)
+    )
 
 
 def main() -> None:

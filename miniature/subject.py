@@ -3,6 +3,7 @@
 Two anchors of one class, sampled by ConsiStory Anchor Sampler with the inputs that the workflow's own nodes have, so that its
 further pictures find every noise level they ask for. Seeded; float16; few steps keep the file small.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,19 +27,31 @@ def make(host: Path, path: Path) -> float:
 
     torch.set_num_threads(1)
     graph = json.loads(WORKFLOW.read_text("utf-8"))
-    prompts, story, sampler = (next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
-                               for kind in ("KindredSubjectPrompts", "KindredConsiStory", "KSampler"))
+    prompts, story, sampler = (
+        next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
+        for kind in ("KindredSubjectPrompts", "KindredConsiStory", "KSampler")
+    )
     studio = Studio(host, sampler["steps"], sampler["cfg"])
     from kindred.miniature.world import prompt
     from kindred.models.bank_file import save_reference
 
     settings = {name: value for name, value in story.items() if not isinstance(value, list)}
     model = studio.run("KindredConsiStory", model=studio.model, **settings)[0]
-    positive = studio.prompts([prompt(prompts["subject"], scene) for scene in SCENES], prompts["subject"])
+    positive = studio.prompts(
+        [prompt(prompts["subject"], scene) for scene in SCENES], prompts["subject"]
+    )
     sampling = {name: sampler[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}
     latent = {"samples": torch.zeros(len(SCENES), 4, 16, 16)}
-    bank = studio.run("KindredAnchorSampler", model=model, seed=SEED, positive=positive, negative=studio.empty(), latent_image=latent,
-                      precision="float16", **sampling)[1]
+    bank = studio.run(
+        "KindredAnchorSampler",
+        model=model,
+        seed=SEED,
+        positive=positive,
+        negative=studio.empty(),
+        latent_image=latent,
+        precision="float16",
+        **sampling,
+    )[1]
     save_reference(bank, path)
     return path.stat().st_size / 2**20
 

@@ -35,24 +35,45 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=("renderings", *sorted(STEPS), "pack", "all"))
-    parser.add_argument("--folder", type=Path, required=True, help="work folder for renderings and checkpoints")
-    parser.add_argument("--host", type=Path, help="a ComfyUI folder: the UNet's own class and the tokenizer come from there")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="work folder for renderings and checkpoints"
+    )
+    parser.add_argument(
+        "--host",
+        type=Path,
+        help="a ComfyUI folder: the UNet's own class and the tokenizer come from there",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--renderings", type=int, default=24_000)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--workers", type=int, default=1, help="processes that share each step and average their gradients")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes that share each step and average their gradients",
+    )
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run = Run(make_folder(given.folder), torch.device(given.device), given.seed, given.renderings, given.workers)
+    run = Run(
+        make_folder(given.folder),
+        torch.device(given.device),
+        given.seed,
+        given.renderings,
+        given.workers,
+    )
     if given.part in ("flow", "flow-decoder"):  # before there are several workers
         from .pack import begin_flow
 
         begin_flow(run.folder)
     if given.part != "renderings" and given.workers > 1:
-        training_set(run.folder, run.renderings)  # before there are several workers, who all would render it
-        _meeting(given, os.getpid()).unlink(missing_ok=True)  # of an older process of this number, which was killed
+        training_set(
+            run.folder, run.renderings
+        )  # before there are several workers, who all would render it
+        _meeting(given, os.getpid()).unlink(
+            missing_ok=True
+        )  # of an older process of this number, which was killed
         torch.multiprocessing.spawn(_work, (run, given), nprocs=given.workers)
     else:
         torch.set_num_threads(given.threads)
@@ -67,7 +88,9 @@ def _meeting(given: argparse.Namespace, process: int) -> Path:
 def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
     """One of several processes that train together: robust where other programs share the cores, as threads are not."""
     settle()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s"
+    )
     torch.set_num_threads(max(given.threads // run.workers, 1))
     meeting = _meeting(given, os.getppid()).as_uri()
     torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=run.workers)
@@ -76,7 +99,11 @@ def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
 
 
 def _train(run: Run, given: argparse.Namespace) -> None:
-    wanted = ("autoencoder", "unet", "decoder", "reader", "tower") if given.part == "all" else (given.part,)
+    wanted = (
+        ("autoencoder", "unet", "decoder", "reader", "tower")
+        if given.part == "all"
+        else (given.part,)
+    )
     if "renderings" in wanted:
         training_set(run.folder, run.renderings)
     if "autoencoder" in wanted:
@@ -95,7 +122,13 @@ def _train(run: Run, given: argparse.Namespace) -> None:
         from .train_autoencoder import train_autoencoder
 
         tuned = given.part == "flow-decoder"
-        train_autoencoder(run, given.steps or STEPS[given.part], decoder_only=tuned, channels=FLOW_CHANNELS, name=FLOW)
+        train_autoencoder(
+            run,
+            given.steps or STEPS[given.part],
+            decoder_only=tuned,
+            channels=FLOW_CHANNELS,
+            name=FLOW,
+        )
     if given.part == "flow":
         from .train_flow import train_flow
 

@@ -18,7 +18,11 @@ from .training import Run, as_pictures, average_gradients, follow, load, rate, s
 
 log = logging.getLogger(__name__)
 CROP = 64  # pixels
-NOISE = (0.06, 0.03, 0.01)  # spread of the noise in the latents at first, at last, and when the decoder is tuned
+NOISE = (
+    0.06,
+    0.03,
+    0.01,
+)  # spread of the noise in the latents at first, at last, and when the decoder is tuned
 WHOLE = 4  # pictures per step when the decoder is tuned
 LATENTS = 16_000  # renderings whose latents are kept
 DECAY = 0.998  # of the averaged weights when the decoder is tuned
@@ -29,18 +33,27 @@ MOMENTS = 0.02  # weight that keeps every latent channel at mean 0 and spread 1
 def held_out_psnr(model: Autoencoder, device: torch.device, count: int = 64) -> float:
     """Mean PSNR in dB over renderings that no training saw, in float32."""
     pictures = as_pictures(held_out(count).images, device)
-    return float(torch.cat([psnr(model.decode(model.encode(part)), part) for part in pictures.split(16)]).mean())
+    return float(
+        torch.cat(
+            [psnr(model.decode(model.encode(part)), part) for part in pictures.split(16)]
+        ).mean()
+    )
 
 
 def _crops(images: np.ndarray, batch: int, draw: torch.Generator, run: Run) -> Tensor:
     """Random crops [b 3 64 64] in 0..1."""
     index = torch.randint(len(images), (batch,), generator=draw)
     corner = torch.randint(128 - CROP + 1, (batch, 2), generator=draw)
-    crops = [images[i, y : y + CROP, x : x + CROP] for i, (y, x) in zip(index.tolist(), corner.tolist(), strict=True)]
+    crops = [
+        images[i, y : y + CROP, x : x + CROP]
+        for i, (y, x) in zip(index.tolist(), corner.tolist(), strict=True)
+    ]
     return as_pictures(np.stack(crops), run.device)
 
 
-def _whole(images: np.ndarray, known: Tensor, draw: torch.Generator, run: Run) -> tuple[Tensor, Tensor]:
+def _whole(
+    images: np.ndarray, known: Tensor, draw: torch.Generator, run: Run
+) -> tuple[Tensor, Tensor]:
     """Crops of 12 x 12 latents and their pixels: the encoder has seen the whole picture, as it will in use."""
     index = torch.randint(len(images), (WHOLE,), generator=draw).tolist()
     y, x = torch.randint(0, 5, (2,), generator=draw).tolist()
@@ -71,7 +84,10 @@ def train_autoencoder(
     else:
         first = training_set(run.folder, run.renderings).images[:200]
         model.start_from_principal_components(as_pictures(first, run.device))
-        for block in (model.taesd_encoder[1], model.taesd_decoder[-2]):  # the identity until the decoder is tuned
+        for block in (
+            model.taesd_encoder[1],
+            model.taesd_decoder[-2],
+        ):  # the identity until the decoder is tuned
             block.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 4 and min(p.shape[:2]) > 8]
@@ -84,8 +100,10 @@ def train_autoencoder(
     average = {name: value.clone() for name, value in model.state_dict().items()}
     start, state = 0, load(path, run.device)
     if state is not None and "optimizers" not in state:
-        raise ValueError(f"{path.name} holds the shipped autoencoder, which came without its optimizers. To train one from the start, "
-                         "name another folder.")
+        raise ValueError(
+            f"{path.name} holds the shipped autoencoder, which came without its optimizers. To train one from the start, "
+            "name another folder."
+        )
     if state is not None:
         model.load_state_dict(state["raw"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -97,7 +115,11 @@ def train_autoencoder(
     began, total = time.monotonic(), 0.0
     for step in range(start, steps):
         draw = torch.Generator().manual_seed((run.seed << 40) + step * run.workers + run.rank)
-        pictures, latents = _whole(images, known, draw, run) if decoder_only else (_crops(images, batch, draw, run), None)
+        pictures, latents = (
+            _whole(images, known, draw, run)
+            if decoder_only
+            else (_crops(images, batch, draw, run), None)
+        )
         spread = NOISE[0] + (NOISE[1] - NOISE[0]) * min(step / (0.7 * steps), 1)
         spread = NOISE[2] if decoder_only else spread
         with torch.autocast(run.device.type, torch.bfloat16):
@@ -128,7 +150,15 @@ def train_autoencoder(
             total = 0.0
         if ((step + 1) % 500 == 0 or step + 1 == steps) and run.rank == 0:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            save(path, {"model": average, "raw": model.state_dict(), "optimizers": states, "step": step + 1})
+            save(
+                path,
+                {
+                    "model": average,
+                    "raw": model.state_dict(),
+                    "optimizers": states,
+                    "step": step + 1,
+                },
+            )
             judge = Autoencoder(channels).to(run.device)
             judge.load_state_dict(average)
             log.info("held-out PSNR %.2f dB", held_out_psnr(judge, run.device))

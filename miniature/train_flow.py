@@ -16,28 +16,49 @@ from .data import training_set
 from .flow import build_flow, captions_encoded, training, velocity
 from .latents import latents_of
 from .layout import FLOW
-from .training import Run, average_gradients, build_optimizers, follow, rate, resume, save, spread_of
+from .training import (
+    Run,
+    average_gradients,
+    build_optimizers,
+    follow,
+    rate,
+    resume,
+    save,
+    spread_of,
+)
 from .world import CLASSES, SCENES, all_captions, caption
 
 log = logging.getLogger(__name__)
 DECAY = 0.998  # of the averaged weights
 MEAN, DEVIATION = 0.6, 1.0  # of the logits of the noise levels
 SAVE_EVERY = 200
-AT_THE_RIM = ("img_in.", "txt_in.", "time_in.", "vector_in.", "final_layer.")  # what AdamW trains beside norms and biases
+AT_THE_RIM = (
+    "img_in.",
+    "txt_in.",
+    "time_in.",
+    "vector_in.",
+    "final_layer.",
+)  # what AdamW trains beside norms and biases
 
 
 def noise_levels(count: int, draw: torch.Generator) -> Tensor:
     """[b] in 0..1, one from each of `count` equal parts of the distribution, in no order."""
     share = (torch.randperm(count, generator=draw) + torch.rand(count, generator=draw)) / count
-    return torch.sigmoid(MEAN + DEVIATION * torch.special.ndtri(share.double().clamp(1e-6, 1 - 1e-6))).float()
+    return torch.sigmoid(
+        MEAN + DEVIATION * torch.special.ndtri(share.double().clamp(1e-6, 1 - 1e-6))
+    ).float()
 
 
-def train_flow(run: Run, host: Path, steps: int, batch: int = 32, peak: float = 2e-3, count: int = 16_000) -> None:
+def train_flow(
+    run: Run, host: Path, steps: int, batch: int = 32, peak: float = 2e-3, count: int = 16_000
+) -> None:
     """Resumes from flow-transformer.pt in the run's folder. `batch` is of all workers together."""
     path = run.folder / f"{FLOW}transformer.pt"
     torch.manual_seed(run.seed)
     flow = build_flow(host).to(run.device)
-    matrices = [p for n, p in flow.named_parameters() if p.ndim > 1 and not n.startswith(AT_THE_RIM)]
+    matrices = [
+        p for n, p in flow.named_parameters() if p.ndim > 1 and not n.startswith(AT_THE_RIM)
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for p in flow.parameters() if id(p) not in chosen]
     optimizers = build_optimizers(matrices, others, peak, run)
@@ -56,13 +77,17 @@ def train_flow(run: Run, host: Path, steps: int, batch: int = 32, peak: float = 
         index = torch.randint(len(latents), (rows_each,), generator=draw)
         seeds = torch.randint(1 << 30, (rows_each,), generator=draw).tolist()
         drawn = zip(index.tolist(), seeds, strict=True)
-        text = torch.tensor([rows[caption(CLASSES[labels[i, 0]], SCENES[labels[i, 1]], seed)] for i, seed in drawn])
+        text = torch.tensor(
+            [rows[caption(CLASSES[labels[i, 0]], SCENES[labels[i, 1]], seed)] for i, seed in drawn]
+        )
         clean = (latents[index].float() / spread).to(run.device)
         noise = torch.randn(clean.shape, generator=draw).to(run.device)
         sigma = noise_levels(rows_each, draw).to(run.device)
         s = sigma[:, None, None, None]
         with training(host), torch.autocast(run.device.type, torch.bfloat16):
-            predicted = velocity(flow, (1 - s) * clean + s * noise, sigma, context[text], pooled[text]).float()
+            predicted = velocity(
+                flow, (1 - s) * clean + s * noise, sigma, context[text], pooled[text]
+            ).float()
             loss = (predicted - (noise - clean)).square().mean()
             flow.zero_grad(set_to_none=True)
             loss.backward()

@@ -19,7 +19,16 @@ from torch.nn import functional as F
 from .data import training_set
 from .denoiser import MASK_LAYERS, Attention, build_text, build_unet, load_tokenizer, schedule
 from .latents import latents_of
-from .training import Run, average_gradients, build_optimizers, follow, rate, resume, save, spread_of
+from .training import (
+    Run,
+    average_gradients,
+    build_optimizers,
+    follow,
+    rate,
+    resume,
+    save,
+    spread_of,
+)
 from .world import CLASSES, SCENES, all_captions, caption
 
 log = logging.getLogger(__name__)
@@ -36,7 +45,9 @@ def vocabulary(host: Path) -> tuple[dict[str, int], Tensor, Tensor]:
     """
     captions = all_captions()
     tokens = load_tokenizer(host)(captions)
-    known = torch.cat((torch.tensor([49406, 49407]), tokens[(tokens != 49406) & (tokens != 49407)].unique()))
+    known = torch.cat(
+        (torch.tensor([49406, 49407]), tokens[(tokens != 49406) & (tokens != 49407)].unique())
+    )
     renumber = torch.zeros(49408, dtype=torch.long)
     renumber[known] = torch.arange(len(known))
     return {text: row for row, text in enumerate(captions)}, renumber[tokens], known
@@ -54,18 +65,26 @@ def mask_loss(maps: dict[tuple[str, int], Tensor], word: Tensor, target: Tensor)
     for layer in MASK_LAYERS:
         column = maps[layer][rows, :, word[rows]]
         column = column / column.sum(1, keepdim=True)
-        losses.append((share * (share.clamp(min=1e-6).log() - column.clamp(min=1e-6).log())).sum(1).mean())
+        losses.append(
+            (share * (share.clamp(min=1e-6).log() - column.clamp(min=1e-6).log())).sum(1).mean()
+        )
     return torch.stack(losses).mean()
 
 
-def train_unet(run: Run, host: Path, steps: int, batch: int = 24, peak: float = 2.2e-3, count: int = 16_000) -> None:
+def train_unet(
+    run: Run, host: Path, steps: int, batch: int = 24, peak: float = 2.2e-3, count: int = 16_000
+) -> None:
     """Resumes from unet.pt in the run's folder. `batch` is per worker; `steps` may be changed on resuming: the rate follows."""
     path = run.folder / "unet.pt"
     torch.manual_seed(run.seed)
     rows, tokens, known = vocabulary(host)
     unet, text = build_unet(host).to(run.device), build_text(len(known)).to(run.device)
     both = nn.ModuleDict({"unet": unet, "text": text})
-    matrices = [p for n, p in unet.named_parameters() if p.ndim > 1 and not n.startswith(("input_blocks.0.", "out.", "time_embed."))]
+    matrices = [
+        p
+        for n, p in unet.named_parameters()
+        if p.ndim > 1 and not n.startswith(("input_blocks.0.", "out.", "time_embed."))
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for p in both.parameters() if id(p) not in chosen]
     optimizers = build_optimizers(matrices, others, peak, run)
@@ -75,7 +94,13 @@ def train_unet(run: Run, host: Path, steps: int, batch: int = 24, peak: float = 
     spread = spread_of(latents, state, run)
     everything = training_set(run.folder, run.renderings)
     seeds = np.arange(count)[run.rank :: run.workers]
-    masks = F.avg_pool2d(torch.from_numpy(everything.masks[seeds]).unsqueeze(1).float(), 128 // MASK_GRID).flatten(1).half()
+    masks = (
+        F.avg_pool2d(
+            torch.from_numpy(everything.masks[seeds]).unsqueeze(1).float(), 128 // MASK_GRID
+        )
+        .flatten(1)
+        .half()
+    )
     labels = everything.labels[seeds]
     del everything
     alphas, attention = schedule().to(run.device), Attention()
@@ -88,11 +113,21 @@ def train_unet(run: Run, host: Path, steps: int, batch: int = 24, peak: float = 
         clean = latents[index].float() / spread
         words = [
             caption(CLASSES[labels[i, 0]], SCENES[labels[i, 1]], int(seed))
-            for i, seed in zip(index.tolist(), torch.randint(1 << 30, (batch,), generator=draw).tolist(), strict=True)
+            for i, seed in zip(
+                index.tolist(),
+                torch.randint(1 << 30, (batch,), generator=draw).tolist(),
+                strict=True,
+            )
         ]
-        chosen_rows, back = torch.tensor([rows[text_] for text_ in words]).unique(return_inverse=True)
+        chosen_rows, back = torch.tensor([rows[text_] for text_ in words]).unique(
+            return_inverse=True
+        )
         step_tokens = tokens[chosen_rows]
-        t = ((torch.arange(batch) + torch.rand(batch, generator=draw)) / batch * 1000).long().clamp(max=999)
+        t = (
+            ((torch.arange(batch) + torch.rand(batch, generator=draw)) / batch * 1000)
+            .long()
+            .clamp(max=999)
+        )
         noise = torch.randn(clean.shape, generator=draw)
         alpha = alphas[t][:, None, None, None]
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
@@ -117,7 +152,13 @@ def train_unet(run: Run, host: Path, steps: int, batch: int = 24, peak: float = 
         totals += (float(squared.detach().mean()), float(located.detach()))
         if (step + 1) % 50 == 0 and run.rank == 0:
             seconds = (time.monotonic() - began) / (step + 1 - start)
-            log.info("unet %d/%d eps %.4f mask %.3f %.3f s/step", step + 1, steps, *(totals / 50), seconds)
+            log.info(
+                "unet %d/%d eps %.4f mask %.3f %.3f s/step",
+                step + 1,
+                steps,
+                *(totals / 50),
+                seconds,
+            )
             totals[:] = 0
         if ((step + 1) % 200 == 0 or step + 1 == steps) and run.rank == 0:
             save(

@@ -31,7 +31,9 @@ class Run:
 
 def as_pictures(images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [b y x 3] -> float [b 3 y x] in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
+    return (
+        torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
+    )
 
 
 def rate(step: int, steps: int, peak: float, warm_up: int = 100, floor: float = 0.02) -> float:
@@ -63,7 +65,9 @@ def load(path: Path, device: torch.device) -> dict | None:
     return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
 
 
-def build_optimizers(matrices: list[Tensor], others: list[Tensor], peak: float, run: Run) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    matrices: list[Tensor], others: list[Tensor], peak: float, run: Run
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of a network's blocks, AdamW for the rest."""
     return [
         Muon(matrices, lr=peak, rank=run.rank, workers=run.workers),
@@ -71,9 +75,14 @@ def build_optimizers(matrices: list[Tensor], others: list[Tensor], peak: float, 
     ]
 
 
-def resume(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], run: Run) -> tuple[dict[str, Tensor], dict | None]:
+def resume(
+    path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], run: Run
+) -> tuple[dict[str, Tensor], dict | None]:
     """Put a saved state back, where there is one -> the averaged weights, and the state."""
-    average, state = {name: value.clone() for name, value in module.state_dict().items()}, load(path, run.device)
+    average, state = (
+        {name: value.clone() for name, value in module.state_dict().items()},
+        load(path, run.device),
+    )
     if state is not None:
         module.load_state_dict(state["model"])
         average = state["average"]

@@ -29,7 +29,13 @@ PLACES = {
     "meadow": "in a meadow",
     "room": "in a room",
 }
-TEMPLATES = ("a photo of a {}", "a photo of a {}", "a picture of a {}", "a {}", "photo of a {}")  # the first is twice as common
+TEMPLATES = (
+    "a photo of a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "a {}",
+    "photo of a {}",
+)  # the first is twice as common
 HELD_OUT = 1 << 40  # seeds of identities from here on are never trained on
 
 Point = tuple[float, float]
@@ -102,7 +108,9 @@ def all_captions() -> list[str]:
 
 def world_hash() -> str:
     """A fingerprint of the first renderings, written into the weights: it tells which world they were trained on."""
-    return hashlib.sha256(b"".join(random_rendering(seed).image.tobytes() for seed in range(8))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(random_rendering(seed).image.tobytes() for seed in range(8))
+    ).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,11 @@ class Pose:
         pixels, c, s = SIZE * SUPER, cos(self.turn), sin(self.turn)
         side = -1.0 if self.mirrored else 1.0
         return [
-            ((self.x + self.scale * side * (c * x - s * y)) * pixels, (self.y + self.scale * (s * x + c * y)) * pixels) for x, y in points
+            (
+                (self.x + self.scale * side * (c * x - s * y)) * pixels,
+                (self.y + self.scale * (s * x + c * y)) * pixels,
+            )
+            for x, y in points
         ]
 
 
@@ -135,7 +147,13 @@ class Part:
 def _oval(x: float, y: float, rx: float, ry: float, paint: str = "body", tilt: float = 0.0) -> Part:
     c, s = cos(radians(tilt)), sin(radians(tilt))
     turns = [2 * pi * index / 28 for index in range(28)]
-    return Part([(x + rx * cos(a) * c - ry * sin(a) * s, y + rx * cos(a) * s + ry * sin(a) * c) for a in turns], paint)
+    return Part(
+        [
+            (x + rx * cos(a) * c - ry * sin(a) * s, y + rx * cos(a) * s + ry * sin(a) * c)
+            for a in turns
+        ],
+        paint,
+    )
 
 
 def _shape(paint: str, *points: Point) -> Part:
@@ -183,7 +201,11 @@ _FIGURES = {
         patch=_oval(0.22, 0.4, 0.34, 0.4),
     ),
     "dog": Figure(  # stands, seen from the side, looks to the right
-        behind=(_oval(-0.95, -0.3, 0.1, 0.38, "second", -30), _block(-0.5, 0.3, -0.3, 1.0), _block(0.34, 0.3, 0.54, 1.0)),
+        behind=(
+            _oval(-0.95, -0.3, 0.1, 0.38, "second", -30),
+            _block(-0.5, 0.3, -0.3, 1.0),
+            _block(0.34, 0.3, 0.54, 1.0),
+        ),
         body=(
             _oval(-0.12, 0.12, 0.78, 0.4),
             _block(-0.8, 0.15, -0.56, 1.0),
@@ -267,20 +289,34 @@ def _hat(kind: str, at: Point, width: float) -> tuple[tuple[Part, ...], tuple[Pa
     """Hat parts and the white parts on them."""
     x, y = at
     if kind == "cone":
-        return (_shape("hat", (x - width, y + 0.06), (x, y - 0.72), (x + width, y + 0.06)),), (_oval(x, y - 0.7, 0.1, 0.1, "white"),)
+        return (_shape("hat", (x - width, y + 0.06), (x, y - 0.72), (x + width, y + 0.06)),), (
+            _oval(x, y - 0.7, 0.1, 0.1, "white"),
+        )
     if kind == "top":
         crown = _block(x - 0.72 * width, y - 0.52, x + 0.72 * width, y, "hat")
         return (crown, _block(x - 1.3 * width, y - 0.06, x + 1.3 * width, y + 0.07, "hat")), ()
-    dome = [(x + 1.02 * width * cos(pi + pi * i / 12), y + 0.04 + 0.36 * sin(pi + pi * i / 12)) for i in range(13)]
-    return (Part(dome, "hat"), _block(x, y - 0.05, x + 1.8 * width, y + 0.07, "hat")), (_oval(x, y - 0.32, 0.07, 0.07, "white"),)
+    dome = [
+        (x + 1.02 * width * cos(pi + pi * i / 12), y + 0.04 + 0.36 * sin(pi + pi * i / 12))
+        for i in range(13)
+    ]
+    return (Part(dome, "hat"), _block(x, y - 0.05, x + 1.8 * width, y + 0.07, "hat")), (
+        _oval(x, y - 0.32, 0.07, 0.07, "white"),
+    )
 
 
 def _marks(pattern: str, figure: Figure) -> list[list[Point]]:
     """The pattern's outlines in subject coordinates: fixed to the body, so one identity looks the same everywhere."""
     if pattern == "stripes":
-        return [[(x, -1.2), (x + 0.17, -1.2), (x + 0.05, 1.2), (x - 0.12, 1.2)] for x in np.arange(-1.17, 1.3, 0.36)]
+        return [
+            [(x, -1.2), (x + 0.17, -1.2), (x + 0.05, 1.2), (x - 0.12, 1.2)]
+            for x in np.arange(-1.17, 1.3, 0.36)
+        ]
     if pattern == "spots":
-        rows = [(x + 0.2 * (row % 2), -1.0 + 0.3 * row) for row in range(7) for x in np.arange(-1.2, 1.3, 0.4)]
+        rows = [
+            (x + 0.2 * (row % 2), -1.0 + 0.3 * row)
+            for row in range(7)
+            for x in np.arange(-1.2, 1.3, 0.4)
+        ]
         return [_oval(x, y, 0.12, 0.12).points for x, y in rows]
     return [figure.patch.points] if pattern == "patch" else []
 
@@ -299,7 +335,9 @@ def render(identity: Identity, class_name: str, scene: str, seed: int) -> Render
     Raises ValueError for an unknown class or scene.
     """
     if class_name not in CLASSES or scene not in SCENES:
-        raise ValueError(f"Unknown class {class_name!r} or scene {scene!r}; classes are {CLASSES}, scenes are {SCENES}.")
+        raise ValueError(
+            f"Unknown class {class_name!r} or scene {scene!r}; classes are {CLASSES}, scenes are {SCENES}."
+        )
     rng = np.random.default_rng([seed, 3])
     pose, figure = _pose(class_name, rng), _FIGURES[class_name]
     image = PAINTERS[scene](rng)
@@ -331,7 +369,9 @@ def render(identity: Identity, class_name: str, scene: str, seed: int) -> Render
     for outline in _marks(identity.pattern, figure):
         draw_marks.polygon(pose.place(outline), fill=255)
     paint(figure.behind, 5)
-    for part in figure.body:  # each with its own share of the pattern, so that a head covers the body behind it
+    for part in (
+        figure.body
+    ):  # each with its own share of the pattern, so that a head covers the body behind it
         paint((part,), 5)
         coat = Image.new("L", (pixels, pixels))
         ImageDraw.Draw(coat).polygon(pose.place(part.points), fill=255)
@@ -348,5 +388,8 @@ def render(identity: Identity, class_name: str, scene: str, seed: int) -> Render
 def random_rendering(seed: int) -> Rendering:
     """Class, scene and identity drawn independently: the training distribution."""
     rng = np.random.default_rng([seed, 4])
-    class_name, scene = CLASSES[int(rng.integers(len(CLASSES)))], SCENES[int(rng.integers(len(SCENES)))]
+    class_name, scene = (
+        CLASSES[int(rng.integers(len(CLASSES)))],
+        SCENES[int(rng.integers(len(SCENES)))],
+    )
     return render(random_identity(seed), class_name, scene, seed)

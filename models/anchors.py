@@ -2,6 +2,7 @@
 
 Axes: r anchors, n tokens of a grid, l kept tokens of all anchors, c channels, y x grid.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from .injection import Asker
 from .inversion import InversionTrajectory
-from .reference import LOG_SIGMA_TOLERANCE, AnchorFeatures, BlockId, Grid, Half, Layer, ReferenceBank, ReferencePrompt
+from .reference import (
+    LOG_SIGMA_TOLERANCE,
+    AnchorFeatures,
+    BlockId,
+    Grid,
+    Half,
+    Layer,
+    ReferenceBank,
+    ReferencePrompt,
+)
 
 Row = tuple[int, float]  # stage (0 where there is but one, else 1 or 2), sigma
 NODE = "ConsiStory Anchor Sampler"
@@ -22,22 +32,30 @@ NODE = "ConsiStory Anchor Sampler"
 
 def passes_over(who: Asker, what: str) -> ValueError:
     """Anchors are read at the levels of a schedule: what says that these would lack some."""
-    return ValueError(f"{NODE}: {who} passes over {what} of its schedule, so no further picture could read anchors made with it. "
-                      + who.choose("asks at every level of its schedule, such as euler, ddim or dpmpp_2m"))
+    return ValueError(
+        f"{NODE}: {who} passes over {what} of its schedule, so no further picture could read anchors made with it. "
+        + who.choose("asks at every level of its schedule, such as euler, ddim or dpmpp_2m")
+    )
 
 
-def in_host_memory(held: Mapping[BlockId, Tensor], precision: torch.dtype | None) -> dict[BlockId, Tensor]:
+def in_host_memory(
+    held: Mapping[BlockId, Tensor], precision: torch.dtype | None
+) -> dict[BlockId, Tensor]:
     """Tokens [l c] per block, brought in one copy for all of them; those that are there stay."""
     if all(t.device.type == "cpu" and t.dtype == (precision or t.dtype) for t in held.values()):
         return dict(held)
     row = torch.cat([t.flatten() for t in held.values()])
     row = row.to("cpu", precision or row.dtype)
-    return {block: part.view_as(t) for (block, t), part in zip(held.items(), row.split([t.numel() for t in held.values()]))}
+    return {
+        block: part.view_as(t)
+        for (block, t), part in zip(held.items(), row.split([t.numel() for t in held.values()]))
+    }
 
 
 @dataclass
 class AnchorRecorder:
     """Copies the anchors of a running story to host memory; `finish` makes their REFERENCE."""
+
     precision: torch.dtype | None = None  # None keeps the dtype the model computes in
     count: int = 0  # r; set when the run begins
     layers: dict[BlockId, Layer] = field(default_factory=dict)
@@ -51,7 +69,9 @@ class AnchorRecorder:
     _tokens: dict[tuple[Row, Half], dict[BlockId, Tensor]] = field(default_factory=dict)
     _kept: dict[Row, dict[Grid, Tensor]] = field(default_factory=dict)
     _outputs: dict[float, dict[BlockId, Tensor]] = field(default_factory=dict)
-    _calls: dict[tuple[Any, ...], int | None] = field(default_factory=dict)  # the call of the model that each came with
+    _calls: dict[tuple[Any, ...], int | None] = field(
+        default_factory=dict
+    )  # the call of the model that each came with
     _features: Tensor | None = None
     _subject: Tensor | None = None
 
@@ -72,8 +92,11 @@ class AnchorRecorder:
     def latent(self, sigma: float, x: Tensor) -> None:
         """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to host memory."""
         self.asked(sigma)
-        self.latents[sigma] = x[:self.count].float().to("cpu", copy=True)
-        for held in (*(t for (row, _), t in self._tokens.items() if row[1] == sigma), self._outputs.get(sigma, {})):
+        self.latents[sigma] = x[: self.count].float().to("cpu", copy=True)
+        for held in (
+            *(t for (row, _), t in self._tokens.items() if row[1] == sigma),
+            self._outputs.get(sigma, {}),
+        ):
             held.update(in_host_memory(held, self.precision))  # after the call, not within it
 
     def begin(self, stage: int, sigma: float) -> None:
@@ -83,66 +106,134 @@ class AnchorRecorder:
         self._kept.pop((stage, sigma), None)
         self._outputs.pop(sigma, None)
 
-    def tokens(self, stage: int, sigma: float, block: BlockId, grid: Grid, half: Half, tokens: Tensor, kept: Tensor,
-               call: int | None = None) -> None:
+    def tokens(
+        self,
+        stage: int,
+        sigma: float,
+        block: BlockId,
+        grid: Grid,
+        half: Half,
+        tokens: Tensor,
+        kept: Tensor,
+        call: int | None = None,
+    ) -> None:
         """Normed tokens [l c] of all anchors at their flat positions [l] among r*n. Of one call of the model the last pass counts."""
         self.layers.setdefault(block, Layer(block, grid, tokens.shape[-1]))
-        self._keep(self._tokens.setdefault(((stage, sigma), half), {}), block, tokens, (stage, sigma, half), call)
+        self._keep(
+            self._tokens.setdefault(((stage, sigma), half), {}),
+            block,
+            tokens,
+            (stage, sigma, half),
+            call,
+        )
         self._kept.setdefault((stage, sigma), {})[grid] = kept
 
-    def output(self, sigma: float, block: BlockId, grid: Grid, x: Tensor, call: int | None = None) -> None:
+    def output(
+        self, sigma: float, block: BlockId, grid: Grid, x: Tensor, call: int | None = None
+    ) -> None:
         """Self-attention outputs [b n c] before injection; the subject's are kept, as of tokens."""
         self.output_layers.setdefault(block, Layer(block, grid, x.shape[-1]))
-        rows = x[:self.count].flatten(0, 1).index_select(0, self._subject.to(x.device))
+        rows = x[: self.count].flatten(0, 1).index_select(0, self._subject.to(x.device))
         self._keep(self._outputs.setdefault(sigma, {}), block, rows, (sigma,), call)
 
-    def _keep(self, held: dict[BlockId, Tensor], block: BlockId, rows: Tensor, where: tuple[Any, ...], call: int | None) -> None:
+    def _keep(
+        self,
+        held: dict[BlockId, Tensor],
+        block: BlockId,
+        rows: Tensor,
+        where: tuple[Any, ...],
+        call: int | None,
+    ) -> None:
         if block not in held or (call is not None and self._calls.get((block, *where)) == call):
             held[block], self._calls[(block, *where)] = rows, call
 
     def matched(self, features: Tensor, subject: Tensor) -> None:
         """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the first stage."""
-        self._features, self._subject = features.to("cpu", self.precision or features.dtype, copy=True), subject
+        self._features, self._subject = (
+            features.to("cpu", self.precision or features.dtype, copy=True),
+            subject,
+        )
 
-    def finish(self, final: Tensor, prompts: Mapping[Half, ReferencePrompt], model_key: str, schedule: str,
-               settings: Mapping[str, float | int | str]) -> ReferenceBank:
+    def finish(
+        self,
+        final: Tensor,
+        prompts: Mapping[Half, ReferencePrompt],
+        model_key: str,
+        schedule: str,
+        settings: Mapping[str, float | int | str],
+    ) -> ReferenceBank:
         """final: the finished latents [r c y x] in model scale. ValueError where a level of the schedule lacks its anchors."""
         if self._unasked:
             raise passes_over(self.asker, f"sigma {self._unasked[0]:.4g}")
         sigmas = sorted(self.latents)
         text = prompts[Half.COND].text
         path = torch.stack([final.float().cpu(), *(self.latents[s] for s in sigmas)])
-        trajectory = InversionTrajectory(torch.tensor([0.0, *sigmas]), path, "generated anchors", text, model_key, schedule)
+        trajectory = InversionTrajectory(
+            torch.tensor([0.0, *sigmas]), path, "generated anchors", text, model_key, schedule
+        )
         last = [self._row(s) for s in sigmas]
         halves = tuple(half for half in Half if all((row, half) in self._tokens for row in last))
         if Half.COND not in halves:
             at = next(row[1] for row in last if (row, Half.COND) not in self._tokens)
-            raise ValueError(f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
-                             "kept whole. Remove the timestep range of the positive prompt.")
-        first = [(1, s) if row == (2, s) and (1, s) in self._kept else None for row, s in zip(last, sigmas)]
+            raise ValueError(
+                f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
+                "kept whole. Remove the timestep range of the positive prompt."
+            )
+        first = [
+            (1, s) if row == (2, s) and (1, s) in self._kept else None
+            for row, s in zip(last, sigmas)
+        ]
         staged = [s for s, row in zip(sigmas, first) if row]
-        settings = {**settings, "first_from": max(staged), "first_until": min(staged)} if staged else settings
+        settings = (
+            {**settings, "first_from": max(staged), "first_until": min(staged)}
+            if staged
+            else settings
+        )
         nothing = torch.zeros(0)
         grids = {layer.grid for layer in self.layers.values()}
         none = torch.zeros(0, dtype=torch.long)
-        output_rows = [torch.cat([self._outputs[s][b].flatten() for b in self.output_layers]) if s in self._outputs else nothing
-                       for s in sigmas]
+        output_rows = [
+            torch.cat([self._outputs[s][b].flatten() for b in self.output_layers])
+            if s in self._outputs
+            else nothing
+            for s in sigmas
+        ]
         anchors = AnchorFeatures(
             kept={grid: tuple(self._kept[row][grid] for row in last) for grid in grids},
-            first={half: tuple(nothing if row is None else self._joined(row, half) for row in first) for half in halves},
-            first_kept={grid: tuple(none if row is None else self._kept[row][grid] for row in first) for grid in grids},
-            outputs=tuple(output_rows), output_layers=tuple(self.output_layers.values()),
-            features=self._features, subject=self._subject, settings=settings)
+            first={
+                half: tuple(nothing if row is None else self._joined(row, half) for row in first)
+                for half in halves
+            },
+            first_kept={
+                grid: tuple(none if row is None else self._kept[row][grid] for row in first)
+                for grid in grids
+            },
+            outputs=tuple(output_rows),
+            output_layers=tuple(self.output_layers.values()),
+            features=self._features,
+            subject=self._subject,
+            settings=settings,
+        )
         features = {half: tuple(self._joined(row, half) for row in last) for half in halves}
-        return ReferenceBank(trajectory, prompts, tuple(self.layers.values()), self.masks, features, model_key, self.maps,
-                             anchors)
+        return ReferenceBank(
+            trajectory,
+            prompts,
+            tuple(self.layers.values()),
+            self.masks,
+            features,
+            model_key,
+            self.maps,
+            anchors,
+        )
 
     def _row(self, sigma: float) -> Row:
         row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
         if row is None:
-            raise ValueError(f"{NODE}: at sigma {sigma:.4g} no whole picture passed through the model, so there is "
-                             "nothing to keep of the anchors. Remove what crops or skips its calls: a timestep range of the positive "
-                             "prompt, area prompts alone, EasyCache.")
+            raise ValueError(
+                f"{NODE}: at sigma {sigma:.4g} no whole picture passed through the model, so there is "
+                "nothing to keep of the anchors. Remove what crops or skips its calls: a timestep range of the positive "
+                "prompt, area prompts alone, EasyCache."
+            )
         return row
 
     def _joined(self, row: Row, half: Half) -> Tensor:

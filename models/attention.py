@@ -37,10 +37,16 @@ STORY_ODDS = 1.0
 class WeightMode(str, Enum):
     """What the weight W of a reference does (method table of eq. 3; W = 1 is the plain concatenation in every mode)."""
 
-    LOGIT_BIAS = "logit bias"  # probabilities of the reference times W, then renormalised: rows stay convex
-    POST_SOFTMAX = "post softmax"  # the same without renormalising; done as W * v_ref, which is equal
+    LOGIT_BIAS = (
+        "logit bias"  # probabilities of the reference times W, then renormalised: rows stay convex
+    )
+    POST_SOFTMAX = (
+        "post softmax"  # the same without renormalising; done as W * v_ref, which is equal
+    )
     KEY_SCALE = "key scale"  # W * k_ref: a temperature on the reference's logits
-    OUTPUT_BLEND = "output blend"  # (1 - W) * attention without the reference + W * attention with it
+    OUTPUT_BLEND = (
+        "output blend"  # (1 - W) * attention without the reference + W * attention with it
+    )
 
 
 def dial(strength: float, node: str, odds: float = 0.0) -> float:
@@ -51,7 +57,9 @@ def dial(strength: float, node: str, odds: float = 0.0) -> float:
     straight line. ValueError for a strength outside 0..1.
     """
     if not 0 <= strength <= 1:
-        raise ValueError(f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all of the likeness).")
+        raise ValueError(
+            f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all of the likeness)."
+        )
     return strength / (1 + odds * (1 - strength))
 
 
@@ -68,7 +76,9 @@ class ReferenceTokens:
     v: Tensor  # [1|b m (h d)]
     weight: float | Tensor = 1.0  # >= 0; a tensor is [] or [b]
     mode: WeightMode = WeightMode.LOGIT_BIAS
-    log_mask: Tensor | None = None  # [m] or [1|b m], added to the logits: log of a soft mask, -log R to share, log r for repeats
+    log_mask: Tensor | None = (
+        None  # [m] or [1|b m], added to the logits: log of a soft mask, -log R to share, log r for repeats
+    )
 
     def __post_init__(self) -> None:
         if self.k.ndim != 3 or self.k.shape != self.v.shape:
@@ -107,10 +117,13 @@ class FusedAttend:
     kernel away) and no copy of the own keys (method.md 4). Shorter calls take the mask: there the join's five operations
     cost more.
     """
+
     attend: Attend
     shortest: int = 2048  # own keys: of SD1.5 at 512 pixels and SDXL at 1024 the finest layers
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+    ) -> Tensor:
         return self.attend(q, k, v, heads, mask=mask)
 
     def joins(self, q: Tensor, k: Tensor, heads: int) -> bool:
@@ -124,7 +137,11 @@ class FusedAttend:
         It has no gradient, and takes no keys of fewer heads than the queries'.
         """
         d = q.shape[-1] // heads
-        return not q.requires_grad and k.shape[-1] == q.shape[-1] and _kernel_tells(q.device, q.dtype, d)
+        return (
+            not q.requires_grad
+            and k.shape[-1] == q.shape[-1]
+            and _kernel_tells(q.device, q.dtype, d)
+        )
 
     @staticmethod
     def with_sums(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -143,17 +160,25 @@ def _kernel_tells(device: torch.device, dtype: torch.dtype, d: int) -> bool:
     if device.type == "meta":
         return True
     with torch.inference_mode():
-        q, k = (torch.linspace(-2, 3, n * 2 * d, device=device).sin().view(1, n, 2 * d).to(dtype) for n in (5, 9))
+        q, k = (
+            torch.linspace(-2, 3, n * 2 * d, device=device).sin().view(1, n, 2 * d).to(dtype)
+            for n in (5, 9)
+        )
         try:
             _, sums = FusedAttend.with_sums(q, k, k, 2)
-            logits = torch.einsum("bnhd,bmhd->bnhm", *(x.float().unflatten(-1, (2, d)) for x in (q, k))) * d**-0.5
+            logits = (
+                torch.einsum("bnhd,bmhd->bnhm", *(x.float().unflatten(-1, (2, d)) for x in (q, k)))
+                * d**-0.5
+            )
             right = torch.allclose(sums.float(), logits.logsumexp(-1, keepdim=True), atol=1e-2)
         except (RuntimeError, AttributeError, TypeError, ValueError):
             return False
     return right
 
 
-def product_attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+def product_attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+) -> Tensor:
     """The same in plain matrix products, whose backward pass is the faster one on a CPU. Shapes as Attend."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
@@ -205,10 +230,14 @@ def attend_with_references(
     to 1, the joint softmax when all are 1. Cost: one attend for each distinct weight, and one for A_0 unless w1 is 1.
     Raises ValueError if several references blend and one of the weights is a tensor, as tensors cannot be ranked unread.
     """
-    return read_in_levels(references, lambda members: _attend_joint(attend, q, k, v, members, heads, bias_via))
+    return read_in_levels(
+        references, lambda members: _attend_joint(attend, q, k, v, members, heads, bias_via)
+    )
 
 
-def read_in_levels(references: Sequence[ReferenceTokens], read: Callable[[Sequence[ReferenceTokens]], Tensor]) -> Tensor:
+def read_in_levels(
+    references: Sequence[ReferenceTokens], read: Callable[[Sequence[ReferenceTokens]], Tensor]
+) -> Tensor:
     """`read` says what is attended to beside some of the references, [b n (h d)]; here OUTPUT_BLEND ones come in by weight.
 
     The formula, the cost and the error are attend_with_references'.
@@ -222,12 +251,16 @@ def read_in_levels(references: Sequence[ReferenceTokens], read: Callable[[Sequen
         )
     blended.sort(key=_weight, reverse=True)
 
-    levels = [(1.0, held)]  # (weight, the references heard at it), each level holding those before it
+    levels = [
+        (1.0, held)
+    ]  # (weight, the references heard at it), each level holding those before it
     for weight, group in groupby(blended, _weight):
         levels.append((weight, [*levels[-1][1], *group]))
 
     out = read(levels[-1][1])
-    for (outer, members), (inner, _) in zip(reversed(levels[:-1]), reversed(levels[1:]), strict=True):
+    for (outer, members), (inner, _) in zip(
+        reversed(levels[:-1]), reversed(levels[1:]), strict=True
+    ):
         share = inner if outer == 1.0 else inner / outer
         if isinstance(share, Tensor) or share != 1.0:
             share = share.to(out).reshape(-1, 1, 1) if isinstance(share, Tensor) else share
@@ -235,7 +268,9 @@ def read_in_levels(references: Sequence[ReferenceTokens], read: Callable[[Sequen
     return out
 
 
-def concat_references(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor, Tensor | None]:
+def concat_references(
+    references: Sequence[ReferenceTokens],
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Join references on the token axis -> k, v [1|b m (h d)] and their log bias [1|b m] (None: no bias at all).
 
     KEY_SCALE and POST_SOFTMAX weights are already multiplied in; the bias holds log W of LOGIT_BIAS and every log_mask, at
@@ -245,7 +280,9 @@ def concat_references(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Te
     return *_joined_tokens(references), _joined_bias(references)
 
 
-def biased_by_channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def biased_by_channel(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Carry a bias per key in one more head channel, for kernels that take no mask.
 
     q [b n (h d)], k v [b m (h d)], bias [1|b m] -> q', k', v' [b n|m (h d')] with d' > d a multiple of 8. As attend scales by
@@ -278,7 +315,13 @@ def blend_queries(plain: Tensor, injected: Tensor, query_mask: Tensor) -> Tensor
 
 
 def _attend_joint(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, references: Sequence[ReferenceTokens], heads: int, bias_via: BiasVia
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    references: Sequence[ReferenceTokens],
+    heads: int,
+    bias_via: BiasVia,
 ) -> Tensor:
     """One attend over [own; references]."""
     if not references:
@@ -292,8 +335,12 @@ def _attend_joint(
     if bias is None:
         return attend(q, keys, values, heads)
     if bias_via == "mask":
-        return attend(q, keys, values, heads, mask=bias[:, None, None])  # [1|b 1 1 m]: never one bias per query
-    return without_channel(attend(*biased_by_channel(q, keys, values, bias, heads), heads), heads, q.shape[-1] // heads)
+        return attend(
+            q, keys, values, heads, mask=bias[:, None, None]
+        )  # [1|b 1 1 m]: never one bias per query
+    return without_channel(
+        attend(*biased_by_channel(q, keys, values, bias, heads), heads), heads, q.shape[-1] // heads
+    )
 
 
 def _loudness(ref: ReferenceTokens) -> float:
@@ -306,23 +353,41 @@ def _weighs(references: Sequence[ReferenceTokens]) -> bool:
     return all(ref.even for ref in references) and any(map(_loudness, references))
 
 
-def _joined_by_sums(attend: FusedAttend, q: Tensor, k: Tensor, v: Tensor, references: Sequence[ReferenceTokens], heads: int) -> Tensor:
+def _joined_by_sums(
+    attend: FusedAttend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    references: Sequence[ReferenceTokens],
+    heads: int,
+) -> Tensor:
     """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j exp(s_j) (method.md 4, I11)."""
     quiet = [ref for ref in references if not _loudness(ref)]
     if quiet:
-        k, v = (torch.cat((own, ref.expand(k.shape[0], -1, -1)), 1) for own, ref in zip((k, v), _joined_tokens(quiet)))
+        k, v = (
+            torch.cat((own, ref.expand(k.shape[0], -1, -1)), 1)
+            for own, ref in zip((k, v), _joined_tokens(quiet))
+        )
     own = attend.with_sums(q, k, v, heads)
-    return join_by_sums(attend, q, own, [ref for ref in references if _loudness(ref)], heads).flatten(2)
+    return join_by_sums(
+        attend, q, own, [ref for ref in references if _loudness(ref)], heads
+    ).flatten(2)
 
 
 def join_by_sums(
-    attend: FusedAttend, q: Tensor, own: tuple[Tensor, Tensor], references: Sequence[ReferenceTokens], heads: int
+    attend: FusedAttend,
+    q: Tensor,
+    own: tuple[Tensor, Tensor],
+    references: Sequence[ReferenceTokens],
+    heads: int,
 ) -> Tensor:
     """`own`, an answer of with_sums, joined with what q [b n (h d)] reads in `even` references -> [b n h d]."""
     out, sums = own
     by_loudness = sorted(references, key=_loudness)
     for loudness, group in groupby(by_loudness, _loudness):
-        beside, theirs = attend.with_sums(q, *(x.expand(q.shape[0], -1, -1) for x in _joined_tokens(list(group))), heads)
+        beside, theirs = attend.with_sums(
+            q, *(x.expand(q.shape[0], -1, -1) for x in _joined_tokens(list(group))), heads
+        )
         theirs = theirs + loudness
         out = torch.lerp(out, beside, torch.sigmoid(theirs - sums).to(out))
         sums = torch.logaddexp(sums, theirs) if loudness != _loudness(by_loudness[-1]) else sums
@@ -330,35 +395,62 @@ def join_by_sums(
 
 
 def _joined_tokens(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
-    keys = [_scaled(ref.k, ref.weight if ref.mode is WeightMode.KEY_SCALE else 1.0) for ref in references]
-    values = [_scaled(ref.v, ref.weight if ref.mode is WeightMode.POST_SOFTMAX else 1.0) for ref in references]
-    b = max(x.shape[0] for x in (*keys, *values))  # after scaling: a weight [b] spreads a shared reference over the batch
-    return _joined([x.expand(b, -1, -1) for x in keys]), _joined([x.expand(b, -1, -1) for x in values])
+    keys = [
+        _scaled(ref.k, ref.weight if ref.mode is WeightMode.KEY_SCALE else 1.0)
+        for ref in references
+    ]
+    values = [
+        _scaled(ref.v, ref.weight if ref.mode is WeightMode.POST_SOFTMAX else 1.0)
+        for ref in references
+    ]
+    b = max(
+        x.shape[0] for x in (*keys, *values)
+    )  # after scaling: a weight [b] spreads a shared reference over the batch
+    return _joined([x.expand(b, -1, -1) for x in keys]), _joined(
+        [x.expand(b, -1, -1) for x in values]
+    )
 
 
 def _joined_bias(references: Sequence[ReferenceTokens]) -> Tensor | None:
     biases = [_log_bias(ref) for ref in references]
     if all(bias is None for bias in biases):
         return None
-    biases = [_filled(ref.k, 0.0) if bias is None else bias for ref, bias in zip(references, biases, strict=True)]
+    biases = [
+        _filled(ref.k, 0.0) if bias is None else bias
+        for ref, bias in zip(references, biases, strict=True)
+    ]
     rows = max(bias.shape[0] for bias in biases)
     return _joined([bias.expand(rows, -1) for bias in biases])
 
 
-def _bias_beside(own: int, references: Sequence[ReferenceTokens], dtype: torch.dtype) -> Tensor | None:
+def _bias_beside(
+    own: int, references: Sequence[ReferenceTokens], dtype: torch.dtype
+) -> Tensor | None:
     """0 for the own tokens, then the references' bias: [1|b own+m]; made once where it is the same in every layer and step."""
     if not all(ref.even for ref in references):
         bias = _joined_bias(references)
         return None if bias is None else F.pad(bias, (own, 0)).to(dtype)
     logs = tuple((ref.k.shape[1], _loudness(ref)) for ref in references)
-    return _constant_bias(own, logs, dtype, references[0].k.device, torch.is_inference_mode_enabled()) if any(w for _, w in logs) else None
+    return (
+        _constant_bias(own, logs, dtype, references[0].k.device, torch.is_inference_mode_enabled())
+        if any(w for _, w in logs)
+        else None
+    )
 
 
 @lru_cache(maxsize=64)
-def _constant_bias(own: int, logs: tuple[tuple[int, float], ...], dtype: torch.dtype, device: torch.device, inference: bool) -> Tensor:
+def _constant_bias(
+    own: int,
+    logs: tuple[tuple[int, float], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    inference: bool,
+) -> Tensor:
     """[1 own+m], at most a few dozen kilobytes; what inference mode made is for inference mode alone."""
     parts = [torch.zeros(1, own, dtype=dtype, device=device)]
-    return torch.cat([*parts, *(torch.full((1, m), value, dtype=dtype, device=device) for m, value in logs)], 1)
+    return torch.cat(
+        [*parts, *(torch.full((1, m), value, dtype=dtype, device=device) for m, value in logs)], 1
+    )
 
 
 def log_of(weight: float) -> float:
@@ -383,7 +475,9 @@ def _log_bias(ref: ReferenceTokens) -> Tensor | None:
 
 def _filled(k: Tensor, value: float) -> Tensor:
     """[1 m] of one value, never coarser than float32."""
-    return torch.full((1, k.shape[1]), value, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
+    return torch.full(
+        (1, k.shape[1]), value, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device
+    )
 
 
 def _weight(ref: ReferenceTokens) -> float | Tensor:

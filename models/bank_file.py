@@ -3,6 +3,7 @@
 Rows of different lengths (anchors keep other tokens at every step) lie one after another in one tensor, their lengths in the
 metadata: a file has dozens of tensors, not thousands. Nothing in it knows the machine that wrote it.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,13 +24,32 @@ from .identity import read_parts, tell_parts
 from .inversion import InversionTrajectory
 from .noise import DIFFUSION, Diffusion, Flow, Noise
 from .reference import (
-    BANK_VERSION, UNET_STAGES, AnchorFeatures, Grid, Half, Kept, Layer, ReferenceBank, ReferencePrompt, SubjectTokens, block_name,
+    BANK_VERSION,
+    UNET_STAGES,
+    AnchorFeatures,
+    Grid,
+    Half,
+    Kept,
+    Layer,
+    ReferenceBank,
+    ReferencePrompt,
+    SubjectTokens,
+    block_name,
 )
 from .soundness import FLOATS, GREATEST, check_agreement
 
 FORMAT = "kindred.reference"  # the metadata's one key: safetensors writes several in no fixed order
-DTYPES = {str(kind).removeprefix("torch."): kind
-          for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)}
+DTYPES = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int32,
+        torch.int64,
+    )
+}
 # A transformer's blocks and a flow's latents mean nothing to a Kindred that knows UNets alone: it reads version 1 and no other.
 TRANSFORMER_VERSION = BANK_VERSION + 1
 STAGE = re.compile("[a-z]{1,16}")
@@ -45,7 +65,9 @@ def save_reference(bank: ReferenceBank, path: Path) -> None:
     Raises ValueError for a bank that could not be loaded again (another version, NaN), OSError where the disk does.
     """
     if bank.version != BANK_VERSION:
-        raise ValueError(f"the reference is of version {bank.version}, but this Kindred writes version {BANK_VERSION}. Make it again.")
+        raise ValueError(
+            f"the reference is of version {bank.version}, but this Kindred writes version {BANK_VERSION}. Make it again."
+        )
     parcel = Parcel()
     try:
         check(bank)
@@ -56,7 +78,9 @@ def save_reference(bank: ReferenceBank, path: Path) -> None:
         save_file(parcel.tensors, partial, {FORMAT: json.dumps(told)})
 
 
-def load_reference(path: Path, progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None) -> ReferenceBank:
+def load_reference(
+    path: Path, progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None
+) -> ReferenceBank:
     """What save_reference wrote, bit for bit, in memory of its own: the file may be replaced or deleted afterwards.
 
     progress: given the number of tensors, returns what is told how many were read.
@@ -75,6 +99,7 @@ def load_reference(path: Path, progress: Callable[[int], Callable[[int], None]] 
                 tell(len(read))
                 read.add(name)
                 return file.get_tensor(name).clone()  # out of the mapped file
+
             bank = read_bank(told, tensor)
             check(bank)
             tell(len(names))
@@ -85,9 +110,13 @@ def load_reference(path: Path, progress: Callable[[int], Callable[[int], None]] 
     except Refused:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{path.name}: its description is damaged ({error!r:.120}). {AGAIN}") from error
+        raise ValueError(
+            f"{path.name}: its description is damaged ({error!r:.120}). {AGAIN}"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{path.name} does not fit together: {str(error).rstrip('.')}. {AGAIN}") from error
+        raise ValueError(
+            f"{path.name} does not fit together: {str(error).rstrip('.')}. {AGAIN}"
+        ) from error
     return bank
 
 
@@ -98,17 +127,29 @@ class Refused(ValueError):
 def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
     """The description of a reference of this version; Refused for any other file."""
     if FORMAT not in metadata:
-        ours, names = ([n for n in sorted(metadata) if n.startswith(start)] for start in ("kindred.", ""))
-        found = f"of format {', '.join(ours):.80}" if ours else f"no reference (its metadata names {', '.join(names) or 'nothing':.80})"
-        raise Refused(f"{path.name} is {found}, but a reference is of format {FORMAT}. Choose a file that Save Reference wrote.")
+        ours, names = (
+            [n for n in sorted(metadata) if n.startswith(start)] for start in ("kindred.", "")
+        )
+        found = (
+            f"of format {', '.join(ours):.80}"
+            if ours
+            else f"no reference (its metadata names {', '.join(names) or 'nothing':.80})"
+        )
+        raise Refused(
+            f"{path.name} is {found}, but a reference is of format {FORMAT}. Choose a file that Save Reference wrote."
+        )
     try:
         told = json.loads(metadata[FORMAT])
         version = number(told["version"], 0, MOST, "version")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise Refused(f"{path.name}: its description is damaged ({error!r:.120}). {AGAIN}") from error
+        raise Refused(
+            f"{path.name}: its description is damaged ({error!r:.120}). {AGAIN}"
+        ) from error
     if version not in (BANK_VERSION, TRANSFORMER_VERSION):
-        raise Refused(f"{path.name} is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and "
-                      f"{TRANSFORMER_VERSION}. Update Kindred, or make and save the reference again.")
+        raise Refused(
+            f"{path.name} is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and "
+            f"{TRANSFORMER_VERSION}. Update Kindred, or make and save the reference again."
+        )
     return told
 
 
@@ -118,13 +159,16 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
 @dataclass
 class Parcel:
     """The tensors of one file; every method puts some in and returns what the description says of them."""
+
     tensors: dict[str, Tensor] = field(default_factory=dict)
     _places: set[int] = field(default_factory=set)
 
     def put(self, name: str, value: Tensor) -> None:
         value = value.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
-        self.tensors[name] = value.clone() if place in self._places else value  # safetensors refuses tensors that share memory
+        self.tensors[name] = (
+            value.clone() if place in self._places else value
+        )  # safetensors refuses tensors that share memory
         self._places.add(place)
 
     def optional(self, name: str, value: Tensor | None) -> bool:
@@ -137,38 +181,67 @@ class Parcel:
         if isinstance(rows, Tensor):
             return self.put(name, rows)
         filled = [row for row in rows if row.numel()]
-        if len({row.dtype for row in filled}) > 1 or any(row.ndim != 1 or str(row.dtype)[6:] not in DTYPES for row in rows):
-            raise ValueError(f"{name} holds rows of {sorted({f'{row.dtype} {list(row.shape)}' for row in rows})}")
+        if len({row.dtype for row in filled}) > 1 or any(
+            row.ndim != 1 or str(row.dtype)[6:] not in DTYPES for row in rows
+        ):
+            raise ValueError(
+                f"{name} holds rows of {sorted({f'{row.dtype} {list(row.shape)}' for row in rows})}"
+            )
         flat = torch.cat(filled) if filled else torch.zeros(0)
         if flat.dtype is torch.int64 and flat.max() < 1 << 31 and flat.min() >= 0:
             flat = flat.to(torch.int32)
         self.put(name, flat)
         dtypes = [str(row.dtype)[6:] for row in rows]  # an empty row may be of another one
-        return {"lengths": [len(row) for row in rows], "dtypes": dtypes if len(set(dtypes)) > 1 else dtypes[:1]}
+        return {
+            "lengths": [len(row) for row in rows],
+            "dtypes": dtypes if len(set(dtypes)) > 1 else dtypes[:1],
+        }
 
     def kept(self, name: str, kept: Kept) -> list[list[Any]]:
-        return [[*grid, self.rows(f"{name}.{grid[0]}x{grid[1]}", rows)] for grid, rows in kept.items()]
+        return [
+            [*grid, self.rows(f"{name}.{grid[0]}x{grid[1]}", rows)] for grid, rows in kept.items()
+        ]
 
     def bank(self, bank: ReferenceBank) -> dict[str, Any]:
         for grid, mask in bank.masks.items():
             self.put(f"mask.{grid[0]}x{grid[1]}", mask)
-        new = bank.live or isinstance(bank.trajectory.noise, Flow) or any(block[0] not in UNET_STAGES for block in bank.blocks)
+        new = (
+            bank.live
+            or isinstance(bank.trajectory.noise, Flow)
+            or any(block[0] not in UNET_STAGES for block in bank.blocks)
+        )
         version = TRANSFORMER_VERSION if new else bank.version
         return {
-            "version": version, "model": str(bank.model_key), "identity": tell_parts(bank.model_key),
+            "version": version,
+            "model": str(bank.model_key),
+            "identity": tell_parts(bank.model_key),
             "trajectory": self.trajectory(bank.trajectory),
-            "prompts": {half.value: self.prompt(f"prompt.{half.value}", prompt) for half, prompt in bank.prompts.items()},
-            "layers": layers_told(bank.layers), "masks": [list(grid) for grid in bank.masks],
-            "features": {half.value: self.rows(f"features.{half.value}", rows) for half, rows in bank.features.items()},
-            "share": bank.share, "maps": self.optional("maps", bank.maps),
+            "prompts": {
+                half.value: self.prompt(f"prompt.{half.value}", prompt)
+                for half, prompt in bank.prompts.items()
+            },
+            "layers": layers_told(bank.layers),
+            "masks": [list(grid) for grid in bank.masks],
+            "features": {
+                half.value: self.rows(f"features.{half.value}", rows)
+                for half, rows in bank.features.items()
+            },
+            "share": bank.share,
+            "maps": self.optional("maps", bank.maps),
             "anchors": None if bank.anchors is None else self.anchors(bank.anchors),
         }
 
     def trajectory(self, path: InversionTrajectory) -> dict[str, Any]:
         self.put("trajectory.sigmas", path.sigmas)
         self.put("trajectory.latents", path.latents)
-        return {"method": path.method, "prompt": path.prompt, "model": str(path.model_key), "schedule": path.schedule,
-                "noise_maps": self.optional("trajectory.noise_maps", path.noise_maps), **noise_told(path.noise)}
+        return {
+            "method": path.method,
+            "prompt": path.prompt,
+            "model": str(path.model_key),
+            "schedule": path.schedule,
+            "noise_maps": self.optional("trajectory.noise_maps", path.noise_maps),
+            **noise_told(path.noise),
+        }
 
     def prompt(self, name: str, prompt: ReferencePrompt) -> dict[str, Any]:
         self.put(f"{name}.cross", prompt.cross)
@@ -178,15 +251,30 @@ class Parcel:
             if tensor:
                 self.put(f"{name}.extra.{key}", value)
             extras.append([key, None if tensor else value])
-        return {"text": prompt.text, "extras": extras, "subject": None if subject is None else
-                {"words": subject.words, "positions": subject.positions, "by_word": subject.by_word}}
+        return {
+            "text": prompt.text,
+            "extras": extras,
+            "subject": None
+            if subject is None
+            else {
+                "words": subject.words,
+                "positions": subject.positions,
+                "by_word": subject.by_word,
+            },
+        }
 
     def anchors(self, made: AnchorFeatures) -> dict[str, Any]:
         return {
-            "kept": self.kept("anchors.kept", made.kept), "first_kept": self.kept("anchors.first_kept", made.first_kept),
-            "first": {half.value: self.rows(f"anchors.first.{half.value}", rows) for half, rows in made.first.items()},
-            "outputs": self.rows("anchors.outputs", made.outputs), "output_layers": layers_told(made.output_layers),
-            "features": self.optional("anchors.features", made.features), "subject": self.optional("anchors.subject", made.subject),
+            "kept": self.kept("anchors.kept", made.kept),
+            "first_kept": self.kept("anchors.first_kept", made.first_kept),
+            "first": {
+                half.value: self.rows(f"anchors.first.{half.value}", rows)
+                for half, rows in made.first.items()
+            },
+            "outputs": self.rows("anchors.outputs", made.outputs),
+            "output_layers": layers_told(made.output_layers),
+            "features": self.optional("anchors.features", made.features),
+            "subject": self.optional("anchors.subject", made.subject),
             "settings": dict(made.settings),
         }
 
@@ -207,18 +295,39 @@ Source = Callable[[str], Tensor]  # a tensor of the file by its name
 
 def read_bank(told: Told, tensor: Source) -> ReferenceBank:
     """ValueError, KeyError, TypeError, AttributeError or IndexError where the description is not what Parcel.bank says."""
-    path, model = told["trajectory"], read_parts(word(told["model"]), told.get("identity"))  # older references have the name alone
+    path, model = (
+        told["trajectory"],
+        read_parts(word(told["model"]), told.get("identity")),
+    )  # older references have the name alone
     trajectory = InversionTrajectory(
-        tensor("trajectory.sigmas"), tensor("trajectory.latents"), word(path["method"]), word(path["prompt"]),
+        tensor("trajectory.sigmas"),
+        tensor("trajectory.latents"),
+        word(path["method"]),
+        word(path["prompt"]),
         model if path["model"] == model else word(path["model"]),
-        word(path["schedule"]), tensor("trajectory.noise_maps") if path["noise_maps"] else None,
-        read_noise(path) if told["version"] == TRANSFORMER_VERSION else DIFFUSION)
-    prompts = {Half(half): read_prompt(own, f"prompt.{half}", tensor) for half, own in told["prompts"].items()}
-    masks = {grid: tensor(f"mask.{grid[0]}x{grid[1]}") for grid in (read_grid(*g) for g in told["masks"])}
+        word(path["schedule"]),
+        tensor("trajectory.noise_maps") if path["noise_maps"] else None,
+        read_noise(path) if told["version"] == TRANSFORMER_VERSION else DIFFUSION,
+    )
+    prompts = {
+        Half(half): read_prompt(own, f"prompt.{half}", tensor)
+        for half, own in told["prompts"].items()
+    }
+    masks = {
+        grid: tensor(f"mask.{grid[0]}x{grid[1]}") for grid in (read_grid(*g) for g in told["masks"])
+    }
     return ReferenceBank(
-        trajectory, prompts, read_layers(told["layers"], told["version"]), masks, read_halves(told["features"], "features", tensor), model,
-        tensor("maps") if told["maps"] else None, None if told["anchors"] is None else read_anchors(told["anchors"], tensor),
-        BANK_VERSION, read_share(told.get("share", 1.0)))
+        trajectory,
+        prompts,
+        read_layers(told["layers"], told["version"]),
+        masks,
+        read_halves(told["features"], "features", tensor),
+        model,
+        tensor("maps") if told["maps"] else None,
+        None if told["anchors"] is None else read_anchors(told["anchors"], tensor),
+        BANK_VERSION,
+        read_share(told.get("share", 1.0)),
+    )
 
 
 def read_noise(path: Told) -> Diffusion | Flow:
@@ -239,31 +348,49 @@ def read_share(value: Any) -> float:
 
 
 def read_prompt(told: Told, name: str, tensor: Source) -> ReferencePrompt:
-    extras = {word(key): tensor(f"{name}.extra.{key}") if value is None else scalar(value) for key, value in told["extras"]}
+    extras = {
+        word(key): tensor(f"{name}.extra.{key}") if value is None else scalar(value)
+        for key, value in told["extras"]
+    }
     subject = told["subject"]
     if subject is not None:
-        subject = SubjectTokens(tuple(map(word, subject["words"])), places(subject["positions"]),
-                                tuple(places(own) for own in subject["by_word"]))
+        subject = SubjectTokens(
+            tuple(map(word, subject["words"])),
+            places(subject["positions"]),
+            tuple(places(own) for own in subject["by_word"]),
+        )
     return ReferencePrompt(word(told["text"]), tensor(f"{name}.cross"), extras, subject)
 
 
 def read_anchors(told: Told, tensor: Source) -> AnchorFeatures:
     return AnchorFeatures(
-        read_kept(told["kept"], "anchors.kept", tensor), read_halves(told["first"], "anchors.first", tensor),
-        read_kept(told["first_kept"], "anchors.first_kept", tensor), read_rows(told["outputs"], "anchors.outputs", tensor),
-        read_layers(told["output_layers"], BANK_VERSION), tensor("anchors.features") if told["features"] else None,
-        tensor("anchors.subject") if told["subject"] else None, {key: scalar(value) for key, value in told["settings"].items()})
+        read_kept(told["kept"], "anchors.kept", tensor),
+        read_halves(told["first"], "anchors.first", tensor),
+        read_kept(told["first_kept"], "anchors.first_kept", tensor),
+        read_rows(told["outputs"], "anchors.outputs", tensor),
+        read_layers(told["output_layers"], BANK_VERSION),
+        tensor("anchors.features") if told["features"] else None,
+        tensor("anchors.subject") if told["subject"] else None,
+        {key: scalar(value) for key, value in told["settings"].items()},
+    )
 
 
 def read_rows(told: Told | None, name: str, tensor: Source) -> Rows:
     stored = tensor(name)
     if told is None:
         return stored
-    lengths, dtypes = [number(n, 0, MOST, f"a row of {name}") for n in told["lengths"]], [DTYPES[kind] for kind in told["dtypes"]]
+    lengths, dtypes = (
+        [number(n, 0, MOST, f"a row of {name}") for n in told["lengths"]],
+        [DTYPES[kind] for kind in told["dtypes"]],
+    )
     if stored.ndim != 1 or sum(lengths) != len(stored):
-        raise ValueError(f"{name} is {list(stored.shape)}, but its description says {len(lengths)} rows of {sum(lengths)} values together")
+        raise ValueError(
+            f"{name} is {list(stored.shape)}, but its description says {len(lengths)} rows of {sum(lengths)} values together"
+        )
     if len(dtypes) not in (min(len(lengths), 1), len(lengths)):
-        raise ValueError(f"{name} has {len(lengths)} rows, but its description says {len(dtypes)} dtypes")
+        raise ValueError(
+            f"{name} has {len(lengths)} rows, but its description says {len(dtypes)} dtypes"
+        )
     dtypes = dtypes * len(lengths) if len(dtypes) == 1 else dtypes
     return tuple(row.to(kind) for row, kind in zip(stored.split(lengths), dtypes))
 
@@ -277,10 +404,23 @@ def read_halves(told: Told, name: str, tensor: Source) -> dict[Half, Rows]:
 
 
 def read_layers(told: Sequence[Any], version: int) -> tuple[Layer, ...]:
-    layers = tuple(Layer((stage, number(i, 0, 999, "a block"), number(d, 0, 999, "a block")), read_grid(y, x),
-                         number(c, 1, MOST, "channels")) for stage, i, d, y, x, c in told)
-    unknown = next((layer.block for layer in layers if layer.block[0] not in UNET_STAGES and
-                    (version == BANK_VERSION or not STAGE.fullmatch(str(layer.block[0])))), None)
+    layers = tuple(
+        Layer(
+            (stage, number(i, 0, 999, "a block"), number(d, 0, 999, "a block")),
+            read_grid(y, x),
+            number(c, 1, MOST, "channels"),
+        )
+        for stage, i, d, y, x, c in told
+    )
+    unknown = next(
+        (
+            layer.block
+            for layer in layers
+            if layer.block[0] not in UNET_STAGES
+            and (version == BANK_VERSION or not STAGE.fullmatch(str(layer.block[0])))
+        ),
+        None,
+    )
     if unknown:
         raise ValueError(f"a layer lies in {unknown[0]!r:.40}; a UNet has {', '.join(UNET_STAGES)}")
     return layers
@@ -314,7 +454,9 @@ def check(bank: ReferenceBank) -> None:
     t, a = len(bank.trajectory.sigmas) - 1, bank.anchors
     for (y, x), mask in bank.masks.items():
         if mask.dtype is not torch.bool or tuple(mask.shape) != (bank.pictures, y, x):
-            raise ValueError(f"the mask of {y}x{x} is {mask.dtype} {list(mask.shape)}, but it has to be bool {[bank.pictures, y, x]}")
+            raise ValueError(
+                f"the mask of {y}x{x} is {mask.dtype} {list(mask.shape)}, but it has to be bool {[bank.pictures, y, x]}"
+            )
     for half, prompt in bank.prompts.items():
         check_finite(f"the {half.value} prompt", [prompt.cross])
     kept = {grid: [positions] * t for grid, positions in bank.kept.items()} if a is None else a.kept
@@ -322,28 +464,51 @@ def check(bank: ReferenceBank) -> None:
         check_tokens(f"the features of the {half.value} half", rows, bank.layers, kept, t)
     whole = tuple(bank.trajectory.latents.shape[-2:])
     lacking = {*bank.grids.values(), *([whole] if a is None else [])} - bank.masks.keys()
-    if lacking and (a is None or bank.masks):  # anchors whose words nobody heard in the cross-attention have none
-        have, need = (" and ".join(f"{y}x{x}" for y, x in grids) for grids in (bank.masks, sorted(lacking)))
+    if lacking and (
+        a is None or bank.masks
+    ):  # anchors whose words nobody heard in the cross-attention have none
+        have, need = (
+            " and ".join(f"{y}x{x}" for y, x in grids) for grids in (bank.masks, sorted(lacking))
+        )
         raise ValueError(f"there are masks of {have or 'no grid'}, but none of {need}")
     if a is not None:
         for held in (a.kept, a.first_kept):
             for grid, rows in held.items():
                 for positions in rows:
-                    check_positions(f"the kept tokens of {grid[0]}x{grid[1]}", positions, bank.pictures * grid[0] * grid[1])
+                    check_positions(
+                        f"the kept tokens of {grid[0]}x{grid[1]}",
+                        positions,
+                        bank.pictures * grid[0] * grid[1],
+                    )
         if "first_from" in a.settings and a.first.keys() != bank.features.keys():
-            raise ValueError(f"the first stage holds {sorted(h.value for h in a.first)}, but the features hold "
-                             f"{sorted(h.value for h in bank.features)}")
+            raise ValueError(
+                f"the first stage holds {sorted(h.value for h in a.first)}, but the features hold "
+                f"{sorted(h.value for h in bank.features)}"
+            )
         for half, rows in a.first.items():
             if any(row.numel() for row in rows):
-                check_tokens(f"the first stage of the {half.value} half", rows, bank.layers, a.first_kept, t, may_lack=True)
+                check_tokens(
+                    f"the first stage of the {half.value} half",
+                    rows,
+                    bank.layers,
+                    a.first_kept,
+                    t,
+                    may_lack=True,
+                )
         if a.features is not None and a.subject is not None:
             check_finite("the anchors' correspondence features", [a.features])
             check_positions("the anchors' subject", a.subject, a.features.shape[:-1].numel())
             if (a.subject.diff() <= 0).any():
                 raise ValueError("the anchors' subject is not in ascending order")
         if any(row.numel() for row in a.outputs):
-            subject = {} if a.subject is None else {layer.grid: [a.subject] * t for layer in a.output_layers}
-            check_tokens("the anchors' outputs", a.outputs, a.output_layers, subject, t, may_lack=True)
+            subject = (
+                {}
+                if a.subject is None
+                else {layer.grid: [a.subject] * t for layer in a.output_layers}
+            )
+            check_tokens(
+                "the anchors' outputs", a.outputs, a.output_layers, subject, t, may_lack=True
+            )
     check_agreement(bank)
 
 
@@ -354,26 +519,39 @@ def check_positions(what: str, positions: Tensor, n: int) -> None:
         raise ValueError(f"{what} are not positions below {n}")
 
 
-def check_tokens(what: str, rows: Rows, layers: Sequence[Layer], kept: Kept, t: int, may_lack: bool = False) -> None:
+def check_tokens(
+    what: str, rows: Rows, layers: Sequence[Layer], kept: Kept, t: int, may_lack: bool = False
+) -> None:
     """rows: one per step, each as long as the tokens that its layers keep; may_lack: or empty."""
     if len(rows) != t:
         raise ValueError(f"{what} have {len(rows)} rows, but there are {t} steps")
     for layer in layers:
         if len(kept.get(layer.grid, ())) != t:
             grid = f"{layer.grid[0]}x{layer.grid[1]}"
-            raise ValueError(f"{block_name(layer.block)} has {grid} tokens, but nothing says which of them are kept")
+            raise ValueError(
+                f"{block_name(layer.block)} has {grid} tokens, but nothing says which of them are kept"
+            )
     for i, row in enumerate(rows):
         wanted = sum(len(kept[layer.grid][i]) * layer.channels for layer in layers)
         if tuple(row.shape) != (wanted,) and not (may_lack and not row.numel()):
-            raise ValueError(f"{what} are {list(row.shape)} at step {i}, but the tokens kept there need [{wanted}]")
+            raise ValueError(
+                f"{what} are {list(row.shape)} at step {i}, but the tokens kept there need [{wanted}]"
+            )
     check_finite(what, rows)
 
 
 def check_finite(what: str, rows: Rows) -> None:
     for i, row in enumerate(rows):
         if row.dtype not in FLOATS:
-            raise ValueError(f"{what} are of {row.dtype}, which is no floating point of 16, 32 or 64 bits")
-        if row.numel() and not all(abs(float(x)) <= GREATEST for x in torch.aminmax(row)):  # NaN comes through; a tenth of isfinite's time
+            raise ValueError(
+                f"{what} are of {row.dtype}, which is no floating point of 16, 32 or 64 bits"
+            )
+        if row.numel() and not all(
+            abs(float(x)) <= GREATEST for x in torch.aminmax(row)
+        ):  # NaN comes through; a tenth of isfinite's time
             bad = int((~row.isfinite()).sum())
-            raise ValueError(f"{what} hold {bad} NaN or infinite values of {row.numel()} in row {i}" if bad else
-                             f"{what} hold {int((row.abs() > GREATEST).sum())} values beyond {GREATEST:g} in row {i}")
+            raise ValueError(
+                f"{what} hold {bad} NaN or infinite values of {row.numel()} in row {i}"
+                if bad
+                else f"{what} hold {int((row.abs() > GREATEST).sum())} values beyond {GREATEST:g} in row {i}"
+            )

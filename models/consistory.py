@@ -2,6 +2,7 @@
 
 Axes: b pictures, w subject words, n tokens of a grid (y x, row by row), l kept tokens.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -17,13 +18,16 @@ from .masks import Threshold, binarise, resize_soft
 from .reference import BlockId, Grid, Halves
 
 SLACK = 1e-4  # relative: what a sigma loses between a schedule in float64 and a sampler in float32
-DIFT_TIMESTEP = 261  # where diffusion features correspond best (arXiv 2306.03881); ConsiStory, appendix B
+DIFT_TIMESTEP = (
+    261  # where diffusion features correspond best (arXiv 2306.03881); ConsiStory, appendix B
+)
 LAST_STEPS = 20  # the masks' running mean reaches this far back (method.md 3.2)
 
 
 @dataclass(frozen=True)
 class StorySettings:
     """The hyper-parameters, with the paper's values (method.md 3.2, section 5). Windows are sigmas, both ends inside."""
+
     blocks: frozenset[BlockId]  # whose self-attention is shared: the decoder
     map_blocks: tuple[BlockId, ...]  # whose cross-attention locates the subject
     anchors: int = 2  # the first so many pictures are read by all; 0: all pictures by all
@@ -35,7 +39,9 @@ class StorySettings:
     injection: float = 0.8  # alpha
     inject: tuple[float, float] = (0.0, 0.0)  # from the greater sigma until the smaller
     halves: Halves = Halves.BOTH
-    official: bool = False  # the first stage runs to its end, and the masks of its last step are used
+    official: bool = (
+        False  # the first stage runs to its end, and the masks of its last step are used
+    )
     align_keys: bool = True  # of inverted photos, appendix E
     threshold: Threshold = "otsu"
 
@@ -43,6 +49,7 @@ class StorySettings:
 @dataclass(frozen=True)
 class Schedule:
     """What happens at which noise level of one sampler run. sigmas: descending, without the last 0; timesteps: theirs."""
+
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     settings: StorySettings
@@ -74,7 +81,9 @@ class Schedule:
         inside = [s for s in self.sigmas if self.injects(s)]
         i = self.sigmas.index(self.features_at)
         gap = self.timesteps[i - 1] - self.timesteps[i] if i else 0.0
-        reached = self.timesteps[i] - DIFT_TIMESTEP <= gap  # a run that stops before is still noise where it stops
+        reached = (
+            self.timesteps[i] - DIFT_TIMESTEP <= gap
+        )  # a run that stops before is still noise where it stops
         before = bool(inside) and self.sigmas.index(inside[0]) < i  # not so where sigmas rise
         return inside[0] if before and inside[0] > self.features_at and reached else None
 
@@ -85,9 +94,16 @@ class Schedule:
 
     def calls(self, known: bool, steps: int) -> int:
         """Passes of the UNet in so many steps of a sampler that asks once a step; known: the subject at the first."""
-        steps, shares = range(min(steps, len(self.sigmas))), self.settings.weight and self.settings.dropout < 1
+        steps, shares = (
+            range(min(steps, len(self.sigmas))),
+            self.settings.weight and self.settings.dropout < 1,
+        )
         twice = self.first_injection is not None
-        asked = [*steps[:self.first_stage], *steps[self.step(self.first_injection):]] if twice else steps
+        asked = (
+            [*steps[: self.first_stage], *steps[self.step(self.first_injection) :]]
+            if twice
+            else steps
+        )
         return sum(1 + bool(shares and (known or i) and self.blend(self.sigmas[i])) for i in asked)
 
 
@@ -96,7 +112,9 @@ def dropped(seed: int, picture: int, step: int, grid: Grid, share: float) -> Ten
 
     A function of its arguments alone (I45): neither the batch nor the halves nor any other draw changes it.
     """
-    digest = hashlib.blake2b(repr((seed, picture, step, tuple(grid))).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        repr((seed, picture, step, tuple(grid))).encode(), digest_size=8
+    ).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.rand(grid[0] * grid[1], generator=generator) < share
 
@@ -120,8 +138,11 @@ def subject_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Te
 @dataclass
 class SubjectMaps:
     """The words' cross-attention maps of every noise level so far, each kept once however often it is asked (I37)."""
+
     _raw: dict[float, dict[tuple[BlockId, object], Tensor]] = field(default_factory=dict)
-    _calls: dict[tuple[BlockId, object], int | None] = field(default_factory=dict)  # the call of the model that each came with
+    _calls: dict[tuple[BlockId, object], int | None] = field(
+        default_factory=dict
+    )  # the call of the model that each came with
     _mean: dict[float, Tensor] = field(default_factory=dict)
 
     def begin(self, sigma: float) -> None:
@@ -129,7 +150,9 @@ class SubjectMaps:
         for held in (self._raw, self._mean):
             held.pop(sigma, None)
 
-    def add(self, sigma: float, block: BlockId, part: object, maps: Tensor, call: int | None = None) -> None:
+    def add(
+        self, sigma: float, block: BlockId, part: object, maps: Tensor, call: int | None = None
+    ) -> None:
         """maps [b w y x] of one cross-attention of one part of the batch. Of one call of the model the last counts, else the first."""
         held, key = self._raw.setdefault(sigma, {}), (block, part)
         if key not in held or (call is not None and self._calls.get(key) == call):
@@ -163,7 +186,9 @@ def _mean_map(maps: Sequence[Tensor]) -> Tensor:
     """Maps [b w y x] of unlike grids and numbers of words -> their mean at the finest grid; a word is 0 where it is not named."""
     finest, w = max(tuple(m.shape[-2:]) for m in maps), max(m.shape[1] for m in maps)
     resized = [resize_soft(m.flatten(0, 1), finest).unflatten(0, m.shape[:2]) for m in maps]
-    return torch.stack([m if m.shape[1] == w else F.pad(m, (0, 0, 0, 0, 0, w - m.shape[1])) for m in resized]).mean(0)
+    return torch.stack(
+        [m if m.shape[1] == w else F.pad(m, (0, 0, 0, 0, 0, w - m.shape[1])) for m in resized]
+    ).mean(0)
 
 
 def positions_of(masks: Tensor, pictures: Sequence[int]) -> list[Tensor]:

@@ -38,7 +38,9 @@ def smooth(features: Tensor) -> Tensor:
 
     Zero padding, which darkens the border but turns no feature vector of a constant map (law I30). float32 inside.
     """
-    side = torch.exp(-0.5 * torch.arange(-1.0, 2.0, dtype=torch.float32, device=features.device) ** 2)
+    side = torch.exp(
+        -0.5 * torch.arange(-1.0, 2.0, dtype=torch.float32, device=features.device) ** 2
+    )
     side = side / side.sum()
     channels = features.shape[1]
     kernel = torch.outer(side, side).expand(channels, 1, 3, 3)
@@ -48,7 +50,9 @@ def smooth(features: Tensor) -> Tensor:
 def _directions(features: Tensor) -> Tensor:
     """[.. c] -> [.. c] float32 of length 1; a token of zeros stays one."""
     features = features.float()
-    features = features / features.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # no square overflows
+    features = features / features.abs().amax(-1, keepdim=True).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # no square overflows
     return F.normalize(features, dim=-1)
 
 
@@ -63,7 +67,9 @@ def _cosine_distance(u: Tensor, v: Tensor) -> Tensor:
     return chord.masked_fill(blind, 1.0)
 
 
-def correspond(targets: Tensor, target_masks: Tensor, sources: Tensor, kept: Sequence[Tensor]) -> Matches:
+def correspond(
+    targets: Tensor, target_masks: Tensor, sources: Tensor, kept: Sequence[Tensor]
+) -> Matches:
     """Each target token's most similar source token, over all sources at once (eq. 5, 8, 9), and whether it is near enough.
 
     targets: [b n c] features of the pictures that read; target_masks: bool [b n], their subjects; sources: [s n' c] features
@@ -74,7 +80,9 @@ def correspond(targets: Tensor, target_masks: Tensor, sources: Tensor, kept: Seq
     Raises ValueError unless there is one `kept` per picture.
     """
     if len(kept) != len(targets):
-        raise ValueError(f"Correspondence: {len(targets)} pictures read, but source tokens are given for {len(kept)}.")
+        raise ValueError(
+            f"Correspondence: {len(targets)} pictures read, but source tokens are given for {len(kept)}."
+        )
     places = torch.zeros(targets.shape[:2], dtype=torch.int64, device=targets.device)
     distance = torch.full(targets.shape[:2], NO_MATCH, dtype=torch.float32, device=targets.device)
     tokens = sources.flatten(0, 1)
@@ -93,7 +101,9 @@ def correspond(targets: Tensor, target_masks: Tensor, sources: Tensor, kept: Seq
     return Matches(places, distance, target_masks & near.to(target_masks.device))
 
 
-def inject(x: Tensor, snapshot: Tensor, matches_source: Tensor, targets: Tensor, alpha: float) -> Tensor:
+def inject(
+    x: Tensor, snapshot: Tensor, matches_source: Tensor, targets: Tensor, alpha: float
+) -> Tensor:
     """Eq. 6: x [b n c], self-attention outputs after to_out -> [b n c], its tokens `targets` mixed with their matches.
 
     snapshot: [l c], the outputs that are read, all from before any of them is written: so no picture's result depends on its
@@ -104,7 +114,9 @@ def inject(x: Tensor, snapshot: Tensor, matches_source: Tensor, targets: Tensor,
     if alpha == 0 or targets.shape[0] == 0:
         return x
     flat = x.flatten(0, 1)
-    mixed = torch.lerp(flat.index_select(0, targets), snapshot.index_select(0, matches_source).to(x.dtype), alpha)
+    mixed = torch.lerp(
+        flat.index_select(0, targets), snapshot.index_select(0, matches_source).to(x.dtype), alpha
+    )
     return flat.index_copy(0, targets, mixed).view_as(x)
 
 
@@ -120,14 +132,20 @@ def adain(x: Tensor, like: Tensor, eps: float = 1e-5, where: Tensor | None = Non
     if x.shape[1] == 0 or like.shape[1] == 0:
         return x.expand(shape)
     own, other = x.float(), like.float()
-    own_spread, own_mean = torch.std_mean(own, 1, correction=0, keepdim=True)  # of a population: one token has a spread, 0
+    own_spread, own_mean = torch.std_mean(
+        own, 1, correction=0, keepdim=True
+    )  # of a population: one token has a spread, 0
     if where is None:
         spread, mean = torch.std_mean(other, 1, correction=0, keepdim=True)
     else:
         counted = where.to(other)[..., None]
         total = counted.sum(1, keepdim=True)
         mean = (other * counted).sum(1, keepdim=True) / total.clamp(min=1)
-        spread = (((other - mean).square() * counted).sum(1, keepdim=True) / total.clamp(min=1)).sqrt()
-        spread, mean = (torch.where(total > 0, a, b) for a, b in ((spread, own_spread), (mean, own_mean)))
+        spread = (
+            ((other - mean).square() * counted).sum(1, keepdim=True) / total.clamp(min=1)
+        ).sqrt()
+        spread, mean = (
+            torch.where(total > 0, a, b) for a, b in ((spread, own_spread), (mean, own_mean))
+        )
     floor = (eps * own.abs().amax(1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
     return ((own - own_mean) / own_spread.maximum(floor) * spread + mean).to(x.dtype)

@@ -1,4 +1,5 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+
 from __future__ import annotations
 
 import contextlib
@@ -28,7 +29,9 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if dead(stale.with_suffix(".lock")):
             discard(stale)
-    for lock in path.parent.glob(f".{glob.escape(path.name)}.*.lock"):  # of one that was killed behind its last step
+    for lock in path.parent.glob(
+        f".{glob.escape(path.name)}.*.lock"
+    ):  # of one that was killed behind its last step
         dead(lock)
     size = sum(t.numel() * t.element_size() for t in tensors)
     place, lock, handle = _place(path), path, None
@@ -49,7 +52,9 @@ def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
         discard(place)
         flush_folder(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and "inline_container" not in str(error):  # so begins what torch.save says of a disk
+        if type(error) is RuntimeError and "inline_container" not in str(
+            error
+        ):  # so begins what torch.save says of a disk
             raise
         discard(place)  # its room is free again
         if handle is not None:
@@ -91,7 +96,9 @@ def refusal(path: Path, size: int, said: str) -> OSError:
     room = [f"it takes {size / 1e6:.1f} MB"] if size else []
     with contextlib.suppress(OSError):  # the folder itself may be gone
         room.append(f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there")
-    return OSError(f"{path.name} could not be written to {path.parent}: {'; '.join([said, ' and '.join(room)]).rstrip('; ')}")
+    return OSError(
+        f"{path.name} could not be written to {path.parent}: {'; '.join([said, ' and '.join(room)]).rstrip('; ')}"
+    )
 
 
 def remedy(error: OSError, elsewhere: str) -> str:
@@ -125,4 +132,6 @@ def of_system(error: Exception) -> bool:
 
 
 def torn(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path.name} is torn or no .safetensors ({str(error):.200}). Copy or download it again.")
+    return ValueError(
+        f"{path.name} is torn or no .safetensors ({str(error):.200}). Copy or download it again."
+    )

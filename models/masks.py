@@ -20,7 +20,9 @@ ROUNDING = 1e-6  # a spread below this share of a map's greatest value is how fl
 Threshold = float | Literal["otsu"]
 
 
-def token_weights(positions: Sequence[Sequence[int]], tokens: int, device: torch.device | str = "cpu") -> Tensor:
+def token_weights(
+    positions: Sequence[Sequence[int]], tokens: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Text positions per row -> [b m] float32, 1 at a row's positions and 0 elsewhere, m = `tokens`.
 
     Build it once for a run: token_map takes it in place of positions, and copies nothing to the device in a layer. Raises
@@ -30,12 +32,16 @@ def token_weights(positions: Sequence[Sequence[int]], tokens: int, device: torch
     for row, at in zip(chosen, positions, strict=True):
         outside = [p for p in at if not 0 <= p < tokens]
         if outside:
-            raise ValueError(f"Token map: the text has {tokens} tokens; there is none at position {outside[0]}.")
+            raise ValueError(
+                f"Token map: the text has {tokens} tokens; there is none at position {outside[0]}."
+            )
         row[list(at)] = 1.0
     return chosen.to(device)
 
 
-def token_map(q: Tensor, k: Tensor, positions: Sequence[Sequence[int]] | Tensor, heads: int) -> Tensor:
+def token_map(
+    q: Tensor, k: Tensor, positions: Sequence[Sequence[int]] | Tensor, heads: int
+) -> Tensor:
     """How much each image token looks at the word: q [b n (h d)], k [b m (h d)] -> [b n] float32 in 0..1.
 
     Mean over heads of softmax(q k^T / sqrt(d)), summed over the row's positions (eq. 4; one sequence serves all rows).
@@ -47,7 +53,9 @@ def token_map(q: Tensor, k: Tensor, positions: Sequence[Sequence[int]] | Tensor,
         positions = token_weights(positions, k.shape[1], q.device)
     q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     q = q * q.shape[-1] ** -0.5
-    seen = torch.softmax(q @ k.transpose(-1, -2), -1)  # float32 throughout: half precision overflows in the logits
+    seen = torch.softmax(
+        q @ k.transpose(-1, -2), -1
+    )  # float32 throughout: half precision overflows in the logits
     if positions.ndim == 3:
         return (seen @ positions.to(seen)[:, None]).mean(1)
     return (seen @ positions.to(seen)[:, None, :, None]).squeeze(-1).mean(1)
@@ -63,11 +71,17 @@ def otsu_threshold(soft: Tensor, axes: int = 2) -> Tensor:
     axes = min(axes, soft.ndim)
     flat = soft.double().flatten(-axes).reshape(-1, soft.shape[-axes:].numel()).contiguous()
     low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
-    edges = torch.arange(OTSU_BINS + 1, dtype=torch.float64, device=flat.device) * ((high - low) / OTSU_BINS) + low
+    edges = (
+        torch.arange(OTSU_BINS + 1, dtype=torch.float64, device=flat.device)
+        * ((high - low) / OTSU_BINS)
+        + low
+    )
     edges[:, -1:] = high
     centres = (edges[:, :-1] + edges[:, 1:]) / 2
 
-    at = (torch.searchsorted(edges, flat, right=True) - 1).clamp(0, OTSU_BINS - 1)  # the last bin holds its right edge too
+    at = (torch.searchsorted(edges, flat, right=True) - 1).clamp(
+        0, OTSU_BINS - 1
+    )  # the last bin holds its right edge too
     counts = torch.zeros_like(centres).scatter_add_(1, at, torch.ones_like(flat))
     below, above = counts.cumsum(-1), counts.flip(-1).cumsum(-1).flip(-1)
     mass = counts * centres
@@ -75,7 +89,9 @@ def otsu_threshold(soft: Tensor, axes: int = 2) -> Tensor:
     mean_above = (mass.flip(-1).cumsum(-1) / above.flip(-1).clamp(min=1)).flip(-1)
     between = below[:, :-1] * above[:, 1:] * (mean_below[:, :-1] - mean_above[:, 1:]) ** 2
 
-    return centres.gather(1, between.argmax(-1, keepdim=True)).reshape(soft.shape[:-axes])  # constant: every centre is the value
+    return centres.gather(1, between.argmax(-1, keepdim=True)).reshape(
+        soft.shape[:-axes]
+    )  # constant: every centre is the value
 
 
 def says_something(soft: Tensor) -> Tensor:
@@ -97,7 +113,9 @@ def binarise(soft: Tensor, threshold: Threshold = "otsu") -> Tensor:
     if isinstance(threshold, str) or not 0 <= threshold <= 1:
         raise ValueError(f'Mask threshold: "otsu" or a number from 0 to 1; got {threshold!r}.')
     low, high = soft.amin((-2, -1), keepdim=True), soft.amax((-2, -1), keepdim=True)
-    return (soft - low > threshold * (high - low)) & says_something(soft)  # undivided, so a constant map is no NaN
+    return (soft - low > threshold * (high - low)) & says_something(
+        soft
+    )  # undivided, so a constant map is no NaN
 
 
 def resize_soft(soft: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -110,7 +128,9 @@ def resize_soft(soft: Tensor, grid: tuple[int, int]) -> Tensor:
     if tuple(soft.shape[-2:]) == tuple(grid):
         return soft
     shrinks = grid[0] < soft.shape[-2] or grid[1] < soft.shape[-1]
-    return F.interpolate(soft[:, None], size=tuple(grid), mode="bilinear", align_corners=False, antialias=shrinks)[:, 0]
+    return F.interpolate(
+        soft[:, None], size=tuple(grid), mode="bilinear", align_corners=False, antialias=shrinks
+    )[:, 0]
 
 
 def mask_for_grid(soft: Tensor, grid: tuple[int, int], threshold: Threshold = "otsu") -> Tensor:
@@ -126,7 +146,9 @@ def resize_user_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     area = F.adaptive_avg_pool2d(mask.float()[:, None], tuple(grid))[:, 0]
     inside = area > 0.5
     flat = area.flatten(1)
-    best = F.one_hot(flat.argmax(1), flat.shape[1]).bool() & (mask.flatten(1).amax(1, keepdim=True) > 0.5)
+    best = F.one_hot(flat.argmax(1), flat.shape[1]).bool() & (
+        mask.flatten(1).amax(1, keepdim=True) > 0.5
+    )
     lost = ~inside.any((1, 2))
     return inside | (lost[:, None, None] & best.unflatten(1, tuple(grid)))
 
@@ -138,14 +160,18 @@ def union(masks: Sequence[Tensor] | Tensor) -> Tensor:
     return torch.stack(tuple(masks)).any(0)
 
 
-def union_of_first(maps_by_step: Sequence[Tensor], tau: int, threshold: Threshold, grid: tuple[int, int]) -> Tensor:
+def union_of_first(
+    maps_by_step: Sequence[Tensor], tau: int, threshold: Threshold, grid: tuple[int, int]
+) -> Tensor:
     """A, eq. 5: soft maps [r y x] of the steps so far, in denoising order -> bool [r y' x'] at grid.
 
     The union of the masks of the first min(steps, tau) steps; the paper has tau = 2 (early masks locate the concept better,
     its Fig. 3). It grows until tau and then stays. Raises ValueError if there is no map or tau is below 1.
     """
     if len(maps_by_step) == 0 or tau < 1:
-        raise ValueError(f"Mask union: needs 1 map and tau of 1 at least; got {len(maps_by_step)} maps and tau = {tau}.")
+        raise ValueError(
+            f"Mask union: needs 1 map and tau of 1 at least; got {len(maps_by_step)} maps and tau = {tau}."
+        )
     return union([mask_for_grid(soft, grid, threshold) for soft in maps_by_step[:tau]])
 
 

@@ -18,7 +18,9 @@ def psnr(a: Tensor, b: Tensor, peak: float) -> float:
     Equal tensors give infinity. Raises ValueError if the shapes differ or peak is not positive.
     """
     if a.shape != b.shape:
-        raise ValueError(f"PSNR: needs two tensors of one shape; got {list(a.shape)} and {list(b.shape)}.")
+        raise ValueError(
+            f"PSNR: needs two tensors of one shape; got {list(a.shape)} and {list(b.shape)}."
+        )
     if not peak > 0:
         raise ValueError(f"PSNR: the peak must be above 0; got {peak}.")
     error = (a.double() - b.double()).square().mean().item()
@@ -31,13 +33,17 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     Raises ValueError where the widths differ, and for a row that is zero or not finite: it has no direction.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"Cosine similarity: needs two tables of rows of one width; got {list(a.shape)} and {list(b.shape)}.")
+        raise ValueError(
+            f"Cosine similarity: needs two tables of rows of one width; got {list(a.shape)} and {list(b.shape)}."
+        )
     units = []
     for rows in (a.double(), b.double()):
         lengths = rows.norm(dim=1, keepdim=True)
         wrong = ~(lengths.isfinite() & (lengths > 0)).flatten()
         if wrong.any():
-            raise ValueError(f"Cosine similarity: row {int(wrong.nonzero()[0])} of {len(rows)} is zero, NaN or infinite.")
+            raise ValueError(
+                f"Cosine similarity: row {int(wrong.nonzero()[0])} of {len(rows)} is zero, NaN or infinite."
+            )
         units.append(rows / lengths)
     return (units[0] @ units[1].T).clamp(-1, 1)
 
@@ -49,9 +55,13 @@ def mean_with_others(similarity: Tensor) -> Tensor:
     """
     b = len(similarity)
     if similarity.shape != (b, b):
-        raise ValueError(f"Consistency: needs a square table of similarities; got {list(similarity.shape)}.")
+        raise ValueError(
+            f"Consistency: needs a square table of similarities; got {list(similarity.shape)}."
+        )
     if b < 2:
-        raise ValueError(f"Consistency compares pictures with one another and takes at least 2; it got {b}.")
+        raise ValueError(
+            f"Consistency compares pictures with one another and takes at least 2; it got {b}."
+        )
     others = ~torch.eye(b, dtype=torch.bool, device=similarity.device)
     return similarity.double()[others].view(b, b - 1).mean(1)
 
@@ -68,7 +78,9 @@ def paired_cosines(a: Tensor, b: Tensor) -> Tensor:
     (method.md 2.5). Raises ValueError where the shapes differ, and for a row without a direction.
     """
     if a.shape != b.shape:
-        raise ValueError(f"Paired cosines: needs two tables of one shape; got {list(a.shape)} and {list(b.shape)}.")
+        raise ValueError(
+            f"Paired cosines: needs two tables of one shape; got {list(a.shape)} and {list(b.shape)}."
+        )
     return cosine_similarity(a, b).diagonal()
 
 
@@ -98,7 +110,9 @@ def face_distance(cosine: Tensor) -> Tensor:
     return (2 - 2 * cosine).clamp(min=0).sqrt()
 
 
-def face_identity(pictures: Sequence[Tensor | None], photos: Sequence[Tensor | None]) -> FaceIdentity:
+def face_identity(
+    pictures: Sequence[Tensor | None], photos: Sequence[Tensor | None]
+) -> FaceIdentity:
     """Embeddings [c] of the face in every picture and every photo, of any length; None where no face was found.
 
     Raises ValueError where those of pictures and of photos differ in width, and for an embedding that is zero or not finite.
@@ -109,7 +123,11 @@ def face_identity(pictures: Sequence[Tensor | None], photos: Sequence[Tensor | N
         cosines = cosine_similarity(torch.stack(shown), torch.stack(known))
         values = iter(zip(cosines.mean(1).tolist(), face_distance(cosines).mean(1).tolist()))
     pairs = [(nan, nan) if face is None else next(values, (nan, nan)) for face in pictures]
-    return FaceIdentity(tuple(c for c, _ in pairs), tuple(d for _, d in pairs), tuple(face is not None for face in pictures))
+    return FaceIdentity(
+        tuple(c for c, _ in pairs),
+        tuple(d for _, d in pairs),
+        tuple(face is not None for face in pictures),
+    )
 
 
 # what is said of many --------------------------------------------------------------------------------------------------------

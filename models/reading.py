@@ -2,6 +2,7 @@
 
 Axes: b rows of a call = parts x pictures, n query tokens, m reference tokens, c channels.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ Read = Callable[[Attend, Tensor, Tensor, Tensor, Sequence[ReferenceTokens], int]
 
 class Merge(str, Enum):
     """How references join what the attention reads anyway (method.md 2.2 eq. 7-9, I42)."""
+
     CONCAT = "concat"  # one softmax over both: paper A
     ADD = "add"  # W times an attention of their own, added: decoupled cross-attention, arXiv 2308.06721
 
@@ -35,12 +37,19 @@ class Merge(str, Enum):
 @dataclass(frozen=True)
 class References:
     """What one injection adds to an attention call: tokens per role (k v [1|rows m c]) and who may look at them."""
+
     by_role: Mapping[Role, ReferenceTokens]
     query_mask: Tensor | None = None  # [parts 1|b n] in 0..1, 1 = may look
     merge: Merge = Merge.CONCAT
-    by_part: Mapping[int, ReferenceTokens] = field(default_factory=dict)  # for parts of one role that read different tokens
-    pictures: tuple[int, int] | None = None  # only the pictures first <= i < last of every part read them; None: all
-    by_row: ReferenceTokens | None = None  # those of by_role in its order, as the rows of one tensor
+    by_part: Mapping[int, ReferenceTokens] = field(
+        default_factory=dict
+    )  # for parts of one role that read different tokens
+    pictures: tuple[int, int] | None = (
+        None  # only the pictures first <= i < last of every part read them; None: all
+    )
+    by_row: ReferenceTokens | None = (
+        None  # those of by_role in its order, as the rows of one tensor
+    )
     share: TextShare = TextShare.KEPT  # where text and picture are in one softmax
 
     def read_by(self, call: AttnCall, part: int) -> ReferenceTokens | None:
@@ -57,8 +66,13 @@ class References:
 
         def of(t: ReferenceTokens) -> ReferenceTokens:
             return made.setdefault(id(t), quieter(t, share))
-        return replace(self, by_role={k: of(t) for k, t in self.by_role.items()}, by_part={k: of(t) for k, t in self.by_part.items()},
-                       by_row=self.by_row and of(self.by_row))
+
+        return replace(
+            self,
+            by_role={k: of(t) for k, t in self.by_role.items()},
+            by_part={k: of(t) for k, t in self.by_part.items()},
+            by_row=self.by_row and of(self.by_row),
+        )
 
     def cut(self, first: int, last: int, rows: int) -> References:
         """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as they are."""
@@ -66,19 +80,34 @@ class References:
 
         def of(t: ReferenceTokens) -> ReferenceTokens:
             if id(t) not in made:
-                made[id(t)] = t if self.pictures is not None else row_of(t)  # else made for these pictures alone
+                made[id(t)] = (
+                    t if self.pictures is not None else row_of(t)
+                )  # else made for these pictures alone
             return made[id(t)]
 
         def row_of(t: ReferenceTokens) -> ReferenceTokens:
             def some(x: Tensor | float | None, axis: int = 0) -> Tensor | float | None:
-                return x.narrow(axis, first, last - first) if isinstance(x, Tensor) and x.ndim and x.shape[0] == rows > 1 else x
-            log_mask = some(t.log_mask) if t.log_mask is not None and t.log_mask.ndim > 1 else t.log_mask
+                return (
+                    x.narrow(axis, first, last - first)
+                    if isinstance(x, Tensor) and x.ndim and x.shape[0] == rows > 1
+                    else x
+                )
+
+            log_mask = (
+                some(t.log_mask) if t.log_mask is not None and t.log_mask.ndim > 1 else t.log_mask
+            )
             return replace(t, k=some(t.k), v=some(t.v), weight=some(t.weight), log_mask=log_mask)
+
         mask = self.query_mask
         if mask is not None and mask.shape[1] == rows > 1:
             mask = mask[:, first:last]
-        return replace(self, by_role={k: of(t) for k, t in self.by_role.items()}, by_part={k: of(t) for k, t in self.by_part.items()},
-                       query_mask=mask, pictures=None)
+        return replace(
+            self,
+            by_role={k: of(t) for k, t in self.by_role.items()},
+            by_part={k: of(t) for k, t in self.by_part.items()},
+            query_mask=mask,
+            pictures=None,
+        )
 
 
 def quieter(tokens: ReferenceTokens, share: float) -> ReferenceTokens:
@@ -89,11 +118,17 @@ def quieter(tokens: ReferenceTokens, share: float) -> ReferenceTokens:
     return replace(tokens, log_mask=less if tokens.log_mask is None else tokens.log_mask + less)
 
 
-def attend_sharing(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, sharing: Sharing) -> Tensor:
+def attend_sharing(
+    call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, sharing: Sharing
+) -> Tensor:
     """Attention where a story alone is read; parts that do not share stay the host's own."""
     shared = sharing.attend(attend, [take_parts(call, t, sharing.parts) for t in (q, k, v)], heads)
     alone = [p for p in range(len(call.roles)) if p not in sharing.parts]
-    plain = attend(*(take_parts(call, t, alone) for t in (q, k, v)), heads).chunk(len(alone)) if alone else ()
+    plain = (
+        attend(*(take_parts(call, t, alone) for t in (q, k, v)), heads).chunk(len(alone))
+        if alone
+        else ()
+    )
     of_part = dict(zip(sharing.parts, shared)) | {part: [out] for part, out in zip(alone, plain)}
     return torch.cat([piece for part in range(len(call.roles)) for piece in of_part[part]])
 
@@ -102,35 +137,67 @@ def beside_others(sharing: Sharing, call: AttnCall, k: Tensor, v: Tensor) -> lis
     """The same where other injections are read too, k v [b n c] -> one per group of pictures."""
     by_part = {i: dict(sharing.tokens(call.parts(k)[i], call.parts(v)[i])) for i in sharing.parts}
     groups = next(iter(by_part.values()))
-    return [References({}, by_part={i: tokens[who] for i, tokens in by_part.items()}, pictures=who) for who in groups]
+    return [
+        References({}, by_part={i: tokens[who] for i, tokens in by_part.items()}, pictures=who)
+        for who in groups
+    ]
 
 
 def reader(call: AttnCall, parts: Sequence[int], references: Sequence[References]) -> Read:
     """How the listed parts of a call read references: beside all keys, or in a joint softmax beside the picture's."""
     if call.joint is None:
         return attend_with_references
-    share = TextShare.PLAIN if any(r.share is TextShare.PLAIN for r in references) else TextShare.KEPT
-    return PictureReader(call.joint.picture, share, call.joint.mask).of(lambda rows: take_parts(call, rows, parts))
+    share = (
+        TextShare.PLAIN if any(r.share is TextShare.PLAIN for r in references) else TextShare.KEPT
+    )
+    return PictureReader(call.joint.picture, share, call.joint.mask).of(
+        lambda rows: take_parts(call, rows, parts)
+    )
 
 
-def attend_group(call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int, references: Sequence[References],
-                 parts: Sequence[int], read: Read = attend_with_references) -> Tensor:
+def attend_group(
+    call: AttnCall,
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    references: Sequence[References],
+    parts: Sequence[int],
+    read: Read = attend_with_references,
+) -> Tensor:
     """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
     rows = q.shape[0] // len(parts)
 
     def region(r: References) -> Tensor | None:
-        return None if r.query_mask is None else torch.cat([r.query_mask[p].expand(rows, -1) for p in parts])
+        return (
+            None
+            if r.query_mask is None
+            else torch.cat([r.query_mask[p].expand(rows, -1) for p in parts])
+        )
+
     given = [(gather_parts(r, call, parts, rows), region(r), r.merge) for r in references]
     free = [tokens for tokens, mask, merge in given if merge is Merge.CONCAT and mask is None]
-    masked = [(tokens, mask) for tokens, mask, merge in given if merge is Merge.CONCAT and mask is not None]
+    masked = [
+        (tokens, mask)
+        for tokens, mask, merge in given
+        if merge is Merge.CONCAT and mask is not None
+    ]
     mixed = read(attend, q, k, v, free, heads)
-    for size in range(1, len(masked) + 1):  # where target masks overlap, a query reads all of their references
+    for size in range(
+        1, len(masked) + 1
+    ):  # where target masks overlap, a query reads all of their references
         for chosen in combinations(masked, size):
             seen = torch.stack([mask for _, mask in chosen]).prod(0)
-            mixed = blend_queries(mixed, read(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen)
+            mixed = blend_queries(
+                mixed, read(attend, q, k, v, [*free, *(t for t, _ in chosen)], heads), seen
+            )
     for tokens, mask, merge in given:
         if merge is Merge.ADD and not tokens.silent:
-            beside = attend(q, tokens.k.expand(len(q), -1, -1), tokens.v.expand(len(q), -1, -1), heads) * tokens.weight
+            beside = (
+                attend(q, tokens.k.expand(len(q), -1, -1), tokens.v.expand(len(q), -1, -1), heads)
+                * tokens.weight
+            )
             mixed = mixed + (beside if mask is None else beside * mask.to(beside)[..., None])
     return mixed
 
@@ -147,11 +214,16 @@ def log_masks(tokens: Sequence[ReferenceTokens], rows: int) -> Tensor | None:
     """Their log masks one after another, [rows of all m]; None where none has one."""
     if all(t.log_mask is None for t in tokens):
         return None
-    masks = [torch.zeros_like(t.k[:1, :, 0]) if t.log_mask is None else torch.atleast_2d(t.log_mask) for t in tokens]
+    masks = [
+        torch.zeros_like(t.k[:1, :, 0]) if t.log_mask is None else torch.atleast_2d(t.log_mask)
+        for t in tokens
+    ]
     return torch.cat([m.expand(rows, -1) for m in masks])
 
 
-def gather_parts(references: References, call: AttnCall, parts: Sequence[int], rows: int) -> ReferenceTokens:
+def gather_parts(
+    references: References, call: AttnCall, parts: Sequence[int], rows: int
+) -> ReferenceTokens:
     """The tokens each row of the listed parts reads; one shared copy where all parts read the same.
 
     A text that stands r times in the keys weighs r times as much, so what stands beside it gets log r (method.md 2.3, I12).
@@ -159,15 +231,29 @@ def gather_parts(references: References, call: AttnCall, parts: Sequence[int], r
     tokens = [references.read_by(call, p) for p in parts]
     first = tokens[0]
     if not all(t is first for t in tokens):
-        if rows == 1 and references.by_row and not references.by_part and [call.roles[p] for p in parts] == list(references.by_role):
+        if (
+            rows == 1
+            and references.by_row
+            and not references.by_part
+            and [call.roles[p] for p in parts] == list(references.by_role)
+        ):
             first = references.by_row
         else:
-            first = replace(first, k=torch.cat([t.k.expand(rows, -1, -1) for t in tokens]),
-                            v=torch.cat([t.v.expand(rows, -1, -1) for t in tokens]), log_mask=log_masks(tokens, rows))
+            first = replace(
+                first,
+                k=torch.cat([t.k.expand(rows, -1, -1) for t in tokens]),
+                v=torch.cat([t.v.expand(rows, -1, -1) for t in tokens]),
+                log_mask=log_masks(tokens, rows),
+            )
     if not call.repeats:
         return first
     repeats = [call.repeats[p][i % len(call.repeats[p])] for p in parts for i in range(rows)]
     repeats = repeats[:1] if len(set(repeats)) == 1 else repeats
-    m, device = first.k.shape[1], first.k.device  # filled on the device: a copy from here would make it wait
-    logs = torch.cat([torch.full((1, m), log(r), dtype=torch.float32, device=device) for r in repeats])
+    m, device = (
+        first.k.shape[1],
+        first.k.device,
+    )  # filled on the device: a copy from here would make it wait
+    logs = torch.cat(
+        [torch.full((1, m), log(r), dtype=torch.float32, device=device) for r in repeats]
+    )
     return replace(first, log_mask=logs if first.log_mask is None else logs + first.log_mask)

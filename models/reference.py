@@ -3,6 +3,7 @@
 One type serves inverted photos (paper A, arXiv 2403.11284) and, later, generated anchors (paper B, arXiv 2402.03286).
 Axes: r reference pictures, y x token grid, n = y*x tokens, l kept tokens over all r, c channels, t steps, w text tokens.
 """
+
 from __future__ import annotations
 
 import logging
@@ -17,12 +18,18 @@ from torch import Tensor, nn
 
 from .inversion import InversionTrajectory
 
-BlockId = tuple[str, int, int]  # ("output", 4, 0): stage, index in the stage, depth inside the block
+BlockId = tuple[
+    str, int, int
+]  # ("output", 4, 0): stage, index in the stage, depth inside the block
 Grid = tuple[int, int]  # (y, x) tokens
 BANK_VERSION = 1
-LOG_SIGMA_TOLERANCE = 1e-3  # of one sampler's sigmas through float32; a step of any real schedule is far more
+LOG_SIGMA_TOLERANCE = (
+    1e-3  # of one sampler's sigmas through float32; a step of any real schedule is far more
+)
 LARGE = 4e9  # bytes of main memory worth a warning
-KEYS_VALUES_UP_TO = 1e9  # bytes that an automatic bank takes for keys and values; SD1.5 has 0.58 GB, SDXL 5.2
+KEYS_VALUES_UP_TO = (
+    1e9  # bytes that an automatic bank takes for keys and values; SD1.5 has 0.58 GB, SDXL 5.2
+)
 UNET_STAGES = ("input", "middle", "output")
 GOLDEN = 0.6180339887498949  # its multiples fall apart from one another as evenly as can be
 log = logging.getLogger(__name__)
@@ -30,12 +37,14 @@ log = logging.getLogger(__name__)
 
 class Half(str, Enum):
     """Which half of classifier-free guidance a row belongs to."""
+
     COND = "cond"
     UNCOND = "uncond"
 
 
 class Halves(str, Enum):
     """Which halves of the generation read the reference, and which of its features they read (method.md 2.2, CFG)."""
+
     COND = "cond only"  # guidance amplifies the reference
     BOTH = "both"  # each half reads the features of its own half
     SHARED = "shared"  # both halves read the features of the cond half
@@ -49,6 +58,7 @@ class Halves(str, Enum):
 
 class Keeps(str, Enum):
     """What a bank holds of a token: to project it is 0.4 % of an SD1.5 step for each half."""
+
     AUTO = "automatic"  # keys and values where they take no more than KEYS_VALUES_UP_TO
     HIDDEN = "hidden states"
     KEYS_VALUES = "keys and values"  # twice the memory
@@ -61,18 +71,25 @@ class Keeps(str, Enum):
 @dataclass(frozen=True)
 class SubjectTokens:
     """Where the subject's words stand in an encoded prompt: one tuple of positions per row of the conditioning."""
+
     words: tuple[str, ...]
     positions: tuple[tuple[int, ...], ...]
-    by_word: tuple[tuple[tuple[int, ...], ...], ...] = ()  # the same for each word alone; (): there is but one
+    by_word: tuple[
+        tuple[tuple[int, ...], ...], ...
+    ] = ()  # the same for each word alone; (): there is but one
 
     def of_words(self, rows: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Positions per word, per picture; the host repeats the rows of a conditioning to the size of the batch."""
-        return tuple(tuple(word[i % len(word)] for i in range(rows)) for word in self.by_word or (self.positions,))
+        return tuple(
+            tuple(word[i % len(word)] for i in range(rows))
+            for word in self.by_word or (self.positions,)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class ReferencePrompt:
     """A prompt as the Ref-UNet reads it: cross [1 w c], the host's other plain entries, and its subject tokens."""
+
     text: str
     cross: Tensor
     extras: Mapping[str, Tensor | int | float | str] = field(default_factory=dict)
@@ -82,6 +99,7 @@ class ReferencePrompt:
 @dataclass(frozen=True)
 class Layer:
     """A self-attention layer whose tokens a bank holds; channels: those of to_k's input, or of keys and values together."""
+
     block: BlockId
     grid: Grid
     channels: int
@@ -117,36 +135,61 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
     Raises ValueError naming the unknown word and the blocks that exist.
     """
     presets = {
-        "all": lambda i, b: True, "encoder": lambda i, b: b[0] == "input", "middle": lambda i, b: b[0] == "middle",
-        "decoder": lambda i, b: b[0] == "output", "masactrl": lambda i, b: i >= 10,
+        "all": lambda i, b: True,
+        "encoder": lambda i, b: b[0] == "input",
+        "middle": lambda i, b: b[0] == "middle",
+        "decoder": lambda i, b: b[0] == "output",
+        "masactrl": lambda i, b: i >= 10,
     }
-    if available and available[0][0] not in UNET_STAGES:  # of a transformer: its first and second half
+    if (
+        available and available[0][0] not in UNET_STAGES
+    ):  # of a transformer: its first and second half
         half = len(available) // 2
-        presets = {"all": presets["all"], "encoder": lambda i, b: i < half, "decoder": lambda i, b: i >= half} | {
-            kind: lambda i, b, kind=kind: b[0] == kind for kind in dict.fromkeys(b[0] for b in available)}
+        presets = {
+            "all": presets["all"],
+            "encoder": lambda i, b: i < half,
+            "decoder": lambda i, b: i >= half,
+        } | {
+            kind: lambda i, b, kind=kind: b[0] == kind
+            for kind in dict.fromkeys(b[0] for b in available)
+        }
     if not available:
-        raise ValueError(f"{node}: this model has no block with self-attention, so there is nothing to read. Load an SD1.5, SD2.x or SDXL "
-                         "checkpoint.")
-    there = ", ".join(name for name, fits in presets.items() if any(fits(i, b) for i, b in enumerate(available)))
+        raise ValueError(
+            f"{node}: this model has no block with self-attention, so there is nothing to read. Load an SD1.5, SD2.x or SDXL "
+            "checkpoint."
+        )
+    there = ", ".join(
+        name for name, fits in presets.items() if any(fits(i, b) for i, b in enumerate(available))
+    )
     chosen: set[BlockId] = set()
     for term in filter(None, (t.strip().lower() for t in wanted.split(","))):
         if term in presets:
             found = {b for i, b in enumerate(available) if presets[term](i, b)}
         elif match := re.fullmatch(r"([a-z]+)\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\.(\d+))?", term):
             stage, first, last, depth = match[1], int(match[2]), int(match[3] or match[2]), match[4]
-            found = {b for b in available if b[0] == stage and first <= b[1] <= last and depth in (None, str(b[2]))}
+            found = {
+                b
+                for b in available
+                if b[0] == stage and first <= b[1] <= last and depth in (None, str(b[2]))
+            }
         else:
             found = set()
         if not found:
-            raise ValueError(f"{node}: no attention block matches {term!r:.200}. Choose from this model's "
-                             f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {there}.")
+            raise ValueError(
+                f"{node}: no attention block matches {term!r:.200}. Choose from this model's "
+                f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {there}."
+            )
         chosen |= found
     if not chosen:
-        raise ValueError(f"{node}: blocks is empty. Write {there.replace(', ', ' or ')}, or a list such as 'output 3-5, middle 0'.")
+        raise ValueError(
+            f"{node}: blocks is empty. Write {there.replace(', ', ' or ')}, or a list such as 'output 3-5, middle 0'."
+        )
     return tuple(b for b in available if b in chosen)
 
 
-Kept = Mapping[Grid, Sequence[Tensor]]  # per grid, per row of features: flat positions [l] among r*y*x tokens
+Kept = Mapping[
+    Grid, Sequence[Tensor]
+]  # per grid, per row of features: flat positions [l] among r*y*x tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,18 +200,31 @@ class AnchorFeatures:
     bank's features. Empty tensors stand where the first stage did not come, or outside of the injection's window; the first
     stage differs from the second at the sigmas from settings["first_from"] down to settings["first_until"].
     """
+
     kept: Kept
-    first: Mapping[Half, Sequence[Tensor]]  # [s] per row: tokens of the first stage, where the second differs from it
+    first: Mapping[
+        Half, Sequence[Tensor]
+    ]  # [s] per row: tokens of the first stage, where the second differs from it
     first_kept: Kept
-    outputs: Sequence[Tensor]  # [s] per row: self-attention outputs of the subject's tokens (cond) before injection
+    outputs: Sequence[
+        Tensor
+    ]  # [s] per row: self-attention outputs of the subject's tokens (cond) before injection
     output_layers: tuple[Layer, ...]
-    features: Tensor | None  # [r n c] at the step nearest t = 261, smoothed; None: made without feature injection
+    features: (
+        Tensor | None
+    )  # [r n c] at the step nearest t = 261, smoothed; None: made without feature injection
     subject: Tensor | None  # [l] flat positions of the subject among r*n there
-    settings: Mapping[str, float | int | str] = field(default_factory=dict)  # of the node that made them
+    settings: Mapping[str, float | int | str] = field(
+        default_factory=dict
+    )  # of the node that made them
 
     def in_first_stage(self, sigma: float) -> bool:
         slack = 1 + LOG_SIGMA_TOLERANCE
-        return self.settings.get("first_until", 1.0) / slack <= sigma <= self.settings.get("first_from", 0.0) * slack
+        return (
+            self.settings.get("first_until", 1.0) / slack
+            <= sigma
+            <= self.settings.get("first_from", 0.0) * slack
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +236,7 @@ class ReferenceBank:
     fp32, None where the user gave the mask; anchors: None where the pictures were inverted, not generated; share: of the
     subject's tokens that are kept (the layers' `loudness` makes up for the others).
     """
+
     trajectory: InversionTrajectory
     prompts: Mapping[Half, ReferencePrompt]
     layers: tuple[Layer, ...]
@@ -198,14 +255,20 @@ class ReferenceBank:
     @cached_property
     def kept(self) -> dict[Grid, Tensor]:
         """Flat positions [l] of the kept tokens among the r*y*x tokens of each grid."""
-        return {grid: thinned(mask.flatten().nonzero().squeeze(1), self.share) for grid, mask in self.masks.items()}
+        return {
+            grid: thinned(mask.flatten().nonzero().squeeze(1), self.share)
+            for grid, mask in self.masks.items()
+        }
 
     @cached_property
     def loudness(self) -> dict[Grid, float]:
         """How many tokens of the subject each kept one stands for, per grid: 1 where all are kept."""
         if self.share == 1:
             return dict.fromkeys(self.grids.values(), 1.0)
-        return {grid: int(mask.sum()) / max(len(self.kept[grid]), 1) for grid, mask in self.masks.items()}
+        return {
+            grid: int(mask.sum()) / max(len(self.kept[grid]), 1)
+            for grid, mask in self.masks.items()
+        }
 
     @cached_property
     def most_kept(self) -> dict[Grid, int]:
@@ -225,7 +288,10 @@ class ReferenceBank:
     @property
     def bytes(self) -> int:
         """Bytes held by the features: steps x halves x sum over layers of l * c * itemsize."""
-        held = [*self.features.values(), *((*self.anchors.first.values(), self.anchors.outputs) if self.anchors else ())]
+        held = [
+            *self.features.values(),
+            *((*self.anchors.first.values(), self.anchors.outputs) if self.anchors else ()),
+        ]
         return sum(row.numel() * row.element_size() for rows in held for row in rows)
 
     @property
@@ -252,32 +318,56 @@ class ReferenceBank:
         i = 1 + int((path.sigmas[1:] / sigma).log().abs().argmin())
         return path.latents[0] + (path.latents[i] - path.latents[0]) * (sigma / path.sigmas[i])
 
-    def tokens(self, half: Half, step: int, device: torch.device, dtype: torch.dtype, first: bool = False,
-               reader: RowReader | None = None) -> dict[BlockId, Tensor]:
+    def tokens(
+        self,
+        half: Half,
+        step: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        first: bool = False,
+        reader: RowReader | None = None,
+    ) -> dict[BlockId, Tensor]:
         """Kept tokens [l c] of every layer at one step: one copy to the device, then views. first: of the anchors' first stage."""
         a = self.anchors
-        first = first and a is not None and a.in_first_stage(float(self.trajectory.sigmas[step + 1]))
-        kept = {grid: (a.first_kept if first else a.kept)[grid][step] for grid in a.kept} if a else self.kept
+        first = (
+            first and a is not None and a.in_first_stage(float(self.trajectory.sigmas[step + 1]))
+        )
+        kept = (
+            {grid: (a.first_kept if first else a.kept)[grid][step] for grid in a.kept}
+            if a
+            else self.kept
+        )
         rows = (a.first if first else self.features)[half]
         row = (reader or RowReader(device))(rows, step).to(dtype)
-        return split_row(row, self.layers, {grid: len(positions) for grid, positions in kept.items()})
+        return split_row(
+            row, self.layers, {grid: len(positions) for grid, positions in kept.items()}
+        )
 
     def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:
         """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of those of this bank's layers."""
-        return {layer.block: kept_of(layer.block, layer.grid, tokens[layer.block], self.kept[layer.grid]) for layer in self.layers
-                if layer.block in tokens}
+        return {
+            layer.block: kept_of(
+                layer.block, layer.grid, tokens[layer.block], self.kept[layer.grid]
+            )
+            for layer in self.layers
+            if layer.block in tokens
+        }
 
 
 def kept_of(block: BlockId, grid: Grid, tokens: Tensor, kept: Tensor) -> Tensor:
     """tokens [r n c] of a block, kept [l] flat positions over r*n -> [l c]; ValueError where n is not that of the grid."""
     (y, x), n = grid, tokens.shape[1]
     if n != y * x:  # on CUDA a wrong index would take the whole server down
-        raise ValueError(f"Kindred: block {block_name(block)} gave {n} tokens where the reference has {y}x{x}. A node that "
-                         "changes the grid (Deep Shrink, token merging) is on the model: remove it.")
+        raise ValueError(
+            f"Kindred: block {block_name(block)} gave {n} tokens where the reference has {y}x{x}. A node that "
+            "changes the grid (Deep Shrink, token merging) is on the model: remove it."
+        )
     return gather(tokens, kept.to(tokens.device))
 
 
-def split_row(row: Tensor, layers: Sequence[Layer], lengths: Mapping[Grid, int]) -> dict[BlockId, Tensor]:
+def split_row(
+    row: Tensor, layers: Sequence[Layer], lengths: Mapping[Grid, int]
+) -> dict[BlockId, Tensor]:
     """A row [s] of kept tokens -> views [l c] per layer."""
     parts = row.split([lengths[layer.grid] * layer.channels for layer in layers])
     return {layer.block: part.view(-1, layer.channels) for layer, part in zip(layers, parts)}
@@ -309,7 +399,9 @@ class RowReader:
         here = torch.cuda.current_stream(self.device)
         here.wait_event(copied)
         row.record_stream(here)
-        self._ahead = {key: held for key, held in self._ahead.items() if key[0] != id(rows)}  # a guess that was wrong
+        self._ahead = {
+            key: held for key, held in self._ahead.items() if key[0] != id(rows)
+        }  # a guess that was wrong
         if step:
             self._begin(rows, step - 1)
         return row
@@ -319,7 +411,6 @@ class RowReader:
         with torch.cuda.stream(self._stream):
             far = self._pinned(row).to(self.device, non_blocking=True)
             self._ahead[id(rows), step] = far, self._stream.record_event()
-
 
     def _pinned(self, row: Tensor) -> Tensor:
         if not self.pins or row.is_pinned():
@@ -331,7 +422,9 @@ class RowReader:
             return row
 
 
-Project = Callable[[BlockId, Tensor], Tensor]  # tokens [l c] of a block, in host memory -> its keys and values side by side
+Project = Callable[
+    [BlockId, Tensor], Tensor
+]  # tokens [l c] of a block, in host memory -> its keys and values side by side
 
 
 @dataclass
@@ -340,6 +433,7 @@ class BankBuilder:
 
     masks: of a grid, where they are known before: then nothing else is ever held.
     """
+
     precision: torch.dtype | None = None  # None keeps the dtype the model computes in
     masks: Mapping[Grid, Tensor] | None = None
     share: float = 1.0
@@ -347,33 +441,73 @@ class BankBuilder:
     _steps: dict[tuple[Half, int], dict[BlockId, Tensor]] = field(default_factory=dict)
     _kept: dict[tuple[Grid, torch.device], Tensor] = field(default_factory=dict)
 
-    def add(self, half: Half, step: int, tokens: Mapping[BlockId, Tensor], steps: int = 1,
-            grids: Mapping[BlockId, Grid] | None = None) -> None:
+    def add(
+        self,
+        half: Half,
+        step: int,
+        tokens: Mapping[BlockId, Tensor],
+        steps: int = 1,
+        grids: Mapping[BlockId, Grid] | None = None,
+    ) -> None:
         """tokens: [r n c] per block, grids: theirs, where masks are known; copied to host memory.
 
         steps: how many such calls will come, for the warning of a large bank.
         """
         if self.masks is not None:
-            tokens = {block: kept_of(block, grids[block], t, self._positions(grids[block], t.device)) for block, t in tokens.items()}
-        if not self._steps and (total := sum(t.numel() * t.element_size() for t in tokens.values()) * steps) > LARGE:
-            when, less = ("", "a smaller token_share") if self.masks else (" until the mask is known", "a wired mask")
-            log.warning("Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, %s or precision float16 need "
-                        "less.", total / 1e9, when, less)
-        self._steps[half, step] = {b: t.to("cpu", self.precision or t.dtype, copy=True) for b, t in tokens.items()}
+            tokens = {
+                block: kept_of(block, grids[block], t, self._positions(grids[block], t.device))
+                for block, t in tokens.items()
+            }
+        if (
+            not self._steps
+            and (total := sum(t.numel() * t.element_size() for t in tokens.values()) * steps)
+            > LARGE
+        ):
+            when, less = (
+                ("", "a smaller token_share")
+                if self.masks
+                else (" until the mask is known", "a wired mask")
+            )
+            log.warning(
+                "Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, %s or precision float16 need "
+                "less.",
+                total / 1e9,
+                when,
+                less,
+            )
+        self._steps[half, step] = {
+            b: t.to("cpu", self.precision or t.dtype, copy=True) for b, t in tokens.items()
+        }
 
     def _positions(self, grid: Grid, device: torch.device) -> Tensor:
         if (grid, device) not in self._kept:
-            self._kept[grid, device] = thinned(self.masks[grid].flatten().nonzero().squeeze(1), self.share).to(device)
+            self._kept[grid, device] = thinned(
+                self.masks[grid].flatten().nonzero().squeeze(1), self.share
+            ).to(device)
         return self._kept[grid, device]
 
-    def finish(self, grids: Mapping[BlockId, Grid], masks: Mapping[Grid, Tensor], trajectory: InversionTrajectory,
-               prompts: Mapping[Half, ReferencePrompt], model_key: str, maps: Tensor | None,
-               project: Project | None = None) -> ReferenceBank:
+    def finish(
+        self,
+        grids: Mapping[BlockId, Grid],
+        masks: Mapping[Grid, Tensor],
+        trajectory: InversionTrajectory,
+        prompts: Mapping[Half, ReferencePrompt],
+        model_key: str,
+        maps: Tensor | None,
+        project: Project | None = None,
+    ) -> ReferenceBank:
         """Gather the masked tokens of every step into one row per step; full tokens are freed as they are read."""
         first = next(iter(self._steps.values()))
-        layers = tuple(Layer(block, grids[block], tokens.shape[-1]) for block, tokens in first.items())
-        bank = ReferenceBank(trajectory, prompts, layers, masks, {}, model_key, maps, share=self.share)
-        size = sum(len(bank.kept[layer.grid]) * layer.channels * first[layer.block].element_size() for layer in layers) * len(self._steps)
+        layers = tuple(
+            Layer(block, grids[block], tokens.shape[-1]) for block, tokens in first.items()
+        )
+        bank = ReferenceBank(
+            trajectory, prompts, layers, masks, {}, model_key, maps, share=self.share
+        )
+        size = sum(
+            len(bank.kept[layer.grid]) * layer.channels * first[layer.block].element_size()
+            for layer in layers
+        ) * len(self._steps)
         if not self.keeps.projects(size):
             project = None
         features, widths = {}, {}
@@ -381,11 +515,17 @@ class BankBuilder:
             steps = sorted(s for h, s in self._steps if h is half)
             for i, step in enumerate(steps):
                 full = self._steps.pop((half, step))
-                row = {b: t if project is None else project(b, t).to(t)
-                       for b, t in (full if self.masks is not None else bank.keep(full)).items()}
+                row = {
+                    b: t if project is None else project(b, t).to(t)
+                    for b, t in (full if self.masks is not None else bank.keep(full)).items()
+                }
                 widths = {b: t.shape[-1] for b, t in row.items()}
                 whole = torch.cat([t.flatten() for t in row.values()])
                 if not i:
                     features[half] = whole.new_empty(len(steps), len(whole))
                 features[half][i] = whole
-        return replace(bank, layers=tuple(replace(layer, channels=widths[layer.block]) for layer in layers), features=features)
+        return replace(
+            bank,
+            layers=tuple(replace(layer, channels=widths[layer.block]) for layer in layers),
+            features=features,
+        )

@@ -1,4 +1,5 @@
 """The nodes, one family per file; the host looks at them through KindredExtension."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -29,7 +30,21 @@ class KindredExtension(ComfyExtension):
         offer_examples()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        nodes = (LoadPhoto, SubjectPrompts, DDIMInvert, RefUNetCapture, MaskedSelfAttnInject, ConceptEncoderLoad, CrossAttnDetailInject,
-                 ConceptEncoderTrain, ConsiStory, AnchorSampler, SaveReference, LoadReference, ReferencePreview, ConsistencyScore,
-                 ComparisonGrid)
+        nodes = (
+            LoadPhoto,
+            SubjectPrompts,
+            DDIMInvert,
+            RefUNetCapture,
+            MaskedSelfAttnInject,
+            ConceptEncoderLoad,
+            CrossAttnDetailInject,
+            ConceptEncoderTrain,
+            ConsiStory,
+            AnchorSampler,
+            SaveReference,
+            LoadReference,
+            ReferencePreview,
+            ConsistencyScore,
+            ComparisonGrid,
+        )
         return [guarded(node) for node in nodes]

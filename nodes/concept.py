@@ -1,4 +1,5 @@
 """Concept Encoder Load and Cross-Attn Detail Inject: paper A's concept encoder (arXiv 2403.11284, section 2.3)."""
+
 from __future__ import annotations
 
 import logging
@@ -30,16 +31,35 @@ class ConceptEncoderLoad(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredConceptEncoderLoad", display_name=LOAD, category="Kindred",
+            node_id="KindredConceptEncoderLoad",
+            display_name=LOAD,
+            category="Kindred",
             description="Loads what turns a photo into extra words for the model. Files belong into models/concept_encoders; IP-Adapter "
-                        "full-face weights (.safetensors) work too, with their CLIP Vision wired in.",
-            search_aliases=["concept encoder", "image encoder", "ip adapter", "ipadapter full face", "load encoder"],
-            inputs=[
-                io.Combo.Input("file", options=host.concept_files(), tooltip="A .safetensors in models/concept_encoders."),
-                io.ClipVision.Input("clip_vision", optional=True,
-                                    tooltip="Only for files without a CLIP tower of their own, such as IP-Adapter full-face (ViT-H)."),
+            "full-face weights (.safetensors) work too, with their CLIP Vision wired in.",
+            search_aliases=[
+                "concept encoder",
+                "image encoder",
+                "ip adapter",
+                "ipadapter full face",
+                "load encoder",
             ],
-            outputs=[host.Encoder.Output(display_name="concept_encoder", tooltip="Wire it into Cross-Attn Detail Inject.")],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.concept_files(),
+                    tooltip="A .safetensors in models/concept_encoders.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Only for files without a CLIP tower of their own, such as IP-Adapter full-face (ViT-H).",
+                ),
+            ],
+            outputs=[
+                host.Encoder.Output(
+                    display_name="concept_encoder", tooltip="Wire it into Cross-Attn Detail Inject."
+                )
+            ],
         )
 
     @classmethod
@@ -51,16 +71,30 @@ class ConceptEncoderLoad(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{LOAD}: {error}") from error
         except OSError as error:
-            raise OSError(f"{LOAD}: {error}. Look at that folder and its disk, then queue it again.") from error
+            raise OSError(
+                f"{LOAD}: {error}. Look at that folder and its disk, then queue it again."
+            ) from error
         if encoder.tower is None and clip_vision is None:
-            raise ValueError(f"{LOAD}: {file} holds no CLIP tower; it reads tokens of width {encoder.config.tower_width}. "
-                             f"Wire {'ViT-H' if encoder.config.tower_width == 1280 else 'its'} CLIP Vision into clip_vision "
-                             "(Load CLIP Vision).")
+            raise ValueError(
+                f"{LOAD}: {file} holds no CLIP tower; it reads tokens of width {encoder.config.tower_width}. "
+                f"Wire {'ViT-H' if encoder.config.tower_width == 1280 else 'its'} CLIP Vision into clip_vision "
+                "(Load CLIP Vision)."
+            )
         if encoder.tower is not None and clip_vision is not None:
-            log.info("%s: %s has a CLIP tower of its own; the wired CLIP Vision is not used.", LOAD, file)
-        log.info("%s: %s, for %s, %s, trained with %s", LOAD, file, encoder.config.family, encoder.config.merge.value,
-                 dict(encoder.config.training))
-        return io.NodeOutput(host.ManagedEncoder.of(encoder, file, clip_vision if encoder.tower is None else None))
+            log.info(
+                "%s: %s has a CLIP tower of its own; the wired CLIP Vision is not used.", LOAD, file
+            )
+        log.info(
+            "%s: %s, for %s, %s, trained with %s",
+            LOAD,
+            file,
+            encoder.config.family,
+            encoder.config.merge.value,
+            dict(encoder.config.training),
+        )
+        return io.NodeOutput(
+            host.ManagedEncoder.of(encoder, file, clip_vision if encoder.tower is None else None)
+        )
 
     @classmethod
     def fingerprint_inputs(cls, file: str, clip_vision: Any = None) -> str:
@@ -72,7 +106,10 @@ class ConceptEncoderLoad(io.ComfyNode):
 @dataclass(frozen=True)
 class ConceptInjection:
     """Configuration of one Cross-Attn Detail Inject node: keys and values are there before the run begins."""
-    keys_values: Mapping[Half, KeysValues]  # (k, v) [1 m c] per block, in host memory; uncond: of the empty image
+
+    keys_values: Mapping[
+        Half, KeysValues
+    ]  # (k, v) [1 m c] per block, in host memory; uncond: of the empty image
     pictures: int
     weight: float
     mode: WeightMode
@@ -99,7 +136,11 @@ class ConceptInjection:
         for half, layers in self.keys_values.items():
             for block, (k, v) in layers.items():
                 k, v = k.to(device, dtype), v.to(device, dtype)
-                log_mask = torch.full((k.shape[1],), share, device=device) if self.pictures > 1 and half is Half.COND else None
+                log_mask = (
+                    torch.full((k.shape[1],), share, device=device)
+                    if self.pictures > 1 and half is Half.COND
+                    else None
+                )
                 made[half, block] = ReferenceTokens(k, v, self.weight, self.mode, log_mask)
         target = None if self.target_mask is None else TargetMask(self.target_mask, INJECT)
         return ActiveConcept(self, made, target, run.at(self.start, self.end))
@@ -108,6 +149,7 @@ class ConceptInjection:
 @dataclass
 class ActiveConcept:
     """A ConceptInjection during one run."""
+
     config: ConceptInjection
     tokens: Mapping[tuple[Half, BlockId], ReferenceTokens]
     target: TargetMask | None
@@ -125,13 +167,24 @@ class ActiveConcept:
     def begin_step(self, sigma: float) -> None:
         self.inside = self.window[1] <= sigma <= self.window[0]
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
+    def references(
+        self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor
+    ) -> list[References]:
         if not self.concerns(call):
             return []
         halves = self.config.halves
-        source = {role: s for role in dict.fromkeys(call.roles) if role is not Role.OTHER and (s := halves.source(role.half))}
-        return [References({role: self.tokens[half, call.block] for role, half in source.items()},
-                           self.target(call, q) if self.target else None, self.config.merge)]
+        source = {
+            role: s
+            for role in dict.fromkeys(call.roles)
+            if role is not Role.OTHER and (s := halves.source(role.half))
+        }
+        return [
+            References(
+                {role: self.tokens[half, call.block] for role, half in source.items()},
+                self.target(call, q) if self.target else None,
+                self.config.merge,
+            )
+        ]
 
 
 def plain_colours(image: Tensor) -> Tensor:
@@ -139,12 +192,19 @@ def plain_colours(image: Tensor) -> Tensor:
 
     Of a strip the middle is kept: towers enlarge the whole picture before they cut its centre.
     """
-    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or not image.numel() or not torch.isfinite(image).all():
-        raise ValueError(f"{INJECT}: the image is {list(image.shape)}"
-                         f"{'' if torch.isfinite(image).all() else ' and holds NaN or infinite values'}. Wire Load Image into it.")
+    if (
+        image.ndim != 4
+        or image.shape[-1] not in (1, 3, 4)
+        or not image.numel()
+        or not torch.isfinite(image).all()
+    ):
+        raise ValueError(
+            f"{INJECT}: the image is {list(image.shape)}"
+            f"{'' if torch.isfinite(image).all() else ' and holds NaN or infinite values'}. Wire Load Image into it."
+        )
     most = LONGEST * min(image.shape[1:3])
     top, left = (max(n - most, 0) // 2 for n in image.shape[1:3])
-    image = image[:, top:top + most, left:left + most]
+    image = image[:, top : top + most, left : left + most]
     return image if image.shape[-1] < 4 else image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
 
 
@@ -154,60 +214,153 @@ class CrossAttnDetailInject(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredCrossAttnDetailInject", display_name=INJECT, category="Kindred",
+            node_id="KindredCrossAttnDetailInject",
+            display_name=INJECT,
+            category="Kindred",
             description="Lets the picture being made read a photo as if it were part of the prompt. Chain it with Masked Self-Attn Inject, "
-                        "or use several for several subjects.",
-            search_aliases=["concept injection", "image prompt", "ip adapter", "ipadapter apply", "cross attention", "personalize"],
+            "or use several for several subjects.",
+            search_aliases=[
+                "concept injection",
+                "image prompt",
+                "ip adapter",
+                "ipadapter apply",
+                "cross attention",
+                "personalize",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="The model the encoder was trained for, with any LoRA."),
-                host.Encoder.Input("concept_encoder", tooltip="From Concept Encoder Load or Concept Encoder Train."),
-                io.Image.Input("image", tooltip="The subject. Several pictures of it describe it together."),
-                io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.05, display_mode=io.NumberDisplay.slider,
-                               tooltip="How much of the photo's subject comes through: 0 is the plain picture, 1 all of it. Start with 1 "
-                                       "and turn it down where the prompt is no longer heard."),
-                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True,
-                               tooltip="W_C at full strength: 1 as it was trained, more is more identity until the prompt is no longer "
-                                       "heard."),
-                io.Combo.Input("weight_mode", options=[m.value for m in WeightMode], default=WeightMode.LOGIT_BIAS.value, advanced=True,
-                               tooltip="How the weight acts when concatenated. logit bias: renormalised inside the softmax. post softmax: "
-                                       "on its output. key scale: on the keys. output blend: between plain and concatenated."),
-                io.Combo.Input("merge", options=[AS_TRAINED, *(m.value for m in Merge)], default=AS_TRAINED, advanced=True,
-                               tooltip="concat: one softmax over text and photo (the paper). add: an attention of its own, added "
-                                       "(IP-Adapter). as trained: what the encoder's file says."),
-                io.String.Input("blocks", default="all", advanced=True,
-                                tooltip="Where the photo is read: all, encoder, middle, decoder, or a list such as output 3-5, middle 0."),
-                io.Float.Input("start_percent", default=START, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="When in the sampling the photo starts to be read. Before, the prompt alone lays the picture out."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="When in the sampling it stops to be read."),
-                io.Combo.Input("halves", options=[h.value for h in Halves], default=Halves.BOTH.value, advanced=True,
-                               tooltip="Which half of CFG reads the photo. both gives the negative half an empty picture, as IP-Adapter "
-                                       "does; cond only lets guidance amplify the photo; shared gives both halves the photo."),
-                io.Mask.Input("target_mask", optional=True, tooltip="Only this part of the new picture reads the photo. White is where."),
+                io.Model.Input(
+                    "model", tooltip="The model the encoder was trained for, with any LoRA."
+                ),
+                host.Encoder.Input(
+                    "concept_encoder", tooltip="From Concept Encoder Load or Concept Encoder Train."
+                ),
+                io.Image.Input(
+                    "image", tooltip="The subject. Several pictures of it describe it together."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="How much of the photo's subject comes through: 0 is the plain picture, 1 all of it. Start with 1 "
+                    "and turn it down where the prompt is no longer heard.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="W_C at full strength: 1 as it was trained, more is more identity until the prompt is no longer "
+                    "heard.",
+                ),
+                io.Combo.Input(
+                    "weight_mode",
+                    options=[m.value for m in WeightMode],
+                    default=WeightMode.LOGIT_BIAS.value,
+                    advanced=True,
+                    tooltip="How the weight acts when concatenated. logit bias: renormalised inside the softmax. post softmax: "
+                    "on its output. key scale: on the keys. output blend: between plain and concatenated.",
+                ),
+                io.Combo.Input(
+                    "merge",
+                    options=[AS_TRAINED, *(m.value for m in Merge)],
+                    default=AS_TRAINED,
+                    advanced=True,
+                    tooltip="concat: one softmax over text and photo (the paper). add: an attention of its own, added "
+                    "(IP-Adapter). as trained: what the encoder's file says.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="all",
+                    advanced=True,
+                    tooltip="Where the photo is read: all, encoder, middle, decoder, or a list such as output 3-5, middle 0.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=START,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="When in the sampling the photo starts to be read. Before, the prompt alone lays the picture out.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="When in the sampling it stops to be read.",
+                ),
+                io.Combo.Input(
+                    "halves",
+                    options=[h.value for h in Halves],
+                    default=Halves.BOTH.value,
+                    advanced=True,
+                    tooltip="Which half of CFG reads the photo. both gives the negative half an empty picture, as IP-Adapter "
+                    "does; cond only lets guidance amplify the photo; shared gives both halves the photo.",
+                ),
+                io.Mask.Input(
+                    "target_mask",
+                    optional=True,
+                    tooltip="Only this part of the new picture reads the photo. White is where.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, concept_encoder: host.ManagedEncoder, image: Tensor, strength: float = 1.0, weight: float = 1.0,
-                weight_mode: str = WeightMode.LOGIT_BIAS.value, merge: str = AS_TRAINED, blocks: str = "all", start_percent: float = START,
-                end_percent: float = 1.0, halves: str = Halves.BOTH.value, target_mask: Tensor | None = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        concept_encoder: host.ManagedEncoder,
+        image: Tensor,
+        strength: float = 1.0,
+        weight: float = 1.0,
+        weight_mode: str = WeightMode.LOGIT_BIAS.value,
+        merge: str = AS_TRAINED,
+        blocks: str = "all",
+        start_percent: float = START,
+        end_percent: float = 1.0,
+        halves: str = Halves.BOTH.value,
+        target_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
         family, layers, width = host.cross_layers(model, INJECT)
         config = concept_encoder.encoder.config
         check_layers(config, family, layers, width, INJECT)
         wanted = select_blocks(blocks, [block for block, _ in layers], INJECT)
         if not 0 <= weight < math.inf:
-            raise ValueError(f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as trained.")
+            raise ValueError(
+                f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as trained."
+            )
         how, mode = config.merge if merge == AS_TRAINED else Merge(merge), WeightMode(weight_mode)
-        weight *= dial(strength, INJECT, CONCEPT_ODDS if how is Merge.CONCAT and mode is WeightMode.LOGIT_BIAS else 0.0)
+        weight *= dial(
+            strength,
+            INJECT,
+            CONCEPT_ODDS if how is Merge.CONCAT and mode is WeightMode.LOGIT_BIAS else 0.0,
+        )
         image = plain_colours(image)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
-        if weight == 0 or start_percent >= end_percent or (mask is not None and not (mask > 0.5).any()):
+        if (
+            weight == 0
+            or start_percent >= end_percent
+            or (mask is not None and not (mask > 0.5).any())
+        ):
             return io.NodeOutput(model.clone())
         chosen = Halves(halves)
         made = {Half.COND: concept_encoder.encode(image)}
         if chosen is Halves.BOTH:
             made[Half.UNCOND] = concept_encoder.encode(image, empty=True)
-        tokens = {half: {b: tuple(t.flatten(0, 1)[None] for t in kv[b]) for b in wanted} for half, kv in made.items()}
-        injection = ConceptInjection(tokens, len(image), weight, mode, how, start_percent, end_percent, chosen, mask)
+        tokens = {
+            half: {b: tuple(t.flatten(0, 1)[None] for t in kv[b]) for b in wanted}
+            for half, kv in made.items()
+        }
+        injection = ConceptInjection(
+            tokens, len(image), weight, mode, how, start_percent, end_percent, chosen, mask
+        )
         return io.NodeOutput(host.inject(model, injection))

@@ -1,4 +1,5 @@
 """Sheets that nodes show: pictures in rows, and scores over pictures, drawn with Pillow in a typeface that is everywhere."""
+
 from __future__ import annotations
 
 from bisect import bisect_right
@@ -16,8 +17,17 @@ from torch import Tensor
 from ..models.overlay import oklch
 
 # in the order tried, for what Pillow's own typeface cannot write: by file name, where the system keeps its fonts
-SYSTEM = ("DejaVuSans.ttf", "segoeui.ttf", "arial.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc",
-          "Hiragino Sans GB.ttc", "Arial Unicode.ttf")
+SYSTEM = (
+    "DejaVuSans.ttf",
+    "segoeui.ttf",
+    "arial.ttf",
+    "Arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+)
 PAPER, INK, GREY, FAINT, WRONG = "#ffffff", "#1c2530", "#66717e", "#dfe3e8", "#b8452c"
 SMALLEST = 24  # pixels of a cell that words and numbers still fit
 SHADES = 256
@@ -27,6 +37,7 @@ RAMP = ((0.97, 0.02, 235.0), (0.42, 0.11, 255.0))  # least to most, OKLCH: pale 
 @dataclass(frozen=True)
 class Line:
     """What stands beside a picture: its prompt, what was found instead or as well, and whether that is wrong."""
+
     prompt: str
     found: str
     wrong: bool = False
@@ -35,6 +46,7 @@ class Line:
 @dataclass(frozen=True)
 class Card:
     """What score_card draws; every number is a similarity or a share that the words beside it explain."""
+
     title: str
     judge: str
     figures: Sequence[tuple[str, float | None, str]]  # name, value or None, what it is of
@@ -59,10 +71,15 @@ def as_pictures(images: Tensor) -> list[Image.Image]:
 def fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
     """The whole picture as large as it fits, in its own proportions."""
     scale = min(width / picture.width, height / picture.height)
-    return picture.resize((max(1, round(scale * picture.width)), max(1, round(scale * picture.height))), Image.Resampling.LANCZOS)
+    return picture.resize(
+        (max(1, round(scale * picture.width)), max(1, round(scale * picture.height))),
+        Image.Resampling.LANCZOS,
+    )
 
 
-def paste(page: Image.Image, picture: Image.Image, left: int, top: int, width: int, height: int) -> None:
+def paste(
+    page: Image.Image, picture: Image.Image, left: int, top: int, width: int, height: int
+) -> None:
     """The picture in the middle of a box of the page."""
     small = fitted(picture, width, height)
     page.paste(small, (left + (width - small.width) // 2, top + (height - small.height) // 2))
@@ -74,7 +91,9 @@ def paste(page: Image.Image, picture: Image.Image, left: int, top: int, width: i
 def typeface(size: int = 14, text: str = "") -> Any:
     """Pillow's own typeface, or for a text that it cannot write the one of the system's that writes most of it."""
     known = [font for name in ("", *SYSTEM) if (font := opened(name, size))]
-    return max(known, key=lambda font: writable(font, text)) if unwritten(known[0], text) else known[0]
+    return (
+        max(known, key=lambda font: writable(font, text)) if unwritten(known[0], text) else known[0]
+    )
 
 
 @cache
@@ -108,24 +127,40 @@ def has(font: Any, character: str) -> bool:
 def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
     """A text in at most so many lines of at most this width; what does not fit ends in an ellipsis. Words are broken if they must."""
     made: list[str] = []
-    for word in " ".join(text.split())[:lines * int(width) + 1].split():  # what can be seen is a pixel wide at least
+    for word in " ".join(text.split())[
+        : lines * int(width) + 1
+    ].split():  # what can be seen is a pixel wide at least
         while word and len(made) <= lines:
             joined = f"{made[-1]} {word}" if made else word
             if made and font.getlength(joined) <= width:
                 made[-1], word = joined, ""
             else:
-                cut = max(bisect_right(range(1, len(word) + 1), width, key=lambda n: font.getlength(word[:n])), 1)
+                cut = max(
+                    bisect_right(
+                        range(1, len(word) + 1), width, key=lambda n: font.getlength(word[:n])
+                    ),
+                    1,
+                )
                 made, word = [*made, word[:cut]], word[cut:]
     if len(made) > lines:
         last = made[lines - 1]
         while last and font.getlength(last + "...") > width:
             last = last[:-1]
-        made = [*made[:lines - 1], last.rstrip() + "..."]
+        made = [*made[: lines - 1], last.rstrip() + "..."]
     return made
 
 
-def write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, colour: str = INK, anchor: str = "la", width: float = 0,
-          lines: int = 1) -> None:
+def write(
+    pen: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    text: str,
+    size: int,
+    colour: str = INK,
+    anchor: str = "la",
+    width: float = 0,
+    lines: int = 1,
+) -> None:
     """A text at a place; anchor as Pillow's, of the whole block. width: wrap it into at most `lines` lines."""
     font = typeface(size, text)
     made = wrapped(text, font, width, lines) if width else [text]
@@ -137,13 +172,21 @@ def write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, co
 # the comparison grid -------------------------------------------------------------------------------------------------------
 
 
-def comparison(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str], references: Sequence[Image.Image],
-               cell: int) -> Image.Image:
+def comparison(
+    rows: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
+    captions: Sequence[str],
+    references: Sequence[Image.Image],
+    cell: int,
+) -> Image.Image:
     """Rows of pictures, of any sizes and counts, each within `cell` pixels; labels to the left, captions above, references first.
 
     Every cell has the size of the largest fitted picture, so equal pictures stand side by side without borders.
     """
-    small = [fitted(picture, cell, cell).size for picture in (*(p for row in rows for p in row), *references)]
+    small = [
+        fitted(picture, cell, cell).size
+        for picture in (*(p for row in rows for p in row), *references)
+    ]
     width, height = (max(sizes) for sizes in zip(*small))
     size = max(12, min(cell // 13, 30))
     gap, margin, across = max(4, cell // 32), max(10, cell // 12), max(map(len, rows))
@@ -154,22 +197,52 @@ def comparison(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], cap
     head = round(1.3 * size * high) + gap if high else 0
     first = width + margin if references else 0
     left, top = margin + first + side, margin + head
-    page = Image.new("RGB", (left + across * (width + gap) - gap + margin, top + len(rows) * (height + gap) - gap + margin), PAPER)
+    page = Image.new(
+        "RGB",
+        (
+            left + across * (width + gap) - gap + margin,
+            top + len(rows) * (height + gap) - gap + margin,
+        ),
+        PAPER,
+    )
     pen = ImageDraw.Draw(page)
     if references:
-        above = stack(page, references, margin, top, width, len(rows) * (height + gap) - gap, height, gap)
+        above = stack(
+            page, references, margin, top, width, len(rows) * (height + gap) - gap, height, gap
+        )
         write(pen, margin + width / 2, above - gap, "reference", size, GREY, "md")
     for x, caption in zip(range(across), captions):
-        write(pen, left + x * (width + gap) + width / 2, top - gap, caption, size, INK, "md", width, 3)
-    for y, (row, label) in enumerate(zip_longest(rows, labels[:len(rows)], fillvalue="")):
+        write(
+            pen, left + x * (width + gap) + width / 2, top - gap, caption, size, INK, "md", width, 3
+        )
+    for y, (row, label) in enumerate(zip_longest(rows, labels[: len(rows)], fillvalue="")):
         middle = top + y * (height + gap) + height / 2
-        write(pen, left - gap - margin / 2, middle, label, size, INK, "rm", side - gap - margin, max(1, int(height / (1.3 * size))))
+        write(
+            pen,
+            left - gap - margin / 2,
+            middle,
+            label,
+            size,
+            INK,
+            "rm",
+            side - gap - margin,
+            max(1, int(height / (1.3 * size))),
+        )
         for x, picture in enumerate(row):
             paste(page, picture, left + x * (width + gap), top + y * (height + gap), width, height)
     return page
 
 
-def stack(page: Image.Image, pictures: Sequence[Image.Image], left: int, top: int, width: int, room: int, height: int, gap: int) -> int:
+def stack(
+    page: Image.Image,
+    pictures: Sequence[Image.Image],
+    left: int,
+    top: int,
+    width: int,
+    room: int,
+    height: int,
+    gap: int,
+) -> int:
     """Pictures below one another in the middle of a column `room` high, smaller where they are too many -> where they begin."""
     height = max(1, min(height, (room + gap) // len(pictures) - gap))
     top += max(0, (room - len(pictures) * (height + gap) + gap) // 2)
@@ -192,7 +265,9 @@ def shades() -> list[str]:
     """The ramp's colours, all at once: a large table has thousands of cells."""
     low, high = torch.tensor(RAMP)
     colours = oklch(torch.lerp(low, high, torch.linspace(0, 1, SHADES)[:, None])) * 255
-    return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in colours.round().int().tolist()]
+    return [
+        f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in colours.round().int().tolist()
+    ]
 
 
 def score_card(card: Card) -> Image.Image:
@@ -202,14 +277,29 @@ def score_card(card: Card) -> Image.Image:
     gap, margin, top, size = max(2, cell // 26), 36, 244, min(14, max(10, cell // 4))
     digits, apart = max(9, min(round(0.23 * cell), 22)), 6 * gap
     left = margin + cell + 2 * gap
-    columns = [] if b == 1 else [(left + x * (cell + gap), f"{x + 1}", picture) for x, picture in enumerate(card.pictures)]
+    columns = (
+        []
+        if b == 1
+        else [
+            (left + x * (cell + gap), f"{x + 1}", picture)
+            for x, picture in enumerate(card.pictures)
+        ]
+    )
     start = left + len(columns) * (cell + gap) + (apart if columns else 0)
-    columns += [(start + x * (cell + gap), "reference" if r == 1 else f"ref. {x + 1}", picture)
-                for x, picture in enumerate(card.references)]
+    columns += [
+        (start + x * (cell + gap), "reference" if r == 1 else f"ref. {x + 1}", picture)
+        for x, picture in enumerate(card.references)
+    ]
     said = (columns[-1][0] + cell if columns else margin + cell) + 6 * gap
-    longest = max(typeface(size, text).getlength(text) for line in card.lines for text in (line.prompt, line.found))
+    longest = max(
+        typeface(size, text).getlength(text)
+        for line in card.lines
+        for text in (line.prompt, line.found)
+    )
     room = min(340, int(longest) + 1) if cell >= SMALLEST else 0
-    page = Image.new("RGB", (max(said + room + margin, 800), top + (b + 1) * (cell + gap) + gap + 74), PAPER)
+    page = Image.new(
+        "RGB", (max(said + room + margin, 800), top + (b + 1) * (cell + gap) + gap + 74), PAPER
+    )
     pen = ImageDraw.Draw(page)
     write(pen, margin, 28, card.title, 30)
     write(pen, margin, 68, card.judge, 15, GREY, width=page.width - 2 * margin)
@@ -218,7 +308,11 @@ def score_card(card: Card) -> Image.Image:
         if cell >= SMALLEST:
             write(pen, x + cell / 2, top - 5, name, min(14, max(9, cell // 6)), GREY, "md")
         paste(page, picture, x, top, cell, cell)
-    values = torch.cat([part for part in (card.pairs if b > 1 else None, card.known) if part is not None] or [card.pairs[:, :0]], 1)
+    values = torch.cat(
+        [part for part in (card.pairs if b > 1 else None, card.known) if part is not None]
+        or [card.pairs[:, :0]],
+        1,
+    )
     low, high = card.scale
     for y, (picture, line, row) in enumerate(zip(card.pictures, card.lines, values.tolist())):
         above = top + (y + 1) * (cell + gap) + gap
@@ -231,19 +325,41 @@ def score_card(card: Card) -> Image.Image:
             ground, ink = shade((value - low) / (high - low))
             pen.rectangle(box, ground)
             if cell >= SMALLEST:
-                write(pen, x + cell / 2, above + cell / 2, f"{round(value, 2) + 0.0:.2f}", digits, ink, "mm")  # + 0: no -0.00
+                write(
+                    pen,
+                    x + cell / 2,
+                    above + cell / 2,
+                    f"{round(value, 2) + 0.0:.2f}",
+                    digits,
+                    ink,
+                    "mm",
+                )  # + 0: no -0.00
         if cell < SMALLEST:
             continue
         most = max(1, int(cell / (1.3 * size)) - bool(line.found))
         prompt = wrapped(line.prompt, typeface(size, line.prompt), room, most)
         middle = above + cell / 2 - 0.65 * size * (len(prompt) + bool(line.found))
         write(pen, said, middle, line.prompt, size, INK, width=room, lines=most)
-        write(pen, said, middle + 1.3 * size * len(prompt), line.found, size, WRONG if line.wrong else GREY, width=room)
+        write(
+            pen,
+            said,
+            middle + 1.3 * size * len(prompt),
+            line.found,
+            size,
+            WRONG if line.wrong else GREY,
+            width=room,
+        )
     legend(pen, card.scale, left, page.height - 46)
     return page
 
 
-def tiles(pen: ImageDraw.ImageDraw, figures: Sequence[tuple[str, float | None, str]], left: int, top: int, width: int) -> None:
+def tiles(
+    pen: ImageDraw.ImageDraw,
+    figures: Sequence[tuple[str, float | None, str]],
+    left: int,
+    top: int,
+    width: int,
+) -> None:
     """The numbers that matter, large, each with its name and what it is of."""
     each = min(300, width // len(figures))
     for number, (name, value, told) in enumerate(figures):
@@ -256,7 +372,9 @@ def tiles(pen: ImageDraw.ImageDraw, figures: Sequence[tuple[str, float | None, s
             write(pen, x, top + 68, told, 13, GREY, width=each - 20, lines=1)
 
 
-def legend(pen: ImageDraw.ImageDraw, scale: tuple[float, float], left: int, top: int, width: int = 160) -> None:
+def legend(
+    pen: ImageDraw.ImageDraw, scale: tuple[float, float], left: int, top: int, width: int = 160
+) -> None:
     """What the cells' colours mean."""
     for x in range(width):
         pen.line(((left + x, top), (left + x, top + 9)), shade(x / (width - 1))[0])

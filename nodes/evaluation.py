@@ -1,4 +1,5 @@
 """Consistency Score and Comparison Grid: numbers and sheets that people can post (method.md 2.5 and 3.5, the papers' evaluations)."""
+
 from __future__ import annotations
 
 import logging
@@ -24,13 +25,17 @@ ROWS, COLUMNS = "rows", "columns"
 MOST_BATCHES = 20
 MOST_PIXELS = 64_000_000  # of a sheet; as an IMAGE it takes 12 bytes each
 READER_TITLE = "the miniature's attribute reader (it only knows the miniature's world)"
-READER_SCALE, CLIP_SCALE = (0.0, 1.0), (0.4, 1.0)  # of the colours; cosines of CLIP's pictures are seldom lower
+READER_SCALE, CLIP_SCALE = (
+    (0.0, 1.0),
+    (0.4, 1.0),
+)  # of the colours; cosines of CLIP's pictures are seldom lower
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scores:
     """What one judge says of b pictures. A number that was not measured is None here, and 0 at the node's outputs."""
+
     judge: str
     pairs: Tensor  # similarity of every picture with every other [b b]
     known: Tensor | None  # with every picture of the reference [b r]
@@ -57,11 +62,29 @@ class Scores:
         b, pairs = len(self.pairs), len(self.pairs) * (len(self.pairs) - 1) // 2
         references = 0 if self.known is None else self.known.shape[1]
         judged = sum(value is not None for value in self.texts)
-        kind = "mean cosine of picture and prompt" if self.scale == CLIP_SCALE else "share with class and scene as asked"
+        kind = (
+            "mean cosine of picture and prompt"
+            if self.scale == CLIP_SCALE
+            else "share with class and scene as asked"
+        )
         return [
-            ("consistency", self.consistency, counted(pairs, "pair", "mean of ") if b > 1 else "one picture, no pairs"),
-            ("identity", self.identity, counted(references, "reference picture", "mean with ") if references else "no reference"),
-            ("text", self.text, kind if judged == b else f"{kind} ({judged} of {b})" if judged else self.no_text),
+            (
+                "consistency",
+                self.consistency,
+                counted(pairs, "pair", "mean of ") if b > 1 else "one picture, no pairs",
+            ),
+            (
+                "identity",
+                self.identity,
+                counted(references, "reference picture", "mean with ")
+                if references
+                else "no reference",
+            ),
+            (
+                "text",
+                self.text,
+                kind if judged == b else f"{kind} ({judged} of {b})" if judged else self.no_text,
+            ),
         ]
 
 
@@ -74,61 +97,108 @@ def counted(count: int, what: str, before: str = "") -> str:
 
 def read_scores(images: Tensor, reference: Tensor | None, prompts: Sequence[str]) -> Scores:
     """The miniature's attribute reader: identity is exactly what it was trained to tell, in that world alone."""
-    with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made, before the trained ones are there
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # layers draw weights when they are made, before the trained ones are there
         reader = load_reader()
     reading = reader.read(images)
     known = None if reference is None else pairwise_similarity(reading, reader.read(reference))
-    texts = tuple(agreement(reading, i, line) for i, line in enumerate(prompts)) or (None,) * len(images)
-    found = tuple(f"shows a {kind}, {scene}" for kind, scene in zip(reading.names("class"), reading.names("scene")))
-    return Scores(READER_TITLE, pairwise_similarity(reading, reading), known, texts,
-                  "no prompt names a class or scene of the miniature" if prompts else "no prompts", found, READER_SCALE)
+    texts = tuple(agreement(reading, i, line) for i, line in enumerate(prompts)) or (None,) * len(
+        images
+    )
+    found = tuple(
+        f"shows a {kind}, {scene}"
+        for kind, scene in zip(reading.names("class"), reading.names("scene"))
+    )
+    return Scores(
+        READER_TITLE,
+        pairwise_similarity(reading, reading),
+        known,
+        texts,
+        "no prompt names a class or scene of the miniature" if prompts else "no prompts",
+        found,
+        READER_SCALE,
+    )
 
 
 def agreement(reading: Reading, index: int, line: str) -> float | None:
     """1 where a picture shows the class and the scene that its line names, else 0; None where the line names neither."""
-    words = {word for found in re.findall(r"[a-z]+", line.lower()) for word in (found, found.removesuffix("s"))}
-    asked = {kind: words.intersection(names) for kind, names in (("class", CLASSES), ("scene", SCENES))}
+    words = {
+        word
+        for found in re.findall(r"[a-z]+", line.lower())
+        for word in (found, found.removesuffix("s"))
+    }
+    asked = {
+        kind: words.intersection(names) for kind, names in (("class", CLASSES), ("scene", SCENES))
+    }
     if not any(asked.values()):
         return None
     return float(all(reading.names(kind)[index] in names for kind, names in asked.items() if names))
 
 
-def clip_scores(images: Sequence[Tensor], subjects: Sequence[Tensor], reference: Sequence[Tensor], prompts: Sequence[str],
-                vision: Any, clip: Any) -> Scores:
+def clip_scores(
+    images: Sequence[Tensor],
+    subjects: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    prompts: Sequence[str],
+    vision: Any,
+    clip: Any,
+) -> Scores:
     """Cosines of the host's CLIP: of the subjects' pictures with one another, with the reference's, and of whole pictures with texts."""
     own = host.picture_embeddings(vision, subjects, SCORE)
-    known = cosine_similarity(own, host.picture_embeddings(vision, reference, SCORE)) if len(reference) else None
+    known = (
+        cosine_similarity(own, host.picture_embeddings(vision, reference, SCORE))
+        if len(reference)
+        else None
+    )
     texts: tuple[float | None, ...] = (None,) * len(own)
     if prompts and clip is not None:
         whole = own if subjects is images else host.picture_embeddings(vision, images, SCORE)
         lines = list(dict.fromkeys(prompts))
         said = host.text_embeddings(clip, own.shape[1], lines, SCORE)
         texts = tuple(paired_cosines(whole, said[[lines.index(line) for line in prompts]]).tolist())
-    return Scores(host.tower_title(vision) + ("" if subjects is images else ", subjects cut out by their masks"),
-                  cosine_similarity(own, own), known, texts, "no CLIP wired" if prompts else "no prompts", ("",) * len(own), CLIP_SCALE)
+    return Scores(
+        host.tower_title(vision)
+        + ("" if subjects is images else ", subjects cut out by their masks"),
+        cosine_similarity(own, own),
+        known,
+        texts,
+        "no CLIP wired" if prompts else "no prompts",
+        ("",) * len(own),
+        CLIP_SCALE,
+    )
 
 
-def cut_out(images: Tensor, masks: Tensor | None, colour: Sequence[float], name: str) -> Sequence[Tensor]:
+def cut_out(
+    images: Tensor, masks: Tensor | None, colour: Sequence[float], name: str
+) -> Sequence[Tensor]:
     """The subject of every picture [Y X 3]: a square about its mask, the rest in one colour. Without masks the pictures themselves."""
     if masks is None:
         return images
     masks = masks.detach().float().cpu().reshape(-1, *masks.shape[-2:])
     if len(masks) not in (1, len(images)):
-        raise ValueError(f"{SCORE}: {name} has {len(masks)} masks for {counted(len(images), 'picture')}. Wire one for all of them, or one "
-                         "for each.")
+        raise ValueError(
+            f"{SCORE}: {name} has {len(masks)} masks for {counted(len(images), 'picture')}. Wire one for all of them, or one "
+            "for each."
+        )
     inside = resize_user_mask(masks, tuple(images.shape[1:3])).expand(len(images), -1, -1)
     made = []
     for number, (image, mask) in enumerate(zip(images, inside), 1):
         if not mask.any():
-            raise ValueError(f"{SCORE}: mask {number} of {name} is empty, so there is no subject to judge. Look at it with Preview Mask, "
-                             f"and mark the subject or unwire {name}.")
-        (top, bottom), (left, right) = ((int(at.min()), int(at.max()) + 1) for at in mask.nonzero().unbind(1))
+            raise ValueError(
+                f"{SCORE}: mask {number} of {name} is empty, so there is no subject to judge. Look at it with Preview Mask, "
+                f"and mark the subject or unwire {name}."
+            )
+        (top, bottom), (left, right) = (
+            (int(at.min()), int(at.max()) + 1) for at in mask.nonzero().unbind(1)
+        )
         y, x = bottom - top, right - left
         side = round(1.1 * max(y, x))
         square = torch.tensor(colour, dtype=image.dtype).expand(side, side, 3).clone()
         down, along = (side - y) // 2, (side - x) // 2
-        square[down:down + y, along:along + x] = torch.where(mask[top:bottom, left:right, None], image[top:bottom, left:right],
-                                                             square[:y, :x])
+        square[down : down + y, along : along + x] = torch.where(
+            mask[top:bottom, left:right, None], image[top:bottom, left:right], square[:y, :x]
+        )
         made.append(square)
     return made
 
@@ -140,18 +210,32 @@ def markdown(scores: Scores, prompts: Sequence[str]) -> str:
     """The numbers, and what they are of, picture by picture."""
     lines = [f"**{SCORE}**, judged by {scores.judge}", "", "| score | value | |", "|---|---:|---|"]
     lines += [f"| {name} | {digits(value)} | {told} |" for name, value, told in scores.figures()]
-    others = mean_with_others(scores.pairs).tolist() if len(scores.pairs) > 1 else [None] * len(scores.pairs)
-    columns: list[tuple[str, Sequence[str]]] = [("picture", [str(i + 1) for i in range(len(others))]),
-                                                ("with the others", [digits(value) for value in others])]
+    others = (
+        mean_with_others(scores.pairs).tolist()
+        if len(scores.pairs) > 1
+        else [None] * len(scores.pairs)
+    )
+    columns: list[tuple[str, Sequence[str]]] = [
+        ("picture", [str(i + 1) for i in range(len(others))]),
+        ("with the others", [digits(value) for value in others]),
+    ]
     if scores.known is not None:
-        columns.append(("with the reference", [digits(value) for value in scores.known.mean(1).tolist()]))
+        columns.append(
+            ("with the reference", [digits(value) for value in scores.known.mean(1).tolist()])
+        )
     if scores.text is not None:
         columns.append(("text", [digits(value) for value in scores.texts]))
     if any(scores.found):
         columns.append(("found", scores.found))
     if prompts:
-        columns.append(("prompt", [line.replace("\\", "\\\\").replace("|", "\\|") for line in prompts]))
-    rows = [[name for name, _ in columns], ["---"] * len(columns), *zip(*(values for _, values in columns))]
+        columns.append(
+            ("prompt", [line.replace("\\", "\\\\").replace("|", "\\|") for line in prompts])
+        )
+    rows = [
+        [name for name, _ in columns],
+        ["---"] * len(columns),
+        *zip(*(values for _, values in columns)),
+    ]
     return "\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
@@ -159,16 +243,31 @@ def digits(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0: no -0.000
 
 
-def card_of(scores: Scores, images: Tensor, reference: Tensor | None, prompts: Sequence[str]) -> Card:
+def card_of(
+    scores: Scores, images: Tensor, reference: Tensor | None, prompts: Sequence[str]
+) -> Card:
     """The same, to be drawn."""
+
     def beside(found: str, value: float | None) -> str:
         if value is None or not found:
             return found if value is None else f"text {value:.3f}"
         return f"{found}: {'as asked' if value else 'not as asked'}"
-    lines = [Line(prompt, beside(found, value), bool(found) and value == 0)
-             for prompt, found, value in zip(prompts or ("",) * len(images), scores.found, scores.texts)]
-    return Card(SCORE, f"judged by {scores.judge}", scores.figures(), as_pictures(images),
-                [] if reference is None else as_pictures(reference), scores.pairs, scores.known, lines, scores.scale)
+
+    lines = [
+        Line(prompt, beside(found, value), bool(found) and value == 0)
+        for prompt, found, value in zip(prompts or ("",) * len(images), scores.found, scores.texts)
+    ]
+    return Card(
+        SCORE,
+        f"judged by {scores.judge}",
+        scores.figures(),
+        as_pictures(images),
+        [] if reference is None else as_pictures(reference),
+        scores.pairs,
+        scores.known,
+        lines,
+        scores.scale,
+    )
 
 
 class ConsistencyScore(io.ComfyNode):
@@ -177,82 +276,186 @@ class ConsistencyScore(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredConsistencyScore", display_name=SCORE, category="Kindred", is_output_node=True,
+            node_id="KindredConsistencyScore",
+            display_name=SCORE,
+            category="Kindred",
+            is_output_node=True,
             description="How far the pictures of a batch show one subject, the subject of a reference, and what their prompts ask for: "
-                        "three numbers, a table, and a picture of every pair's similarity.",
-            search_aliases=["evaluate", "identity score", "clip score", "similarity", "compare images", "metrics", "benchmark"],
+            "three numbers, a table, and a picture of every pair's similarity.",
+            search_aliases=[
+                "evaluate",
+                "identity score",
+                "clip score",
+                "similarity",
+                "compare images",
+                "metrics",
+                "benchmark",
+            ],
             inputs=[
-                io.Image.Input("images", tooltip="The batch whose pictures should show one subject."),
-                io.Combo.Input("judge", options=[AUTO, READER, CLIP], default=AUTO,
-                               tooltip="auto: CLIP if clip_vision is wired, else the miniature's reader. miniature reader: tells the "
-                                       "identities of the miniature's world, and means nothing for any other picture. CLIP: for all "
-                                       "others."),
-                io.String.Input("prompts", default="", multiline=True, dynamic_prompts=False, optional=True,
-                                tooltip="For the text score: one line per picture, as in Subject Prompts, or one for all."),
-                io.Image.Input("reference", optional=True, tooltip="Photos of the subject: for the identity score."),
-                io.Mask.Input("masks", optional=True,
-                              tooltip="The subject of each picture, white: CLIP then judges it without its surroundings, which count for "
-                                      "much otherwise. The reader finds it by itself."),
-                io.Mask.Input("reference_masks", optional=True, tooltip="The same for the reference: wire both or neither."),
-                io.ClipVision.Input("clip_vision", optional=True,
-                                    tooltip="Load CLIP Vision: ViT-L or ViT-H as the judge (DINOv2 judges too, without texts)."),
-                io.Clip.Input("clip", optional=True,
-                              tooltip="For the text score, the other half of the same CLIP: clip_l for ViT-L, SD2.x's for ViT-H. "
-                                      "Checkpoints of SD1.5 lack its last layer: take Load CLIP."),
+                io.Image.Input(
+                    "images", tooltip="The batch whose pictures should show one subject."
+                ),
+                io.Combo.Input(
+                    "judge",
+                    options=[AUTO, READER, CLIP],
+                    default=AUTO,
+                    tooltip="auto: CLIP if clip_vision is wired, else the miniature's reader. miniature reader: tells the "
+                    "identities of the miniature's world, and means nothing for any other picture. CLIP: for all "
+                    "others.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    optional=True,
+                    tooltip="For the text score: one line per picture, as in Subject Prompts, or one for all.",
+                ),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="Photos of the subject: for the identity score.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="The subject of each picture, white: CLIP then judges it without its surroundings, which count for "
+                    "much otherwise. The reader finds it by itself.",
+                ),
+                io.Mask.Input(
+                    "reference_masks",
+                    optional=True,
+                    tooltip="The same for the reference: wire both or neither.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Load CLIP Vision: ViT-L or ViT-H as the judge (DINOv2 judges too, without texts).",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="For the text score, the other half of the same CLIP: clip_l for ViT-L, SD2.x's for ViT-H. "
+                    "Checkpoints of SD1.5 lack its last layer: take Load CLIP.",
+                ),
             ],
             outputs=[
-                io.Float.Output(display_name="consistency", tooltip="Mean similarity of all pairs of the batch; 1 is one subject. 0 for a "
-                                                                    "single picture."),
-                io.Float.Output(display_name="identity", tooltip="Mean similarity with the reference; 1 is its subject. 0 without a "
-                                                                 "reference."),
-                io.Float.Output(display_name="text", tooltip="Reader: share of pictures with their prompt's class and scene. CLIP: mean "
-                                                             "raw cosine with the prompt, 0.2 to 0.35 as a rule. 0 without prompts."),
-                io.String.Output(display_name="table", tooltip="All numbers as a markdown table, which names its judge."),
-                io.Image.Output(display_name="picture", tooltip="The pictures, the similarity of every pair, and the numbers."),
+                io.Float.Output(
+                    display_name="consistency",
+                    tooltip="Mean similarity of all pairs of the batch; 1 is one subject. 0 for a "
+                    "single picture.",
+                ),
+                io.Float.Output(
+                    display_name="identity",
+                    tooltip="Mean similarity with the reference; 1 is its subject. 0 without a "
+                    "reference.",
+                ),
+                io.Float.Output(
+                    display_name="text",
+                    tooltip="Reader: share of pictures with their prompt's class and scene. CLIP: mean "
+                    "raw cosine with the prompt, 0.2 to 0.35 as a rule. 0 without prompts.",
+                ),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="All numbers as a markdown table, which names its judge.",
+                ),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="The pictures, the similarity of every pair, and the numbers.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, images: Tensor, judge: str = AUTO, prompts: str = "", reference: Tensor | None = None, masks: Tensor | None = None,
-                reference_masks: Tensor | None = None, clip_vision: Any = None, clip: Any = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        images: Tensor,
+        judge: str = AUTO,
+        prompts: str = "",
+        reference: Tensor | None = None,
+        masks: Tensor | None = None,
+        reference_masks: Tensor | None = None,
+        clip_vision: Any = None,
+        clip: Any = None,
+    ) -> io.NodeOutput:
         images = host.pictures_in(images, SCORE, "images")
         known = None if reference is None else host.pictures_in(reference, SCORE, "reference")
         lines = lines_of(prompts, len(images))
         if len(images) < 2 and known is None and not lines:
-            raise ValueError(f"{SCORE}: consistency compares pictures with one another and takes 2 at least, but images has 1. Wire "
-                             "more of them as one batch, or a reference to compare it with.")
+            raise ValueError(
+                f"{SCORE}: consistency compares pictures with one another and takes 2 at least, but images has 1. Wire "
+                "more of them as one batch, or a reference to compare it with."
+            )
         if judge == CLIP and clip_vision is None:
-            raise ValueError(f"{SCORE}: judge is {CLIP}, but no clip_vision is wired. Wire Load CLIP Vision (ViT-L or ViT-H), or choose "
-                             f"{AUTO}.")
+            raise ValueError(
+                f"{SCORE}: judge is {CLIP}, but no clip_vision is wired. Wire Load CLIP Vision (ViT-L or ViT-H), or choose "
+                f"{AUTO}."
+            )
         if reference_masks is not None and known is None:
-            raise ValueError(f"{SCORE}: reference_masks is wired, but reference is not. Wire the photos as well, or unwire the masks.")
+            raise ValueError(
+                f"{SCORE}: reference_masks is wired, but reference is not. Wire the photos as well, or unwire the masks."
+            )
         if judge == READER or clip_vision is None:
-            unused = [name for name, given in (("clip_vision", clip_vision), ("clip", clip), ("masks", masks),
-                                               ("reference_masks", reference_masks)) if given is not None]
+            unused = [
+                name
+                for name, given in (
+                    ("clip_vision", clip_vision),
+                    ("clip", clip),
+                    ("masks", masks),
+                    ("reference_masks", reference_masks),
+                )
+                if given is not None
+            ]
             if unused:
-                log.warning("%s: %s judges, so %s is not used.", SCORE, READER, " and ".join(unused))
+                log.warning(
+                    "%s: %s judges, so %s is not used.", SCORE, READER, " and ".join(unused)
+                )
             if judge == AUTO:
-                log.warning("%s: no clip_vision is wired, so the %s judges. It only knows the miniature's world: for photos and other "
-                            "models' pictures its numbers mean nothing. Wire Load CLIP Vision for those.", SCORE, READER)
+                log.warning(
+                    "%s: no clip_vision is wired, so the %s judges. It only knows the miniature's world: for photos and other "
+                    "models' pictures its numbers mean nothing. Wire Load CLIP Vision for those.",
+                    SCORE,
+                    READER,
+                )
             scores = read_scores(images, known, lines)
         else:
             mean = clip_vision.image_mean  # what the tower reads as zero
             subjects = cut_out(images, masks, mean, "masks")
-            photos = [] if known is None else cut_out(known, reference_masks, mean, "reference_masks")
+            photos = (
+                [] if known is None else cut_out(known, reference_masks, mean, "reference_masks")
+            )
             scores = clip_scores(images, subjects, photos, lines, clip_vision, clip)
-        log.info("%s: %s: %s", SCORE, scores.judge, ", ".join(f"{name} {digits(value)}" for name, value, _ in scores.figures()))
-        table, picture = markdown(scores, lines), as_image(score_card(card_of(scores, images, known, lines)))
-        shown = ui.ImageSaveHelper.save_images(picture, "kindred_consistency_score", io.FolderType.temp, cls, compress_level=1)
-        return io.NodeOutput(scores.consistency or 0.0, scores.identity or 0.0, scores.text or 0.0, table, picture,
-                             ui=ui.SavedImages(shown).as_dict() | ui.PreviewText(table).as_dict())
+        log.info(
+            "%s: %s: %s",
+            SCORE,
+            scores.judge,
+            ", ".join(f"{name} {digits(value)}" for name, value, _ in scores.figures()),
+        )
+        table, picture = (
+            markdown(scores, lines),
+            as_image(score_card(card_of(scores, images, known, lines))),
+        )
+        shown = ui.ImageSaveHelper.save_images(
+            picture, "kindred_consistency_score", io.FolderType.temp, cls, compress_level=1
+        )
+        return io.NodeOutput(
+            scores.consistency or 0.0,
+            scores.identity or 0.0,
+            scores.text or 0.0,
+            table,
+            picture,
+            ui=ui.SavedImages(shown).as_dict() | ui.PreviewText(table).as_dict(),
+        )
 
 
 def lines_of(prompts: str, pictures: int) -> list[str]:
     """A prompt per picture, or none at all; ValueError where the counts differ."""
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if len(lines) not in (0, 1, pictures):
-        raise ValueError(f"{SCORE}: prompts has {len(lines)} lines for {counted(pictures, 'picture')}. Write a line for each, one for all, "
-                         "or none.")
+        raise ValueError(
+            f"{SCORE}: prompts has {len(lines)} lines for {counted(pictures, 'picture')}. Write a line for each, one for all, "
+            "or none."
+        )
     return lines * pictures if len(lines) == 1 else lines
 
 
@@ -265,48 +468,120 @@ class ComparisonGrid(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         batches = io.Autogrow.TemplatePrefix(
-            io.Image.Input("image", tooltip="A batch of pictures made in one way; the next one gets the next row."), prefix="image", min=1,
-            max=MOST_BATCHES)
+            io.Image.Input(
+                "image",
+                tooltip="A batch of pictures made in one way; the next one gets the next row.",
+            ),
+            prefix="image",
+            min=1,
+            max=MOST_BATCHES,
+        )
         return io.Schema(
-            node_id="KindredComparisonGrid", display_name=GRID, category="Kindred", is_output_node=True,
+            node_id="KindredComparisonGrid",
+            display_name=GRID,
+            category="Kindred",
+            is_output_node=True,
             description="Batches of pictures as one labelled sheet: a row for each batch, such as plain, self-attention only, concept only "
-                        "and both, with the reference beside them.",
-            search_aliases=["ablation grid", "image grid", "contact sheet", "xy plot", "compare", "figure", "collage"],
+            "and both, with the reference beside them.",
+            search_aliases=[
+                "ablation grid",
+                "image grid",
+                "contact sheet",
+                "xy plot",
+                "compare",
+                "figure",
+                "collage",
+            ],
             inputs=[
-                io.Autogrow.Input("images", template=batches, tooltip="One batch per row; sizes and counts may differ."),
-                io.String.Input("labels", default="", multiline=True, dynamic_prompts=False,
-                                tooltip="One line per batch, in their order: what it was made with. A blank line names none."),
-                io.String.Input("captions", default="", multiline=True, dynamic_prompts=False,
-                                tooltip="One line per picture of a batch: what was asked for, such as the lines of Subject Prompts."),
-                io.Int.Input("cell", default=256, min=32, max=2048, step=8, tooltip="Pixels of a picture's longer side on the sheet."),
-                io.Combo.Input("batches_as", options=[ROWS, COLUMNS], default=ROWS, advanced=True,
-                               tooltip="rows: a batch is a row. columns: a batch is a column."),
-                io.Image.Input("reference", optional=True, tooltip="Photos of the subject, drawn in the first column."),
+                io.Autogrow.Input(
+                    "images",
+                    template=batches,
+                    tooltip="One batch per row; sizes and counts may differ.",
+                ),
+                io.String.Input(
+                    "labels",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    tooltip="One line per batch, in their order: what it was made with. A blank line names none.",
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    tooltip="One line per picture of a batch: what was asked for, such as the lines of Subject Prompts.",
+                ),
+                io.Int.Input(
+                    "cell",
+                    default=256,
+                    min=32,
+                    max=2048,
+                    step=8,
+                    tooltip="Pixels of a picture's longer side on the sheet.",
+                ),
+                io.Combo.Input(
+                    "batches_as",
+                    options=[ROWS, COLUMNS],
+                    default=ROWS,
+                    advanced=True,
+                    tooltip="rows: a batch is a row. columns: a batch is a column.",
+                ),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="Photos of the subject, drawn in the first column.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The sheet, as one picture.")],
         )
 
     @classmethod
-    def execute(cls, images: io.Autogrow.Type, labels: str = "", captions: str = "", cell: int = 256, batches_as: str = ROWS,
-                reference: Tensor | None = None) -> io.NodeOutput:
-        wired = sorted(((int(name.removeprefix("image")), batch) for name, batch in images.items() if batch is not None),
-                       key=lambda slot: slot[0])
+    def execute(
+        cls,
+        images: io.Autogrow.Type,
+        labels: str = "",
+        captions: str = "",
+        cell: int = 256,
+        batches_as: str = ROWS,
+        reference: Tensor | None = None,
+    ) -> io.NodeOutput:
+        wired = sorted(
+            (
+                (int(name.removeprefix("image")), batch)
+                for name, batch in images.items()
+                if batch is not None
+            ),
+            key=lambda slot: slot[0],
+        )
         if not wired:
-            raise ValueError(f"{GRID}: no batch is wired. Wire an IMAGE into image0, and one for every further row.")
+            raise ValueError(
+                f"{GRID}: no batch is wired. Wire an IMAGE into image0, and one for every further row."
+            )
         batches = [host.pictures_in(batch, GRID, f"image{slot}") for slot, batch in wired]
         known = None if reference is None else host.pictures_in(reference, GRID, "reference")
         most = max(map(len, batches))
         names = texts(labels, len(batches), "labels", "batches")
         asked = texts(captions, most, "captions", "pictures in its longest batch")
-        if len(batches) * most * cell ** 2 > MOST_PIXELS:
+        if len(batches) * most * cell**2 > MOST_PIXELS:
             fits = int((MOST_PIXELS / (len(batches) * most)) ** 0.5) // 8 * 8
-            raise ValueError(f"{GRID}: {len(batches)} batches of up to {most} pictures at {cell} pixels make a sheet of more than "
-                             f"{MOST_PIXELS // 10 ** 6} million pixels. Set cell to {fits} or less.")
+            raise ValueError(
+                f"{GRID}: {len(batches)} batches of up to {most} pictures at {cell} pixels make a sheet of more than "
+                f"{MOST_PIXELS // 10**6} million pixels. Set cell to {fits} or less."
+            )
         rows = [as_pictures(batch) for batch in batches]
         if batches_as == COLUMNS:
-            rows, names, asked = [[row[i] for row in rows if i < len(row)] for i in range(most)], asked, names
-        sheet = as_image(comparison(rows, names, asked, [] if known is None else as_pictures(known), cell))
-        shown = ui.ImageSaveHelper.save_images(sheet, "kindred_comparison", io.FolderType.temp, cls, compress_level=1)
+            rows, names, asked = (
+                [[row[i] for row in rows if i < len(row)] for i in range(most)],
+                asked,
+                names,
+            )
+        sheet = as_image(
+            comparison(rows, names, asked, [] if known is None else as_pictures(known), cell)
+        )
+        shown = ui.ImageSaveHelper.save_images(
+            sheet, "kindred_comparison", io.FolderType.temp, cls, compress_level=1
+        )
         return io.NodeOutput(sheet, ui=ui.SavedImages(shown))
 
 
@@ -314,5 +589,7 @@ def texts(text: str, count: int, name: str, of: str) -> list[str]:
     """Lines, blank ones kept; ValueError where there are more of them than of what they name."""
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if len(lines) > count:
-        raise ValueError(f"{GRID}: {name} has {len(lines)} lines, but the sheet has {count} {of}. Take {len(lines) - count} of them out.")
+        raise ValueError(
+            f"{GRID}: {name} has {len(lines)} lines, but the sheet has {count} {of}. Take {len(lines) - count} of them out."
+        )
     return lines

@@ -1,4 +1,5 @@
 """DDIM Invert: a photo's latent, step by step, back to the noise it could have come from."""
+
 from __future__ import annotations
 
 import logging
@@ -26,46 +27,103 @@ class DDIMInvert(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredDDIMInvert", display_name=NODE, category="Kindred",
+            node_id="KindredDDIMInvert",
+            display_name=NODE,
+            category="Kindred",
             description="Turns an encoded photo back into noise and keeps every step on the way, so that Ref-UNet Feature Capture "
-                        "can read the subject at each of them. Reports how well the photo comes back.",
-            search_aliases=["ddim inversion", "unsampler", "invert image", "noise inversion", "reverse sampling", "fireflow",
-                            "rectified flow inversion"],
+            "can read the subject at each of them. Reports how well the photo comes back.",
+            search_aliases=[
+                "ddim inversion",
+                "unsampler",
+                "invert image",
+                "noise inversion",
+                "reverse sampling",
+                "fireflow",
+                "rectified flow inversion",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
                 io.Latent.Input("latent", tooltip="The photo of the subject, through VAE Encode."),
-                io.Conditioning.Input("positive", tooltip="A coarse description of the photo, such as: a photo of a cat (Subject "
-                                                          "Prompts)."),
-                io.Int.Input("steps", default=50, min=2, max=1000,
-                             tooltip="Take the steps of the sampler that will generate: then no reference pass runs while it samples."),
-                io.Combo.Input("scheduler", options=host.schedulers(), default="ddim_uniform",
-                               tooltip="Take the scheduler of the sampler that will generate."),
-                io.Combo.Input("method", options=[DDIM, EDIT_FRIENDLY, FIREFLOW, FORWARD], default=DDIM, advanced=True,
-                               tooltip="ddim: deterministic, one path; transformers (Flux, Qwen-Image, SD3.5 ...) are inverted by "
-                                       "fireflow instead. edit-friendly ddpm: independent noise at every step; keeps noise maps that "
-                                       "bring the photo back exactly (arXiv 2304.06140). fireflow: deterministic, of second order, one "
-                                       "call more (arXiv 2412.07517). forward noise: the photo under one noise, without the model; for "
-                                       "turbo and lightning models of few steps, which cannot be inverted."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=False, advanced=True,
-                             tooltip="Noise of edit-friendly ddpm and of forward noise; ddim and fireflow use none."),
-                io.Boolean.Input("check", default=True, advanced=True,
-                                 tooltip="Sample back from the noise and report the difference to the photo. Doubles the time of this "
-                                         "node. Forward noise has nothing to check."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Instead of steps and scheduler: the SIGMAS the sampler gets."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="A coarse description of the photo, such as: a photo of a cat (Subject "
+                    "Prompts).",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=2,
+                    max=1000,
+                    tooltip="Take the steps of the sampler that will generate: then no reference pass runs while it samples.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=host.schedulers(),
+                    default="ddim_uniform",
+                    tooltip="Take the scheduler of the sampler that will generate.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=[DDIM, EDIT_FRIENDLY, FIREFLOW, FORWARD],
+                    default=DDIM,
+                    advanced=True,
+                    tooltip="ddim: deterministic, one path; transformers (Flux, Qwen-Image, SD3.5 ...) are inverted by "
+                    "fireflow instead. edit-friendly ddpm: independent noise at every step; keeps noise maps that "
+                    "bring the photo back exactly (arXiv 2304.06140). fireflow: deterministic, of second order, one "
+                    "call more (arXiv 2412.07517). forward noise: the photo under one noise, without the model; for "
+                    "turbo and lightning models of few steps, which cannot be inverted.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    advanced=True,
+                    tooltip="Noise of edit-friendly ddpm and of forward noise; ddim and fireflow use none.",
+                ),
+                io.Boolean.Input(
+                    "check",
+                    default=True,
+                    advanced=True,
+                    tooltip="Sample back from the noise and report the difference to the photo. Doubles the time of this "
+                    "node. Forward noise has nothing to check.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Instead of steps and scheduler: the SIGMAS the sampler gets.",
+                ),
             ],
             outputs=[
-                host.Inversion.Output(display_name="inversion", tooltip="Every step of the way, for Ref-UNet Feature Capture."),
-                io.Latent.Output(display_name="noise", tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled; "
-                                                                 "not on flow models, whose samplers take nothing from a latent at "
-                                                                 "sigma 1."),
+                host.Inversion.Output(
+                    display_name="inversion",
+                    tooltip="Every step of the way, for Ref-UNet Feature Capture.",
+                ),
+                io.Latent.Output(
+                    display_name="noise",
+                    tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled; "
+                    "not on flow models, whose samplers take nothing from a latent at "
+                    "sigma 1.",
+                ),
             ],
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, latent: dict[str, Any], positive: host.Conditioning, steps: int, scheduler: str,
-                method: str = DDIM, seed: int = 0, check: bool = True, sigmas: Tensor | None = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        latent: dict[str, Any],
+        positive: host.Conditioning,
+        steps: int,
+        scheduler: str,
+        method: str = DDIM,
+        seed: int = 0,
+        check: bool = True,
+        sigmas: Tensor | None = None,
+    ) -> io.NodeOutput:
         noise = host.require_invertible(model, NODE)
         way = FIREFLOW if method == DDIM and not host.draws_by_unet(model) else method
         down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, NODE)
@@ -76,50 +134,95 @@ class DDIMInvert(io.ComfyNode):
         if way == FORWARD:
             latents, maps, back = forward_noise(z0, down, seed, noise), None, None
         else:
-            loop = edit_friendly_loop(z0, down, seed, check, noise) if way == EDIT_FRIENDLY else ode_loop(z0, down, check, noise, way)
+            loop = (
+                edit_friendly_loop(z0, down, seed, check, noise)
+                if way == EDIT_FRIENDLY
+                else ode_loop(z0, down, check, noise, way)
+            )
             calls = len(down) - 1 + (way == FIREFLOW)
-            latents, maps, back = host.reference_pass(model, z0.shape, down, prompt, None, loop,
-                                                      total=calls + (len(down) - 1) * check)
-        trajectory = InversionTrajectory(down.flip(0), latents, way, prompt.text, host.model_key(model), name, maps, noise)
+            latents, maps, back = host.reference_pass(
+                model, z0.shape, down, prompt, None, loop, total=calls + (len(down) - 1) * check
+            )
+        trajectory = InversionTrajectory(
+            down.flip(0), latents, way, prompt.text, host.model_key(model), name, maps, noise
+        )
         if back is not None:
-            spread = (z0.max() - z0.min()).item() or z0.abs().max().item()  # a photo of one colour has no range
+            spread = (
+                z0.max() - z0.min()
+            ).item() or z0.abs().max().item()  # a photo of one colour has no range
             report += f": round trip {psnr(back, z0, spread):.1f} dB in latent space"
         log.info("%s: %s", NODE, report)
         host.tell(cls, report)
-        return io.NodeOutput(trajectory, latent | {"samples": host.latent_out(model, latents[-1])}, ui=ui.PreviewText(report))
+        return io.NodeOutput(
+            trajectory,
+            latent | {"samples": host.latent_out(model, latents[-1])},
+            ui=ui.PreviewText(report),
+        )
 
 
 def forward_noise(z0: Tensor, down: Tensor, seed: int, noise: Noise) -> Tensor:
     """The photo under one noise at every level [t+1 b c y x]; the model is not asked."""
-    return method.forward_noise(z0, down.flip(0), torch.Generator("cpu").manual_seed(seed), noise=noise)
+    return method.forward_noise(
+        z0, down.flip(0), torch.Generator("cpu").manual_seed(seed), noise=noise
+    )
 
 
 def ode_loop(z0: Tensor, down: Tensor, check: bool, noise: Noise, way: str) -> host.Loop:
     """Invert along the flipped sigmas: by FireFlow, or with the noise read at each target's label; sample back if asked."""
-    def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> tuple[Any, ...]:
+
+    def loop(
+        denoise: method.Denoiser,
+        device: torch.device,
+        progress: Callable[[int, Tensor, Tensor], None],
+    ) -> tuple[Any, ...]:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)
+
         up, photo = down.flip(0), z0.to(device)
         if way == FIREFLOW:
             latents = method.fireflow_invert(denoise, photo, up, noise=noise, on_step=step)
         else:
-            latents = method.ddim_invert(denoise, photo, up, label="target", noise=noise, on_step=step)
+            latents = method.ddim_invert(
+                denoise, photo, up, label="target", noise=noise, on_step=step
+            )
         calls = len(up) - 1 + (way == FIREFLOW)
-        back = method.ddim_sample(denoise, latents[-1], down, on_step=lambda i, *a: step(i + calls, *a)) if check else None
+        back = (
+            method.ddim_sample(
+                denoise, latents[-1], down, on_step=lambda i, *a: step(i + calls, *a)
+            )
+            if check
+            else None
+        )
         return latents.cpu(), None, None if back is None else back.cpu()
+
     return loop
 
 
 def edit_friendly_loop(z0: Tensor, down: Tensor, seed: int, check: bool, noise: Noise) -> host.Loop:
     """DDPM inversion with independent noise per step (method.md 3.5); the replay needs the model again."""
-    def loop(denoise: method.Denoiser, device: torch.device, progress: Callable[[int, Tensor, Tensor], None]) -> tuple[Any, ...]:
+
+    def loop(
+        denoise: method.Denoiser,
+        device: torch.device,
+        progress: Callable[[int, Tensor, Tensor], None],
+    ) -> tuple[Any, ...]:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
             progress(i, denoised, x)
+
         generator = torch.Generator("cpu").manual_seed(seed)
-        latents, maps = method.edit_friendly_invert(denoise, z0.to(device), down.flip(0), generator, noise=noise, on_step=step)
+        latents, maps = method.edit_friendly_invert(
+            denoise, z0.to(device), down.flip(0), generator, noise=noise, on_step=step
+        )
         back = None
         if check:
-            back = method.edit_friendly_replay(denoise, latents[-1], down.flip(0), maps, noise=noise,
-                                               on_step=lambda i, *a: step(i + len(down) - 1, *a)).cpu()
+            back = method.edit_friendly_replay(
+                denoise,
+                latents[-1],
+                down.flip(0),
+                maps,
+                noise=noise,
+                on_step=lambda i, *a: step(i + len(down) - 1, *a),
+            ).cpu()
         return latents.cpu(), maps.cpu(), back
+
     return loop

@@ -1,4 +1,5 @@
 """Save Reference and Load Reference: a subject, once read or made, for other days and other machines."""
+
 from __future__ import annotations
 
 import logging
@@ -21,14 +22,27 @@ class SaveReference(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredSaveReference", display_name=SAVE, category="Kindred",
+            node_id="KindredSaveReference",
+            display_name=SAVE,
+            category="Kindred",
             description="Writes a reference into one file of the output folder, to be read again by Load Reference, on this machine or "
-                        "another one. Nothing is ever overwritten.",
-            search_aliases=["save subject", "save anchors", "reusable subject", "export reference", "subject library"],
+            "another one. Nothing is ever overwritten.",
+            search_aliases=[
+                "save subject",
+                "save anchors",
+                "reusable subject",
+                "export reference",
+                "subject library",
+            ],
             inputs=[
-                host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture, or anchors of a story."),
-                io.String.Input("filename_prefix", default="kindred/reference",
-                                tooltip="Name in the output folder; a number is added. Load Reference lists its kindred folder."),
+                host.Reference.Input(
+                    "reference", tooltip="From Ref-UNet Feature Capture, or anchors of a story."
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="kindred/reference",
+                    tooltip="Name in the output folder; a number is added. Load Reference lists its kindred folder.",
+                ),
             ],
             outputs=[],
             is_output_node=True,
@@ -36,7 +50,9 @@ class SaveReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reference: ReferenceBank, filename_prefix: str = "kindred/reference") -> io.NodeOutput:
+    def execute(
+        cls, reference: ReferenceBank, filename_prefix: str = "kindred/reference"
+    ) -> io.NodeOutput:
         try:
             with host.new_reference_path(filename_prefix) as (path, name):
                 save_reference(reference, path)
@@ -44,7 +60,9 @@ class SaveReference(io.ComfyNode):
             raise ValueError(f"{SAVE}: {error}") from error
         except OSError as error:
             todo = remedy(error, WRITABLE)
-            raise OSError(f"{SAVE}: {error.strerror or error}. Nothing of it is left; {todo} and queue it again.") from error
+            raise OSError(
+                f"{SAVE}: {error.strerror or error}. Nothing of it is left; {todo} and queue it again."
+            ) from error
         shown = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         if not host.is_listed(path):
             shown += f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder and output/kindred"
@@ -59,13 +77,31 @@ class LoadReference(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredLoadReference", display_name=LOAD, category="Kindred",
+            node_id="KindredLoadReference",
+            display_name=LOAD,
+            category="Kindred",
             description="Reads a reference that Save Reference wrote. It does exactly what the unsaved one did, with the same model and "
-                        "LoRAs. Files of other machines belong into models/kindred_references.",
-            search_aliases=["load subject", "load anchors", "reusable subject", "import reference", "subject library"],
-            inputs=[io.Combo.Input("file", options=host.reference_files(),
-                                   tooltip="A .safetensors in the output folder's kindred folder, or in models/kindred_references.")],
-            outputs=[host.Reference.Output(display_name="reference", tooltip="As it was saved, for every node that takes a reference.")],
+            "LoRAs. Files of other machines belong into models/kindred_references.",
+            search_aliases=[
+                "load subject",
+                "load anchors",
+                "reusable subject",
+                "import reference",
+                "subject library",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=host.reference_files(),
+                    tooltip="A .safetensors in the output folder's kindred folder, or in models/kindred_references.",
+                )
+            ],
+            outputs=[
+                host.Reference.Output(
+                    display_name="reference",
+                    tooltip="As it was saved, for every node that takes a reference.",
+                )
+            ],
         )
 
     @classmethod
@@ -77,9 +113,19 @@ class LoadReference(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"{LOAD}: {error}") from error
         except OSError as error:
-            raise OSError(f"{LOAD}: {error}. Look at that folder and its disk, then queue it again.") from error
-        log.info("%s: %s, %d picture%s, %s, made with model %s, %.1f MB", LOAD, file, bank.pictures, "s" * (bank.pictures > 1),
-                 bank.trajectory.schedule, bank.model_key, bank.bytes / 1e6)
+            raise OSError(
+                f"{LOAD}: {error}. Look at that folder and its disk, then queue it again."
+            ) from error
+        log.info(
+            "%s: %s, %d picture%s, %s, made with model %s, %.1f MB",
+            LOAD,
+            file,
+            bank.pictures,
+            "s" * (bank.pictures > 1),
+            bank.trajectory.schedule,
+            bank.model_key,
+            bank.bytes / 1e6,
+        )
         return io.NodeOutput(bank)
 
     @classmethod

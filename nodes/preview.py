@@ -1,4 +1,5 @@
 """Reference Preview: what a reference knows of its subject, drawn over its pictures."""
+
 from __future__ import annotations
 
 import logging
@@ -26,26 +27,69 @@ class ReferencePreview(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredReferencePreview", display_name=NODE, category="Kindred", is_output_node=True,
+            node_id="KindredReferencePreview",
+            display_name=NODE,
+            category="Kindred",
+            is_output_node=True,
             description="Shows what a reference knows: where the subject was found, how strongly its word lights up, and which parts of "
-                        "several pictures are taken for the same.",
-            search_aliases=["preview reference", "show mask", "subject mask", "attention map", "heatmap", "correspondence", "debug"],
-            inputs=[
-                host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture, ConsiStory Anchor Sampler or Load Reference."),
-                io.Vae.Input("vae", tooltip="Of the checkpoint that made the reference: it draws the pictures underneath."),
-                io.Combo.Input("show", options=[ALL, MASKS, HEAT, MATCHES], default=ALL,
-                               tooltip="masks: the subject in colour, the rest grey. heat map: the attention to the subject's word. "
-                                       "correspondences: equal parts in equal colours. all: side by side, those that there are."),
-                io.Float.Input("step_percent", default=MEAN, min=MEAN, max=1.0, step=0.01, advanced=True,
-                               tooltip="Which step the heat map is of: 0 is the first (noisiest), 1 the last. Below 0: the mean of all."),
+            "several pictures are taken for the same.",
+            search_aliases=[
+                "preview reference",
+                "show mask",
+                "subject mask",
+                "attention map",
+                "heatmap",
+                "correspondence",
+                "debug",
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="One per picture of the reference, its panels side by side.")],
+            inputs=[
+                host.Reference.Input(
+                    "reference",
+                    tooltip="From Ref-UNet Feature Capture, ConsiStory Anchor Sampler or Load Reference.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="Of the checkpoint that made the reference: it draws the pictures underneath.",
+                ),
+                io.Combo.Input(
+                    "show",
+                    options=[ALL, MASKS, HEAT, MATCHES],
+                    default=ALL,
+                    tooltip="masks: the subject in colour, the rest grey. heat map: the attention to the subject's word. "
+                    "correspondences: equal parts in equal colours. all: side by side, those that there are.",
+                ),
+                io.Float.Input(
+                    "step_percent",
+                    default=MEAN,
+                    min=MEAN,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Which step the heat map is of: 0 is the first (noisiest), 1 the last. Below 0: the mean of all.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="image",
+                    tooltip="One per picture of the reference, its panels side by side.",
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, reference: ReferenceBank, vae: Any, show: str = ALL, step_percent: float = MEAN) -> io.NodeOutput:
-        draw = {MASKS: masks_panel, HEAT: lambda pictures, bank: heat_panel(pictures, bank, step_percent), MATCHES: matches_panel}
-        missing = {MASKS: why_no_masks(reference), HEAT: why_no_heat(reference), MATCHES: why_no_matches(reference)}
+    def execute(
+        cls, reference: ReferenceBank, vae: Any, show: str = ALL, step_percent: float = MEAN
+    ) -> io.NodeOutput:
+        draw = {
+            MASKS: masks_panel,
+            HEAT: lambda pictures, bank: heat_panel(pictures, bank, step_percent),
+            MATCHES: matches_panel,
+        }
+        missing = {
+            MASKS: why_no_masks(reference),
+            HEAT: why_no_heat(reference),
+            MATCHES: why_no_matches(reference),
+        }
         wanted = [name for name, why in missing.items() if not why and show in (ALL, name)]
         if not wanted:
             raise ValueError(f"{NODE}: {missing[MASKS if show == ALL else show]}")
@@ -54,34 +98,48 @@ class ReferencePreview(io.ComfyNode):
                 log.info("%s: left out %s: %s", NODE, name, why)
         pictures = host.decode(vae, reference.trajectory.latents[0], reference.model_key, NODE)
         image = side_by_side([draw[name](pictures, reference) for name in wanted])
-        shown = ui.ImageSaveHelper.save_images(image, "kindred_reference_preview", io.FolderType.temp, cls, compress_level=1)
+        shown = ui.ImageSaveHelper.save_images(
+            image, "kindred_reference_preview", io.FolderType.temp, cls, compress_level=1
+        )
         return io.NodeOutput(image, ui=ui.SavedImages(shown))
 
 
 def why_no_masks(bank: ReferenceBank) -> str | None:
     """Why there are no masks, and what to do; None where there are."""
-    return None if bank.masks else "the reference holds no masks. Make it again, with a subject word or a wired mask."
+    return (
+        None
+        if bank.masks
+        else "the reference holds no masks. Make it again, with a subject word or a wired mask."
+    )
 
 
 def why_no_heat(bank: ReferenceBank) -> str | None:
     """Why there is no heat map, and what to do; None where there is one."""
     if bank.maps is None:
-        return ("the reference has no heat map: its mask was wired, so no word was followed. Show the masks, or make the reference "
-                "without a mask and with a subject word.")
+        return (
+            "the reference has no heat map: its mask was wired, so no word was followed. Show the masks, or make the reference "
+            "without a mask and with a subject word."
+        )
     return None
 
 
 def why_no_matches(bank: ReferenceBank) -> str | None:
     """Why there are no correspondences, and what to do; None where there are."""
     if bank.anchors is None:
-        return ("the reference was read from photos, which have no features to match. Show the masks or the heat map, or wire a reference "
-                "from ConsiStory Anchor Sampler.")
+        return (
+            "the reference was read from photos, which have no features to match. Show the masks or the heat map, or wire a reference "
+            "from ConsiStory Anchor Sampler."
+        )
     if bank.anchors.features is None:
-        return ("these anchors were made without feature injection, so they have no features to match. Make them again with "
-                "feature_injection above 0.")
+        return (
+            "these anchors were made without feature injection, so they have no features to match. Make them again with "
+            "feature_injection above 0."
+        )
     if bank.pictures < 2:
-        return (f"correspondences need 2 pictures, but the reference has {bank.pictures}. Make 2 or more anchors, or show the masks or the "
-                "heat map.")
+        return (
+            f"correspondences need 2 pictures, but the reference has {bank.pictures}. Make 2 or more anchors, or show the masks or the "
+            "heat map."
+        )
     return None
 
 
@@ -101,18 +159,34 @@ def matches_panel(pictures: Tensor, bank: ReferenceBank) -> Tensor:
     features = bank.anchors.features
     r, n = features.shape[:2]
     latent = tuple(bank.trajectory.latents.shape[-2:])
-    grids = [grid for grid in (*bank.masks, *(grid_of(latent, 2 ** k) for k in range(6))) if grid[0] * grid[1] == n]
+    grids = [
+        grid
+        for grid in (*bank.masks, *(grid_of(latent, 2**k) for k in range(6)))
+        if grid[0] * grid[1] == n
+    ]
     if not grids:
-        raise ValueError(f"{NODE}: the reference's features have {n} tokens a picture, which fits no grid of a {latent[0]}x{latent[1]} "
-                         "latent. A node that changes the grid (Deep Shrink, token merging) was on the model. Make the anchors without it.")
+        raise ValueError(
+            f"{NODE}: the reference's features have {n} tokens a picture, which fits no grid of a {latent[0]}x{latent[1]} "
+            "latent. A node that changes the grid (Deep Shrink, token merging) was on the model. Make the anchors without it."
+        )
     if bank.anchors.subject is None:
         subjects = bank.masks[grids[0]].flatten(1)
     else:
-        subjects = torch.zeros(r * n, dtype=torch.bool).index_fill_(0, bank.anchors.subject.cpu(), True).view(r, n)
+        subjects = (
+            torch.zeros(r * n, dtype=torch.bool)
+            .index_fill_(0, bank.anchors.subject.cpu(), True)
+            .view(r, n)
+        )
     kept = subjects[0].nonzero().squeeze(1)
     found = correspond(features[1:], subjects[1:], features[:1], [kept] * (r - 1))
     own = torch.arange(n)[None]
-    return draw_matches(pictures, grids[0], subjects, torch.cat([own, found.source]), torch.cat([subjects[:1], found.keep]))
+    return draw_matches(
+        pictures,
+        grids[0],
+        subjects,
+        torch.cat([own, found.source]),
+        torch.cat([subjects[:1], found.keep]),
+    )
 
 
 def side_by_side(panels: list[Tensor]) -> Tensor:

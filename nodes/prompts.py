@@ -1,4 +1,5 @@
 """Subject Prompts: a prompt per line, encoded as one batch, with the subject's token positions inside the CONDITIONING."""
+
 from __future__ import annotations
 
 import math
@@ -19,14 +20,21 @@ NODE = "Subject Prompts"
 MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common multiple
 
 
-def batch_rows(rows: Sequence[Tensor], positions: Sequence[tuple[int, ...]]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+def batch_rows(
+    rows: Sequence[Tensor], positions: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
     """[1 w_i c] per prompt -> [b w c] with positions moved along: shorter prompts are repeated, which attention cannot tell."""
     w = math.lcm(*(row.shape[1] for row in rows))
     if w > MOST_TOKENS:
-        raise ValueError(f"{NODE}: the prompts are {', '.join(str(row.shape[1]) for row in rows)} tokens long, which only fit one batch at "
-                         f"{w} tokens each (the limit is {MOST_TOKENS}). Shorten the longest, bring the lines to similar lengths, or "
-                         "sample them apart.")
-    moved = tuple(tuple(p + start for start in range(0, w, row.shape[1]) for p in places) for row, places in zip(rows, positions))
+        raise ValueError(
+            f"{NODE}: the prompts are {', '.join(str(row.shape[1]) for row in rows)} tokens long, which only fit one batch at "
+            f"{w} tokens each (the limit is {MOST_TOKENS}). Shorten the longest, bring the lines to similar lengths, or "
+            "sample them apart."
+        )
+    moved = tuple(
+        tuple(p + start for start in range(0, w, row.shape[1]) for p in places)
+        for row, places in zip(rows, positions)
+    )
     return torch.cat([row.repeat(1, w // row.shape[1], 1) for row in rows]), moved
 
 
@@ -34,58 +42,86 @@ def encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:
     """One prompt through the host's CLIP -> cross [1 w c] and its extras."""
     entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     if len(entries) != 1:
-        raise ValueError(f"{NODE}: this CLIP schedules {len(entries)} encodings for one prompt (a hook with keyframes). "
-                         "Use a CLIP without scheduled hooks; schedule the model's LoRA instead.")
+        raise ValueError(
+            f"{NODE}: this CLIP schedules {len(entries)} encodings for one prompt (a hook with keyframes). "
+            "Use a CLIP without scheduled hooks; schedule the model's LoRA instead."
+        )
     cross, extras = entries[0]
     if not torch.isfinite(cross).all():
-        raise ValueError(f"{NODE}: the line {text!r:.200} is encoded as {int((~torch.isfinite(cross)).sum())} NaN or infinite values. "
-                         "Correct a weight such as (cat:nan), or start ComfyUI with --fp32-text-enc.")
+        raise ValueError(
+            f"{NODE}: the line {text!r:.200} is encoded as {int((~torch.isfinite(cross)).sum())} NaN or infinite values. "
+            "Correct a weight such as (cat:nan), or start ComfyUI with --fp32-text-enc."
+        )
     return cross, dict(extras)
 
 
-Places = tuple[tuple[int, ...], ...]  # of one word in one line: its tokens by each encoder of the CLIP
+Places = tuple[
+    tuple[int, ...], ...
+]  # of one word in one line: its tokens by each encoder of the CLIP
 
 
-def words_in(texts: Sequence[str], words: Sequence[str], prompts: Sequence[Sequence[Prompt]],
-             readers: Sequence[host.Reader]) -> list[list[Places]]:
+def words_in(
+    texts: Sequence[str],
+    words: Sequence[str],
+    prompts: Sequence[Sequence[Prompt]],
+    readers: Sequence[host.Reader],
+) -> list[list[Places]]:
     """Where each word stands in each line; ValueError where a line has none of them, or a word is in no line."""
     spelled = [[reader(word).pieces for reader in readers] for word in words]
     each, seen = [], set()
     for number, (text, prompt) in enumerate(zip(texts, prompts), 1):
-        places = [tuple(positions_of(p.pieces, [word]) for p, word in zip(prompt, by)) for by in spelled]
+        places = [
+            tuple(positions_of(p.pieces, [word]) for p, word in zip(prompt, by)) for by in spelled
+        ]
         here = {word for word, found in zip(words, places) if any(found)}
         if not here:
-            raise ValueError(f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
-                             f"{' or '.join(map(repr, words)):.200}. "
-                             "Write the subject word in every line exactly as in the subject field.")
+            raise ValueError(
+                f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
+                f"{' or '.join(map(repr, words)):.200}. "
+                "Write the subject word in every line exactly as in the subject field."
+            )
         seen |= here
         each.append(places)
     for word in words:
         if word not in seen:
-            raise ValueError(f"{NODE}: no line contains the subject {word!r:.100}; the lines are {str(texts):.400}. "
-                             "Correct the word or take it out of the subject field.")
+            raise ValueError(
+                f"{NODE}: no line contains the subject {word!r:.100}; the lines are {str(texts):.400}. "
+                "Correct the word or take it out of the subject field."
+            )
     return each
 
 
 def rows_of(word: Places, starts: Sequence[int | None]) -> tuple[int, ...]:
     """The rows of the CONDITIONING that a word of a line is; starts: the row of each encoder's token 0."""
     known = [(places, start) for places, start in zip(word, starts) if start is not None]
-    return tuple(sorted({place + start for places, start in known for place in places if place + start >= 0}))
+    return tuple(
+        sorted({place + start for places, start in known for place in places if place + start >= 0})
+    )
 
 
-def subject_tokens(words: Sequence[str], each: Sequence[Sequence[Places]], starts: Sequence[Sequence[int | None]],
-                   rows: Sequence[Tensor]) -> SubjectTokens | None:
+def subject_tokens(
+    words: Sequence[str],
+    each: Sequence[Sequence[Places]],
+    starts: Sequence[Sequence[int | None]],
+    rows: Sequence[Tensor],
+) -> SubjectTokens | None:
     """Where the words stand in the batch of rows [1 w_i c]; None, with a warning, where the rows of a line are not known."""
     if not words:
         return None
     by_line = [[rows_of(word, start) for word in line] for line, start in zip(each, starts)]
     if lost := [number for number, line in enumerate(by_line, 1) if not any(line)]:
-        host.warn(f"{NODE}: where {', '.join(map(repr, words)):.200} stands among the tokens of line {lost[0]} is not known for this "
-                  "CLIP, or it stands behind the last one that the model reads. No subject is marked; where a node looks for "
-                  "the subject, wire a mask.")
+        host.warn(
+            f"{NODE}: where {', '.join(map(repr, words)):.200} stands among the tokens of line {lost[0]} is not known for this "
+            "CLIP, or it stands behind the last one that the model reads. No subject is marked; where a node looks for "
+            "the subject, wire a mask."
+        )
         return None
     union = [tuple(sorted({place for word in line for place in word})) for line in by_line]
-    by_word = tuple(batch_rows(rows, [line[i] for line in by_line])[1] for i in range(len(words))) if len(words) > 1 else ()
+    by_word = (
+        tuple(batch_rows(rows, [line[i] for line in by_line])[1] for i in range(len(words)))
+        if len(words) > 1
+        else ()
+    )
     return SubjectTokens(tuple(words), batch_rows(rows, union)[1], by_word)
 
 
@@ -96,12 +132,20 @@ def joined_extras(encoded: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str,
         if not isinstance(value, Tensor):
             continue
         values = [e.get(key) for _, e in encoded]
-        if key == "attention_mask" and all(isinstance(v, Tensor) and torch.equal(v, value) for v in values):
+        if key == "attention_mask" and all(
+            isinstance(v, Tensor) and torch.equal(v, value) for v in values
+        ):
             continue
-        if len(values) > 1 and not all(isinstance(v, Tensor) and v.ndim > 1 and v.shape == value.shape for v in values):
-            shapes = ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else "none" for v in values)
-            raise ValueError(f"{NODE}: this CLIP gives the lines a {key} of {shapes}, which no batch can hold. Write one line, and sample "
-                             "the others apart.")
+        if len(values) > 1 and not all(
+            isinstance(v, Tensor) and v.ndim > 1 and v.shape == value.shape for v in values
+        ):
+            shapes = ", ".join(
+                str(tuple(v.shape)) if isinstance(v, Tensor) else "none" for v in values
+            )
+            raise ValueError(
+                f"{NODE}: this CLIP gives the lines a {key} of {shapes}, which no batch can hold. Write one line, and sample "
+                "the others apart."
+            )
         extras[key] = torch.cat(values)
     return extras
 
@@ -110,9 +154,11 @@ def require_one_length(rows: Sequence[Tensor]) -> None:
     """ValueError for lines [1 w_i c] of unequal length, which one joint softmax of text and picture cannot hold."""
     if len({row.shape[1] for row in rows}) > 1:
         said = ", ".join(f"line {i} {row.shape[1]}" for i, row in enumerate(rows, 1))
-        raise ValueError(f"{NODE}: the lines are encoded as different numbers of tokens ({said:.300}), and this model's text and picture "
-                         "share one attention, in which a text cannot be repeated to the length of another. Bring the lines to the same "
-                         "number of tokens by a word more or less, or sample them one by one.")
+        raise ValueError(
+            f"{NODE}: the lines are encoded as different numbers of tokens ({said:.300}), and this model's text and picture "
+            "share one attention, in which a text cannot be repeated to the length of another. Bring the lines to the same "
+            "number of tokens by a word more or less, or sample them one by one."
+        )
 
 
 class SubjectPrompts(io.ComfyNode):
@@ -121,25 +167,55 @@ class SubjectPrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="KindredSubjectPrompts", display_name=NODE, category="Kindred",
+            node_id="KindredSubjectPrompts",
+            display_name=NODE,
+            category="Kindred",
             description="Encodes one prompt per line as one batch and remembers where the subject's words stand, "
-                        "so that other Kindred nodes find the subject in the picture. Use it wherever CLIP Text Encode would stand.",
-            search_aliases=["subject prompt", "story prompts", "concept words", "batch prompts", "consistory prompts"],
+            "so that other Kindred nodes find the subject in the picture. Use it wherever CLIP Text Encode would stand.",
+            search_aliases=[
+                "subject prompt",
+                "story prompts",
+                "concept words",
+                "batch prompts",
+                "consistory prompts",
+            ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The checkpoint's CLIP."),
-                io.String.Input("prompts", multiline=True, dynamic_prompts=True, default="a photo of a cat on the beach",
-                                tooltip="One line is one picture. Empty lines are skipped. (word:1.2) weighting works as usual."),
-                io.String.Input("subject", default="cat",
-                                tooltip="The word or phrase that names the subject in every line, for instance: cat. "
-                                        "Several subjects are separated by commas. Empty: no subject is marked."),
-                io.String.Input("style", default="", optional=True, advanced=True,
-                                tooltip="Put before every line, for instance: watercolour of"),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="a photo of a cat on the beach",
+                    tooltip="One line is one picture. Empty lines are skipped. (word:1.2) weighting works as usual.",
+                ),
+                io.String.Input(
+                    "subject",
+                    default="cat",
+                    tooltip="The word or phrase that names the subject in every line, for instance: cat. "
+                    "Several subjects are separated by commas. Empty: no subject is marked.",
+                ),
+                io.String.Input(
+                    "style",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Put before every line, for instance: watercolour of",
+                ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="conditioning", tooltip="One row per picture, with the subject's token positions."),
-                io.Int.Output(display_name="count", tooltip="The number of pictures: wire it into the batch size of Empty Latent Image."),
-                io.String.Output(display_name="texts", tooltip="The lines as they were encoded, with the style: for Consistency Score's "
-                                                               "prompts and Comparison Grid's captions."),
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="One row per picture, with the subject's token positions.",
+                ),
+                io.Int.Output(
+                    display_name="count",
+                    tooltip="The number of pictures: wire it into the batch size of Empty Latent Image.",
+                ),
+                io.String.Output(
+                    display_name="texts",
+                    tooltip="The lines as they were encoded, with the style: for Consistency Score's "
+                    "prompts and Comparison Grid's captions.",
+                ),
             ],
         )
 
@@ -147,7 +223,9 @@ class SubjectPrompts(io.ComfyNode):
     def execute(cls, clip: Any, prompts: str, subject: str, style: str = "") -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
-            raise ValueError(f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach.")
+            raise ValueError(
+                f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach."
+            )
         words = subjects_in(subject)
         before = " ".join(style.splitlines()).strip()  # a line of texts is a picture
         texts = [f"{before} {line}".strip() for line in lines]

@@ -1,4 +1,5 @@
 """What reaches a node, before the node sees it: the host checks no value that stands where a wire belongs, and lets NaN through."""
+
 from __future__ import annotations
 
 import functools
@@ -10,12 +11,30 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-WIRES = {"LATENT": "VAE Encode or Empty Latent Image", "CONDITIONING": "Subject Prompts or CLIP Text Encode", "MODEL": "Load Checkpoint",
-         "CLIP": "Load Checkpoint", "VAE": "Load Checkpoint", "IMAGE": "Load Image or VAE Decode", "MASK": "Load Image (as Mask)",
-         "SIGMAS": "a scheduler", "CLIP_VISION": "Load CLIP Vision", "KINDRED_INVERSION": "DDIM Invert",
-         "KINDRED_REFERENCE": "Ref-UNet Feature Capture or Load Reference", "KINDRED_CONCEPT_ENCODER": "Concept Encoder Load"}
-SAID = ("strength", "weight", "dropout", "query_blend", "query_blend_end", "feature_injection", "filename_prefix",
-        "save_name")  # of which their nodes say more
+WIRES = {
+    "LATENT": "VAE Encode or Empty Latent Image",
+    "CONDITIONING": "Subject Prompts or CLIP Text Encode",
+    "MODEL": "Load Checkpoint",
+    "CLIP": "Load Checkpoint",
+    "VAE": "Load Checkpoint",
+    "IMAGE": "Load Image or VAE Decode",
+    "MASK": "Load Image (as Mask)",
+    "SIGMAS": "a scheduler",
+    "CLIP_VISION": "Load CLIP Vision",
+    "KINDRED_INVERSION": "DDIM Invert",
+    "KINDRED_REFERENCE": "Ref-UNet Feature Capture or Load Reference",
+    "KINDRED_CONCEPT_ENCODER": "Concept Encoder Load",
+}
+SAID = (
+    "strength",
+    "weight",
+    "dropout",
+    "query_blend",
+    "query_blend_end",
+    "feature_injection",
+    "filename_prefix",
+    "save_name",
+)  # of which their nodes say more
 TENSORS = ("IMAGE", "MASK", "SIGMAS")
 WRITTEN = (str, int, float, bool, list, tuple, dict)  # what JSON holds
 
@@ -25,22 +44,42 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     schema = node.define_schema()
     execute = node.execute.__func__
     signature = inspect.signature(execute)
-    kinds = {i.id: (i.template.input if isinstance(i, io.Autogrow.Input) else i, isinstance(i, io.Autogrow.Input)) for i in schema.inputs}
+    kinds = {
+        i.id: (
+            i.template.input if isinstance(i, io.Autogrow.Input) else i,
+            isinstance(i, io.Autogrow.Input),
+        )
+        for i in schema.inputs
+    }
 
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
 
     @functools.wraps(execute)
     def checked(cls: type, *args: Any, **kwargs: Any) -> Any:
-        unknown = next((name for name in kwargs if name not in (kinds if open_ended else signature.parameters)), None)
+        unknown = next(
+            (
+                name
+                for name in kwargs
+                if name not in (kinds if open_ended else signature.parameters)
+            ),
+            None,
+        )
         if unknown is not None:  # the host drops values of other names, but not wires
-            raise ValueError(f"{schema.display_name}: there is no input {unknown!r:.40}. Remove it; there are {', '.join(kinds)}.")
+            raise ValueError(
+                f"{schema.display_name}: there is no input {unknown!r:.40}. Remove it; there are {', '.join(kinds)}."
+            )
         for name, value in given(signature.bind_partial(cls, *args, **kwargs)):
             if name in kinds:
                 asked, grows = kinds[name]
-                for one in (v for v in value.values() if v is not None) if grows and isinstance(value, Mapping) else (value,):
+                for one in (
+                    (v for v in value.values() if v is not None)
+                    if grows and isinstance(value, Mapping)
+                    else (value,)
+                ):
                     for single in one if schema.is_input_list and isinstance(one, list) else (one,):
                         refuse(schema.display_name, name, asked, single)
         return execute(cls, *args, **kwargs)
+
     node.execute = classmethod(checked)
     return node
 
@@ -60,12 +99,25 @@ def refuse(node: str, name: str, asked: Any, value: Any) -> None:
     if kind in WIRES:
         if value is None and asked.optional or fits(kind, value):
             return
-        raise ValueError(f"{node}: {name} is {type(value).__name__} {str(value)!r:.40}, where a wire of {kind} belongs. Wire "
-                         f"{WIRES[kind]} into it.")
-    if kind in ("FLOAT", "INT") and name not in SAID and isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{node}: {name} is {value}. Give a number from {asked.min} to {asked.max}.")
-    if kind == "STRING" and name not in SAID and any("\ud800" <= c <= "\udfff" for c in str(value)):  # tokenizers take no such text
-        raise ValueError(f"{node}: {name} is {value!r:.60}, which holds half a character. Write it again.")
+        raise ValueError(
+            f"{node}: {name} is {type(value).__name__} {str(value)!r:.40}, where a wire of {kind} belongs. Wire "
+            f"{WIRES[kind]} into it."
+        )
+    if (
+        kind in ("FLOAT", "INT")
+        and name not in SAID
+        and isinstance(value, float)
+        and not math.isfinite(value)
+    ):
+        raise ValueError(
+            f"{node}: {name} is {value}. Give a number from {asked.min} to {asked.max}."
+        )
+    if (
+        kind == "STRING" and name not in SAID and any("\ud800" <= c <= "\udfff" for c in str(value))
+    ):  # tokenizers take no such text
+        raise ValueError(
+            f"{node}: {name} is {value!r:.60}, which holds half a character. Write it again."
+        )
 
 
 def fits(kind: str, value: Any) -> bool:
@@ -81,4 +133,9 @@ def fits(kind: str, value: Any) -> bool:
 
 def is_prompt(one: Any) -> bool:
     """One entry of a CONDITIONING."""
-    return isinstance(one, (list, tuple)) and len(one) == 2 and isinstance(one[0], Tensor) and isinstance(one[1], Mapping)
+    return (
+        isinstance(one, (list, tuple))
+        and len(one) == 2
+        and isinstance(one[0], Tensor)
+        and isinstance(one[1], Mapping)
+    )

@@ -1,4 +1,5 @@
 """For every room: the checkout is importable as `kindred`, torch has one thread and a known seed."""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT]  # `python -m pytest` puts it there
+sys.path[:] = [
+    place for place in sys.path if Path(place or ".").resolve() != ROOT
+]  # `python -m pytest` puts it there
 sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
 
 from checkout import as_kindred  # noqa: E402
@@ -49,5 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from hypothesis import settings
     except ImportError:
         return
-    settings.register_profile("kindred", derandomize=True, deadline=None, database=None, max_examples=25)
+    settings.register_profile(
+        "kindred", derandomize=True, deadline=None, database=None, max_examples=25
+    )
     settings.load_profile("kindred")

@@ -2,6 +2,7 @@
 
 python3 tools/archive.py    lists them with their sizes
 """
+
 from __future__ import annotations
 
 import fnmatch
@@ -13,16 +14,33 @@ from terminal import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 # names another repository, as git itself does for its hooks and aliases; what `git rev-parse --local-env-vars` tells, less settings
-ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE",
-             "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_IMPLICIT_WORK_TREE", "GIT_GRAFT_FILE", "GIT_SHALLOW_FILE")
+ELSEWHERE = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_PREFIX",
+    "GIT_COMMON_DIR",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_NAMESPACE",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_IMPLICIT_WORK_TREE",
+    "GIT_GRAFT_FILE",
+    "GIT_SHALLOW_FILE",
+)
 
 
 def git(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """git in this repository, or in that of `cwd`, whatever the environment says. Code 128 where there is no repository or no git."""
     settings = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     try:
-        return subprocess.run(["git", *words], cwd=cwd or ROOT, env=settings, capture_output=True, encoding="utf-8",
-                              errors="surrogateescape")
+        return subprocess.run(
+            ["git", *words],
+            cwd=cwd or ROOT,
+            env=settings,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
     except FileNotFoundError as error:
         return subprocess.CompletedProcess(words, 128, "", str(error))
 
@@ -34,10 +52,24 @@ def files(*suffixes: str) -> list[str]:
         names = [name for name in told.stdout.split("\0") if name and (ROOT / name).is_file()]
     else:  # an unpacked archive: no git, or that of a folder around it
         names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
-        names = [name for name in names if not any(part.startswith(".") or part == "__pycache__" for part in Path(name).parts)]
-        rules = {path.parent.relative_to(ROOT): path.read_text("utf-8") for path in ROOT.rglob(".gitignore")}
-        names = [name for name in names if not any(excluded(Path(name).relative_to(place).as_posix(), text) for place, text in rules.items()
-                                                   if Path(name).is_relative_to(place))]
+        names = [
+            name
+            for name in names
+            if not any(part.startswith(".") or part == "__pycache__" for part in Path(name).parts)
+        ]
+        rules = {
+            path.parent.relative_to(ROOT): path.read_text("utf-8")
+            for path in ROOT.rglob(".gitignore")
+        }
+        names = [
+            name
+            for name in names
+            if not any(
+                excluded(Path(name).relative_to(place).as_posix(), text)
+                for place, text in rules.items()
+                if Path(name).is_relative_to(place)
+            )
+        ]
     return sorted(name for name in names if not suffixes or name.endswith(suffixes))
 
 

@@ -1,4 +1,5 @@
 """The real ComfyUI in this process, on the CPU, with the pack loaded by the host's own loader: for tests and measurements."""
+
 from __future__ import annotations
 
 import asyncio
@@ -23,9 +24,13 @@ def boot(host: Path, cpu: bool = True, pack: bool = True) -> ModuleType:
     base = tempfile.mkdtemp(prefix="kindred-host-")
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     sys.path.insert(0, str(host))
-    argv, sys.argv = sys.argv, ["main.py", *["--cpu"] * cpu, "--use-pytorch-cross-attention", "--base-directory", base]
+    argv, sys.argv = (
+        sys.argv,
+        ["main.py", *["--cpu"] * cpu, "--use-pytorch-cross-attention", "--base-directory", base],
+    )
     try:
         import comfy.options
+
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # noqa: F401  reads sys.argv now
         import nodes
@@ -42,5 +47,5 @@ def boot(host: Path, cpu: bool = True, pack: bool = True) -> ModuleType:
         del sys.modules[name]
     for name, module in list(sys.modules.items()):
         if name == loaded or name.startswith(loaded + "."):
-            sys.modules["kindred" + name[len(loaded):]] = module
+            sys.modules["kindred" + name[len(loaded) :]] = module
     return nodes

@@ -5,6 +5,7 @@ with browser() as chromium, chromium.page(server.url, vue=True) as canvas:
     canvas.run()
     canvas.screenshot(Path("ran.png"))
 """
+
 from __future__ import annotations
 
 import json
@@ -23,12 +24,25 @@ from client import Client
 from playwright.sync_api import BrowserType, ConsoleMessage, Locator, Page, sync_playwright
 from results import make_folder
 
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 # what the frontend's own browser tests set, so that no tour, tooltip or restored tab stands in the way
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.VersionCompatibility.DisableWarnings": True, "Comfy.EnableTooltips": False,
-            "Comfy.Minimap.Visible": False, "Comfy.Workflow.Persist": False, "Comfy.Validation.Workflows": True,
-            "Comfy.Locale": "en"}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.VersionCompatibility.DisableWarnings": True,
+    "Comfy.EnableTooltips": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Validation.Workflows": True,
+    "Comfy.Locale": "en",
+}
 READY = "() => window.app?.extensionManager && window.app.vueAppReady && window.app.graph && !window.app.extensionManager.spinner"
 LISTEN = """() => { window.__events = []; for (const kind of ['executed', 'execution_success', 'execution_error', 'execution_interrupted'])
             app.api.addEventListener(kind, e => window.__events.push([kind, e.detail])) }"""
@@ -37,10 +51,22 @@ ENDED = "() => window.__events.some(e => ['execution_success', 'execution_error'
 WATCH = """window.__toasts = []; new MutationObserver(changes => { for (const change of changes) for (const node of change.addedNodes)
     for (const toast of node.matches?.('.p-toast-message') ? [node] : node.querySelectorAll?.('.p-toast-message') ?? [])
         window.__toasts.push(toast.innerText) }).observe(document, {childList: true, subtree: true})"""
-INSTALLED = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome", "msedge", "microsoft-edge")
-ELSEWHERE = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium",
-             "C:/Program Files/Google/Chrome/Application/chrome.exe", "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe",
-             "C:/Program Files (x86)/Microsoft/Edge/Application/msedge.exe")
+INSTALLED = (
+    "google-chrome",
+    "google-chrome-stable",
+    "chromium",
+    "chromium-browser",
+    "chrome",
+    "msedge",
+    "microsoft-edge",
+)
+ELSEWHERE = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+    "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe",
+    "C:/Program Files (x86)/Microsoft/Edge/Application/msedge.exe",
+)
 
 
 class NoBrowser(RuntimeError):
@@ -49,7 +75,10 @@ class NoBrowser(RuntimeError):
 
 def find_browser() -> Path | None:
     """An installed Chromium, Chrome or Edge; $KINDRED_BROWSER names another."""
-    given, own = os.environ.get("KINDRED_BROWSER"), os.environ.get("LOCALAPPDATA")  # Windows: where Chrome goes without an administrator
+    given, own = (
+        os.environ.get("KINDRED_BROWSER"),
+        os.environ.get("LOCALAPPDATA"),
+    )  # Windows: where Chrome goes without an administrator
     users = [Path(own, "Google", "Chrome", "Application", "chrome.exe")] if own else []
     paths = [given] if given else [*map(shutil.which, INSTALLED), *ELSEWHERE, *users]
     return next((Path(path) for path in paths if path and Path(path).is_file()), None)
@@ -61,17 +90,34 @@ def get_browser() -> Path:
     if found:
         return found
     if given := os.environ.get("KINDRED_BROWSER"):
-        raise NoBrowser(f"KINDRED_BROWSER names {given}, which is no file. Correct it, or unset it.")
+        raise NoBrowser(
+            f"KINDRED_BROWSER names {given}, which is no file. Correct it, or unset it."
+        )
     apt, sudo = shutil.which("apt-get"), shutil.which("sudo")
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if not apt or not (root or sudo):
-        raise NoBrowser("no Chromium, Chrome or Edge was found on this machine, and it cannot be installed here. Install one, or name it "
-                        "in KINDRED_BROWSER.")
+        raise NoBrowser(
+            "no Chromium, Chrome or Edge was found on this machine, and it cannot be installed here. Install one, or name it "
+            "in KINDRED_BROWSER."
+        )
     prefix = [] if root else [sudo, "-n"]
-    print("No browser here: installing chromium with apt-get (about 110 MB, once).", file=sys.stderr, flush=True)
-    for arguments in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", "chromium"]):
-        done = subprocess.run([*prefix, apt, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-                              errors="replace", env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+    print(
+        "No browser here: installing chromium with apt-get (about 110 MB, once).",
+        file=sys.stderr,
+        flush=True,
+    )
+    for arguments in (
+        ["update", "-q"],
+        ["install", "-y", "-q", "--no-install-recommends", "chromium"],
+    ):
+        done = subprocess.run(
+            [*prefix, apt, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+        )
         if done.returncode:
             raise NoBrowser(f"apt-get {' '.join(arguments)} failed: {done.stdout.strip()[-300:]}")
     found = find_browser()
@@ -83,6 +129,7 @@ def get_browser() -> Path:
 @dataclass
 class Canvas:
     """A page of ComfyUI. `errors` gathers what a user would call broken: exceptions in the page and console errors that name the pack."""
+
     page: Page
     client: Client
     vue: bool
@@ -98,16 +145,24 @@ class Canvas:
             self.page.set_input_files("#comfy-file-input", workflow)
             wanted = len(json.loads(workflow.read_text("utf-8"))["nodes"])
         else:
-            self.page.evaluate("async ([w, name]) => { await app.loadGraphData(w, true, true, name) }", [workflow, name])
+            self.page.evaluate(
+                "async ([w, name]) => { await app.loadGraphData(w, true, true, name) }",
+                [workflow, name],
+            )
             wanted = len(workflow["nodes"])
-        self.page.wait_for_function("n => app.graph.nodes.length === n && !app.graph.nodes.some(n => n.of_before)", arg=wanted,
-                                    timeout=120_000)
+        self.page.wait_for_function(
+            "n => app.graph.nodes.length === n && !app.graph.nodes.some(n => n.of_before)",
+            arg=wanted,
+            timeout=120_000,
+        )
         if wanted:
             self.fit()
 
     def load_api(self, graph: Mapping[str, Any], name: str) -> None:
         self.page.evaluate("async ([g, name]) => await app.loadApiJson(g, name)", [graph, name])
-        self.page.wait_for_function("n => app.graph.nodes.length === n", arg=len(graph), timeout=120_000)
+        self.page.wait_for_function(
+            "n => app.graph.nodes.length === n", arg=len(graph), timeout=120_000
+        )
 
     def fit(self) -> None:
         self.page.wait_for_timeout(300)
@@ -120,7 +175,9 @@ class Canvas:
 
     def prompt(self) -> dict[str, Any]:
         """What the page would post to /prompt."""
-        return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+        return json.loads(
+            self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)")
+        )
 
     def toasts(self) -> list[str]:
         """What popped up since the page was opened or tidied, also if it went away again."""
@@ -141,7 +198,9 @@ class Canvas:
     def wait(self, seconds: float = 600) -> dict[str, Any]:
         """Until the run has ended; gives {"kind": execution_success | execution_error | ..., "detail": ...}."""
         self.page.wait_for_function(ENDED, timeout=1000 * seconds)
-        kind, detail = next(e for e in reversed(self.page.evaluate("window.__events")) if e[0] != "executed")
+        kind, detail = next(
+            e for e in reversed(self.page.evaluate("window.__events")) if e[0] != "executed"
+        )
         return {"kind": kind, "detail": detail}
 
     def run(self, seconds: float = 600) -> dict[str, Any]:
@@ -156,10 +215,13 @@ class Canvas:
         """Where a node stands on the screen: x, y, width, height in pixels, its title included."""
         if self.vue:
             return self.body(node).bounding_box()
-        return self.page.evaluate("""id => {
+        return self.page.evaluate(
+            """id => {
             const n = app.graph.getNodeById(id), d = app.canvas.ds, r = app.canvas.canvas.getBoundingClientRect();
             return {x: r.left + (n.pos[0] + d.offset[0]) * d.scale, y: r.top + (n.pos[1] - 30 + d.offset[1]) * d.scale,
-                    width: n.size[0] * d.scale, height: (n.size[1] + 30) * d.scale} }""", node)
+                    width: n.size[0] * d.scale, height: (n.size[1] + 30) * d.scale} }""",
+            node,
+        )
 
     def body(self, node: int) -> Locator:
         """The node's element where nodes are elements (Vue)."""
@@ -173,8 +235,11 @@ class Canvas:
 
     def wait_for_pictures(self, node: int, seconds: float = 120) -> None:
         """Pictures arrive after the run has ended, later on a busy machine."""
-        shown = (f"document.querySelectorAll('[data-node-id=\"{node}\"] img').length" if self.vue
-                 else f"(app.graph.getNodeById({node}).imgs?.length ?? 0)")
+        shown = (
+            f"document.querySelectorAll('[data-node-id=\"{node}\"] img').length"
+            if self.vue
+            else f"(app.graph.getNodeById({node}).imgs?.length ?? 0)"
+        )
         self.page.wait_for_function(f"() => {shown} > 0", timeout=1000 * seconds)
 
     def screenshot(self, path: Path, node: int | None = None, margin: int = 12) -> None:
@@ -184,36 +249,67 @@ class Canvas:
             self.page.screenshot(path=path)
             return
         box = self.box(node)
-        self.page.screenshot(path=path, clip={"x": max(box["x"] - margin, 0), "y": max(box["y"] - margin, 0),
-                                              "width": box["width"] + 2 * margin, "height": box["height"] + 2 * margin})
+        self.page.screenshot(
+            path=path,
+            clip={
+                "x": max(box["x"] - margin, 0),
+                "y": max(box["y"] - margin, 0),
+                "width": box["width"] + 2 * margin,
+                "height": box["height"] + 2 * margin,
+            },
+        )
 
 
 def complain(canvas: Canvas, message: ConsoleMessage) -> None:
     """Note a console error that names the pack; a help page is looked for in the user's language first, and need not be there."""
     address = message.location.get("url", "")
-    if message.type == "error" and "/extensions/kindred/" in message.text + address and not address.endswith(".md"):
+    if (
+        message.type == "error"
+        and "/extensions/kindred/" in message.text + address
+        and not address.endswith(".md")
+    ):
         canvas.errors.append(f"{message.text} {address}")
 
 
 @dataclass(frozen=True)
 class Browser:
     """A Chromium that opens pages of a host."""
+
     kind: BrowserType
     program: Path
 
     @contextmanager
-    def page(self, url: str, vue: bool, size: tuple[int, int] = (1600, 900), **settings: Any) -> Iterator[Canvas]:
+    def page(
+        self, url: str, vue: bool, size: tuple[int, int] = (1600, 900), **settings: Any
+    ) -> Iterator[Canvas]:
         """A fresh user's page at `url`, in the renderer asked for; only the host can be reached from it. settings: by id, dots as __."""
         client = Client(url)
-        chosen = SETTINGS | {"Comfy.VueNodes.Enabled": vue} | {key.replace("__", "."): value for key, value in settings.items()}
+        chosen = (
+            SETTINGS
+            | {"Comfy.VueNodes.Enabled": vue}
+            | {key.replace("__", "."): value for key, value in settings.items()}
+        )
         for key, value in chosen.items():
             client.json(f"/api/settings/{key}", value)
-        with tempfile.TemporaryDirectory(prefix="kindred-browser-", ignore_cleanup_errors=True) as profile:
-            context = self.kind.launch_persistent_context(profile, executable_path=str(self.program), headless=True, args=list(FLAGS),
-                                                          viewport=dict(zip(("width", "height"), size)))
+        with tempfile.TemporaryDirectory(
+            prefix="kindred-browser-", ignore_cleanup_errors=True
+        ) as profile:
+            context = self.kind.launch_persistent_context(
+                profile,
+                executable_path=str(self.program),
+                headless=True,
+                args=list(FLAGS),
+                viewport=dict(zip(("width", "height"), size)),
+            )
             try:
-                context.route("**/*", lambda route: route.continue_() if route.request.url.startswith((url, "data:", "blob:"))
-                              else route.abort())
+                context.route(
+                    "**/*",
+                    lambda route: (
+                        route.continue_()
+                        if route.request.url.startswith((url, "data:", "blob:"))
+                        else route.abort()
+                    ),
+                )
                 context.add_init_script(WATCH)
                 canvas = Canvas(context.pages[0], client, vue)
                 canvas.page.on("pageerror", lambda error: canvas.errors.append(str(error)))

@@ -3,6 +3,7 @@
 graph: node id -> {"class_type", "inputs", "_meta"}; info: the host's /object_info. Every mistake is a Refusal: one sentence with what
 there is instead. Nothing here talks to a host.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -15,9 +16,22 @@ from typing import Any
 
 Graph = dict[str, dict[str, Any]]
 Info = Mapping[str, Any]
-WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-READERS = {"INT": (int, "a whole number"), "FLOAT": (float, "a number"),  # the order in which a type of many is tried
-           "BOOLEAN": (lambda text: WORDS[text.strip().lower()], "true or false"), "STRING": (str, "text")}
+WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+READERS = {
+    "INT": (int, "a whole number"),
+    "FLOAT": (float, "a number"),  # the order in which a type of many is tried
+    "BOOLEAN": (lambda text: WORDS[text.strip().lower()], "true or false"),
+    "STRING": (str, "text"),
+}
 UPLOADS = ("image_upload", "video_upload", "audio_upload", "animated_image_upload")
 LOAD_REFERENCE = "KindredLoadReference"
 
@@ -33,6 +47,7 @@ class Ambiguous(Refusal):
 @dataclass(frozen=True)
 class Place:
     """One input of one node."""
+
     node: str
     input: str
 
@@ -40,6 +55,7 @@ class Place:
 @dataclass(frozen=True)
 class Change:
     """What a place shall hold, as the user wrote it."""
+
     place: Place
     text: str
 
@@ -50,12 +66,22 @@ def read_workflow(path: Path) -> Graph:
         graph = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"{path} could not be read as a workflow: {error}") from None
-    if isinstance(graph, dict) and isinstance(graph.get("prompt"), dict):  # as it is posted to /prompt
+    if isinstance(graph, dict) and isinstance(
+        graph.get("prompt"), dict
+    ):  # as it is posted to /prompt
         graph = graph["prompt"]
     if isinstance(graph, dict) and "nodes" in graph and "links" in graph:
-        raise Refusal(f"{path} is a workflow in canvas form; save it with File > Export (API), and give that file.")
-    if not isinstance(graph, dict) or not graph or not all(isinstance(node, dict) and "class_type" in node for node in graph.values()):
-        raise Refusal(f"{path} is not a workflow in API form: it needs a class_type for every node.")
+        raise Refusal(
+            f"{path} is a workflow in canvas form; save it with File > Export (API), and give that file."
+        )
+    if (
+        not isinstance(graph, dict)
+        or not graph
+        or not all(isinstance(node, dict) and "class_type" in node for node in graph.values())
+    ):
+        raise Refusal(
+            f"{path} is not a workflow in API form: it needs a class_type for every node."
+        )
     return graph
 
 
@@ -67,7 +93,10 @@ def title(graph: Mapping[str, Any], node: str) -> str:
 
 def listed(things: Iterable[object], most: int = 30) -> str:
     words = [str(thing) for thing in things]
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "") or "none"
+    return (
+        ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+        or "none"
+    )
 
 
 def near(word: str, words: Iterable[str]) -> str:
@@ -84,11 +113,15 @@ def find_node(graph: Graph, key: str) -> str:
     for name in (lambda node: title(graph, node), lambda node: graph[node]["class_type"]):
         found = [node for node in graph if name(node).lower() == key.strip().lower()]
         if len(found) > 1:
-            raise Ambiguous(f"{len(found)} nodes are called {key!r}: name one by its id, {' or '.join(found)}.")
+            raise Ambiguous(
+                f"{len(found)} nodes are called {key!r}: name one by its id, {' or '.join(found)}."
+            )
         if found:
             return found[0]
-    raise Refusal(f"No node is called {key!r}.{near(key, (title(graph, node) for node in graph))} "
-                  f"There are: {listed(f'{node} ({title(graph, node)})' for node in graph)}.")
+    raise Refusal(
+        f"No node is called {key!r}.{near(key, (title(graph, node) for node in graph))} "
+        f"There are: {listed(f'{node} ({title(graph, node)})' for node in graph)}."
+    )
 
 
 def find_place(graph: Graph, words: str) -> Place:
@@ -99,7 +132,7 @@ def find_place(graph: Graph, words: str) -> Place:
     unknown = None
     for i in reversed(cuts):
         try:
-            return Place(find_node(graph, words[:i]), words[i + 1:].strip())
+            return Place(find_node(graph, words[:i]), words[i + 1 :].strip())
         except Ambiguous:
             raise
         except Refusal as refusal:
@@ -136,16 +169,28 @@ def spec(info: Info, graph: Graph, place: Place) -> tuple[Any, Mapping[str, Any]
     """(type, options) of an input as the host declares it; a nested name such as mode.width is found below its dynamic input."""
     kind = graph[place.node]["class_type"]
     if kind not in info:
-        raise Refusal(f"The host does not know {kind} ({place.node}, {title(graph, place.node)}): install the pack that it comes from.")
-    inputs = {name: told for group in ("required", "optional") for name, told in (info[kind]["input"].get(group) or {}).items()}
+        raise Refusal(
+            f"The host does not know {kind} ({place.node}, {title(graph, place.node)}): install the pack that it comes from."
+        )
+    inputs = {
+        name: told
+        for group in ("required", "optional")
+        for name, told in (info[kind]["input"].get(group) or {}).items()
+    }
     if place.input in inputs:
         told = inputs[place.input]
         return told[0], told[1] if len(told) > 1 else {}
     now = graph[place.node].get("inputs", {}).get(place.input)
-    if place.input.partition(".")[0] in inputs and now is not None:  # a dynamic input's own: only the workflow tells its type
-        return {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}.get(type(now), "link"), {}
-    raise Refusal(f"{title(graph, place.node)} ({place.node}) has no input {place.input!r}.{near(place.input, inputs)} "
-                  f"It has: {listed(inputs)}.")
+    if (
+        place.input.partition(".")[0] in inputs and now is not None
+    ):  # a dynamic input's own: only the workflow tells its type
+        return {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}.get(
+            type(now), "link"
+        ), {}
+    raise Refusal(
+        f"{title(graph, place.node)} ({place.node}) has no input {place.input!r}.{near(place.input, inputs)} "
+        f"It has: {listed(inputs)}."
+    )
 
 
 def typed(info: Info, graph: Graph, change: Change) -> Any:
@@ -154,7 +199,9 @@ def typed(info: Info, graph: Graph, change: Change) -> Any:
     kind, options = spec(info, graph, place)
     where = f"{title(graph, place.node)}.{place.input} ({place.node})"
     if isinstance(kind, list) or kind in ("COMBO", "COMFY_DYNAMICCOMBO_V3"):
-        return chosen(text, kind if isinstance(kind, list) else options.get("options"), options, where)
+        return chosen(
+            text, kind if isinstance(kind, list) else options.get("options"), options, where
+        )
     kinds = [name for name in READERS if name in str(kind).split(",")]
     if not kinds:
         raise Refusal(f"{where} takes a connection of type {kind}, not a value.")
@@ -175,13 +222,21 @@ def chosen(text: str, known: Any, options: Mapping[str, Any], where: str) -> Any
     for entry in entries:
         if str(entry) == text:
             return entry
-    raise Refusal(f"{where} does not know {text!r}.{near(text, map(str, entries))} It takes: {listed(entries)}.")
+    raise Refusal(
+        f"{where} does not know {text!r}.{near(text, map(str, entries))} It takes: {listed(entries)}."
+    )
 
 
 def within(value: Any, options: Mapping[str, Any], where: str) -> Any:
     low, high = options.get("min"), options.get("max")
-    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-        raise Refusal(f"{where} takes {low if low is not None else 'anything'} to {high if high is not None else 'anything'}, not {value}.")
+    if (
+        not math.isfinite(value)
+        or (low is not None and value < low)
+        or (high is not None and value > high)
+    ):
+        raise Refusal(
+            f"{where} takes {low if low is not None else 'anything'} to {high if high is not None else 'anything'}, not {value}."
+        )
     return value
 
 
@@ -189,7 +244,9 @@ def check_known(info: Info, graph: Graph) -> None:
     """Every node of the workflow is one the host has."""
     lacking = sorted({node["class_type"] for node in graph.values()} - set(info))
     if lacking:
-        raise Refusal(f"The host does not know {listed(lacking)}: install there what the workflow needs.")
+        raise Refusal(
+            f"The host does not know {listed(lacking)}: install there what the workflow needs."
+        )
 
 
 def picture_place(info: Info, graph: Graph, key: str) -> Place:
@@ -202,16 +259,26 @@ def picture_place(info: Info, graph: Graph, key: str) -> Place:
         return find_place(graph, key)
     found = uploads(info, graph[node]["class_type"])
     if not found:
-        loaders = [f"{other} ({title(graph, other)})" for other in graph if uploads(info, graph[other]["class_type"])]
-        raise Refusal(f"{title(graph, node)} ({node}) takes no picture. Those that do: {listed(loaders)}.")
+        loaders = [
+            f"{other} ({title(graph, other)})"
+            for other in graph
+            if uploads(info, graph[other]["class_type"])
+        ]
+        raise Refusal(
+            f"{title(graph, node)} ({node}) takes no picture. Those that do: {listed(loaders)}."
+        )
     return Place(node, found[0])
 
 
 def uploads(info: Info, kind: str) -> list[str]:
     """The inputs of a type of node that take an uploaded file."""
     told = info.get(kind, {}).get("input", {})
-    return [name for group in ("required", "optional") for name, words in (told.get(group) or {}).items()
-            if len(words) > 1 and any(words[1].get(upload) for upload in UPLOADS)]
+    return [
+        name
+        for group in ("required", "optional")
+        for name, words in (told.get(group) or {}).items()
+        if len(words) > 1 and any(words[1].get(upload) for upload in UPLOADS)
+    ]
 
 
 def subject_place(graph: Graph, key: str | None) -> Place:
@@ -221,15 +288,23 @@ def subject_place(graph: Graph, key: str | None) -> Place:
     found = [node for node in graph if graph[node]["class_type"] == LOAD_REFERENCE]
     if len(found) == 1:
         return Place(found[0], "file")
-    raise Refusal("--subject needs a workflow with a Load Reference node; this one has none." if not found else
-                  f"{len(found)} nodes load a reference: write --subject NODE=FILE with one of {', '.join(found)}.")
+    raise Refusal(
+        "--subject needs a workflow with a Load Reference node; this one has none."
+        if not found
+        else f"{len(found)} nodes load a reference: write --subject NODE=FILE with one of {', '.join(found)}."
+    )
 
 
 def seed_places(info: Info, graph: Graph) -> list[Place]:
     """The seeds that the canvas would change after each run: of noise, not of what a method keeps to itself."""
-    return [Place(node, name) for node, known in graph.items() for name in ("seed", "noise_seed")
-            if isinstance(known.get("inputs", {}).get(name), int) and known["class_type"] in info
-            and spec(info, graph, Place(node, name))[1].get("control_after_generate")]
+    return [
+        Place(node, name)
+        for node, known in graph.items()
+        for name in ("seed", "noise_seed")
+        if isinstance(known.get("inputs", {}).get(name), int)
+        and known["class_type"] in info
+        and spec(info, graph, Place(node, name))[1].get("control_after_generate")
+    ]
 
 
 def put(graph: Graph, place: Place, value: Any) -> None:

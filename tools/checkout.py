@@ -1,4 +1,5 @@
 """Make this checkout importable as the package `kindred`, whatever its folder is called: for tests and tools."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -20,5 +21,7 @@ def as_kindred() -> None:
     The root itself must not be on sys.path: its folder `nodes` would shadow the host's nodes.py.
     """
     if "kindred" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("kindred", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            "kindred", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         sys.modules["kindred"] = importlib.util.module_from_spec(spec)

@@ -1,4 +1,5 @@
 """A custom node for measurements, linked beside the pack: counts the UNet's evaluations, which /kindred_calls tells and sets back to 0."""
+
 from __future__ import annotations
 
 from typing import Any

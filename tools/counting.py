@@ -1,4 +1,5 @@
 """What a computation costs, counted exactly: the same on every machine, and on the meta device without its memory."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -13,9 +14,24 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 aten = torch.ops.aten
 MATH = "_scaled_dot_product_attention_math"  # products and a softmax written out: what no call should fall to
 FLOPS = {**flop_registry, aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}  # the host waits for the device
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "_unique2",
+    "unique_dim",
+}  # the host waits for the device
 COPIES = {"_to_copy": 0, "copy_": 1}  # which argument is read
-NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense"}  # no kernel
+NOTHING = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_local_scalar_dense",
+}  # no kernel
 
 
 class Counting(TorchDispatchMode):
@@ -49,15 +65,35 @@ class Counting(TorchDispatchMode):
     def _called(self, *_: object) -> None:
         self.unet_calls += 1
 
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func is aten.scaled_dot_product_attention.default and args[0].is_meta and fusible(*args, **kwargs):
-            func, name = aten._scaled_dot_product_flash_attention_for_cpu.default, "_scaled_dot_product_flash_attention_for_cpu"
-            return self._count(func, name, args[:3], {"attn_mask": given(args, kwargs), "scale": kwargs.get("scale")})[0]
+        if (
+            func is aten.scaled_dot_product_attention.default
+            and args[0].is_meta
+            and fusible(*args, **kwargs)
+        ):
+            func, name = (
+                aten._scaled_dot_product_flash_attention_for_cpu.default,
+                "_scaled_dot_product_flash_attention_for_cpu",
+            )
+            return self._count(
+                func,
+                name,
+                args[:3],
+                {"attn_mask": given(args, kwargs), "scale": kwargs.get("scale")},
+            )[0]
         if name == MATH:
             self.attention[MATH] += 1
-        if func.overloadpacket not in FLOPS and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if func.overloadpacket not in FLOPS and torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):
             with Inside(self):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -70,7 +106,11 @@ class Counting(TorchDispatchMode):
             self.waits[name] += 1
 
     def _count(self, func: Any, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        if name in READS or name in ("index", "index_put", "index_put_") and any(picks(i) for i in args[1]):
+        if (
+            name in READS
+            or name in ("index", "index_put", "index_put_")
+            and any(picks(i) for i in args[1])
+        ):
             self._waited(name, args[0])
         out = run(func, args, kwargs)
         if name in COPIES and comes_home(args[COPIES[name]], out):
@@ -105,7 +145,9 @@ class Inside:
         TorchDispatchMode.__exit__(self.mode, *error)
 
 
-known: dict[Any, tuple[type | None, Any]] = {}  # what an op makes of such shapes on the meta device, where finding it out is the time
+known: dict[
+    Any, tuple[type | None, Any]
+] = {}  # what an op makes of such shapes on the meta device, where finding it out is the time
 
 
 def run(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -120,13 +162,20 @@ def run(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         known[key] = None if isinstance(out, Tensor) else type(out), told(out)
         return out
     kind, shapes = known[key]
-    made = [t and torch.empty_strided(t[0], t[1], dtype=t[2], device="meta") for t in ((shapes,) if kind is None else shapes)]
+    made = [
+        t and torch.empty_strided(t[0], t[1], dtype=t[2], device="meta")
+        for t in ((shapes,) if kind is None else shapes)
+    ]
     return made[0] if kind is None else kind(made)
 
 
 def on_paper(x: Any) -> bool:
     """Whether a tensor on the meta device is among arguments or results."""
-    return x.is_meta if isinstance(x, Tensor) else isinstance(x, (tuple, list)) and any(map(on_paper, x))
+    return (
+        x.is_meta
+        if isinstance(x, Tensor)
+        else isinstance(x, (tuple, list)) and any(map(on_paper, x))
+    )
 
 
 def told(x: Any) -> Any:

@@ -6,6 +6,7 @@ Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.j
 encoder, with both, and with both strengths 0. A checkpoint of your own has a concept encoder only if you give one.
 With --story the pictures share a subject of their own instead: tools/demo.py --story --help.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,7 +29,18 @@ from terminal import run_program
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
-LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES = "1", "2", "3", "5", "6", "7", "8", "10", "11", "13"
+LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES = (
+    "1",
+    "2",
+    "3",
+    "5",
+    "6",
+    "7",
+    "8",
+    "10",
+    "11",
+    "13",
+)
 ENCODER, CONCEPT = "15", "16"
 HELD_OUT, SCENE, CLASS, REST = 6, "meadow", "cat", ("beach", "snow", "forest")
 
@@ -36,6 +48,7 @@ HELD_OUT, SCENE, CLASS, REST = 6, "meadow", "cat", ("beach", "snow", "forest")
 @dataclass
 class Stopwatch:
     """Seconds per node, from the progress messages of a run; draws one line while it runs."""
+
     titles: Mapping[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -77,7 +90,9 @@ def native_size(checkpoint: Path) -> int:
     return 768 if b"cond_stage_model.model." in names else 512
 
 
-def prepared(arguments: argparse.Namespace, photo: str, checkpoint: str, size: int) -> dict[str, Any]:
+def prepared(
+    arguments: argparse.Namespace, photo: str, checkpoint: str, size: int
+) -> dict[str, Any]:
     """The shipped workflow with this job's inputs."""
     graph = json.loads(WORKFLOW.read_text("utf-8"))
     graph[LOADER]["inputs"]["ckpt_name"] = checkpoint
@@ -91,22 +106,30 @@ def prepared(arguments: argparse.Namespace, photo: str, checkpoint: str, size: i
         graph[node]["inputs"]["steps"] = arguments.steps
     graph[SAMPLER]["inputs"] |= {"seed": arguments.seed, "cfg": arguments.cfg}
     for node, weight in ((INJECT, arguments.weight), (CONCEPT, arguments.concept_weight)):
-        graph[node]["inputs"] |= {"strength": arguments.strength} | ({} if weight is None else {"weight": weight})
+        graph[node]["inputs"] |= {"strength": arguments.strength} | (
+            {} if weight is None else {"weight": weight}
+        )
     if arguments.concept_encoder:
         graph[ENCODER]["inputs"]["file"] = arguments.concept_encoder.name
     elif arguments.checkpoint:
         del graph[ENCODER], graph[CONCEPT]
         graph[SAMPLER]["inputs"]["model"] = [INJECT, 0]
     if arguments.clip_vision:
-        graph["17"] = {"class_type": "CLIPVisionLoader", "inputs": {"clip_name": arguments.clip_vision.name}}
+        graph["17"] = {
+            "class_type": "CLIPVisionLoader",
+            "inputs": {"clip_name": arguments.clip_vision.name},
+        }
         graph[ENCODER]["inputs"]["clip_vision"] = ["17", 0]
     return graph
 
 
 def columns(graph: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The jobs of the sheet: both injections and neither, and each alone where there is a concept encoder."""
-    quiet = {"full": (), "self": (CONCEPT,), "cross": (INJECT,), "plain": (INJECT, CONCEPT)} if CONCEPT in graph else {
-        "self": (), "plain": (INJECT,)}
+    quiet = (
+        {"full": (), "self": (CONCEPT,), "cross": (INJECT,), "plain": (INJECT, CONCEPT)}
+        if CONCEPT in graph
+        else {"self": (), "plain": (INJECT,)}
+    )
     jobs = {name: copy.deepcopy(graph) for name in quiet}
     for name, nodes in quiet.items():
         for node in nodes:
@@ -119,31 +142,71 @@ def round_trip(graph: Mapping[str, Any]) -> dict[str, Any]:
     steps, model, vae = graph[CAPTURE]["inputs"]["steps"], [LOADER, 0], [LOADER, 2]
     kept = {k: copy.deepcopy(graph[k]) for k in (LOADER, PHOTO, SCALED, "4", COARSE)}
     return kept | {
-        "20": {"class_type": "KindredDDIMInvert", "inputs": {
-            "model": model, "latent": ["4", 0], "positive": [COARSE, 0], "steps": steps, "scheduler": "ddim_uniform", "method": "ddim",
-            "seed": 0, "check": False}},
-        "21": {"class_type": "KSamplerAdvanced", "inputs": {
-            "model": model, "add_noise": "disable", "noise_seed": 0, "steps": steps, "cfg": 1.0, "sampler_name": "euler",
-            "scheduler": "ddim_uniform", "positive": [COARSE, 0], "negative": [COARSE, 0], "latent_image": ["20", 1],
-            "start_at_step": 0, "end_at_step": 10000, "return_with_leftover_noise": "disable"}},
+        "20": {
+            "class_type": "KindredDDIMInvert",
+            "inputs": {
+                "model": model,
+                "latent": ["4", 0],
+                "positive": [COARSE, 0],
+                "steps": steps,
+                "scheduler": "ddim_uniform",
+                "method": "ddim",
+                "seed": 0,
+                "check": False,
+            },
+        },
+        "21": {
+            "class_type": "KSamplerAdvanced",
+            "inputs": {
+                "model": model,
+                "add_noise": "disable",
+                "noise_seed": 0,
+                "steps": steps,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "ddim_uniform",
+                "positive": [COARSE, 0],
+                "negative": [COARSE, 0],
+                "latent_image": ["20", 1],
+                "start_at_step": 0,
+                "end_at_step": 10000,
+                "return_with_leftover_noise": "disable",
+            },
+        },
         "22": {"class_type": "VAEDecode", "inputs": {"samples": ["21", 0], "vae": vae}},
-        "23": {"class_type": "SaveImage", "inputs": {"images": ["22", 0], "filename_prefix": "kindred_back"}},
+        "23": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["22", 0], "filename_prefix": "kindred_back"},
+        },
         "24": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": vae}},
-        "25": {"class_type": "SaveImage", "inputs": {"images": ["24", 0], "filename_prefix": "kindred_vae"}},
+        "25": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["24", 0], "filename_prefix": "kindred_vae"},
+        },
     }
 
 
-def sheet(reference: Image.Image, columns: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], cell: int = 256) -> Image.Image:
+def sheet(
+    reference: Image.Image,
+    columns: Mapping[str, Sequence[Image.Image]],
+    prompts: Sequence[str],
+    cell: int = 256,
+) -> Image.Image:
     """reference | plain | self | cross | full, a row per prompt, with the prompt under its row."""
     head, foot, gap = 26, 24, 8
     width = (1 + len(columns)) * (cell + gap) + gap
     page = Image.new("RGB", (width, head + len(prompts) * (cell + foot + gap) + gap), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    for i, (title, pictures) in enumerate({"reference": [reference] * len(prompts), **columns}.items()):
+    for i, (title, pictures) in enumerate(
+        {"reference": [reference] * len(prompts), **columns}.items()
+    ):
         left = gap + i * (cell + gap)
         draw.text((left, 5), title, "black", font)
         for row, picture in enumerate(pictures):
-            page.paste(picture.convert("RGB").resize((cell, cell), Image.LANCZOS), (left, head + row * (cell + foot + gap)))
+            page.paste(
+                picture.convert("RGB").resize((cell, cell), Image.LANCZOS),
+                (left, head + row * (cell + foot + gap)),
+            )
     for row, prompt in enumerate(prompts):
         draw.text((gap, head + row * (cell + foot + gap) + cell + 3), prompt[:100], "black", font)
     return page
@@ -155,7 +218,10 @@ def psnr_db(a: Image.Image, b: Image.Image) -> float:
     import numpy as np
     import torch
     from kindred.models.metrics import psnr
-    return psnr(*(torch.from_numpy(np.array(p.convert("RGB"), dtype=np.float64)) for p in (a, b)), peak=255)
+
+    return psnr(
+        *(torch.from_numpy(np.array(p.convert("RGB"), dtype=np.float64)) for p in (a, b)), peak=255
+    )
 
 
 def measured(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
@@ -166,39 +232,89 @@ def measured(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
     from kindred.miniature.pack import load_autoencoder
     from kindred.miniature.reader import floor_and_ceiling, identity_similarity, load_reader
     from kindred.miniature.world import held_out_identity
+
     torch.set_num_threads(1)
     reader, identity = load_reader(), held_out_identity(HELD_OUT)
     autoencoder = load_autoencoder()
     floor, ceiling = floor_and_ceiling(
-        reader, lambda images: autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1))
+        reader,
+        lambda images: autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1),
+    )
     figures = {"identity.floor": floor, "identity.ceiling": ceiling}
     for name, pictures in made.items():
-        reading = reader.read(torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).float() / 255)
+        reading = reader.read(
+            torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).float()
+            / 255
+        )
         count = len(reading)
-        figures[f"identity.{name}"] = sum(identity_similarity(reading, identity, i) for i in range(count)) / count
-        figures[f"scene_accuracy.{name}"] = sum(a == b for a, b in zip(reading.names("scene"), REST)) / count
+        figures[f"identity.{name}"] = (
+            sum(identity_similarity(reading, identity, i) for i in range(count)) / count
+        )
+        figures[f"scene_accuracy.{name}"] = (
+            sum(a == b for a, b in zip(reading.names("scene"), REST)) / count
+        )
         figures[f"class_accuracy.{name}"] = sum(a == CLASS for a in reading.names("class")) / count
     return figures
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("kindred-demo"), help=f"folder for the pictures (default: %(default)s{IN_GIT})")
+    parser = argparse.ArgumentParser(
+        prog="dev.py demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("kindred-demo"),
+        help=f"folder for the pictures (default: %(default)s{IN_GIT})",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
-    parser.add_argument("--checkpoint", type=Path, help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature",
+    )
     parser.add_argument("--reference", type=Path, help="a photo of the subject")
     parser.add_argument("--subject", help="the word for the subject, such as cat or woman")
-    parser.add_argument("--concept-encoder", type=Path, help="a concept encoder for your checkpoint; none: self-attention injection alone")
-    parser.add_argument("--clip-vision", type=Path, help="the CLIP Vision that IP-Adapter full-face weights need")
-    parser.add_argument("--prompt", action="append", help="a prompt that contains the subject's word; repeat it for several pictures")
-    parser.add_argument("--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)")
+    parser.add_argument(
+        "--concept-encoder",
+        type=Path,
+        help="a concept encoder for your checkpoint; none: self-attention injection alone",
+    )
+    parser.add_argument(
+        "--clip-vision", type=Path, help="the CLIP Vision that IP-Adapter full-face weights need"
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help="a prompt that contains the subject's word; repeat it for several pictures",
+    )
+    parser.add_argument(
+        "--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)")
-    parser.add_argument("--strength", type=float, default=1.0, help="how much of the subject comes through, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--weight", type=float, help="W_S at full strength (default: the workflow's)")
-    parser.add_argument("--concept-weight", type=float, help="W_C at full strength (default: the workflow's)")
-    parser.add_argument("--story", action="store_true", help="a story instead; tools/demo.py --story --help tells its options")
+    parser.add_argument(
+        "--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)"
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="how much of the subject comes through, 0 to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weight", type=float, help="W_S at full strength (default: the workflow's)"
+    )
+    parser.add_argument(
+        "--concept-weight", type=float, help="W_C at full strength (default: the workflow's)"
+    )
+    parser.add_argument(
+        "--story",
+        action="store_true",
+        help="a story instead; tools/demo.py --story --help tells its options",
+    )
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     own = given.checkpoint is not None
@@ -209,7 +325,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("reference", "subject", "prompt"):
         if own and not getattr(given, name):
             parser.error(f"--checkpoint also needs --{name}")
-    for path in filter(None, (given.checkpoint, given.reference, given.concept_encoder, given.clip_vision)):
+    for path in filter(
+        None, (given.checkpoint, given.reference, given.concept_encoder, given.clip_vision)
+    ):
         if not path.is_file():
             parser.error(f"{path} is not a file")
     if not own:
@@ -222,10 +340,17 @@ def from_world(given: argparse.Namespace) -> None:
     """The miniature's own job: a held-out identity in one scene, asked for in three others."""
     as_kindred()
     from kindred.miniature.world import held_out_identity, prompt, render
-    given.rendered = not (given.reference or given.prompt or given.subject)  # else there is no truth to measure against
+
+    given.rendered = not (
+        given.reference or given.prompt or given.subject
+    )  # else there is no truth to measure against
     given.subject = given.subject or CLASS
     given.prompt = given.prompt or [prompt(CLASS, scene) for scene in REST]
-    given.photo = given.reference.read_bytes() if given.reference else png(render(held_out_identity(HELD_OUT), CLASS, SCENE, 11).image)
+    given.photo = (
+        given.reference.read_bytes()
+        if given.reference
+        else png(render(held_out_identity(HELD_OUT), CLASS, SCENE, 11).image)
+    )
 
 
 def png(array: Any) -> bytes:
@@ -238,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--story" in argv:
         from demo_story import main as story
+
         return story([word for word in argv if word != "--story"])
     given = parse(argv)
     own = given.checkpoint is not None
@@ -245,19 +371,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     photo = given.reference.read_bytes() if own else given.photo
     size = given.size or (native_size(given.checkpoint) if own else 128)
     prepare(given.out, given.json)
-    models = {"checkpoints": given.checkpoint, "concept_encoders": given.concept_encoder, "clip_vision": given.clip_vision}
-    with HostServer(given.host, models={kind: [path] for kind, path in models.items() if path} or None) as server:
+    models = {
+        "checkpoints": given.checkpoint,
+        "concept_encoders": given.concept_encoder,
+        "clip_vision": given.clip_vision,
+    }
+    with HostServer(
+        given.host, models={kind: [path] for kind, path in models.items() if path} or None
+    ) as server:
         client = server.client
         name = client.upload_image(photo, "kindred_reference.png")
-        graph = prepared(given, name, given.checkpoint.name if own else "kindred_miniature.safetensors", size)
-        titles = {key: node.get("_meta", {}).get("title", node["class_type"]) for key, node in graph.items()}
+        graph = prepared(
+            given, name, given.checkpoint.name if own else "kindred_miniature.safetensors", size
+        )
+        titles = {
+            key: node.get("_meta", {}).get("title", node["class_type"])
+            for key, node in graph.items()
+        }
         watch, pictures, figures = Stopwatch(titles), {}, {}
         for title, job in columns(graph).items():
             outputs = with_progress(client, job, watch)
-            pictures[title] = [Image.open(BytesIO(client.view(image))) for image in outputs[PICTURES]["images"]]
+            pictures[title] = [
+                Image.open(BytesIO(client.view(image))) for image in outputs[PICTURES]["images"]
+            ]
             if not figures:  # the first one reads the reference
-                figures = {"unet_calls.reference": watch.steps[CAPTURE], "seconds.inversion": watch.seconds[CAPTURE],
-                           "seconds.sampling": watch.seconds[SAMPLER]}
+                figures = {
+                    "unet_calls.reference": watch.steps[CAPTURE],
+                    "seconds.inversion": watch.seconds[CAPTURE],
+                    "seconds.sampling": watch.seconds[SAMPLER],
+                }
         back = with_progress(client, round_trip(graph), watch)
         decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
     figures["inversion.psnr_db"] = psnr_db(*decoded)
@@ -268,13 +410,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(given: argparse.Namespace, pictures: Mapping[str, Sequence[Image.Image]], photo: Image.Image, figures: dict[str, float],
-          graph: Mapping[str, Any]) -> None:
+def write(
+    given: argparse.Namespace,
+    pictures: Mapping[str, Sequence[Image.Image]],
+    photo: Image.Image,
+    figures: dict[str, float],
+    graph: Mapping[str, Any],
+) -> None:
     """sheet.png, the single pictures, the workflow that was run, report.json."""
     photo = ImageOps.exif_transpose(photo)
     side = min(photo.size)
-    square = photo.crop(((photo.width - side) // 2, (photo.height - side) // 2, (photo.width + side) // 2, (photo.height + side) // 2))
-    shown = {title: pictures[title] for title in ("plain", "self", "cross", "full") if title in pictures}
+    square = photo.crop(
+        (
+            (photo.width - side) // 2,
+            (photo.height - side) // 2,
+            (photo.width + side) // 2,
+            (photo.height + side) // 2,
+        )
+    )
+    shown = {
+        title: pictures[title] for title in ("plain", "self", "cross", "full") if title in pictures
+    }
     sheet(square, shown, given.prompt).save(given.out / "sheet.png")
     for title, found in pictures.items():
         for i, picture in enumerate(found, 1):
@@ -283,9 +439,17 @@ def write(given: argparse.Namespace, pictures: Mapping[str, Sequence[Image.Image
     report(given, "demo", {"prompts": given.prompt}, figures)
 
 
-def report(given: argparse.Namespace, command: str, asked: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+def report(
+    given: argparse.Namespace, command: str, asked: Mapping[str, Any], figures: Mapping[str, float]
+) -> None:
     """report.json, a copy of it where --json says, and the figures on the terminal."""
-    content = {"command": command, "version": version(), "seed": given.seed, **asked, "figures": figures}
+    content = {
+        "command": command,
+        "version": version(),
+        "seed": given.seed,
+        **asked,
+        "figures": figures,
+    }
     for path in filter(None, (given.out / "report.json", given.json)):
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for name, value in sorted(figures.items()):

@@ -5,6 +5,7 @@ ConsiStory Shared Attention; a subject made by ConsiStory Anchor Sampler, saved,
 subject read from two pictures of it. With --checkpoint it tells your own story instead; --more and --reference add the other two.
 Runs the graphs of workflows/api/story*.json; writes sheet.png, the pictures, the graphs and report.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,11 +28,30 @@ from results import IN_GIT, prepare
 from story_figures import PHOTO_SCENES, SCENES, SECOND, SUBJECT, figures_of, photos
 from terminal import run_program
 
-WORKFLOWS = {name: ROOT / "workflows" / "api" / f"{name}.json" for name in ("story", "story_more_pictures", "story_from_photo")}
+WORKFLOWS = {
+    name: ROOT / "workflows" / "api" / f"{name}.json"
+    for name in ("story", "story_more_pictures", "story_from_photo")
+}
 # node ids of the shipped workflows, by what they do; 1 to 8 are the same in all three
-LOADER, PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES = "1", "2", "3", "4", "5", "6", "7", "8"
+LOADER, PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES = (
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "7",
+    "8",
+)
 LOAD = "9"  # story_more_pictures
-PHOTO, SCALED, BATCH, COARSE, CAPTURE, PREVIEW = ("9", "10"), ("11", "12"), "13", "15", "16", "17"  # story_from_photo
+PHOTO, SCALED, BATCH, COARSE, CAPTURE, PREVIEW = (
+    ("9", "10"),
+    ("11", "12"),
+    "13",
+    "15",
+    "16",
+    "17",
+)  # story_from_photo
 SAVE = "20"  # beside the anchors
 Graph = dict[str, dict[str, Any]]
 
@@ -39,6 +59,7 @@ Graph = dict[str, dict[str, Any]]
 @dataclass(frozen=True)
 class Told:
     """What one job of the host gave."""
+
     graph: Graph
     outputs: Mapping[str, Any]
     pictures: list[Image.Image]
@@ -49,28 +70,49 @@ class Told:
 @dataclass
 class Teller:
     """Runs graphs one after another, on a server that counts the UNet's evaluations."""
+
     client: Client
     told: dict[str, Told] = field(default_factory=dict)
 
     def run(self, name: str, graph: Graph, shown: str = PICTURES) -> Told:
         """shown: the node whose pictures count."""
-        watch = Stopwatch({key: f"{name}: {node.get('_meta', {}).get('title', node['class_type'])}" for key, node in graph.items()})
+        watch = Stopwatch(
+            {
+                key: f"{name}: {node.get('_meta', {}).get('title', node['class_type'])}"
+                for key, node in graph.items()
+            }
+        )
         self.client.json("/kindred_calls")
         outputs = with_progress(self.client, graph, watch)
-        pictures = [Image.open(BytesIO(self.client.view(image))) for image in outputs[shown]["images"]]
-        self.told[name] = Told(graph, outputs, pictures, watch.seconds, self.client.json("/kindred_calls"))
+        pictures = [
+            Image.open(BytesIO(self.client.view(image))) for image in outputs[shown]["images"]
+        ]
+        self.told[name] = Told(
+            graph, outputs, pictures, watch.seconds, self.client.json("/kindred_calls")
+        )
         return self.told[name]
 
 
 def graph_of(workflow: str, given: argparse.Namespace, lines: Sequence[str], subject: str) -> Graph:
     """A shipped workflow with this job's inputs."""
     graph = json.loads(WORKFLOWS[workflow].read_text("utf-8"))
-    graph[LOADER]["inputs"]["ckpt_name"] = given.checkpoint.name if given.checkpoint else "kindred_miniature.safetensors"
-    graph[PROMPTS]["inputs"] |= {"prompts": "\n".join(lines), "subject": subject, "style": given.style}
+    graph[LOADER]["inputs"]["ckpt_name"] = (
+        given.checkpoint.name if given.checkpoint else "kindred_miniature.safetensors"
+    )
+    graph[PROMPTS]["inputs"] |= {
+        "prompts": "\n".join(lines),
+        "subject": subject,
+        "style": given.style,
+    }
     graph[SIZE]["inputs"] |= {"width": given.size, "height": given.size}
     graph[STORY]["inputs"]["strength"] = given.strength
-    graph[SAMPLER]["inputs"] |= {"seed": given.seed, "steps": given.steps, "cfg": given.cfg, "sampler_name": "ddim",
-                                 "scheduler": "ddim_uniform"}
+    graph[SAMPLER]["inputs"] |= {
+        "seed": given.seed,
+        "steps": given.steps,
+        "cfg": given.cfg,
+        "sampler_name": "ddim",
+        "scheduler": "ddim_uniform",
+    }
     return graph
 
 
@@ -85,10 +127,16 @@ def plain(graph: Graph) -> Graph:
 def anchors(graph: Graph) -> Graph:
     """The same pictures, sampled so that their subject can be saved."""
     graph = copy.deepcopy(graph)
-    graph[SAMPLER] |= {"class_type": "KindredAnchorSampler", "_meta": {"title": "Sample the anchors"}}
+    graph[SAMPLER] |= {
+        "class_type": "KindredAnchorSampler",
+        "_meta": {"title": "Sample the anchors"},
+    }
     graph[SAMPLER]["inputs"]["precision"] = "as computed"
-    graph[SAVE] = {"class_type": "KindredSaveReference", "inputs": {"reference": [SAMPLER, 1], "filename_prefix": "kindred/subject"},
-                   "_meta": {"title": "Save the subject"}}
+    graph[SAVE] = {
+        "class_type": "KindredSaveReference",
+        "inputs": {"reference": [SAMPLER, 1], "filename_prefix": "kindred/subject"},
+        "_meta": {"title": "Save the subject"},
+    }
     return graph
 
 
@@ -101,16 +149,26 @@ def from_photos(graph: Graph, names: Sequence[str], given: argparse.Namespace) -
     scale["inputs"] |= {"width": given.size, "height": given.size}
     for i, name in enumerate(names):
         graph[f"photo {i + 1}"] = load | {"inputs": {"image": name}}
-        graph[f"scaled {i + 1}"] = scale | {"inputs": scale["inputs"] | {"image": [f"photo {i + 1}", 0]}}
+        graph[f"scaled {i + 1}"] = scale | {
+            "inputs": scale["inputs"] | {"image": [f"photo {i + 1}", 0]}
+        }
     graph[BATCH]["inputs"] = {f"images.image{i}": [f"scaled {i + 1}", 0] for i in range(len(names))}
-    graph[COARSE]["inputs"] |= {"prompts": f"a photo of a {given.subject}", "subject": given.subject, "style": ""}
+    graph[COARSE]["inputs"] |= {
+        "prompts": f"a photo of a {given.subject}",
+        "subject": given.subject,
+        "style": "",
+    }
     graph[CAPTURE]["inputs"]["steps"] = given.steps
     return graph
 
 
 def only_read(graph: Graph) -> Graph:
     """A photo story as far as its reference; the host keeps it for the pictures."""
-    return {key: node for key, node in graph.items() if key not in (PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES)}
+    return {
+        key: node
+        for key, node in graph.items()
+        if key not in (PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES)
+    }
 
 
 def saved_name(told: Told) -> str:
@@ -142,8 +200,13 @@ def tell(given: argparse.Namespace, client: Client) -> dict[str, Told]:
         graph[SAMPLER]["inputs"]["seed"] = given.seed + 1
         teller.run("more_pictures", graph)
     if given.reference:
-        names = [client.upload_image(photo, f"kindred_photo_{i}.png") for i, photo in enumerate(given.reference, 1)]
-        graph = from_photos(graph_of("story_from_photo", given, given.prompt, given.subject), names, given)
+        names = [
+            client.upload_image(photo, f"kindred_photo_{i}.png")
+            for i, photo in enumerate(given.reference, 1)
+        ]
+        graph = from_photos(
+            graph_of("story_from_photo", given, given.prompt, given.subject), names, given
+        )
         teller.run("reading", only_read(graph), PREVIEW)
         teller.run("photo_story", graph)
     return teller.told
@@ -154,16 +217,35 @@ Row = tuple[str, Sequence[tuple[Image.Image, str]]]
 
 def rows(given: argparse.Namespace, told: Mapping[str, Told]) -> list[Row]:
     """The sheet's rows: a title, and pictures with what was asked for."""
+
     def captioned(name: str, lines: Sequence[str]) -> list[tuple[Image.Image, str]]:
         return list(zip(told[name].pictures, lines, strict=True))
-    made: list[Row] = [("plain: the prompts by themselves", captioned("plain", given.prompt)),
-                       ("story: the same noise, with ConsiStory Shared Attention", captioned("story", given.prompt))]
+
+    made: list[Row] = [
+        ("plain: the prompts by themselves", captioned("plain", given.prompt)),
+        (
+            "story: the same noise, with ConsiStory Shared Attention",
+            captioned("story", given.prompt),
+        ),
+    ]
     if "more_pictures" in told:
-        made.append(("more pictures of a saved subject: its two anchors, then what was made from the file",
-                     captioned("anchors", [f"anchor: {line}" for line in given.anchors]) + captioned("more_pictures", given.more)))
+        made.append(
+            (
+                "more pictures of a saved subject: its two anchors, then what was made from the file",
+                captioned("anchors", [f"anchor: {line}" for line in given.anchors])
+                + captioned("more_pictures", given.more),
+            )
+        )
     if "photo_story" in told:
-        photos = [(Image.open(BytesIO(photo)), f"photo {i}") for i, photo in enumerate(given.reference, 1)]
-        made.append(("from photos: what was inverted, then the first row's noise", photos + captioned("photo_story", given.prompt)))
+        photos = [
+            (Image.open(BytesIO(photo)), f"photo {i}") for i, photo in enumerate(given.reference, 1)
+        ]
+        made.append(
+            (
+                "from photos: what was inverted, then the first row's noise",
+                photos + captioned("photo_story", given.prompt),
+            )
+        )
     return made
 
 
@@ -171,8 +253,16 @@ def sheet(rows: Sequence[Row], cell: int = 192) -> Image.Image:
     """A row per story: its title, its pictures, the prompt under each."""
     head, foot, gap = 30, 26, 8
     tall = head + cell + foot + gap
-    page = Image.new("RGB", (gap + max(len(pictures) for _, pictures in rows) * (cell + gap), len(rows) * tall), "white")
-    draw, title_font, font = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(13)
+    page = Image.new(
+        "RGB",
+        (gap + max(len(pictures) for _, pictures in rows) * (cell + gap), len(rows) * tall),
+        "white",
+    )
+    draw, title_font, font = (
+        ImageDraw.Draw(page),
+        ImageFont.load_default(16),
+        ImageFont.load_default(13),
+    )
     for row, (title, pictures) in enumerate(rows):
         draw.text((gap, row * tall + 7), title, "black", title_font)
         for i, (picture, prompt) in enumerate(pictures):
@@ -195,24 +285,64 @@ def costs(told: Mapping[str, Told]) -> dict[str, float]:
     """Evaluations of the UNet and seconds of the sampler (of the capture, for `reading`), by story."""
     figures: dict[str, float] = {f"unet_calls.{name}": job.unet_calls for name, job in told.items()}
     timed = {name: CAPTURE if name == "reading" else SAMPLER for name in told}
-    return figures | {f"seconds.{name}": told[name].seconds[node] for name, node in timed.items() if node in told[name].seconds}
+    return figures | {
+        f"seconds.{name}": told[name].seconds[node]
+        for name, node in timed.items()
+        if node in told[name].seconds
+    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dev.py demo --story", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("kindred-story"), help=f"folder for the pictures (default: %(default)s{IN_GIT})")
+    parser = argparse.ArgumentParser(
+        prog="dev.py demo --story",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("kindred-story"),
+        help=f"folder for the pictures (default: %(default)s{IN_GIT})",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
-    parser.add_argument("--checkpoint", type=Path, help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature")
-    parser.add_argument("--subject", help="the word for the subject, which every prompt contains, such as cat or woman")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="your own SD1.5, SD2.x or SDXL checkpoint instead of the miniature",
+    )
+    parser.add_argument(
+        "--subject",
+        help="the word for the subject, which every prompt contains, such as cat or woman",
+    )
     parser.add_argument("--style", help="put before every prompt, such as: a watercolour of a")
-    parser.add_argument("--prompt", action="append", help="a picture of the story; repeat it, twice at least")
-    parser.add_argument("--more", action="append", help="a further picture of the first two prompts' subject, once it is saved and loaded")
-    parser.add_argument("--reference", type=Path, action="append", help="a photo of the subject; repeat it: the paper takes two")
-    parser.add_argument("--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)")
+    parser.add_argument(
+        "--prompt", action="append", help="a picture of the story; repeat it, twice at least"
+    )
+    parser.add_argument(
+        "--more",
+        action="append",
+        help="a further picture of the first two prompts' subject, once it is saved and loaded",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        action="append",
+        help="a photo of the subject; repeat it: the paper takes two",
+    )
+    parser.add_argument(
+        "--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--cfg", type=float, help="guidance (default 4 for the miniature, 5 for a checkpoint)")
-    parser.add_argument("--strength", type=float, default=1.0, help="how alike the subjects become, 0 to 1 (default: %(default)s)")
+    parser.add_argument(
+        "--cfg", type=float, help="guidance (default 4 for the miniature, 5 for a checkpoint)"
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="how alike the subjects become, 0 to 1 (default: %(default)s)",
+    )
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     own = ("subject", "style", "prompt", "more", "reference")
@@ -220,14 +350,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not path.is_file():
             parser.error(f"{path} is not a file")
     if given.checkpoint is None and any(getattr(given, name) for name in own):
-        parser.error(f"--{', --'.join(own)} tell a story of your own and need --checkpoint; the miniature tells one that it can measure")
+        parser.error(
+            f"--{', --'.join(own)} tell a story of your own and need --checkpoint; the miniature tells one that it can measure"
+        )
     if given.checkpoint and (not given.subject or len(given.prompt or ()) < 2):
         parser.error("--checkpoint also needs --subject, and --prompt twice at least")
     given.measured = given.checkpoint is None
     if given.measured:
         from_world(given)
     else:
-        given.style, given.second, given.anchors = given.style or "", given.subject, given.prompt[:2]
+        given.style, given.second, given.anchors = (
+            given.style or "",
+            given.subject,
+            given.prompt[:2],
+        )
         given.reference = [path.read_bytes() for path in given.reference or ()]
     given.size = given.size or (native_size(given.checkpoint) if given.checkpoint else 128)
     given.cfg = given.cfg if given.cfg is not None else 5.0 if given.checkpoint else 4.0
@@ -237,11 +373,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def from_world(given: argparse.Namespace) -> None:
     """The miniature's own stories."""
     from checkout import as_kindred
+
     as_kindred()
     from kindred.miniature.world import PLACES
+
     given.style, given.subject, given.second = "a photo of a", SUBJECT, SECOND
     given.prompt = [f"{SUBJECT} {PLACES[scene]}" for scene in SCENES["story"]]
-    given.anchors, given.more = ([f"{SECOND} {PLACES[scene]}" for scene in SCENES[name]] for name in ("anchors", "more_pictures"))
+    given.anchors, given.more = (
+        [f"{SECOND} {PLACES[scene]}" for scene in SCENES[name]]
+        for name in ("anchors", "more_pictures")
+    )
     given.reference = photos(PHOTO_SCENES)
 
 
@@ -253,7 +394,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = tell(given, server.client)
     figures = costs(told)
     if given.measured:
-        figures |= figures_of({name: job.pictures for name, job in told.items() if name != "reading"})
+        figures |= figures_of(
+            {name: job.pictures for name, job in told.items() if name != "reading"}
+        )
     figures["seconds.total"] = time.monotonic() - began
     write(given, told, figures)
     return 0

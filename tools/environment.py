@@ -2,6 +2,7 @@
 
 Standard library only: this runs before anything is installed. The pins are in tools/pins; the folder is named by their hash.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -27,11 +28,34 @@ PINS = Path(__file__).resolve().parent / "pins"
 LOCK, HOST_PIN = PINS / "requirements.txt", PINS / "host.json"
 PYTHONS = ((3, 11), (3, 14))  # first and last version that every pin has files for
 FREE_BYTES = 9_000_000_000  # 5.5 GB stay, pip may keep 2 GB of downloads in its own cache
-UNREACHABLE = re.compile(r"Retrying \(Retry|NewConnectionError|ConnectTimeout|Failed to establish|getaddrinfo|Name or service")
-STRAYS = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONSAFEPATH", "PYTHONOPTIMIZE", "PYTHONINSPECT", "PYTHONWARNINGS",
-          "PYTHONDEVMODE", "PYTHONVERBOSE", "PYTHONPROFILEIMPORTTIME", "__PYVENV_LAUNCHER__", "PIP_USER", "PIP_TARGET", "PIP_PREFIX",
-          "PIP_REQUIRE_VIRTUALENV", "PIP_QUIET", "PIP_NO_BINARY", "PIP_ONLY_BINARY", "PIP_DRY_RUN", "PYTEST_ADDOPTS", "PYTEST_PLUGINS",
-          "PYTEST_DISABLE_PLUGIN_AUTOLOAD", *ELSEWHERE)
+UNREACHABLE = re.compile(
+    r"Retrying \(Retry|NewConnectionError|ConnectTimeout|Failed to establish|getaddrinfo|Name or service"
+)
+STRAYS = (
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "PYTHONSTARTUP",
+    "PYTHONSAFEPATH",
+    "PYTHONOPTIMIZE",
+    "PYTHONINSPECT",
+    "PYTHONWARNINGS",
+    "PYTHONDEVMODE",
+    "PYTHONVERBOSE",
+    "PYTHONPROFILEIMPORTTIME",
+    "__PYVENV_LAUNCHER__",
+    "PIP_USER",
+    "PIP_TARGET",
+    "PIP_PREFIX",
+    "PIP_REQUIRE_VIRTUALENV",
+    "PIP_QUIET",
+    "PIP_NO_BINARY",
+    "PIP_ONLY_BINARY",
+    "PIP_DRY_RUN",
+    "PYTEST_ADDOPTS",
+    "PYTEST_PLUGINS",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD",
+    *ELSEWHERE,
+)
 
 
 class Refusal(Exception):
@@ -41,7 +65,7 @@ class Refusal(Exception):
 @dataclass(frozen=True)
 class Environment:
     python: Path  # the interpreter that runs the host, the tests and the tools
-    host: Path    # ComfyUI's folder, the one that holds main.py
+    host: Path  # ComfyUI's folder, the one that holds main.py
 
 
 def cache_folder() -> Path:
@@ -59,7 +83,9 @@ def pins_hash(version: tuple[int, int]) -> str:
     """Twelve hex digits of everything that decides what is installed."""
     told = f"{sys.platform} {platform.machine()} {version}".encode()
     # line endings as in the repository, whatever the checkout made of them
-    return hashlib.sha256(told + LOCK.read_bytes().replace(b"\r", b"") + HOST_PIN.read_bytes().replace(b"\r", b"")).hexdigest()[:12]
+    return hashlib.sha256(
+        told + LOCK.read_bytes().replace(b"\r", b"") + HOST_PIN.read_bytes().replace(b"\r", b"")
+    ).hexdigest()[:12]
 
 
 def venv_python(venv: Path) -> Path:
@@ -75,14 +101,18 @@ def find_python() -> tuple[str, tuple[int, int]]:
         path = shutil.which(name)
         if not path or (name == sys.executable and not oldest <= sys.version_info[:2] <= newest):
             continue
-        answer = subprocess.run([path, "-c", probe], capture_output=True, encoding="utf-8", errors="replace")
+        answer = subprocess.run(
+            [path, "-c", probe], capture_output=True, encoding="utf-8", errors="replace"
+        )
         if answer.returncode == 0:
             major, minor = map(int, answer.stdout.split())
             if oldest <= (major, minor) <= newest:
                 return path, (major, minor)
-    raise Refusal(f"Kindred's environment needs Python {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]} with venv; this is "
-                  f"{platform.python_version()} ({sys.executable}). Install one (on Debian and Ubuntu also python3-venv), "
-                  "or name your own ComfyUI and its Python with --host and --python.")
+    raise Refusal(
+        f"Kindred's environment needs Python {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]} with venv; this is "
+        f"{platform.python_version()} ({sys.executable}). Install one (on Debian and Ubuntu also python3-venv), "
+        "or name your own ComfyUI and its Python with --host and --python."
+    )
 
 
 def inventory(folder: Path) -> dict[str, int]:
@@ -125,15 +155,19 @@ def only_one(path: Path) -> Iterator[None]:
             try:
                 if sys.platform == "win32":
                     import msvcrt
+
                     file.seek(0)
                     msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
                 else:
                     import fcntl
+
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
                 if not told:
-                    print("Another setup is at work on this environment: waiting for it.", flush=True)
+                    print(
+                        "Another setup is at work on this environment: waiting for it.", flush=True
+                    )
                 told = True
                 time.sleep(0.5)
         try:
@@ -141,6 +175,7 @@ def only_one(path: Path) -> Iterator[None]:
         finally:
             if sys.platform == "win32":
                 import msvcrt
+
                 file.seek(0)
                 msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
@@ -154,7 +189,12 @@ class Progress:
     """One line that lives on a terminal; in a log, one line per large file and a sign of life every half minute."""
 
     def __init__(self, label: str) -> None:
-        self.label, self.note, self.start, self.live = label, "", time.monotonic(), sys.stdout.isatty()
+        self.label, self.note, self.start, self.live = (
+            label,
+            "",
+            time.monotonic(),
+            sys.stdout.isatty(),
+        )
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._tick, daemon=True)
 
@@ -165,7 +205,11 @@ class Progress:
     def _show(self) -> None:
         text = f"  {self.label}: {self.note} ({time.monotonic() - self.start:.0f} s)"
         width = shutil.get_terminal_size().columns - 1
-        print("\r" + text[:width].ljust(width) if self.live else text, end="" if self.live else "\n", flush=True)
+        print(
+            "\r" + text[:width].ljust(width) if self.live else text,
+            end="" if self.live else "\n",
+            flush=True,
+        )
 
     def say(self, note: str, loud: bool = False) -> None:
         self.note = note
@@ -188,22 +232,46 @@ class Progress:
 
 def pip(python: Path, arguments: list[str], log: Path, progress: Progress) -> None:
     """Run pip with its output in `log` and its course shown. Raises Refusal with the reason in one sentence."""
-    argv = [str(python), "-m", "pip", *arguments, "--progress-bar", "off", "--no-input", "--disable-pip-version-check"]
+    argv = [
+        str(python),
+        "-m",
+        "pip",
+        *arguments,
+        "--progress-bar",
+        "off",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     collected = total = 0
-    with open(log, "a", encoding="utf-8") as file, subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-            env=clean_environment(PYTHONUNBUFFERED="1")) as process:
+    with (
+        open(log, "a", encoding="utf-8") as file,
+        subprocess.Popen(
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=clean_environment(PYTHONUNBUFFERED="1"),
+        ) as process,
+    ):
         try:
             for line in process.stdout:
                 file.write(line)
                 collected += line.startswith("Collecting ")
-                if match := re.search(r"(?:Downloading|Using cached) (\S+?)-\d\S* \(([\d.]+) (kB|MB|GB)\)", line):
+                if match := re.search(
+                    r"(?:Downloading|Using cached) (\S+?)-\d\S* \(([\d.]+) (kB|MB|GB)\)", line
+                ):
                     size = float(match[2]) * {"kB": 0.001, "MB": 1, "GB": 1000}[match[3]]
                     total += size
-                    progress.say(f"{collected} packages, {total:.0f} MB so far, now {match[1].split('/')[-1]} {size:.0f} MB",
-                                 loud=size > 100)
+                    progress.say(
+                        f"{collected} packages, {total:.0f} MB so far, now {match[1].split('/')[-1]} {size:.0f} MB",
+                        loud=size > 100,
+                    )
                 elif line.startswith("Installing collected"):
-                    progress.say(f"{total:.0f} MB are here, unpacking {collected} packages", loud=True)
+                    progress.say(
+                        f"{total:.0f} MB are here, unpacking {collected} packages", loud=True
+                    )
         except BaseException:
             process.terminate()
             raise
@@ -221,7 +289,9 @@ def why_pip_failed(text: str) -> str:
         return "A downloaded file is not the pinned one (its hash differs), so it was refused; check the index you install from."
     if "No space left" in text:
         return f"The disk is full; {cache_folder()} and pip's cache need about {FREE_BYTES / 1e9:.0f} GB together."
-    return f"pip could not install the pinned packages: {errors[-1] if errors else 'no reason given'}."
+    return (
+        f"pip could not install the pinned packages: {errors[-1] if errors else 'no reason given'}."
+    )
 
 
 def unpack_host(archive: Path, folder: str, target: Path) -> int:
@@ -231,16 +301,25 @@ def unpack_host(archive: Path, folder: str, target: Path) -> int:
     with tarfile.open(archive) as tar:
         for member in tar:
             parts = PurePosixPath(member.name).parts
-            if ".." in parts or member.name.startswith("/") or "\\" in member.name or ":" in member.name:
-                raise Refusal(f"{archive.name} holds a file that would leave its folder ({member.name}); it was not unpacked.")
-            if member.isfile() and parts[1:1 + len(prefix)] == prefix:
-                path = target.joinpath(*parts[1 + len(prefix):])
+            if (
+                ".." in parts
+                or member.name.startswith("/")
+                or "\\" in member.name
+                or ":" in member.name
+            ):
+                raise Refusal(
+                    f"{archive.name} holds a file that would leave its folder ({member.name}); it was not unpacked."
+                )
+            if member.isfile() and parts[1 : 1 + len(prefix)] == prefix:
+                path = target.joinpath(*parts[1 + len(prefix) :])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with tar.extractfile(member) as source, open(path, "wb") as sink:
                     shutil.copyfileobj(source, sink)
                 count += 1
     if not (target / "main.py").is_file():
-        raise Refusal(f"{archive.name} holds no {folder}/main.py: it is not the ComfyUI that Kindred pins.")
+        raise Refusal(
+            f"{archive.name} holds no {folder}/main.py: it is not the ComfyUI that Kindred pins."
+        )
     return count
 
 
@@ -250,12 +329,30 @@ def try_out(python: Path, host: Path, log: Path) -> None:
     settings.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
         (Path(base) / "custom_nodes").mkdir()
-        boot = [str(host / "main.py"), "--cpu", "--quick-test-for-ci", "--disable-api-nodes", "--base-directory", base,
-                "--database-url", "sqlite:///:memory:"]
-        tools = ["-c", "import pytest, hypothesis, skimage.metrics, accelerate, transformers.models.clip.modeling_clip"]
+        boot = [
+            str(host / "main.py"),
+            "--cpu",
+            "--quick-test-for-ci",
+            "--disable-api-nodes",
+            "--base-directory",
+            base,
+            "--database-url",
+            "sqlite:///:memory:",
+        ]
+        tools = [
+            "-c",
+            "import pytest, hypothesis, skimage.metrics, accelerate, transformers.models.clip.modeling_clip",
+        ]
         for arguments in (boot, tools):
-            answer = subprocess.run([str(python), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                    encoding="utf-8", errors="replace", env=settings)
+            answer = subprocess.run(
+                [str(python), *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                env=settings,
+            )
             with open(log, "a", encoding="utf-8") as file:
                 file.write(answer.stdout)
             if answer.returncode:
@@ -268,31 +365,71 @@ def make(home: Path, interpreter: str) -> None:
     pin = json.loads(HOST_PIN.read_text("utf-8"))
     free = shutil.disk_usage(home.parent).free
     if free < FREE_BYTES:
-        raise Refusal(f"{home.parent} has {free / 1e9:.1f} GB free, and the environment needs {FREE_BYTES / 1e9:.0f} GB. "
-                      "Make room, or set XDG_CACHE_HOME (Linux) or LOCALAPPDATA (Windows) to a larger disk.")
+        raise Refusal(
+            f"{home.parent} has {free / 1e9:.1f} GB free, and the environment needs {FREE_BYTES / 1e9:.0f} GB. "
+            "Make room, or set XDG_CACHE_HOME (Linux) or LOCALAPPDATA (Windows) to a larger disk."
+        )
     if home.exists():
         (home / "ready.json").unlink(missing_ok=True)
         shutil.rmtree(home)
     home.mkdir()
     venv, log = home / "venv", home / "setup.log"
-    print(f"Making Kindred's environment in {home} (once: about 2.7 GB to fetch, 6 GB on disk).", flush=True)
+    print(
+        f"Making Kindred's environment in {home} (once: about 2.7 GB to fetch, 6 GB on disk).",
+        flush=True,
+    )
     with Progress("1/4 virtual environment") as progress:
-        made = subprocess.run([interpreter, "-m", "venv", str(venv)], capture_output=True, encoding="utf-8", errors="replace",
-                              env=clean_environment())
+        made = subprocess.run(
+            [interpreter, "-m", "venv", str(venv)],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=clean_environment(),
+        )
         if made.returncode:
-            raise Refusal(f"{interpreter} could not make a virtual environment: {(made.stderr or made.stdout).strip()[-300:]}")
+            raise Refusal(
+                f"{interpreter} could not make a virtual environment: {(made.stderr or made.stdout).strip()[-300:]}"
+            )
     python = venv_python(venv)
     with Progress("2/4 packages") as progress:
-        pip(python, ["install", "--require-hashes", "--no-deps", "--no-compile", "-r", str(LOCK)], log, progress)
-    with Progress(f"3/4 ComfyUI {pin['comfyui']}") as progress, tempfile.TemporaryDirectory(dir=home) as temp:
+        pip(
+            python,
+            ["install", "--require-hashes", "--no-deps", "--no-compile", "-r", str(LOCK)],
+            log,
+            progress,
+        )
+    with (
+        Progress(f"3/4 ComfyUI {pin['comfyui']}") as progress,
+        tempfile.TemporaryDirectory(dir=home) as temp,
+    ):
         wanted = Path(temp) / "host.txt"
-        wanted.write_text(f"{pin['name']}=={pin['version']} --hash=sha256:{pin['sha256']}\n", "utf-8")
+        wanted.write_text(
+            f"{pin['name']}=={pin['version']} --hash=sha256:{pin['sha256']}\n", "utf-8"
+        )
         # the installed, pinned setuptools reads the archive's metadata: no build packages are fetched unpinned
-        pip(python, ["download", "--require-hashes", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-                     "--ignore-requires-python", "-d", temp, "-r", str(wanted)], log, progress)
+        pip(
+            python,
+            [
+                "download",
+                "--require-hashes",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+                "--no-build-isolation",
+                "--ignore-requires-python",
+                "-d",
+                temp,
+                "-r",
+                str(wanted),
+            ],
+            log,
+            progress,
+        )
         archive = next(Path(temp).glob("*.tar.gz"))
         if hashlib.sha256(archive.read_bytes()).hexdigest() != pin["sha256"]:
-            raise Refusal(f"{archive.name} is not the pinned file (its hash differs), so it was refused.")
+            raise Refusal(
+                f"{archive.name} is not the pinned file (its hash differs), so it was refused."
+            )
         progress.say(f"{unpack_host(archive, pin['folder'], home / 'host')} files", loud=True)
     with Progress("4/4 check") as progress:
         progress.say("ComfyUI starts", loud=True)
@@ -316,19 +453,31 @@ def setup(again: bool = False) -> Environment:
                 start = time.monotonic()
                 make(home, interpreter)
                 print(f"Ready in {time.monotonic() - start:.0f} s.", flush=True)
-                for old in sorted(path for path in home.parent.iterdir() if path.is_dir() and path != home):
-                    print(f"{old} belongs to other pins; delete it if no other checkout of Kindred uses it.", flush=True)
+                for old in sorted(
+                    path for path in home.parent.iterdir() if path.is_dir() and path != home
+                ):
+                    print(
+                        f"{old} belongs to other pins; delete it if no other checkout of Kindred uses it.",
+                        flush=True,
+                    )
     except OSError as error:
-        raise Refusal(f"{home} cannot be written: {error}. Set XDG_CACHE_HOME (Linux) or LOCALAPPDATA (Windows) to a folder "
-                      "of yours, or free some space.") from error
+        raise Refusal(
+            f"{home} cannot be written: {error}. Set XDG_CACHE_HOME (Linux) or LOCALAPPDATA (Windows) to a folder "
+            "of yours, or free some space."
+        ) from error
     return Environment(venv_python(home / "venv"), home / "host")
 
 
 def existing(host: Path | None, python: Path | None) -> Environment:
     """The person's own ComfyUI and Python, looked at before anything runs."""
     if host is None or python is None:
-        raise Refusal("--host and --python belong together: ComfyUI's folder, and the Python that runs it.")
-    host, python = host.expanduser().absolute(), Path(shutil.which(str(python)) or python).expanduser().absolute()
+        raise Refusal(
+            "--host and --python belong together: ComfyUI's folder, and the Python that runs it."
+        )
+    host, python = (
+        host.expanduser().absolute(),
+        Path(shutil.which(str(python)) or python).expanduser().absolute(),
+    )
     if not (host / "main.py").is_file() or not (host / "comfy").is_dir():
         raise Refusal(f"--host {host} is not a ComfyUI folder: it holds no main.py and comfy/.")
     if not python.is_file():

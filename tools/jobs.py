@@ -3,6 +3,7 @@
 One Runner per host, each in a thread of its own, takes jobs from one Board. A host has one of our jobs at a time, so that what waits can
 still go to another host, and so that stopping touches one prompt only.
 """
+
 from __future__ import annotations
 
 import collections
@@ -32,6 +33,7 @@ class Stopped(Exception):
 @dataclass(eq=False)
 class Job:
     """One prompt to be run somewhere, and how it fared. state: not run, done, failed, refused or cancelled."""
+
     number: int  # from 1
     lines: str | None = None  # what --each puts in
     turn: int = 0  # which repetition
@@ -105,16 +107,33 @@ class Runner:
     posts: how often one job may be handed to this host, when it forgets the job each time.
     """
 
-    def __init__(self, client: Client, board: Board, voice: Voice, prepare: Callable[[Client], Callable[[Job], Graph]],
-                 keep: Callable[[Client, Job, Graph, Mapping[str, Any]], None], stop: threading.Event, patience: float = 120,
-                 posts: int = 3) -> None:
-        self.client, self.board, self.voice, self.prepare, self.keep, self.stop = client, board, voice, prepare, keep, stop
+    def __init__(
+        self,
+        client: Client,
+        board: Board,
+        voice: Voice,
+        prepare: Callable[[Client], Callable[[Job], Graph]],
+        keep: Callable[[Client, Job, Graph, Mapping[str, Any]], None],
+        stop: threading.Event,
+        patience: float = 120,
+        posts: int = 3,
+    ) -> None:
+        self.client, self.board, self.voice, self.prepare, self.keep, self.stop = (
+            client,
+            board,
+            voice,
+            prepare,
+            keep,
+            stop,
+        )
         self.patience, self.posts, self.host = patience, posts, client.url
         self.line: WebSocket | None = None
         self.lost = False  # whether the host was away since it last knew our prompt
         self.state, self.reason = "ready", ""  # or gone, refused
         self.crash: BaseException | None = None
-        self.over = threading.Event()  # not Thread.join: a Ctrl-C in there can take a running thread for a finished one
+        self.over = (
+            threading.Event()
+        )  # not Thread.join: a Ctrl-C in there can take a running thread for a finished one
 
     def __call__(self) -> None:
         try:
@@ -160,7 +179,9 @@ class Runner:
             raise
         except (HostError, OSError) as error:
             job.state = "failed"
-            job.error = "Someone else interrupted it." if isinstance(error, Interrupted) else str(error)
+            job.error = (
+                "Someone else interrupted it." if isinstance(error, Interrupted) else str(error)
+            )
             self.voice.say(self.host, f"job {job.number} failed: {job.error}")
         except BaseException:
             self.board.done()
@@ -200,18 +221,24 @@ class Runner:
             history = self._follow(job)
             if history is not None:
                 return graph, history
-            self.voice.say(self.host, f"forgot job {job.number}, as a restart does; handing it over again")
+            self.voice.say(
+                self.host, f"forgot job {job.number}, as a restart does; handing it over again"
+            )
             self.build = self.patiently(lambda: self.prepare(self.client))
-        raise HostError(f"{self.host} went away {self.posts} times while it ran; its log may say why.")
+        raise HostError(
+            f"{self.host} went away {self.posts} times while it ran; its log may say why."
+        )
 
     def _submit(self, job: Job, graph: Graph) -> None:
         """Post exactly once: where an answer got lost, the host is asked whether it has the prompt before it is posted again."""
+
         def post() -> None:
             nonlocal unclear
             if unclear and self.client.state(job.prompt_id) != "unknown":
                 return
             unclear = True
             self.client.queue(graph, job.prompt_id)
+
         unclear = False
         self.patiently(post)
         job.posts += 1
@@ -232,7 +259,9 @@ class Runner:
             if not final and self.line is not None and time.monotonic() < due:
                 continue
             state = self.patiently(lambda: self.client.state(job.prompt_id))
-            due = time.monotonic() + (0.05 if final else POLL)  # the history is written just after the final message
+            due = time.monotonic() + (
+                0.05 if final else POLL
+            )  # the history is written just after the final message
             if state in ("completed", "failed", "cancelled"):
                 history = self.patiently(lambda: self.client.history(job.prompt_id))
                 if history is not None:
@@ -283,11 +312,19 @@ class Runner:
         """Take back our own prompt and nothing else, and say how that went."""
         try:
             before = self.client.state(job.prompt_id)
-            after = self.client.cancel(job.prompt_id)  # even where it is unknown: a post may still be on its way
+            after = self.client.cancel(
+                job.prompt_id
+            )  # even where it is unknown: a post may still be on its way
         except HostError as error:
-            self.voice.say(self.host, f"job {job.number} ({job.prompt_id}) could not be cancelled: {error}")
+            self.voice.say(
+                self.host, f"job {job.number} ({job.prompt_id}) could not be cancelled: {error}"
+            )
             return
-        how = {"pending": "taken out of the queue", "in_progress": "interrupted", "unknown": "not queued yet"}.get(before, "already over")
+        how = {
+            "pending": "taken out of the queue",
+            "in_progress": "interrupted",
+            "unknown": "not queued yet",
+        }.get(before, "already over")
         if after in ("pending", "in_progress"):
             how = "told to stop, but it is still running: a step takes long"
         self.voice.say(self.host, f"job {job.number} was {how}; no other prompt was touched")

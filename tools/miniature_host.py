@@ -1,4 +1,5 @@
 """The miniature in the host of this process, for measurements that run nodes without a server."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,15 @@ class Studio:
 
     def __init__(self, host: Path, steps: int, cfg: float) -> None:
         import torch
+
         self.torch, self.nodes, self.steps, self.cfg = torch, boot(host), steps, cfg
         import comfy.utils
+
         comfy.utils.set_progress_bar_enabled(False)
         with torch.inference_mode():
-            self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)[:3]
+            self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(
+                CHECKPOINT
+            )[:3]
 
     def run(self, node: str, **inputs: Any) -> tuple[Any, ...]:
         with self.torch.inference_mode():
@@ -36,6 +41,7 @@ class Studio:
     def freeu(self, model: Any, **scales: float) -> Any:
         """The MODEL behind the host's own FreeU node, which no run without a server has among its nodes."""
         from comfy_extras.nodes_freelunch import FreeU
+
         return FreeU.execute(model, **scales)[0]
 
     def encode(self, image: Any) -> dict[str, Any]:
@@ -56,26 +62,51 @@ class Studio:
             return self.decode(self.vae.encode(images))
 
     def prompts(self, lines: Sequence[str], subject: str = "") -> Any:
-        return self.run("KindredSubjectPrompts", clip=self.clip, prompts="\n".join(lines) or " ", subject=subject)[0]
+        return self.run(
+            "KindredSubjectPrompts",
+            clip=self.clip,
+            prompts="\n".join(lines) or " ",
+            subject=subject,
+        )[0]
 
     def empty(self) -> Any:
         with self.torch.inference_mode():
             return self.nodes.CLIPTextEncode().encode(self.clip, "")[0]
 
-    def sample(self, model: Any, positive: Any, count: int, seed: int, cfg: float | None = None) -> Any:
+    def sample(
+        self, model: Any, positive: Any, count: int, seed: int, cfg: float | None = None
+    ) -> Any:
         """IMAGE [b y x 3] of `count` pictures from one latent batch."""
-        latent = {"samples": self.torch.zeros(count, self.model.model.latent_format.latent_channels, self.size // 8, self.size // 8)}
+        latent = {
+            "samples": self.torch.zeros(
+                count,
+                self.model.model.latent_format.latent_channels,
+                self.size // 8,
+                self.size // 8,
+            )
+        }
         cfg = self.cfg if cfg is None else cfg
         with self.torch.inference_mode():
-            samples = self.nodes.common_ksampler(model, seed, self.steps, cfg, "euler", "ddim_uniform", positive, self.empty(),
-                                                 latent)[0]
+            samples = self.nodes.common_ksampler(
+                model,
+                seed,
+                self.steps,
+                cfg,
+                "euler",
+                "ddim_uniform",
+                positive,
+                self.empty(),
+                latent,
+            )[0]
         return self.decode(samples["samples"])
 
     @contextmanager
     def counted(self) -> Iterator[list[Any]]:
         """A list that grows by one with every evaluation of the UNet, also one that a wrapper makes inside another."""
         calls: list[Any] = []
-        hook = self.model.model.diffusion_model.time_embed.register_forward_hook(lambda *_: calls.append(None))
+        hook = self.model.model.diffusion_model.time_embed.register_forward_hook(
+            lambda *_: calls.append(None)
+        )
         try:
             yield calls
         finally:

@@ -1,4 +1,5 @@
 """A folder of pictures as training examples: read once, encoded once, kept on disk and mapped into memory."""
+
 from __future__ import annotations
 
 import errno
@@ -32,25 +33,36 @@ class NoPictures(Exception):
 @dataclass(frozen=True)
 class PictureFolder:
     """Pictures at any depth below `root`. NAME.txt beside NAME.png is its prompt; those in one subfolder show one subject."""
+
     root: Path
     prompt: str
 
     def files(self) -> list[Path]:
         if not self.root.is_dir():
             raise NoPictures(f"{self.root} is not a folder.")
-        found = sorted((p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
-                       key=lambda p: (p.parent.parts, p.name))
+        found = sorted(
+            (p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
+            key=lambda p: (p.parent.parts, p.name),
+        )
         if not found:
             raise NoPictures(f"{self.root} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
         return found
 
     def prompt_of(self, file: Path) -> str:
         beside = file.with_suffix(".txt")
-        return beside.read_bytes().decode("utf-8-sig", "replace").strip() if beside.is_file() else self.prompt
+        return (
+            beside.read_bytes().decode("utf-8-sig", "replace").strip()
+            if beside.is_file()
+            else self.prompt
+        )
 
     def subject_of(self, file: Path) -> str:
         """The subfolder, or the file itself where it lies directly in the root."""
-        return str(file.relative_to(self.root).parent if file.parent != self.root else file.relative_to(self.root))
+        return str(
+            file.relative_to(self.root).parent
+            if file.parent != self.root
+            else file.relative_to(self.root)
+        )
 
 
 def read_picture(file: Path) -> Image.Image:
@@ -64,8 +76,16 @@ def read_picture(file: Path) -> Image.Image:
             return white.convert("RGB")
         if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
             values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-            most = values.max(initial=0.0)  # wide modes do not say how wide they are; floats are often 0 to 1
-            white = 65535.0 if picture.mode.startswith("I;16") or most > 255 else 1.0 if picture.mode == "F" and most <= 1 else 255.0
+            most = values.max(
+                initial=0.0
+            )  # wide modes do not say how wide they are; floats are often 0 to 1
+            white = (
+                65535.0
+                if picture.mode.startswith("I;16") or most > 255
+                else 1.0
+                if picture.mode == "F" and most <= 1
+                else 255.0
+            )
             picture = Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
         return picture.convert("RGB")
 
@@ -75,21 +95,39 @@ def square(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
 
 
-def prepare(folder: PictureFolder, cache: Path, size: int, preprocessing: Preprocessing, made_with: str,
-            encode: Callable[[Tensor], Tensor], rank: int = 0, processes: int = 1, meet: Callable[[], None] = lambda: None) -> list[str]:
+def prepare(
+    folder: PictureFolder,
+    cache: Path,
+    size: int,
+    preprocessing: Preprocessing,
+    made_with: str,
+    encode: Callable[[Tensor], Tensor],
+    rank: int = 0,
+    processes: int = 1,
+    meet: Callable[[], None] = lambda: None,
+) -> list[str]:
     """Write latents.npy, pixels.npy and index.json into `cache`, unless they are there for the same files, sizes and model.
 
     encode: images [b Y X 3] in 0..1 -> latents [b c y x] in model scale. Every process does its share, and a killed one goes on
     where it was. Returns the unreadable files, which are left out. Raises NoPictures, and OSError when the disk is full.
     """
     files = folder.files()
-    key = {"files": [[str(f.relative_to(folder.root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files], "size": size,
-           "pixels": preprocessing.size, "model": made_with, "version": 1}
+    key = {
+        "files": [
+            [str(f.relative_to(folder.root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files
+        ],
+        "size": size,
+        "pixels": preprocessing.size,
+        "model": made_with,
+        "version": 1,
+    }
     index, begun = cache / "index.json", cache / "begun.json"
     known = read_json(index)
     if isinstance(known, dict) and known["key"] == key:
         broken = {folder.root / name for name in known["unreadable"]}
-        if rank == 0 and (told := describe(folder, files, broken, key)) != known:  # other captions for the same pictures
+        if (
+            rank == 0 and (told := describe(folder, files, broken, key)) != known
+        ):  # other captions for the same pictures
             write_json(index, told)
         meet()
         return [str(f) for f in files if f in broken]
@@ -100,21 +138,34 @@ def prepare(folder: PictureFolder, cache: Path, size: int, preprocessing: Prepro
             old.unlink(missing_ok=True)
         shape = encode(torch.zeros(1, size, size, 3)).shape[1:]
         side = preprocessing.size
-        for name, kind, sizes in (("latents", np.float16, shape), ("pixels", np.uint8, (side, side, 3)), ("done", np.uint8, ())):
-            np.lib.format.open_memmap(cache / f"{name}.npy", "w+", kind, (len(files), *sizes)).flush()
+        for name, kind, sizes in (
+            ("latents", np.float16, shape),
+            ("pixels", np.uint8, (side, side, 3)),
+            ("done", np.uint8, ()),
+        ):
+            np.lib.format.open_memmap(
+                cache / f"{name}.npy", "w+", kind, (len(files), *sizes)
+            ).flush()
             take_room(cache / f"{name}.npy")
         write_json(begun, key)
     meet()
-    arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r+") for name in ("latents", "pixels", "done")}
+    arrays = {
+        name: np.load(cache / f"{name}.npy", mmap_mode="r+")
+        for name in ("latents", "pixels", "done")
+    }
     todo = [i for i in range(rank, len(files), processes) if arrays["done"][i] == TODO]
-    for start in tqdm(range(0, len(todo), CHUNK), "reading pictures", disable=rank > 0, file=sys.stderr):
-        read_chunk(files, todo[start:start + CHUNK], arrays, size, preprocessing.size, encode)
+    for start in tqdm(
+        range(0, len(todo), CHUNK), "reading pictures", disable=rank > 0, file=sys.stderr
+    ):
+        read_chunk(files, todo[start : start + CHUNK], arrays, size, preprocessing.size, encode)
     for array in arrays.values():
         array.flush()
     meet()
     broken = {f for f, state in zip(files, arrays["done"]) if state == BROKEN}
     if len(broken) == len(files):
-        raise NoPictures(f"None of the {len(files)} files in {folder.root} can be read; the first is {files[0]}.")
+        raise NoPictures(
+            f"None of the {len(files)} files in {folder.root} can be read; the first is {files[0]}."
+        )
     if rank == 0:
         close_up(arrays)
         write_json(index, describe(folder, files, broken, key))
@@ -123,13 +174,19 @@ def prepare(folder: PictureFolder, cache: Path, size: int, preprocessing: Prepro
     return [str(f) for f in files if f in broken]
 
 
-def describe(folder: PictureFolder, files: Sequence[Path], broken: set[Path], key: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    folder: PictureFolder, files: Sequence[Path], broken: set[Path], key: Mapping[str, Any]
+) -> dict[str, Any]:
     """What index.json says: for which files, and prompt and subject of each row."""
     kept = [f for f in files if f not in broken]
     names = [folder.subject_of(f) for f in kept]
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return {"key": key, "unreadable": [str(f.relative_to(folder.root)) for f in files if f in broken],
-            "prompts": [folder.prompt_of(f) for f in kept], "subjects": [numbers[name] for name in names]}
+    return {
+        "key": key,
+        "unreadable": [str(f.relative_to(folder.root)) for f in files if f in broken],
+        "prompts": [folder.prompt_of(f) for f in kept],
+        "subjects": [numbers[name] for name in names],
+    }
 
 
 def close_up(arrays: Mapping[str, np.ndarray]) -> None:
@@ -149,7 +206,11 @@ def take_room(file: Path) -> None:
             try:
                 os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # anything else: not every file system can
+                if error.errno in (
+                    errno.ENOSPC,
+                    errno.EDQUOT,
+                    errno.EFBIG,
+                ):  # anything else: not every file system can
                     raise
 
 
@@ -163,12 +224,19 @@ def read_json(file: Path) -> Any:
 
 def write_json(file: Path, value: Any) -> None:
     from kindred.models.files import whole
+
     with whole(file) as partial:
         partial.write_text(json.dumps(value), "utf-8")
 
 
-def read_chunk(files: Sequence[Path], rows: Sequence[int], arrays: Mapping[str, np.ndarray], size: int, small: int,
-               encode: Callable[[Tensor], Tensor]) -> None:
+def read_chunk(
+    files: Sequence[Path],
+    rows: Sequence[int],
+    arrays: Mapping[str, np.ndarray],
+    size: int,
+    small: int,
+    encode: Callable[[Tensor], Tensor],
+) -> None:
     """Some pictures into their rows; a broken one is marked so. ValueError where the VAE gives NaN."""
     good, images = [], []
     for row in rows:
@@ -186,9 +254,13 @@ def read_chunk(files: Sequence[Path], rows: Sequence[int], arrays: Mapping[str, 
         good.append(row)
         images.append(drawn)
     if good:
-        latents = encode(torch.from_numpy(np.stack(images)).float() / 255).detach().half().cpu().numpy()
+        latents = (
+            encode(torch.from_numpy(np.stack(images)).float() / 255).detach().half().cpu().numpy()
+        )
         if not np.isfinite(latents).all():
-            raise ValueError(f"the VAE gives NaN or infinite values for {files[good[0]]} or a file beside it. Use another VAE.")
+            raise ValueError(
+                f"the VAE gives NaN or infinite values for {files[good[0]]} or a file beside it. Use another VAE."
+            )
         arrays["latents"][good] = latents
         arrays["done"][good] = DONE
 
@@ -196,6 +268,7 @@ def read_chunk(files: Sequence[Path], rows: Sequence[int], arrays: Mapping[str, 
 def load_examples(cache: Path, held_out: int) -> tuple[Examples, Examples | None]:
     """What `prepare` wrote -> training examples and those of the last `held_out` subjects, mapped and not read."""
     from kindred.models.training import Examples
+
     known = json.loads((cache / "index.json").read_text("utf-8"))
     n, subjects = len(known["prompts"]), known["subjects"]
     arrays = [np.load(cache / f"{name}.npy", mmap_mode="c")[:n] for name in ("latents", "pixels")]
@@ -203,6 +276,10 @@ def load_examples(cache: Path, held_out: int) -> tuple[Examples, Examples | None
     last = max(subjects) + 1 - held_out
     cut = next((i for i in range(n) if subjects[i] >= last), n) if held_out else n
     if cut == 0:
-        raise NoPictures(f"{max(subjects) + 1} subjects are too few to hold {held_out} of them out for validation.")
+        raise NoPictures(
+            f"{max(subjects) + 1} subjects are too few to hold {held_out} of them out for validation."
+        )
     train = Examples(latents[:cut], pixels[:cut], known["prompts"][:cut], subjects[:cut])
-    return train, Examples(latents[cut:], pixels[cut:], known["prompts"][cut:], subjects[cut:]) if held_out else None
+    return train, Examples(
+        latents[cut:], pixels[cut:], known["prompts"][cut:], subjects[cut:]
+    ) if held_out else None

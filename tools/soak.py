@@ -8,6 +8,7 @@ more rounds in turns. Prints a table; exit code 1 where a law is broken.
 Where the C library is glibc, the servers are told to give freed blocks back at once: its free lists find their size at any time, in steps
 of a few percent, and what is held is asked here.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,27 +34,84 @@ from terminal import run_program
 
 REFUSED, STOPPED = 2, 130
 PATIENCE = 900  # seconds for one prompt
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # to glibc; any other C library ignores it
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}  # to glibc; any other C library ignores it
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dev.py soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dev.py soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--prompts", type=int, default=300, help=f"default %(default)s; made up to whole rounds (all kinds: {len(MIX)}), two at least")
-    add("--kind", nargs="+", choices=tuple(MIX), default=list(MIX), metavar="NAME", help=f"of prompts, of {', '.join(MIX)} (default: all)")
-    add("--steps", type=int, default=4, help="of every sampler, 4 at least, a divisor of 1000 (default %(default)s)")
-    add("--flat", type=float, default=0.03, metavar="SHARE", help="that memory may grow after the warm-up (default %(default)s)")
-    add("--slower", type=float, default=1.1, metavar="TIMES", help="that a prompt may take at the end (default %(default)s)")
-    add("--quick", action="store_true", help="a fresh server draws the plain picture alone, and times are not judged")
-    add("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or 1), help="of each server; default: OMP_NUM_THREADS, else 1")
-    add("--json", type=Path, metavar="FILE", help="write figures and every prompt's reading into this file")
-    add("--host", type=Path, default=os.environ.get("KINDRED_HOST"), help="ComfyUI's folder (dev.py gives it)")
+    add(
+        "--prompts",
+        type=int,
+        default=300,
+        help=f"default %(default)s; made up to whole rounds (all kinds: {len(MIX)}), two at least",
+    )
+    add(
+        "--kind",
+        nargs="+",
+        choices=tuple(MIX),
+        default=list(MIX),
+        metavar="NAME",
+        help=f"of prompts, of {', '.join(MIX)} (default: all)",
+    )
+    add(
+        "--steps",
+        type=int,
+        default=4,
+        help="of every sampler, 4 at least, a divisor of 1000 (default %(default)s)",
+    )
+    add(
+        "--flat",
+        type=float,
+        default=0.03,
+        metavar="SHARE",
+        help="that memory may grow after the warm-up (default %(default)s)",
+    )
+    add(
+        "--slower",
+        type=float,
+        default=1.1,
+        metavar="TIMES",
+        help="that a prompt may take at the end (default %(default)s)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="a fresh server draws the plain picture alone, and times are not judged",
+    )
+    add(
+        "--threads",
+        type=int,
+        default=int(os.environ.get("OMP_NUM_THREADS") or 1),
+        help="of each server; default: OMP_NUM_THREADS, else 1",
+    )
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write figures and every prompt's reading into this file",
+    )
+    add(
+        "--host",
+        type=Path,
+        default=os.environ.get("KINDRED_HOST"),
+        help="ComfyUI's folder (dev.py gives it)",
+    )
     given = parser.parse_args(argv)
     if not given.host:
         parser.error("--host is missing; run it as: python3 dev.py soak")
     if given.steps < 4 or 1000 % given.steps:
-        parser.error(f"--steps is {given.steps}; give a divisor of 1000 of 4 or more: a story has two stages, and ddim_uniform then has as "
-                     "many steps as asked for")
+        parser.error(
+            f"--steps is {given.steps}; give a divisor of 1000 of 4 or more: a story has two stages, and ddim_uniform then has as "
+            "many steps as asked for"
+        )
     given.kind = [kind for kind in MIX if kind in given.kind]
     for kind in given.kind:
         if (needed := NEEDS.get(kind)) and needed not in given.kind:
@@ -69,6 +127,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @dataclass
 class Soak:
     """One server's prompts."""
+
     server: HostServer
     steps: int
     saved: dict[str, str] = field(default_factory=dict)
@@ -89,8 +148,16 @@ class Soak:
             name = outputs[SAVERS[kind]]["text"][0].partition(",")[0]
             self.saved[kind] = name.removeprefix("kindred/")
         digest = None if kind in ENDS else digest_of(client, outputs[PICTURES]["images"])
-        reading = Reading(kind, turn, number, SIZES[place.number % len(SIZES)] if kind != "check" else SIZES[0], seconds, worked,
-                          resident(self.server.process.pid), digest)
+        reading = Reading(
+            kind,
+            turn,
+            number,
+            SIZES[place.number % len(SIZES)] if kind != "check" else SIZES[0],
+            seconds,
+            worked,
+            resident(self.server.process.pid),
+            digest,
+        )
         self.readings.append(reading)
         return reading
 
@@ -103,8 +170,13 @@ def ended(client: Client, graph: Graph, how: str | None) -> Mapping[str, Any]:
         if not progress.maximum:
             return
         seen.add(graph[progress.node]["class_type"])
-        if how == "interrupted" and graph[progress.node]["class_type"] == "KSampler" and progress.value >= 2:
+        if (
+            how == "interrupted"
+            and graph[progress.node]["class_type"] == "KSampler"
+            and progress.value >= 2
+        ):
             client.interrupt()
+
     try:
         outputs = client.run(graph, follow, timeout=PATIENCE)
     except (NodeFailed, PromptRefused):
@@ -116,7 +188,9 @@ def ended(client: Client, graph: Graph, how: str | None) -> Mapping[str, Any]:
             return {}
         raise
     if how:
-        raise HostError(f"a prompt that should have {'failed' if how == 'failed' else 'been interrupted'} ended well")
+        raise HostError(
+            f"a prompt that should have {'failed' if how == 'failed' else 'been interrupted'} ended well"
+        )
     if "KSampler" not in seen:
         raise HostError("the host answered from its cache, so this would be no measurement")
     return outputs
@@ -137,6 +211,7 @@ def resident(pid: int, status: str = "/proc/{}/status") -> int:
         lines = Path(status.format(pid)).read_text("utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
     import psutil  # the host's own; where there is no /proc
+
     return psutil.Process(pid).memory_info().rss
 
 
@@ -166,7 +241,9 @@ def server_of(given: argparse.Namespace) -> HostServer:
     return HostServer(given.host, threads=given.threads)
 
 
-def soak(given: argparse.Namespace, note: Callable[[str], None]) -> tuple[Soak, list[Reading], Late | None]:
+def soak(
+    given: argparse.Namespace, note: Callable[[str], None]
+) -> tuple[Soak, list[Reading], Late | None]:
     """Every prompt -> the old server's, a fresh one's of the first round, and both servers' of one more round in turns."""
     rounds, kinds = rounds_of(given.prompts, len(given.kind)), given.kind
     with server_of(given) as server:
@@ -175,8 +252,10 @@ def soak(given: argparse.Namespace, note: Callable[[str], None]) -> tuple[Soak, 
             for kind in kinds:
                 old.send(kind, turn, 0 if turn == rounds - 1 else turn)
             last = old.readings[-1]
-            note(f"round {turn + 1} of {rounds}: {len(old.readings)} prompts, {last.resident / 1e6:.0f} MB, "
-                 f"{sum(r.seconds for r in old.readings[-len(kinds):]):.0f} s")
+            note(
+                f"round {turn + 1} of {rounds}: {len(old.readings)} prompts, {last.resident / 1e6:.0f} MB, "
+                f"{sum(r.seconds for r in old.readings[-len(kinds) :]):.0f} s"
+            )
         with server_of(given) as other:
             fresh = Soak(other, given.steps)
             first = [fresh.send(kind, 0, 0) for kind in (["check"] if given.quick else kinds)]
@@ -194,21 +273,41 @@ def soak(given: argparse.Namespace, note: Callable[[str], None]) -> tuple[Soak, 
 
 def table(readings: Sequence[Reading], late: Late | None) -> str:
     since, beside = slowdown(readings), beside_fresh(*late) if late else {}
-    lines = ["| kind | prompts | work, first third | last third | ratio | old over fresh server |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| kind | prompts | work, first third | last third | ratio | old over fresh server |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for kind in dict.fromkeys(r.kind for r in readings):
         sent = sum(r.kind == kind for r in readings)
-        early = f"{since[kind][0]:.2f} s | {since[kind][1]:.2f} s | {since[kind][2]:.3f}" if kind in since else "| | "
-        lines.append(f"| {kind} | {sent} | {early} | {format(beside[kind][2], '.3f') if kind in beside else ''} |")
+        early = (
+            f"{since[kind][0]:.2f} s | {since[kind][1]:.2f} s | {since[kind][2]:.3f}"
+            if kind in since
+            else "| | "
+        )
+        lines.append(
+            f"| {kind} | {sent} | {early} | {format(beside[kind][2], '.3f') if kind in beside else ''} |"
+        )
     return "\n".join(lines)
 
 
-def figures_of(readings: Sequence[Reading], late: Late | None, laws: Sequence[Law]) -> dict[str, float]:
+def figures_of(
+    readings: Sequence[Reading], late: Late | None, laws: Sequence[Law]
+) -> dict[str, float]:
     held = memory(readings)
-    told = {"memory.first_mb": held.thirds[0] / 1e6, "memory.last_mb": held.thirds[2] / 1e6, "memory.growth": held.growth,
-            "memory.slope_mb_per_100": held.slope / 1e6, "count.prompts": float(len(readings)),
-            "count.broken": float(sum(not law.kept for law in laws)), "seconds.total": sum(r.seconds for r in readings)}
+    told = {
+        "memory.first_mb": held.thirds[0] / 1e6,
+        "memory.last_mb": held.thirds[2] / 1e6,
+        "memory.growth": held.growth,
+        "memory.slope_mb_per_100": held.slope / 1e6,
+        "count.prompts": float(len(readings)),
+        "count.broken": float(sum(not law.kept for law in laws)),
+        "seconds.total": sum(r.seconds for r in readings),
+    }
     if late:
-        told |= {"time.last_over_first": typical(slowdown(readings)), "time.old_over_fresh": typical(beside_fresh(*late))}
+        told |= {
+            "time.last_over_first": typical(slowdown(readings)),
+            "time.old_over_fresh": typical(beside_fresh(*late)),
+        }
     return told
 
 
@@ -229,11 +328,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for law in laws:
         print(f"{'ok    ' if law.kept else 'BROKEN'}  {law.name}: {law.says}")
     if given.json:
-        given.json.write_text(json.dumps({
-            "command": f"soak --prompts {given.prompts} --steps {given.steps} --kind {' '.join(given.kind)}",
-            "version": version(), "seed": 0,
-            "figures": figures_of(old.readings, late, laws), "laws": [asdict(law) for law in laws],
-            "readings": [asdict(r) for r in old.readings]}, indent=1) + "\n", "utf-8")
+        given.json.write_text(
+            json.dumps(
+                {
+                    "command": f"soak --prompts {given.prompts} --steps {given.steps} --kind {' '.join(given.kind)}",
+                    "version": version(),
+                    "seed": 0,
+                    "figures": figures_of(old.readings, late, laws),
+                    "laws": [asdict(law) for law in laws],
+                    "readings": [asdict(r) for r in old.readings],
+                },
+                indent=1,
+            )
+            + "\n",
+            "utf-8",
+        )
     return int(not all(law.kept for law in laws))
 
 

@@ -1,4 +1,5 @@
 """What the miniature's reader says of the story demo's pictures, and the pictures it inverts."""
+
 from __future__ import annotations
 
 import statistics
@@ -14,8 +15,15 @@ if TYPE_CHECKING:
     from kindred.miniature.reader import Reader
 
 SUBJECT, SECOND = "cat", "dog"  # the class of the story and of its photos; of the saved subject
-SCENES = {"story": ("beach", "snow", "forest", "night"), "anchors": ("beach", "meadow"), "more_pictures": ("snow", "city")}
-HELD_OUT, PHOTO_SCENES = 6, (("meadow", 11), ("room", 20))  # the identity of the photos; their scenes and poses, as the pack ships them
+SCENES = {
+    "story": ("beach", "snow", "forest", "night"),
+    "anchors": ("beach", "meadow"),
+    "more_pictures": ("snow", "city"),
+}
+HELD_OUT, PHOTO_SCENES = (
+    6,
+    (("meadow", 11), ("room", 20)),
+)  # the identity of the photos; their scenes and poses, as the pack ships them
 LIMITS = 12  # identities that floor and ceiling are measured with
 
 
@@ -23,10 +31,13 @@ def photos(scenes: Sequence[tuple[str, int]]) -> list[bytes]:
     """The held-out identity, as PNG files."""
     as_kindred()
     from kindred.miniature.world import held_out_identity, render
+
     files = []
     for scene, pose in scenes:
         file = BytesIO()
-        Image.fromarray(render(held_out_identity(HELD_OUT), SUBJECT, scene, pose).image).save(file, "PNG")
+        Image.fromarray(render(held_out_identity(HELD_OUT), SUBJECT, scene, pose).image).save(
+            file, "PNG"
+        )
         files.append(file.getvalue())
     return files
 
@@ -35,20 +46,28 @@ def images_of(pictures: Sequence[Image.Image]) -> Any:
     """IMAGE [b y x 3]."""
     import numpy as np
     import torch
-    return torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).float() / 255
+
+    return (
+        torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).float() / 255
+    )
 
 
 def limits(reader: Reader, autoencode: Any, count: int = LIMITS) -> tuple[float, float]:
     """Consistency of pictures of different held-out identities, and of one, rendered in the story's scenes: floor and ceiling."""
     from kindred.miniature.reader import consistency, pairwise_similarity
     from kindred.miniature.world import held_out_identity, render
+
     sets = []
     for i in range(count):
-        drawn = [Image.fromarray(render(held_out_identity(i), SUBJECT, scene, 6000 + 4 * i + j).image)
-                 for j, scene in enumerate(SCENES["story"])]
+        drawn = [
+            Image.fromarray(render(held_out_identity(i), SUBJECT, scene, 6000 + 4 * i + j).image)
+            for j, scene in enumerate(SCENES["story"])
+        ]
         sets.append(reader.read(autoencode(images_of(drawn))))
-    return (statistics.fmean(float(pairwise_similarity(a, b).mean()) for a, b in combinations(sets, 2)),
-            statistics.fmean(consistency(found) for found in sets))
+    return (
+        statistics.fmean(float(pairwise_similarity(a, b).mean()) for a, b in combinations(sets, 2)),
+        statistics.fmean(consistency(found) for found in sets),
+    )
 
 
 def figures_of(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
@@ -56,25 +75,49 @@ def figures_of(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
     as_kindred()
     import torch
     from kindred.miniature.pack import load_autoencoder
-    from kindred.miniature.reader import consistency, floor_and_ceiling, identity_similarity, layout_spread, load_reader, subject_boxes
+    from kindred.miniature.reader import (
+        consistency,
+        floor_and_ceiling,
+        identity_similarity,
+        layout_spread,
+        load_reader,
+        subject_boxes,
+    )
     from kindred.miniature.world import held_out_identity
+
     torch.set_num_threads(1)
     reader, autoencoder, identity = load_reader(), load_autoencoder(), held_out_identity(HELD_OUT)
 
     def autoencode(images: Any) -> Any:
         return autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1)
+
     figures: dict[str, float] = {"count.sets": 1}
     figures["consistency.floor"], figures["consistency.ceiling"] = limits(reader, autoencode)
     figures["identity.floor"], figures["identity.ceiling"] = floor_and_ceiling(reader, autoencode)
-    asked = {"plain": SCENES["story"], "story": SCENES["story"], "photo_story": SCENES["story"],
-             "more_pictures": SCENES["anchors"] + SCENES["more_pictures"]}
+    asked = {
+        "plain": SCENES["story"],
+        "story": SCENES["story"],
+        "photo_story": SCENES["story"],
+        "more_pictures": SCENES["anchors"] + SCENES["more_pictures"],
+    }
     for name, scenes in asked.items():
         pictures = [*made["anchors"], *made[name]] if name == "more_pictures" else made[name]
-        reading, kind = reader.read(images_of(pictures)), SECOND if name == "more_pictures" else SUBJECT
+        reading, kind = (
+            reader.read(images_of(pictures)),
+            SECOND if name == "more_pictures" else SUBJECT,
+        )
         figures[f"consistency.{name}"] = consistency(reading)
-        figures[f"scene_accuracy.{name}"] = statistics.fmean(a == b for a, b in zip(reading.names("scene"), scenes, strict=True))
-        figures[f"class_accuracy.{name}"] = statistics.fmean(read == kind for read in reading.names("class"))
+        figures[f"scene_accuracy.{name}"] = statistics.fmean(
+            a == b for a, b in zip(reading.names("scene"), scenes, strict=True)
+        )
+        figures[f"class_accuracy.{name}"] = statistics.fmean(
+            read == kind for read in reading.names("class")
+        )
         figures[f"layout_spread.{name}"] = layout_spread(subject_boxes(reading))
         if name in ("plain", "photo_story"):
-            figures[f"identity.{name}"] = statistics.fmean(identity_similarity(reading, identity, i) for i in range(len(reading)))
-    return {name: value for name, value in figures.items() if value == value}  # a picture without a subject has no box
+            figures[f"identity.{name}"] = statistics.fmean(
+                identity_similarity(reading, identity, i) for i in range(len(reading))
+            )
+    return {
+        name: value for name, value in figures.items() if value == value
+    }  # a picture without a subject has no box

@@ -1,4 +1,5 @@
 """The reading half of a websocket (RFC 6455) from the standard library: enough to follow what a ComfyUI host tells its client."""
+
 from __future__ import annotations
 
 import base64
@@ -22,10 +23,14 @@ class WebSocket:
         address, self.buffer, self.text = urllib.parse.urlsplit(url), b"", b""
         self.kind = 1  # the opcode that the frames at hand belong to
         secure = address.scheme == "https"
-        self.socket = socket.create_connection((address.hostname, address.port or (443 if secure else 80)), timeout)
+        self.socket = socket.create_connection(
+            (address.hostname, address.port or (443 if secure else 80)), timeout
+        )
         try:
             if secure:
-                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.hostname)
+                self.socket = ssl.create_default_context().wrap_socket(
+                    self.socket, server_hostname=address.hostname
+                )
             self._greet(address, headers or {})
         except BaseException:
             self.socket.close()
@@ -33,9 +38,19 @@ class WebSocket:
 
     def _greet(self, address: urllib.parse.SplitResult, headers: Mapping[str, str]) -> None:
         key = base64.b64encode(secrets.token_bytes(16)).decode()
-        lines = [f"GET {address.path}?{address.query} HTTP/1.1", f"Host: {address.netloc.rpartition('@')[2]}", "Upgrade: websocket",
-                 "Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13"]
-        self.socket.sendall("\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers.items()), "", ""]).encode())
+        lines = [
+            f"GET {address.path}?{address.query} HTTP/1.1",
+            f"Host: {address.netloc.rpartition('@')[2]}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            f"Sec-WebSocket-Key: {key}",
+            "Sec-WebSocket-Version: 13",
+        ]
+        self.socket.sendall(
+            "\r\n".join(
+                [*lines, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+            ).encode()
+        )
         while b"\r\n\r\n" not in self.buffer:
             self._more()
         head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
@@ -60,8 +75,8 @@ class WebSocket:
             length = int.from_bytes(self.buffer[2:start], "big")
         if len(self.buffer) < start + length:
             return None
-        first, payload = self.buffer[0], self.buffer[start:start + length]
-        self.buffer = self.buffer[start + length:]
+        first, payload = self.buffer[0], self.buffer[start : start + length]
+        self.buffer = self.buffer[start + length :]
         return bool(first & 0x80), first & 0x0F, payload
 
     def receive(self, timeout: float) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 tools/workflows.py --run calls this. A help page shows the node as the canvas draws it, over what a workflow made with it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,11 +35,17 @@ HELP: dict[str, tuple[str, int, tuple[int, ...]]] = {
     "KindredConsistencyScore": ("ablation", 26, ()),
     "KindredComparisonGrid": ("ablation", 24, ()),
 }
-ALONE = ("KindredReferencePreview", "KindredConsistencyScore", "KindredComparisonGrid")  # what they make says enough
+ALONE = (
+    "KindredReferencePreview",
+    "KindredConsistencyScore",
+    "KindredComparisonGrid",
+)  # what they make says enough
 Pictures = Mapping[int, list[Image.Image]]
 
 
-def make_pictures(server: HostServer, chromium: Browser, names: Iterable[str], shots: Path | None = None) -> None:
+def make_pictures(
+    server: HostServer, chromium: Browser, names: Iterable[str], shots: Path | None = None
+) -> None:
     """Thumbnails of the workflows, and the pictures of every help page that one of them is for."""
     for name in names:
         with chromium.page(server.url, vue=True, size=(1600, 1000)) as canvas:
@@ -51,9 +58,15 @@ def make_pictures(server: HostServer, chromium: Browser, names: Iterable[str], s
             for kind, (workflow, node, beside) in HELP.items():
                 if workflow == name:
                     drawn = None if kind in ALONE else shot(canvas, node)
-                    made = [picture for key in ((node,) if kind in ALONE else beside) for picture in pictures[key]]
+                    made = [
+                        picture
+                        for key in ((node,) if kind in ALONE else beside)
+                        for picture in pictures[key]
+                    ]
                     IMAGES.mkdir(parents=True, exist_ok=True)
-                    help_picture(drawn, made).save(IMAGES / f"{kind}.jpg", quality=88, optimize=True)
+                    help_picture(drawn, made).save(
+                        IMAGES / f"{kind}.jpg", quality=88, optimize=True
+                    )
         print(f"{name}: ran, pictures kept", flush=True)
 
 
@@ -63,19 +76,33 @@ def run(canvas: Canvas, name: str) -> Pictures:
     if ended["kind"] != "execution_success" or canvas.errors or canvas.toasts():
         raise RuntimeError(f"{name}: {ended}, {canvas.errors}, {canvas.toasts()}")
     outputs = canvas.client.history(ended["detail"]["prompt_id"])["outputs"]
-    return {int(key): [Image.open(BytesIO(canvas.client.view(image))).convert("RGB") for image in output["images"]]
-            for key, output in outputs.items() if output.get("images")}
+    return {
+        int(key): [
+            Image.open(BytesIO(canvas.client.view(image))).convert("RGB")
+            for image in output["images"]
+        ]
+        for key, output in outputs.items()
+        if output.get("images")
+    }
 
 
 def shot(canvas: Canvas, node: int) -> Image.Image:
     """The node alone, under its own name, at the size it has on a screen."""
-    canvas.page.evaluate("""id => { const n = app.graph.getNodeById(id), d = app.canvas.ds; d.scale = 1;
+    canvas.page.evaluate(
+        """id => { const n = app.graph.getNodeById(id), d = app.canvas.ds; d.scale = 1;
         n.title = n.constructor.nodeData.display_name;
-        d.offset = [260 - n.pos[0], 140 - n.pos[1]]; app.canvas.deselectAll?.(); app.canvas.setDirty(true, true) }""", node)
+        d.offset = [260 - n.pos[0], 140 - n.pos[1]]; app.canvas.deselectAll?.(); app.canvas.setDirty(true, true) }""",
+        node,
+    )
     canvas.page.wait_for_timeout(700)
     box = canvas.box(node)
     margin = 10
-    clip = {"x": box["x"] - margin, "y": box["y"] - margin, "width": box["width"] + 2 * margin, "height": box["height"] + 2 * margin}
+    clip = {
+        "x": box["x"] - margin,
+        "y": box["y"] - margin,
+        "width": box["width"] + 2 * margin,
+        "height": box["height"] + 2 * margin,
+    }
     return Image.open(BytesIO(canvas.page.screenshot(clip=clip))).convert("RGB")
 
 
@@ -83,10 +110,21 @@ def help_picture(node: Image.Image | None, made: Sequence[Image.Image]) -> Image
     """The node over a row of what it made, as wide as a help panel likes it."""
     share = sum(picture.width / picture.height for picture in made)
     height = min(round((HELP_WIDTH - GAP * (len(made) - 1)) / share), HELP_WIDTH) if made else 0
-    row = [picture.resize((max(int(picture.width * height / picture.height), 1), height), Image.LANCZOS) for picture in made]
+    row = [
+        picture.resize(
+            (max(int(picture.width * height / picture.height), 1), height), Image.LANCZOS
+        )
+        for picture in made
+    ]
     rows = [[node]] * (node is not None) + [row] * bool(row)
-    page = Image.new("RGB", (max(sum(p.width + GAP for p in line) - GAP for line in rows),
-                             sum(line[0].height + GAP for line in rows) - GAP), "white")
+    page = Image.new(
+        "RGB",
+        (
+            max(sum(p.width + GAP for p in line) - GAP for line in rows),
+            sum(line[0].height + GAP for line in rows) - GAP,
+        ),
+        "white",
+    )
     top = 0
     for line in rows:
         left = 0
@@ -100,19 +138,35 @@ def help_picture(node: Image.Image | None, made: Sequence[Image.Image]) -> Image
 def thumbnail(name: str, pictures: Pictures) -> Image.Image:
     """A square: the figure of a figure's workflow, else the photo and the new pictures as tiles."""
     graph = api_form(name)
-    saved = [picture for key, node in graph.items() if node["class_type"] == "SaveImage" for picture in pictures[int(key)]]
-    photos = [Image.open(ROOT / "miniature" / node["inputs"]["image"].removeprefix("kindred_").removesuffix(" [temp]"))
-              for node in graph.values() if node["class_type"] == "KindredLoadPhoto"]
+    saved = [
+        picture
+        for key, node in graph.items()
+        if node["class_type"] == "SaveImage"
+        for picture in pictures[int(key)]
+    ]
+    photos = [
+        Image.open(
+            ROOT
+            / "miniature"
+            / node["inputs"]["image"].removeprefix("kindred_").removesuffix(" [temp]")
+        )
+        for node in graph.values()
+        if node["class_type"] == "KindredLoadPhoto"
+    ]
     figure = any(node["class_type"] == "KindredComparisonGrid" for node in graph.values())
-    tiles = saved if figure or len(saved) > 3 else (photos[:4 - len(saved)] + saved)[:4]
+    tiles = saved if figure or len(saved) > 3 else (photos[: 4 - len(saved)] + saved)[:4]
     across = 1 if len(tiles) == 1 else 2
-    lines = [tiles[i:i + across] for i in range(0, len(tiles), across)]
+    lines = [tiles[i : i + across] for i in range(0, len(tiles), across)]
     side = THUMBNAIL // across
     page = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
     for row, line in enumerate(lines):
         width, top = THUMBNAIL // len(line), (THUMBNAIL - len(lines) * side) // 2 + row * side
         for i, tile in enumerate(line):
             scale = min(width / tile.width, side / tile.height)
-            small = tile.convert("RGB").resize((round(tile.width * scale), round(tile.height * scale)), Image.LANCZOS)
-            page.paste(small, (i * width + (width - small.width) // 2, top + (side - small.height) // 2))
+            small = tile.convert("RGB").resize(
+                (round(tile.width * scale), round(tile.height * scale)), Image.LANCZOS
+            )
+            page.paste(
+                small, (i * width + (width - small.width) // 2, top + (side - small.height) // 2)
+            )
     return page

@@ -4,6 +4,7 @@ workflows/api/<name>.json is the source. The real page loads it, this program la
 the file, left to right; the note of tools/workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
 With --run it also presses Run and keeps the thumbnail, and the pictures of the help pages (web/docs/images) come from the same runs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,14 +24,35 @@ from workflow_notes import NOTES
 
 API, CANVAS = ROOT / "workflows" / "api", ROOT / "workflows"
 COLUMN_HEIGHT, GAP, PADDING, TITLE, GROUP_TITLE = 1000, 40, 24, 30, 56
-COLOURS = ("#3f789e", "#88A", "#8A8", "#b58b2a", "#a1309b", "#b06634")  # the host's own group colours, in turn
-OURS = {"color": "#2a363b", "bgcolor": "#3f5159"}  # the host's "pale blue": which nodes come with the pack
+COLOURS = (
+    "#3f789e",
+    "#88A",
+    "#8A8",
+    "#b58b2a",
+    "#a1309b",
+    "#b06634",
+)  # the host's own group colours, in turn
+OURS = {
+    "color": "#2a363b",
+    "bgcolor": "#3f5159",
+}  # the host's "pale blue": which nodes come with the pack
 # what a picture, a mask or a long text needs, in pixels; the page computes the others, for texts now so and now so
 SIZES = {
-    "KindredSubjectPrompts": (400, 240), "CLIPTextEncode": (400, 160), "KindredLoadPhoto": (300, 330), "SaveImage": (420, 420),
-    "PreviewImage": (420, 300), "MaskPreview": (260, 300), "KindredReferencePreview": (420, 330), "KindredComparisonGrid": (460, 560),
-    "KindredConsistencyScore": (460, 620), "KindredConceptEncoderTrain": (360, 640), "KindredRefUNetCapture": (340, 600),
-    "KindredDDIMInvert": (320, 380), "KindredSaveReference": (320, 150), "KindredConsiStory": (330, 480), "KSampler": (300, 270),
+    "KindredSubjectPrompts": (400, 240),
+    "CLIPTextEncode": (400, 160),
+    "KindredLoadPhoto": (300, 330),
+    "SaveImage": (420, 420),
+    "PreviewImage": (420, 300),
+    "MaskPreview": (260, 300),
+    "KindredReferencePreview": (420, 330),
+    "KindredComparisonGrid": (460, 560),
+    "KindredConsistencyScore": (460, 620),
+    "KindredConceptEncoderTrain": (360, 640),
+    "KindredRefUNetCapture": (340, 600),
+    "KindredDDIMInvert": (320, 380),
+    "KindredSaveReference": (320, 150),
+    "KindredConsiStory": (330, 480),
+    "KSampler": (300, 270),
 }
 NOTE_WIDTH = 420
 Node = dict[str, Any]
@@ -63,8 +85,21 @@ def note(name: str, key: int) -> Node:
     told = NOTES[name]
     text = f"## {told.title}\n\n{told.text}\n\n---\n\n{told.yours}"
     lines = sum(1 + len(line) // 62 for line in text.splitlines())
-    return {"id": key, "type": "MarkdownNote", "title": "What this is", "size": [NOTE_WIDTH, 60 + 19 * lines], "flags": {}, "mode": 0,
-            "order": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [text], "color": "#432", "bgcolor": "#653"}
+    return {
+        "id": key,
+        "type": "MarkdownNote",
+        "title": "What this is",
+        "size": [NOTE_WIDTH, 60 + 19 * lines],
+        "flags": {},
+        "mode": 0,
+        "order": 0,
+        "inputs": [],
+        "outputs": [],
+        "properties": {},
+        "widgets_values": [text],
+        "color": "#432",
+        "bgcolor": "#653",
+    }
 
 
 def columns(ids: Sequence[int], nodes: Mapping[int, Node]) -> list[list[int]]:
@@ -105,8 +140,16 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
             left += max(nodes[key]["size"][0] for key in column) + GAP
             bottom = max(bottom, top - TITLE - GAP)
         left += PADDING - GAP
-        made["groups"].append({"id": number + 1, "title": title, "bounding": [start, 0, left - start, bottom + PADDING],
-                               "color": COLOURS[number % len(COLOURS)], "font_size": 24, "flags": {}})
+        made["groups"].append(
+            {
+                "id": number + 1,
+                "title": title,
+                "bounding": [start, 0, left - start, bottom + PADDING],
+                "color": COLOURS[number % len(COLOURS)],
+                "font_size": 24,
+                "flags": {},
+            }
+        )
         left += GAP
     made["nodes"] = [nodes[key] for key in sorted(nodes)]
     made["last_node_id"] = first
@@ -116,22 +159,38 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
 def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the file: no nulls but those of sockets, an id that stays, and who brings each node."""
     made = without_nulls(drawn)
-    versions = {"kindred": version(), "comfy-core": json.loads((ROOT / "tools" / "pins" / "host.json").read_text("utf-8"))["comfyui"]}
+    versions = {
+        "kindred": version(),
+        "comfy-core": json.loads((ROOT / "tools" / "pins" / "host.json").read_text("utf-8"))[
+            "comfyui"
+        ],
+    }
     for node in made["nodes"]:
         if node["type"] == "MarkdownNote":
             node["properties"] = {}
             continue
         pack = "kindred" if node["type"].startswith("Kindred") else "comfy-core"
-        node["properties"] = {"Node name for S&R": node["type"], "cnr_id": pack, "ver": versions[pack]}
+        node["properties"] = {
+            "Node name for S&R": node["type"],
+            "cnr_id": pack,
+            "ver": versions[pack],
+        }
     made["nodes"].sort(key=lambda node: int(node["id"]))
     extra = {"ds": {"scale": 0.7, "offset": [60, 120]}}
-    return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"kindred/{name}")), "revision": 0} | {
-        key: value for key, value in made.items() if key not in ("id", "revision", "extra")} | {"extra": extra}
+    return (
+        {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"kindred/{name}")), "revision": 0}
+        | {key: value for key, value in made.items() if key not in ("id", "revision", "extra")}
+        | {"extra": extra}
+    )
 
 
 def without_nulls(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {k: without_nulls(v, k) for k, v in value.items() if v is not None or k in ("link", "links")}
+        return {
+            k: without_nulls(v, k)
+            for k, v in value.items()
+            if v is not None or k in ("link", "links")
+        }
     if isinstance(value, list):
         return [without_nulls(v) for v in value]
     return value
@@ -141,7 +200,9 @@ def draw(canvas: Canvas, name: str) -> dict[str, Any]:
     """The canvas form of a workflow, through the page twice: what it loads is what it writes."""
     graph = api_form(name)
     # a node shows, and grows for, the picture that its number had in the workflow before
-    canvas.page.evaluate("() => { for (const key of Object.keys(app.nodeOutputs)) delete app.nodeOutputs[key] }")
+    canvas.page.evaluate(
+        "() => { for (const key of Object.keys(app.nodeOutputs)) delete app.nodeOutputs[key] }"
+    )
     canvas.load_api(graph, name)
     # further runs are this one again, as the thumbnail shows it, until somebody wishes otherwise
     canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
@@ -161,9 +222,15 @@ def write(name: str, workflow: Mapping[str, Any]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py workflows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dev.py workflows",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", nargs="*", help="only these (default: all)")
-    parser.add_argument("--run", action="store_true", help="also run them: thumbnails and the help pages' pictures")
+    parser.add_argument(
+        "--run", action="store_true", help="also run them: thumbnails and the help pages' pictures"
+    )
     parser.add_argument("--shots", type=Path, help="keep a screenshot of each in this folder")
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
@@ -174,11 +241,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with HostServer(given.host, cpu=True, threads=1) as server, browser() as chromium:
         with chromium.page(server.url, vue=False) as canvas:
             for name in given.name or names():
-                print(f"{name}: {'written' if write(name, draw(canvas, name)) else 'as it was'}", flush=True)
+                print(
+                    f"{name}: {'written' if write(name, draw(canvas, name)) else 'as it was'}",
+                    flush=True,
+                )
                 if given.shots:
                     canvas.screenshot(given.shots / f"{name}.png")
         if given.run:
             from workflow_pictures import make_pictures
+
             make_pictures(server, chromium, given.name or names(), given.shots)
     return 0
 

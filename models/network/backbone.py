@@ -46,12 +46,16 @@ class Backbone:
     """One transformer of the host."""
 
     family: str  # the host's name of its kind
-    calls: tuple[BlockId | None, ...]  # of one pass, in running order; None: one that holds no whole picture (refiners, text alone)
+    calls: tuple[
+        BlockId | None, ...
+    ]  # of one pass, in running order; None: one that holds no whole picture (refiners, text alone)
     # ("cross", i, 0) is no block of its own: there block ("self", i, 0) reads the text
     patch: int  # latent cells along one side of a token
     named: bool = False  # the host tells block_type and block_index, which are ("double", i, 0) or ("single", i, 0); else calls
     # are counted, which holds only in a pass whose blocks nobody replaces or skips (transformer_options["patches_replace"]["dit"])
-    joint: bool = True  # one softmax for text and picture; False: a self-attention of the picture alone
+    joint: bool = (
+        True  # one softmax for text and picture; False: a self-attention of the picture alone
+    )
     stands: Stands = Stands.BEFORE_REFERENCES
     multiple: int = 1  # the picture's tokens are padded to a multiple of so many
     prefix: int = 0  # tokens of the network's own before the text's
@@ -132,9 +136,15 @@ def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
     matrix = turn.rotation(step)[0].to(wide)  # [d/2 2 2]
     d = 2 * matrix.shape[0]
     if keys.shape[-1] % d:
-        raise ValueError(f"Kindred: keys of {keys.shape[-1]} channels are no whole number of heads of {d}.")
+        raise ValueError(
+            f"Kindred: keys of {keys.shape[-1]} channels are no whole number of heads of {d}."
+        )
     heads = keys.to(wide).unflatten(-1, (-1, d))
-    pairs = heads.unflatten(-1, (2, d // 2)).movedim(-2, -1) if turn.halves else heads.unflatten(-1, (d // 2, 2))
+    pairs = (
+        heads.unflatten(-1, (2, d // 2)).movedim(-2, -1)
+        if turn.halves
+        else heads.unflatten(-1, (d // 2, 2))
+    )
     rotated = torch.einsum("dij,...dj->...di", matrix, pairs)
     back = rotated.movedim(-1, -2).flatten(-2) if turn.halves else rotated.flatten(-2)
     return back.flatten(-2).to(keys.dtype)

@@ -1,4 +1,5 @@
 """Concept encoders: their folder, and one under the host's memory management."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ def concept_folder() -> Path:  # where a new one is saved
 @dataclass(frozen=True, eq=False)
 class ManagedEncoder:
     """A concept encoder under the host's memory management; `vision` (CLIP_VISION) gives the tokens where it holds no tower."""
+
     encoder: ConceptEncoder
     patcher: ModelPatcher
     name: str
@@ -52,16 +54,28 @@ class ManagedEncoder:
         device = comfy.model_management.get_torch_device()
         half = comfy.model_management.should_use_fp16(device)
         encoder = encoder.to(torch.float16 if half else torch.float32).eval().requires_grad_(False)
-        return ManagedEncoder(encoder, comfy.model_patcher.ModelPatcher(encoder, device, comfy.model_management.unet_offload_device()),
-                              name, vision)
+        return ManagedEncoder(
+            encoder,
+            comfy.model_patcher.ModelPatcher(
+                encoder, device, comfy.model_management.unet_offload_device()
+            ),
+            name,
+            vision,
+        )
 
     @staticmethod
     def tower_of(vision: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A CLIP_VISION's configuration and weights in transformers' names, to train from; ValueError for towers of other kinds."""
         if vision.model_type != "clip_vision_model":
-            raise ValueError(f"Kindred: a concept encoder is made from a CLIP vision model, but the one given is {vision.model_type}. "
-                             "Take CLIP ViT-L or ViT-H.")
-        config = {k: v for k, v in vision.config.items() if isinstance(v, (int, float, str)) and k not in ("model_type", "torch_dtype")}
+            raise ValueError(
+                f"Kindred: a concept encoder is made from a CLIP vision model, but the one given is {vision.model_type}. "
+                "Take CLIP ViT-L or ViT-H."
+            )
+        config = {
+            k: v
+            for k, v in vision.config.items()
+            if isinstance(v, (int, float, str)) and k not in ("model_type", "torch_dtype")
+        }
         return config, {k: v.detach().float().cpu().clone() for k, v in vision.get_sd().items()}
 
     def see(self, image: Tensor | None) -> Tensor:
@@ -70,7 +84,9 @@ class ManagedEncoder:
             return self.vision.encode_image(image[None])["penultimate_hidden_states"]
         comfy.model_management.load_models_gpu([self.vision.patcher])
         size, device = self.vision.image_size, self.vision.load_device
-        return self.vision.model(pixel_values=torch.zeros(1, 3, size, size, device=device), intermediate_output=-2)[1]
+        return self.vision.model(
+            pixel_values=torch.zeros(1, 3, size, size, device=device), intermediate_output=-2
+        )[1]
 
     def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
         """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero pixels instead, b = 1."""
@@ -78,21 +94,39 @@ class ManagedEncoder:
         tell, given, made = progress(2 * len(images)), [], []
         for i, image in enumerate(images):
             tell(i)
-            given.append(self.encoder.config.preprocessing(image[None].cpu()) * (not empty) if self.vision is None else
-                         self.see(None if empty else image))
+            given.append(
+                self.encoder.config.preprocessing(image[None].cpu()) * (not empty)
+                if self.vision is None
+                else self.see(None if empty else image)
+            )
         if self.vision is not None:
             if given[0].shape[-1] != (wanted := self.encoder.config.tower_width):
-                raise ValueError(f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, but this concept encoder "
-                                 f"reads width {wanted}: {'ViT-H' if wanted == 1280 else 'ViT-L' if wanted == 1024 else 'another one'}. "
-                                 "Connect that CLIP Vision to Concept Encoder Load.")
-        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)  # plain layers cannot be loaded in part
-        given = [x.to(next(self.encoder.parameters())) for x in given]  # --novram leaves them on the CPU
+                raise ValueError(
+                    f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, but this concept encoder "
+                    f"reads width {wanted}: {'ViT-H' if wanted == 1280 else 'ViT-L' if wanted == 1024 else 'another one'}. "
+                    "Connect that CLIP Vision to Concept Encoder Load."
+                )
+        comfy.model_management.load_models_gpu(
+            [self.patcher], force_full_load=True
+        )  # plain layers cannot be loaded in part
+        given = [
+            x.to(next(self.encoder.parameters())) for x in given
+        ]  # --novram leaves them on the CPU
         for i, x in enumerate(given):
             tell(len(given) + i)
-            made.append(self.encoder(x) if self.vision is None else self.encoder.keys_values(self.encoder.features(x)))
+            made.append(
+                self.encoder(x)
+                if self.vision is None
+                else self.encoder.keys_values(self.encoder.features(x))
+            )
         tell(2 * len(given))
-        found = {block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1)) for block in made[0]}
+        found = {
+            block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1))
+            for block in made[0]
+        }
         if not all(torch.isfinite(x).all() for pair in found.values() for x in pair):
-            raise ValueError(f"Kindred: {self.name} gives NaN or infinite values for this picture. Use another picture, or copy or train "
-                             "the encoder again.")
+            raise ValueError(
+                f"Kindred: {self.name} gives NaN or infinite values for this picture. Use another picture, or copy or train "
+                "the encoder again."
+            )
         return found

@@ -1,4 +1,5 @@
 """CLIP as a judge of pictures: the host's own towers, text encoders and projections into one space."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,15 +12,24 @@ from torch import Tensor
 
 from .learning import progress
 
-LONGEST = 16  # times as long as wide: the tower enlarges the whole picture before it cuts its centre
+LONGEST = (
+    16  # times as long as wide: the tower enlarges the whole picture before it cuts its centre
+)
 SIZES = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", 1664: "ViT-bigG"}
-PROJECTION = (1e-3, 0.5)  # spread of a trained one's weights, generously; what was never loaded is zero or leftover memory
+PROJECTION = (
+    1e-3,
+    0.5,
+)  # spread of a trained one's weights, generously; what was never loaded is zero or leftover memory
 
 
 def tower_title(vision: Any) -> str:
     """A CLIP_VISION by its kind, size and pixels, such as "CLIP ViT-L, 224 px"."""
     width = vision.config.get("hidden_size", 0)
-    kind = f"CLIP {SIZES.get(width, f'of width {width}')}" if vision.model_type == "clip_vision_model" else vision.model_type
+    kind = (
+        f"CLIP {SIZES.get(width, f'of width {width}')}"
+        if vision.model_type == "clip_vision_model"
+        else vision.model_type
+    )
     return f"{kind}, {vision.image_size} px"
 
 
@@ -30,13 +40,17 @@ def picture_embeddings(vision: Any, images: Sequence[Tensor], node: str) -> Tens
         tell(done)
         most = LONGEST * min(image.shape[:2])
         top, left = (max(n - most, 0) // 2 for n in image.shape[:2])
-        row = vision.encode_image(image[None, top:top + most, left:left + most])["image_embeds"]
+        row = vision.encode_image(image[None, top : top + most, left : left + most])["image_embeds"]
         if row.ndim != 2:
-            raise ValueError(f"{node}: {tower_title(vision)} gives {list(row.shape[1:])} numbers for a picture, not one vector. Wire a "
-                             "CLIP Vision that has one, such as CLIP ViT-L or ViT-H, or DINOv2.")
+            raise ValueError(
+                f"{node}: {tower_title(vision)} gives {list(row.shape[1:])} numbers for a picture, not one vector. Wire a "
+                "CLIP Vision that has one, such as CLIP ViT-L or ViT-H, or DINOv2."
+            )
         if not row.isfinite().all():
-            raise ValueError(f"{node}: {tower_title(vision)} gave NaN or infinite values for picture {done + 1} of {len(images)}. Start "
-                             "ComfyUI with --fp32-text-enc, or use another CLIP Vision.")
+            raise ValueError(
+                f"{node}: {tower_title(vision)} gave NaN or infinite values for picture {done + 1} of {len(images)}. Start "
+                "ComfyUI with --fp32-text-enc, or use another CLIP Vision."
+            )
         rows.append(row.double().cpu())
     tell(len(images))
     return torch.cat(rows)
@@ -59,15 +73,19 @@ def text_embeddings(clip: Any, width: int, texts: Sequence[str], node: str) -> T
     """
     model, towers = clip.cond_stage_model, text_towers(clip)
     if width not in towers:
-        raise ValueError(f"{node}: the CLIP Vision gives pictures as {width} numbers, but the CLIP wired gives texts as "
-                         f"{' or '.join(map(str, towers)) or 'no vector at all'}. The two must be halves of one CLIP: 768 is "
-                         "ViT-L (clip_l, Load CLIP), 1024 ViT-H (SD2.x), 1280 ViT-bigG (SDXL). Or unwire clip.")
+        raise ValueError(
+            f"{node}: the CLIP Vision gives pictures as {width} numbers, but the CLIP wired gives texts as "
+            f"{' or '.join(map(str, towers)) or 'no vector at all'}. The two must be halves of one CLIP: 768 is "
+            "ViT-L (clip_l, Load CLIP), 1024 ViT-H (SD2.x), 1280 ViT-bigG (SDXL). Or unwire clip."
+        )
     name, tower = towers[width]
     weight = tower.transformer.text_projection.weight.detach().float()
     if not (weight.isfinite().all() and PROJECTION[0] < float(weight.std()) < PROJECTION[1]):
-        raise ValueError(f"{node}: the CLIP wired holds no text projection (its spread is {float(weight.std()):.3g}; a trained one's lies "
-                         f"between {PROJECTION[0]} and {PROJECTION[1]}). Checkpoints of SD1.5 leave it out: wire Load CLIP with the whole "
-                         "text encoder, such as clip_l.safetensors. Or unwire clip.")
+        raise ValueError(
+            f"{node}: the CLIP wired holds no text projection (its spread is {float(weight.std()):.3g}; a trained one's lies "
+            f"between {PROJECTION[0]} and {PROJECTION[1]}). Checkpoints of SD1.5 leave it out: wire Load CLIP with the whole "
+            "text encoder, such as clip_l.safetensors. Or unwire clip."
+        )
     rows, device = [], clip.patcher.load_device
     try:
         for text in texts:
@@ -76,7 +94,9 @@ def text_embeddings(clip: Any, width: int, texts: Sequence[str], node: str) -> T
             clip.load_model(tokens)
             tower.set_clip_options({"execution_device": device, "projected_pooled": True})
             with comfy.model_management.cuda_device_context(device):
-                rows.append(tower.encode_token_weights(tokens[name.removeprefix("clip_")])[1].double().cpu())
+                rows.append(
+                    tower.encode_token_weights(tokens[name.removeprefix("clip_")])[1].double().cpu()
+                )
     finally:
         model.reset_clip_options()
     return torch.cat(rows)

@@ -51,7 +51,9 @@ def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
 def to_model_scale(model: ModelPatcher, samples: Tensor) -> Tensor:
     """A LATENT's samples in model scale [b c y x], on the CPU."""
     # --fp16-intermediates and --gpu-only give others
-    return unframed(model.get_model_object("latent_format").process_in(framed(model, samples.float().cpu())))
+    return unframed(
+        model.get_model_object("latent_format").process_in(framed(model, samples.float().cpu()))
+    )
 
 
 def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """The host's model: what it is, its attention layers, its schedule and its latents."""
+
 from __future__ import annotations
 
 import logging
@@ -58,34 +59,49 @@ def require_unet(model: ModelPatcher, node: str) -> UNetModel:
     """The UNet behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
     unet, sampling = network(model), model.get_model_object("model_sampling")
     if not isinstance(unet, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
-        why = "flow" if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__
+        why = (
+            "flow" if isinstance(sampling, comfy.model_sampling.CONST) else type(sampling).__name__
+        )
     else:
         why = other_work(model, unet, sampling)
     if why:
-        remedy = ("Remove the node that puts a network of its own in the UNet's place." if "diffusion_model" in model.object_patches
-                  else "Load an SD1.5, SD2.x or SDXL checkpoint.")
-        raise ValueError(f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
-                         f"{type(model.model.model_config).__name__} ({type(unet).__name__}, {why}). {remedy}")
+        remedy = (
+            "Remove the node that puts a network of its own in the UNet's place."
+            if "diffusion_model" in model.object_patches
+            else "Load an SD1.5, SD2.x or SDXL checkpoint."
+        )
+        raise ValueError(
+            f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
+            f"{type(model.model.model_config).__name__} ({type(unet).__name__}, {why}). {remedy}"
+        )
     return unet
 
 
 def noise_of(model: ModelPatcher, node: str) -> Diffusion | Flow:
     """How this model mixes a picture with noise; ValueError where in a way of its own."""
     sampling, kinds = model.get_model_object("model_sampling"), comfy.model_sampling
-    if isinstance(sampling, kinds.CONST) and not isinstance(sampling, getattr(kinds, "IMG_TO_IMG_FLOW", ())):
+    if isinstance(sampling, kinds.CONST) and not isinstance(
+        sampling, getattr(kinds, "IMG_TO_IMG_FLOW", ())
+    ):
         return Flow(getattr(sampling, "noise_scale", 1.0))
     # Cosmos Predict2's is a flow whose x the host holds as x_0 + sigma noise, up to sigma 80
     diffusions = (kinds.EPS, getattr(kinds, "COSMOS_RFLOW", ()))
-    if isinstance(sampling, diffusions) and not isinstance(sampling, getattr(kinds, "IMG_TO_IMG", ())):
+    if isinstance(sampling, diffusions) and not isinstance(
+        sampling, getattr(kinds, "IMG_TO_IMG", ())
+    ):
         return DIFFUSION
-    raise ValueError(f"{node}: needs a model that denoises a picture (noise, v or flow prediction), but the model given is "
-                     f"{type(model.model.model_config).__name__} ({model.model.model_type.name.lower()}). Load a checkpoint that draws "
-                     "pictures from text.")
+    raise ValueError(
+        f"{node}: needs a model that denoises a picture (noise, v or flow prediction), but the model given is "
+        f"{type(model.model.model_config).__name__} ({model.model.model_type.name.lower()}). Load a checkpoint that draws "
+        "pictures from text."
+    )
 
 
 def require_invertible(model: ModelPatcher, node: str) -> Diffusion | Flow:
     """The noise path of a model that draws pictures from text; ValueError for others. A transformer is known by its flow."""
-    if draws_by_unet(model) or isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.EPS):
+    if draws_by_unet(model) or isinstance(
+        model.get_model_object("model_sampling"), comfy.model_sampling.EPS
+    ):
         require_unet(model, node)
     return noise_of(model, node)
 
@@ -104,13 +120,19 @@ def attention_sites(unet: UNetModel) -> dict[BlockId, BlockSite]:
     sites: dict[BlockId, BlockSite] = {}
     divisor = 1
     middle = () if unet.middle_block is None else (unet.middle_block,)  # KOALA and SDXS have none
-    for stage, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
+    for stage, blocks in (
+        ("input", unet.input_blocks),
+        ("middle", middle),
+        ("output", unet.output_blocks),
+    ):
         for index, layers in enumerate(blocks):
             depth = 0
             for layer in layers:
                 if isinstance(layer, SpatialTransformer):
                     for block in layer.transformer_blocks:
-                        sites[stage, index, depth] = BlockSite(block, divisor, not getattr(block, "disable_self_attn", False))
+                        sites[stage, index, depth] = BlockSite(
+                            block, divisor, not getattr(block, "disable_self_attn", False)
+                        )
                         depth += 1
                 elif _resizes(layer, Downsample):
                     divisor *= 2
@@ -131,15 +153,20 @@ def feature_tap(unet: UNetModel, divisor: int) -> int:
         if here == divisor:
             return index
         here //= 2 ** sum(_resizes(layer, Upsample) for layer in layers)
-    raise ValueError(f"Kindred: this UNet has no output block at a {divisor}th of the latent's size. Load an SD1.5, SD2.x or SDXL "
-                     "checkpoint.")
+    raise ValueError(
+        f"Kindred: this UNet has no output block at a {divisor}th of the latent's size. Load an SD1.5, SD2.x or SDXL "
+        "checkpoint."
+    )
 
 
 @contextmanager
 def own_modules(model: ModelPatcher) -> Iterator[None]:
     """The model's modules as they were loaded: those that another MODEL's object patches put there stay from its run until the next."""
-    placed = {name: comfy.utils.set_attr(model.model, name, original) for name, original in model.object_patches_backup.items()
-              if isinstance(original, torch.nn.Module)}
+    placed = {
+        name: comfy.utils.set_attr(model.model, name, original)
+        for name, original in model.object_patches_backup.items()
+        if isinstance(original, torch.nn.Module)
+    }
     try:
         yield
     finally:
@@ -172,10 +199,24 @@ def wrapped_injections(model: ModelPatcher) -> list[str]:
     LoRAs in bypass mode are weights and belong to nobody.
     """
     held = (model.wrappers, model.model_options.get("transformer_options", {}).get("wrappers", {}))
-    wrappers = [(key, f) for kinds in held for by_key in kinds.values() for key, many in by_key.items() if key != KEY for f in many]
-    keys, packs = {key for key, _ in wrappers}, {_pack(f) for _, f in wrappers} - {"", "comfy", "comfy_extras", "comfy_api", "nodes"}
-    return [key for key, many in model.injections.items() if not any(map(is_lora, many))
-            and (key in keys or any(_pack(one.inject) in packs for one in many))]
+    wrappers = [
+        (key, f)
+        for kinds in held
+        for by_key in kinds.values()
+        for key, many in by_key.items()
+        if key != KEY
+        for f in many
+    ]
+    keys, packs = (
+        {key for key, _ in wrappers},
+        {_pack(f) for _, f in wrappers} - {"", "comfy", "comfy_extras", "comfy_api", "nodes"},
+    )
+    return [
+        key
+        for key, many in model.injections.items()
+        if not any(map(is_lora, many))
+        and (key in keys or any(_pack(one.inject) in packs for one in many))
+    ]
 
 
 @contextmanager
@@ -190,7 +231,10 @@ def ejected(model: ModelPatcher, keys: Collection[str]) -> Iterator[None]:
     with model.use_ejected():
         injections, callbacks = model.injections, model.callbacks
         model.injections = {key: many for key, many in injections.items() if key not in keys}
-        model.callbacks = {kind: {key: many for key, many in by_key.items() if key not in keys} for kind, by_key in callbacks.items()}
+        model.callbacks = {
+            kind: {key: many for key, many in by_key.items() if key not in keys}
+            for kind, by_key in callbacks.items()
+        }
         try:
             model.inject_model()
             yield
@@ -205,7 +249,9 @@ def computes_in(model: ModelPatcher) -> torch.dtype:
     return network(model).dtype if cast is None else cast
 
 
-def token_sizes(model: ModelPatcher, latent: Sequence[int], bank: ReferenceBank | None = None) -> dict[BlockId, tuple[int, int]]:
+def token_sizes(
+    model: ModelPatcher, latent: Sequence[int], bank: ReferenceBank | None = None
+) -> dict[BlockId, tuple[int, int]]:
     """Tokens of one picture and their channels in every self-attention layer; latent: its size (y, x) in cells.
 
     Of a transformer only the layers of the bank, whose keys and values tell the width.
@@ -214,16 +260,31 @@ def token_sizes(model: ModelPatcher, latent: Sequence[int], bank: ReferenceBank 
     if not isinstance(unet, UNetModel):
         layers = bank.layers if bank else ()
         cells = bank.trajectory.latents.shape[-2] if bank else 0
-        return {layer.block: (math.prod(grid_of(tuple(latent), max(cells // layer.grid[0], 1))), layer.channels // 2) for layer in layers}
-    return {block: (math.prod(grid_of(tuple(latent), site.divisor)), getattr(getattr(site.module.attn1, "to_k", None), "out_features", 0))
-            for block, site in attention_sites(unet).items()}  # 0: another node's layer, refused where it is read
+        return {
+            layer.block: (
+                math.prod(grid_of(tuple(latent), max(cells // layer.grid[0], 1))),
+                layer.channels // 2,
+            )
+            for layer in layers
+        }
+    return {
+        block: (
+            math.prod(grid_of(tuple(latent), site.divisor)),
+            getattr(getattr(site.module.attn1, "to_k", None), "out_features", 0),
+        )
+        for block, site in attention_sites(unet).items()
+    }  # 0: another node's layer, refused where it is read
 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
     """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the CPU."""
     if scheduler not in schedulers():
-        raise ValueError(f"Kindred: this ComfyUI has no scheduler {scheduler!r:.60}. Choose one of {', '.join(map(str, schedulers()))}.")
-    return comfy.samplers.KSampler(model, steps, torch.device("cpu"), "euler", scheduler).sigmas  # packs change how it computes them
+        raise ValueError(
+            f"Kindred: this ComfyUI has no scheduler {scheduler!r:.60}. Choose one of {', '.join(map(str, schedulers()))}."
+        )
+    return comfy.samplers.KSampler(
+        model, steps, torch.device("cpu"), "euler", scheduler
+    ).sigmas  # packs change how it computes them
 
 
 def schedulers() -> list[str]:
@@ -236,22 +297,45 @@ def samplers() -> list[str]:
     return comfy.samplers.KSampler.SAMPLERS
 
 
-def chosen_sigmas(model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str) -> tuple[Tensor, str]:
+def chosen_sigmas(
+    model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str
+) -> tuple[Tensor, str]:
     """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
-    name = f"{scheduler}, {steps} steps" if sigmas is None else f"custom, {max(sigmas.numel() - 1, 0)} steps"
+    name = (
+        f"{scheduler}, {steps} steps"
+        if sigmas is None
+        else f"custom, {max(sigmas.numel() - 1, 0)} steps"
+    )
     given = (schedule(model, scheduler, steps) if sigmas is None else sigmas).float().cpu()
     sigmas = given.flatten()
-    if given.ndim != 1 or len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any() or sigmas[-1] != 0:
-        raise ValueError(f"{node}: sigmas ({name}) must fall from step to step and end in 0, but "
-                         f"{[round(s, 4) for s in sigmas.tolist()[:6]]}... "
-                         f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
-                         "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, not flipped ones.")
+    if (
+        given.ndim != 1
+        or len(sigmas) < 2
+        or not torch.isfinite(sigmas).all()
+        or (sigmas.diff() >= 0).any()
+        or sigmas[-1] != 0
+    ):
+        raise ValueError(
+            f"{node}: sigmas ({name}) must fall from step to step and end in 0, but "
+            f"{[round(s, 4) for s in sigmas.tolist()[:6]]}... "
+            f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
+            "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, not flipped ones."
+        )
     return sigmas, name
 
 
-def cross_layers(model: ModelPatcher, node: str) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
+def cross_layers(
+    model: ModelPatcher, node: str
+) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
     """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
     with own_modules(model):
-        to_k = {block: site.module.attn2.to_k for block, site in attention_sites(require_unet(model, node)).items()}
+        to_k = {
+            block: site.module.attn2.to_k
+            for block, site in attention_sites(require_unet(model, node)).items()
+        }
     width = next(iter(to_k.values())).in_features
-    return type(model.model.model_config).__name__, tuple((block, layer.out_features) for block, layer in to_k.items()), width
+    return (
+        type(model.model.model_config).__name__,
+        tuple((block, layer.out_features) for block, layer in to_k.items()),
+        width,
+    )

@@ -1,4 +1,5 @@
 """Words on a node of the page, beside the results that the API tells."""
+
 from __future__ import annotations
 
 import logging

@@ -1,4 +1,5 @@
 """Pictures from the host's folders: the input folder as Load Image lists it, and the pack's examples in the temp folder."""
+
 from __future__ import annotations
 
 import os
@@ -21,7 +22,9 @@ def offer_example(picture: Path) -> None:
     target = Path(folder_paths.get_temp_directory(), f"kindred_{picture.name}")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{uuid.uuid4().hex}")  # another thread may read the name, or do the same, meanwhile
+        part = target.with_suffix(
+            f".{uuid.uuid4().hex}"
+        )  # another thread may read the name, or do the same, meanwhile
         try:
             shutil.copyfile(picture, part)
             os.replace(part, target)
@@ -38,7 +41,10 @@ def input_pictures() -> list[str]:
 
 def picture_exists(name: str) -> bool:
     """Also no for a folder, which the host's own question takes for a picture."""
-    return bool(folder_paths.exists_annotated_filepath(name)) and Path(folder_paths.get_annotated_filepath(name)).is_file()
+    return (
+        bool(folder_paths.exists_annotated_filepath(name))
+        and Path(folder_paths.get_annotated_filepath(name)).is_file()
+    )
 
 
 def load_picture(name: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
 """Reference passes: the Ref-UNet inside the host's own sampling, captured, replayed or live."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,24 +21,39 @@ from .networks import recognise
 from .run import SamplerRun, install
 
 
-def read_prompt(model: ModelPatcher, conditioning: Conditioning, name: str, node: str, pictures: int) -> ReferencePrompt:
+def read_prompt(
+    model: ModelPatcher, conditioning: Conditioning, name: str, node: str, pictures: int
+) -> ReferencePrompt:
     """The one plain prompt of a reference pass over r pictures; ValueError where several, masked or timed prompts are wired."""
-    special = sorted({k for _, extras in conditioning for k in SPECIAL if extras.get(k) is not None})
+    special = sorted(
+        {k for _, extras in conditioning for k in SPECIAL if extras.get(k) is not None}
+    )
     if len(conditioning) != 1 or special:
-        raise ValueError(f"{node}: {name} must be one plain prompt such as 'a photo of a cat', but {len(conditioning)} prompts were "
-                         f"given{' with ' + ', '.join(special) if special else ''}. Wire Subject Prompts straight into it.")
-    (cross, extras), = conditioning
+        raise ValueError(
+            f"{node}: {name} must be one plain prompt such as 'a photo of a cat', but {len(conditioning)} prompts were "
+            f"given{' with ' + ', '.join(special) if special else ''}. Wire Subject Prompts straight into it."
+        )
+    ((cross, extras),) = conditioning
     if cross.shape[0] not in (1, pictures):
-        raise ValueError(f"{node}: {name} holds {cross.shape[0]} prompts for {pictures} reference picture{'s' * (pictures > 1)}. "
-                         "Write one line in Subject Prompts, or one line per picture.")
-    return ReferencePrompt(str(extras.get(TEXT, "")), cross, _plain(model, extras), extras.get(SUBJECT))
+        raise ValueError(
+            f"{node}: {name} holds {cross.shape[0]} prompts for {pictures} reference picture{'s' * (pictures > 1)}. "
+            "Write one line in Subject Prompts, or one line per picture."
+        )
+    return ReferencePrompt(
+        str(extras.get(TEXT, "")), cross, _plain(model, extras), extras.get(SUBJECT)
+    )
 
 
 def first_rows(model: ModelPatcher, conditioning: Conditioning, rows: int) -> ReferencePrompt:
     """What the first pictures of a batch were asked for; of several prompts the first, without what is not a prompt."""
     cross, extras = conditioning[0]
     plain = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in _plain(model, extras).items()}
-    return ReferencePrompt("\n".join(str(extras.get(TEXT, "")).splitlines()[:rows]), cross[:rows], plain, extras.get(SUBJECT))
+    return ReferencePrompt(
+        "\n".join(str(extras.get(TEXT, "")).splitlines()[:rows]),
+        cross[:rows],
+        plain,
+        extras.get(SUBJECT),
+    )
 
 
 def _plain(model: ModelPatcher, extras: Mapping[str, Any]) -> dict[str, Tensor | int | float | str]:
@@ -45,8 +61,14 @@ def _plain(model: ModelPatcher, extras: Mapping[str, Any]) -> dict[str, Tensor |
 
     Without a text projection in the checkpoint (SD1.5) the host's pooled text is whatever lay in memory; such a model reads none.
     """
-    unread = ("pooled_output",) if getattr(network(model), "num_classes", "not a UNet") is None else ()
-    return {k: v for k, v in extras.items() if k not in unread and isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)}
+    unread = (
+        ("pooled_output",) if getattr(network(model), "num_classes", "not a UNet") is None else ()
+    )
+    return {
+        k: v
+        for k, v in extras.items()
+        if k not in unread and isinstance(v, (Tensor, int, float, str)) and not isinstance(v, bool)
+    }
 
 
 def _conditioning(prompt: ReferencePrompt) -> Conditioning:
@@ -58,19 +80,34 @@ def _bare(model_options: dict[str, Any], run: Run | None, watched: bool = False)
 
     Nor are the modules that other packs' wrappers set up (`wrapped_injections`). run: None for a pass of which nothing is read.
     """
-    kept = {k: v for k, v in model_options.get("transformer_options", {}).items() if k not in ("wrappers", "callbacks", KEY)}
+    kept = {
+        k: v
+        for k, v in model_options.get("transformer_options", {}).items()
+        if k not in ("wrappers", "callbacks", KEY)
+    }
     options = {"transformer_options": kept}
     return options if run is None else install(options, run, watched)
 
 
 class _ReferenceGuider(comfy.samplers.CFGGuider):
     """Evaluates cond (and uncond, where its features are wanted) in one call and returns cond: guidance 1."""
-    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None) -> Tensor:
+
+    def predict_noise(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
         conds = [self.conds["positive"], self.conds.get("negative")]
-        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options or {})[0]
+        return comfy.samplers.calc_cond_batch(
+            self.inner_model, conds, x, timestep, model_options or {}
+        )[0]
 
 
-Loop = Callable[[Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int, Tensor, Tensor], None]], Any]
+Loop = Callable[
+    [Callable[[Tensor, Tensor], Tensor], torch.device, Callable[[int, Tensor, Tensor], None]], Any
+]
 
 
 class _ReferenceSampler(comfy.samplers.Sampler):
@@ -78,32 +115,72 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
     recorder: what it saw last stands for the answer of a pass that ends before there is one.
     """
-    def __init__(self, loop: Loop, run: SamplerRun | None, total: int, recorder: Recorder | None = None) -> None:
-        self.loop, self.run, self.total, self.recorder, self.result, self.checked = loop, run, total, recorder, None, False
 
-    def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
-               *args: Any, **kwargs: Any) -> Tensor:
+    def __init__(
+        self, loop: Loop, run: SamplerRun | None, total: int, recorder: Recorder | None = None
+    ) -> None:
+        self.loop, self.run, self.total, self.recorder, self.result, self.checked = (
+            loop,
+            run,
+            total,
+            recorder,
+            None,
+            False,
+        )
+
+    def sample(
+        self,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         if self.run is not None:
             self.run.begin(guider, extra_args["model_options"], unframed(noise).shape, sigmas)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            denoised = unframed(guider(framed(guider.model_patcher, x), sigma.to(x).expand(x.shape[0]),
-                                       model_options=extra_args["model_options"], seed=None))
-            seen = next(reversed(self.recorder.tokens.values()), denoised) if self.run and self.run.ends_early else denoised
+            denoised = unframed(
+                guider(
+                    framed(guider.model_patcher, x),
+                    sigma.to(x).expand(x.shape[0]),
+                    model_options=extra_args["model_options"],
+                    seed=None,
+                )
+            )
+            seen = (
+                next(reversed(self.recorder.tokens.values()), denoised)
+                if self.run and self.run.ends_early
+                else denoised
+            )
             if not self.checked and not torch.isfinite(seen).all():
-                raise ValueError(f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
-                                 "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE.")
+                raise ValueError(
+                    f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
+                    "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE."
+                )
             self.checked = True
             return denoised
 
         def progress(step: int, denoised: Tensor, x: Tensor) -> None:
             callback(min(step, self.total - 1), denoised, x, self.total)
+
         self.result = self.loop(denoise, noise.device, progress)
         return noise
 
 
-def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, positive: ReferencePrompt, negative: ReferencePrompt | None,
-                   loop: Loop, recorder: Recorder | None = None, total: int | None = None, ends_early: bool = False) -> Any:
+def reference_pass(
+    model: ModelPatcher,
+    shape: Sequence[int],
+    sigmas: Tensor,
+    positive: ReferencePrompt,
+    negative: ReferencePrompt | None,
+    loop: Loop,
+    recorder: Recorder | None = None,
+    total: int | None = None,
+    ends_early: bool = False,
+) -> Any:
     """Run `loop` inside the host's sampling (loading, casts, progress, interrupts) at guidance 1; returns the loop's result.
 
     shape: [r c y x] of the reference latents; sigmas: descending [t+1], for nodes that look at the schedule; total: UNet
@@ -113,26 +190,40 @@ def reference_pass(model: ModelPatcher, shape: Sequence[int], sigmas: Tensor, po
     for key in wrapped_injections(model):
         bare.remove_injections(key)
         bare.remove_additional_models(key)
-    bare.wrappers, bare.is_injected = {}, False  # the clone's flag tells of the model that is loaded, which the host ejects first
+    bare.wrappers, bare.is_injected = (
+        {},
+        False,
+    )  # the clone's flag tells of the model that is loaded, which the host ejects first
     run = None  # nothing is read: any network will do
     if recorder:
         run = SamplerRun(watchers=[recorder], ends_early=ends_early, backbone=recognise(model))
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run)
-    guider.inner_set_conds({"positive": _conditioning(positive)} | ({"negative": _conditioning(negative)} if negative else {}))
+    guider.inner_set_conds(
+        {"positive": _conditioning(positive)}
+        | ({"negative": _conditioning(negative)} if negative else {})
+    )
     total = total or len(sigmas) - 1
     sampler = _ReferenceSampler(loop, run, total, recorder)
     empty = framed(bare, torch.zeros(list(shape)))
     try:
-        guider.sample(empty, empty, sampler, sigmas, callback=latent_preview.prepare_callback(bare, total), seed=0)
+        guider.sample(
+            empty,
+            empty,
+            sampler,
+            sigmas,
+            callback=latent_preview.prepare_callback(bare, total),
+            seed=0,
+        )
     finally:
         if run is not None:
             run.close()
     return sampler.result
 
 
-def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
-                     halves: frozenset[Half]) -> Mapping[Half, Mapping[BlockId, Tensor]]:
+def reference_tokens(
+    run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half]
+) -> Mapping[Half, Mapping[BlockId, Tensor]]:
     """The kept tokens [l c] of every block of the bank at this sigma: from the bank where it holds it (cached), else live.
 
     Live is a Ref-UNet call on the interpolated trajectory at that very sigma. Remembered for the step, so that chained nodes
@@ -141,43 +232,78 @@ def reference_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float,
     key = (id(bank), sigma, halves)
     if key not in run.step_tokens:
         step = bank.step_of(sigma)
-        why = ("as a transformer's is: one row more in each step" if bank.live else
-               f"since it holds no sigma {sigma:.4g} (it was made with {bank.trajectory.schedule})")
+        why = (
+            "as a transformer's is: one row more in each step"
+            if bank.live
+            else f"since it holds no sigma {sigma:.4g} (it was made with {bank.trajectory.schedule})"
+        )
         way = f"live, {why}" if step is None else "cached"
         if way.split(",")[0] not in run.ways:
             run.ways.add(way.split(",")[0])
             log.info("Kindred: the reference is read %s.", way)
-        run.step_tokens = {key: _live_tokens(run, bank, sigma, halves) if step is None else
-                           {half: bank.tokens(half, step, *run.device_and_dtype, reader=run.rows) for half in halves}} | {
-                           k: v for k, v in run.step_tokens.items() if k[1] == sigma}
+        run.step_tokens = {
+            key: _live_tokens(run, bank, sigma, halves)
+            if step is None
+            else {
+                half: bank.tokens(half, step, *run.device_and_dtype, reader=run.rows)
+                for half in halves
+            }
+        } | {k: v for k, v in run.step_tokens.items() if k[1] == sigma}
     return run.step_tokens[key]
 
 
-def _live_tokens(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half]) -> dict[Half, dict[BlockId, Tensor]]:
+def _live_tokens(
+    run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half]
+) -> dict[Half, dict[BlockId, Tensor]]:
     if lacking := {*bank.grids.values()} - bank.masks.keys():
-        raise ValueError(f"Kindred: this sampler asks for sigma {sigma:.4g}, which the reference does not hold (it was made with "
-                         f"{bank.trajectory.schedule}), and to read it there masks of {len(lacking)} grids more than its {len(bank.masks)} "
-                         "are needed. Take the sampler, scheduler and steps of the reference, or make it again with a mask wired.")
-    recorder = Recorder(run.blocks_read(bank) if bank.live else bank.blocks)  # it runs as deep as the last of them
+        raise ValueError(
+            f"Kindred: this sampler asks for sigma {sigma:.4g}, which the reference does not hold (it was made with "
+            f"{bank.trajectory.schedule}), and to read it there masks of {len(lacking)} grids more than its {len(bank.masks)} "
+            "are needed. Take the sampler, scheduler and steps of the reference, or make it again with a mask wired."
+        )
+    recorder = Recorder(
+        run.blocks_read(bank) if bank.live else bank.blocks
+    )  # it runs as deep as the last of them
     watch_reference(run, bank, sigma, halves, recorder)
     return {half: bank.keep(recorder.of(half)) for half in halves}
 
 
-def watch_reference(run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half], recorder: Recorder) -> None:
+def watch_reference(
+    run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half], recorder: Recorder
+) -> None:
     """One Ref-UNet call on the trajectory at this very sigma, seen by `recorder`."""
     model, device = run.guider.inner_model, run.guider.model_patcher.load_device
     x = framed(run.guider.model_patcher, bank.latent_at(sigma).to(device))
     wanted = {"positive": Half.COND, "negative": Half.UNCOND}
-    conds = {kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half])) for kind, half in wanted.items() if half in halves}
-    conds = comfy.samplers.process_conds(model, x, conds, device, latent_image=x, denoise_mask=None, seed=0)
-    inner = Run(watchers=[recorder], ends_early=True, latent=tuple(x.shape[-2:]), sites=run.sites, compiled=run.compiled,
-                backbone=run.backbone)
+    conds = {
+        kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half]))
+        for kind, half in wanted.items()
+        if half in halves
+    }
+    conds = comfy.samplers.process_conds(
+        model, x, conds, device, latent_image=x, denoise_mask=None, seed=0
+    )
+    inner = Run(
+        watchers=[recorder],
+        ends_early=True,
+        latent=tuple(x.shape[-2:]),
+        sites=run.sites,
+        compiled=run.compiled,
+        backbone=run.backbone,
+    )
     inner.read_conds(conds)
     try:
         patcher = run.guider.model_patcher
-        with ejected(patcher, wrapped_injections(patcher)), torch.random.fork_rng(
-                [device] if device.type == "cuda" else []):  # others' patches may draw numbers, as token merging does
-            comfy.samplers.calc_cond_batch(model, [conds.get("positive"), conds.get("negative")], x, x.new_full((x.shape[0],), sigma),
-                                           _bare(run.model_options, inner, watched=True))
+        with (
+            ejected(patcher, wrapped_injections(patcher)),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):  # others' patches may draw numbers, as token merging does
+            comfy.samplers.calc_cond_batch(
+                model,
+                [conds.get("positive"), conds.get("negative")],
+                x,
+                x.new_full((x.shape[0],), sigma),
+                _bare(run.model_options, inner, watched=True),
+            )
     finally:
         inner.close()

@@ -1,4 +1,5 @@
 """Saved references: where they lie, and where the next one goes."""
+
 from __future__ import annotations
 
 import errno
@@ -23,7 +24,11 @@ def register_references(shipped: Path) -> None:
     """models/kindred_references, the place in the output folder where Save Reference writes unless told otherwise, and the pack's own."""
     paths, endings = folder_paths.folder_names_and_paths.setdefault(REFERENCES, ([], set()))
     endings.add(".safetensors")
-    for folder in (Path(folder_paths.models_dir) / REFERENCES, Path(folder_paths.get_output_directory()) / "kindred", shipped):
+    for folder in (
+        Path(folder_paths.models_dir) / REFERENCES,
+        Path(folder_paths.get_output_directory()) / "kindred",
+        shipped,
+    ):
         folder_paths.add_model_folder_path(REFERENCES, str(folder))
 
 
@@ -35,9 +40,15 @@ def reference_files() -> list[str]:
 def reference_path(name: str) -> Path:
     """The file behind a name of the list; FileNotFoundError in the host's words where it is gone, ValueError where there are two."""
     path = Path(folder_paths.get_full_path_or_raise(REFERENCES, name))
-    found = {file.resolve() for folder in folder_paths.get_folder_paths(REFERENCES) if (file := Path(folder, name)).is_file()}
+    found = {
+        file.resolve()
+        for folder in folder_paths.get_folder_paths(REFERENCES)
+        if (file := Path(folder, name)).is_file()
+    }
     if len(found) > 1:
-        raise ValueError(f"{name} is the name of {len(found)} files: {', '.join(map(str, sorted(found)))}. Rename all but one.")
+        raise ValueError(
+            f"{name} is the name of {len(found)} files: {', '.join(map(str, sorted(found)))}. Rename all but one."
+        )
     return path
 
 
@@ -50,7 +61,9 @@ def new_reference_path(prefix: str) -> Iterator[tuple[Path, str]]:
     folder, ValueError for one that no file can have, OSError where the system refuses the folder.
     """
     folder, name, counter, subfolder = _numbered(prefix)
-    paths = (Path(folder, f"{name}_{n:05}_.safetensors") for n in count(counter))  # the host counts from 1 where a prefix ends in a slash
+    paths = (
+        Path(folder, f"{name}_{n:05}_.safetensors") for n in count(counter)
+    )  # the host counts from 1 where a prefix ends in a slash
     for left in Path(folder).glob(f".{glob.escape(name)}_*_.safetensors.*"):
         if left.suffix in (".claim", ".lock"):  # of a process that was killed behind its last step
             dead(left)
@@ -58,7 +71,9 @@ def new_reference_path(prefix: str) -> Iterator[tuple[Path, str]]:
         try:
             path = stack.enter_context(first_free(paths))
         except OSError as error:
-            raise OSError(error.errno, f"{folder} cannot be written to: {error.strerror or error}") from error
+            raise OSError(
+                error.errno, f"{folder} cannot be written to: {error.strerror or error}"
+            ) from error
         yield path, Path(subfolder, path.name).as_posix()
 
 
@@ -69,16 +84,28 @@ def _numbered(prefix: str) -> tuple[str, str, int, str]:
             raise ValueError("it holds characters that cannot be seen")
         if not os.path.basename(os.path.normpath(prefix)).strip(" ."):
             raise ValueError("it is empty")
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(dated(prefix, datetime.now()),
-                                                                               folder_paths.get_output_directory())
-        Path(folder, f".{name}_{counter:05}_.safetensors.{'0' * 24}").exists()  # as long as the name it is written under
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            dated(prefix, datetime.now()), folder_paths.get_output_directory()
+        )
+        Path(
+            folder, f".{name}_{counter:05}_.safetensors.{'0' * 24}"
+        ).exists()  # as long as the name it is written under
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
-            raise OSError(error.errno, f"the folder of filename_prefix {prefix!r:.60} cannot be used: {error.strerror}"
-                                       f"{f' ({error.filename})' if error.filename else ''}") from error
+        if isinstance(error, OSError) and error.errno not in (
+            errno.ENAMETOOLONG,
+            errno.EINVAL,
+            errno.EILSEQ,
+        ):
+            raise OSError(
+                error.errno,
+                f"the folder of filename_prefix {prefix!r:.60} cannot be used: {error.strerror}"
+                f"{f' ({error.filename})' if error.filename else ''}",
+            ) from error
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"filename_prefix is {prefix!r:.60}, which no file can be called ({why}). Give a short name such as "
-                         "kindred/reference.") from error
+        raise ValueError(
+            f"filename_prefix is {prefix!r:.60}, which no file can be called ({why}). Give a short name such as "
+            "kindred/reference."
+        ) from error
     return folder, name, counter, subfolder
 
 
@@ -89,9 +116,14 @@ def dated(prefix: str, now: datetime) -> str:
     def part(match: re.Match[str]) -> str:
         letters = match[0]
         if letters[0] == "y":
-            return f"{now.year:04}"[4 - len(letters):]
+            return f"{now.year:04}"[4 - len(letters) :]
         return f"{numbers[letters[0]]:0{len(letters)}}"
-    return re.sub(r"%date:([^%]+)%", lambda match: re.sub("yyyy|yy|MM?|dd?|hh?|mm?|ss?", part, match[1]), prefix)
+
+    return re.sub(
+        r"%date:([^%]+)%",
+        lambda match: re.sub("yyyy|yy|MM?|dd?|hh?|mm?|ss?", part, match[1]),
+        prefix,
+    )
 
 
 def nameable(text: str) -> bool:
@@ -100,4 +132,7 @@ def nameable(text: str) -> bool:
 
 
 def is_listed(path: Path) -> bool:
-    return any(path.resolve().is_relative_to(Path(folder).resolve()) for folder in folder_paths.get_folder_paths(REFERENCES))
+    return any(
+        path.resolve().is_relative_to(Path(folder).resolve())
+        for folder in folder_paths.get_folder_paths(REFERENCES)
+    )

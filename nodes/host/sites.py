@@ -15,9 +15,7 @@ def sites_of(model: ModelPatcher, backbone: Backbone | None) -> dict[BlockId, Bl
     """In the order in which the network runs them; backbone: of a transformer, None for a UNet."""
     if backbone is None:
         return attention_sites(network(model))
-    return {
-        block: BlockSite(None, backbone.patch, backbone=backbone) for block in backbone.blocks
-    }
+    return {block: BlockSite(None, backbone.patch, backbone=backbone) for block in backbone.blocks}
 
 
 def require_backbone(model: ModelPatcher, node: str) -> Backbone | None:

@@ -1,4 +1,5 @@
 """ConsiStory's two stages inside one sampler run: one progress bar, no UNet call twice."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,11 @@ from .model import KEY, log
 
 def answering(model_options: Mapping[str, Any]) -> list[Any]:
     """Keys of the other nodes that stand between the sampler and the model, and may answer in its place."""
-    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.PREDICT_NOISE, {})
+    wrappers = (
+        model_options.get("transformer_options", {})
+        .get("wrappers", {})
+        .get(WrappersMP.PREDICT_NOISE, {})
+    )
     return [key for key, many in wrappers.items() if key != KEY and many]
 
 
@@ -38,43 +43,98 @@ class Stages:
     So every sampler may be used, those with memory and those with noise of their own too. Where it asks something else than
     the first time, the model answers.
     """
+
     story: Story
-    _answers: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)  # sigma, x, denoised: before the first injection
+    _answers: list[tuple[float, Tensor, Tensor]] = field(
+        default_factory=list
+    )  # sigma, x, denoised: before the first injection
     _replaying: bool = False
     _heard: int = 0  # questions of the sampler in its last run that came to the story
     _done: bool = False  # the first injection's noise level was reached: what follows differs in the second stage
 
-    def sample(self, executor: Callable[..., Tensor], guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any,
-               noise: Tensor, latent_image: Tensor | None = None, denoise_mask: Tensor | None = None, disable_pbar: bool = False,
-               **kwargs: Any) -> Tensor:
+    def sample(
+        self,
+        executor: Callable[..., Tensor],
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
         story, second = self.story, len(sigmas) - 1
         if not story.stage:
-            out = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar, **kwargs)
+            out = executor(
+                guider,
+                sigmas,
+                extra_args,
+                callback,
+                noise,
+                latent_image,
+                denoise_mask,
+                disable_pbar,
+                **kwargs,
+            )
             self._finish(extra_args["model_options"], second)
             return out
         first = story.schedule.first_stage
 
         def told(done: int) -> Callable[..., Any] | None:
-            return callback and (lambda step, denoised, x, total: callback(done + min(step, second - 1), denoised, x, first + second))
+            return callback and (
+                lambda step, denoised, x, total: callback(
+                    done + min(step, second - 1), denoised, x, first + second
+                )
+            )
+
         devices = [noise.device] if noise.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             try:
-                executor(guider, sigmas, dict(extra_args), told(0), noise.clone(), latent_image, denoise_mask, True, **kwargs)
+                executor(
+                    guider,
+                    sigmas,
+                    dict(extra_args),
+                    told(0),
+                    noise.clone(),
+                    latent_image,
+                    denoise_mask,
+                    True,
+                    **kwargs,
+                )
             except _FirstStageDone:
                 pass
         story.begin_second_stage()
         begin_keyframes(guider)
         self._replaying, self._heard = True, 0
-        out = executor(guider, sigmas, extra_args, told(first), noise, latent_image, denoise_mask, disable_pbar, **kwargs)
+        out = executor(
+            guider,
+            sigmas,
+            extra_args,
+            told(first),
+            noise,
+            latent_image,
+            denoise_mask,
+            disable_pbar,
+            **kwargs,
+        )
         self._finish(extra_args["model_options"], second)
         return out
 
     def _finish(self, model_options: dict[str, Any], steps: int) -> None:
         """The story is told; steps that another node answered before it could be asked are named."""
         self.story.finish()
-        if answering(model_options) and self._heard < steps:  # adaptive samplers may ask less often by themselves
-            log.warning("%s: %d of %d steps were answered by another node without the model, so nothing was shared there. LazyCache does "
-                        "this: remove it, or let it begin later.", NODE, steps - self._heard, steps)
+        if (
+            answering(model_options) and self._heard < steps
+        ):  # adaptive samplers may ask less often by themselves
+            log.warning(
+                "%s: %d of %d steps were answered by another node without the model, so nothing was shared there. LazyCache does "
+                "this: remove it, or let it begin later.",
+                NODE,
+                steps - self._heard,
+                steps,
+            )
 
     def replayed(self, sigma: float, x: Tensor) -> Tensor | None:
         """What the first stage answered to this very question, in its order; None: the model has to be asked."""
@@ -93,7 +153,9 @@ class Stages:
         self.story.end_step()
         if self.story.stage != 1:
             return
-        if sigma > self.story.settings.inject[0] * (1 + SLACK) and not self._done:  # a sampler may ask between two steps
+        if (
+            sigma > self.story.settings.inject[0] * (1 + SLACK) and not self._done
+        ):  # a sampler may ask between two steps
             self._answers.append((sigma, x.clone(), denoised.clone()))
         else:
             self._done = True

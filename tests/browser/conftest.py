@@ -2,6 +2,7 @@
 
 Screenshots are kept in the folder KINDRED_SHOTS; else in a temporary one of pytest.
 """
+
 from __future__ import annotations
 
 import os

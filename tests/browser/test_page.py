@@ -1,11 +1,19 @@
 """What a person does on the page, in both renderers: finds a node, drags, wires and runs it, reads its help and its errors."""
+
 from __future__ import annotations
 
 import pytest
 from client import Client
 from workflows import CANVAS, names
 
-EMPTY = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "version": 0.4}
+EMPTY = {
+    "last_node_id": 0,
+    "last_link_id": 0,
+    "nodes": [],
+    "links": [],
+    "groups": [],
+    "version": 0.4,
+}
 
 
 def settled(canvas, milliseconds: int = 400) -> None:
@@ -20,7 +28,9 @@ def found_by(canvas, words: str, at: tuple[int, int]) -> int:
     canvas.page.keyboard.type(words, delay=15)
     settled(canvas, 1500)
     canvas.page.keyboard.press("Enter")
-    canvas.page.wait_for_function("n => app.graph.nodes.length > n", arg=len(before), timeout=120_000)
+    canvas.page.wait_for_function(
+        "n => app.graph.nodes.length > n", arg=len(before), timeout=120_000
+    )
     canvas.page.mouse.move(at[0] + 5, at[1] + 5)
     settled(canvas, 300)
     canvas.page.mouse.click(*at)
@@ -40,13 +50,23 @@ def slot(canvas, node: int, name: str, output: bool) -> tuple[float, float]:
     """Where a socket is on the screen."""
     if canvas.vue:
         side = "lg-slot--output" if output else "lg-slot--input"
-        box = canvas.body(node).locator(f".{side}", has_text=name).first.locator("[data-testid=slot-dot]").first.bounding_box()
+        box = (
+            canvas.body(node)
+            .locator(f".{side}", has_text=name)
+            .first.locator("[data-testid=slot-dot]")
+            .first.bounding_box()
+        )
         return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    return tuple(canvas.page.evaluate("""([id, name, output]) => {
+    return tuple(
+        canvas.page.evaluate(
+            """([id, name, output]) => {
         const n = app.graph.getNodeById(id), d = app.canvas.ds, r = app.canvas.canvas.getBoundingClientRect();
         const i = (output ? n.outputs : n.inputs).findIndex(s => s.name === name || s.label === name);
         const p = n.getConnectionPos(!output, i);
-        return [r.left + (p[0] + d.offset[0]) * d.scale, r.top + (p[1] + d.offset[1]) * d.scale] }""", [node, name, output]))
+        return [r.left + (p[0] + d.offset[0]) * d.scale, r.top + (p[1] + d.offset[1]) * d.scale] }""",
+            [node, name, output],
+        )
+    )
 
 
 def drag(canvas, start: tuple[float, float], end: tuple[float, float]) -> None:
@@ -62,14 +82,21 @@ def drag(canvas, start: tuple[float, float], end: tuple[float, float]) -> None:
 def test_the_template_browser_lists_every_workflow_and_opens_one(canvas, shots):
     canvas.command("Comfy.BrowseTemplates")
     for name in names():
-        canvas.page.wait_for_selector(f'[data-testid="template-workflow-{name}"]', state="attached", timeout=120_000)
+        canvas.page.wait_for_selector(
+            f'[data-testid="template-workflow-{name}"]', state="attached", timeout=120_000
+        )
     canvas.page.get_by_text("kindred", exact=True).first.click()
     settled(canvas, 1500)
-    canvas.page.wait_for_function("""() => [...document.querySelectorAll('[data-testid^="template-workflow-"] img')]
-        .filter(i => i.naturalWidth === 480).length >= 4""", timeout=120_000)  # our thumbnails; the page's own stand-in has 224
+    canvas.page.wait_for_function(
+        """() => [...document.querySelectorAll('[data-testid^="template-workflow-"] img')]
+        .filter(i => i.naturalWidth === 480).length >= 4""",
+        timeout=120_000,
+    )  # our thumbnails; the page's own stand-in has 224
     canvas.screenshot(shots / f"templates_{'vue' if canvas.vue else 'canvas'}.png")
     canvas.page.locator('[data-testid="template-workflow-story"]').click()
-    canvas.page.wait_for_function("() => app.graph.nodes.some(n => n.type === 'KindredConsiStory')", timeout=120_000)
+    canvas.page.wait_for_function(
+        "() => app.graph.nodes.some(n => n.type === 'KindredConsiStory')", timeout=120_000
+    )
     settled(canvas)
     assert not canvas.toasts() and not canvas.errors
 
@@ -86,7 +113,9 @@ def test_a_node_is_found_by_its_alias_dragged_wired_and_run(canvas, shots):
     drag(canvas, (x, y), (x + 120, y + 80))
     after = canvas.page.evaluate("id => [...app.graph.getNodeById(id).pos]", preview)
     scale = canvas.page.evaluate("app.canvas.ds.scale")
-    assert [round((b - a) * scale) for a, b in zip(before, after)] == pytest.approx([120, 80], abs=12)  # snapping is the page's
+    assert [round((b - a) * scale) for a, b in zip(before, after)] == pytest.approx(
+        [120, 80], abs=12
+    )  # snapping is the page's
     drag(canvas, slot(canvas, photo, "image", True), slot(canvas, preview, "images", False))
     assert canvas.prompt()[str(preview)]["inputs"]["images"] == [str(photo), 0]
     assert canvas.run(60)["kind"] == "execution_success"
@@ -98,13 +127,20 @@ def test_a_node_is_found_by_its_alias_dragged_wired_and_run(canvas, shots):
 def test_the_help_panel_opens_with_the_nodes_picture(canvas, shots):
     canvas.load(CANVAS / "story.json")
     node = canvas.node("KindredConsiStory")
-    canvas.page.evaluate("id => { app.canvas.deselectAll?.(); app.canvas.select(app.graph.getNodeById(id)) }", node)
+    canvas.page.evaluate(
+        "id => { app.canvas.deselectAll?.(); app.canvas.select(app.graph.getNodeById(id)) }", node
+    )
     canvas.page.mouse.click(*grip(canvas, node))
     settled(canvas, 600)
     canvas.page.get_by_test_id("info-button").first.click()
-    canvas.page.get_by_text("Makes the pictures of one batch show the same subject").first.wait_for(timeout=120_000)
-    canvas.page.wait_for_function("""() => [...document.querySelectorAll('img')]
-        .some(i => i.src.includes('/docs/images/KindredConsiStory.jpg') && i.naturalWidth > 100)""", timeout=120_000)
+    canvas.page.get_by_text("Makes the pictures of one batch show the same subject").first.wait_for(
+        timeout=120_000
+    )
+    canvas.page.wait_for_function(
+        """() => [...document.querySelectorAll('img')]
+        .some(i => i.src.includes('/docs/images/KindredConsiStory.jpg') && i.naturalWidth > 100)""",
+        timeout=120_000,
+    )
     canvas.screenshot(shots / f"help_{'vue' if canvas.vue else 'canvas'}.png")
 
 
@@ -114,7 +150,10 @@ def test_an_error_in_a_node_shows_our_sentence(canvas, shots):
     canvas.page.evaluate("""() => { const n = app.graph.nodes.find(n => n.type === 'KindredSubjectPrompts');
                             n.widgets.find(w => w.name === 'subject').value = 'zebra' }""")
     ended = canvas.run(60)
-    assert ended["kind"] == "execution_error" and ended["detail"]["node_type"] == "KindredSubjectPrompts"
+    assert (
+        ended["kind"] == "execution_error"
+        and ended["detail"]["node_type"] == "KindredSubjectPrompts"
+    )
     canvas.page.get_by_test_id("error-overlay-see-errors").click()
     canvas.page.get_by_text("does not contain the subject").first.wait_for(timeout=120_000)
     canvas.screenshot(shots / f"error_{'vue' if canvas.vue else 'canvas'}.png")
@@ -124,7 +163,10 @@ def test_experts_inputs_are_folded(canvas):
     """The new renderer shows strength, and weight only when asked; the old one has no folding and shows all."""
     canvas.load(CANVAS / "self_attention_only.json")
     node = canvas.node("KindredMaskedSelfAttnInject")
-    advanced = canvas.page.evaluate("id => app.graph.getNodeById(id).widgets.filter(w => w.options?.advanced).map(w => w.name)", node)
+    advanced = canvas.page.evaluate(
+        "id => app.graph.getNodeById(id).widgets.filter(w => w.options?.advanced).map(w => w.name)",
+        node,
+    )
     assert "weight" in advanced and "strength" not in advanced
     if canvas.vue:
         assert canvas.body(node).get_by_text("strength", exact=True).count() == 1
@@ -136,7 +178,9 @@ def test_experts_inputs_are_folded(canvas):
 def test_a_chinese_user_reads_chinese(server, chromium, shots):
     with chromium.page(server.url, vue=True, Comfy__Locale="zh") as page:
         page.load(CANVAS / "story.json")
-        assert Client(server.url).json("/i18n")["zh"]["nodeDefs"]["KindredConsiStory"]["display_name"]
+        assert Client(server.url).json("/i18n")["zh"]["nodeDefs"]["KindredConsiStory"][
+            "display_name"
+        ]
         page.load({**EMPTY}, "empty")
         found_by(page, "ConsiStory", (700, 300))
         title = page.page.evaluate("app.graph.nodes[0].title")
@@ -148,14 +192,23 @@ def test_a_node_tells_its_result_on_itself(canvas, shots):
     """DDIM Invert says how well the photo comes back, Save Reference where the file is."""
     canvas.load(CANVAS / "invert_and_inspect.json")
     # other steps in each renderer: what the host has in its cache does not run, and tells nothing
-    canvas.page.evaluate("""steps => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
-                            if (w.name === 'steps') w.value = steps }""", 8 if canvas.vue else 10)
+    canvas.page.evaluate(
+        """steps => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
+                            if (w.name === 'steps') w.value = steps }""",
+        8 if canvas.vue else 10,
+    )
     assert canvas.run(120)["kind"] == "execution_success"
-    for kind, words in (("KindredDDIMInvert", "round trip"), ("KindredSaveReference", "kindred/cat_")):
+    for kind, words in (
+        ("KindredDDIMInvert", "round trip"),
+        ("KindredSaveReference", "kindred/cat_"),
+    ):
         node = canvas.node(kind)
         if canvas.vue:
             canvas.body(node).get_by_text(words).first.wait_for(timeout=120_000)
         else:
-            canvas.page.wait_for_function("([id, words]) => app.graph.getNodeById(id).widgets.some(w => String(w.value).includes(words))",
-                                          arg=[node, words], timeout=120_000)
+            canvas.page.wait_for_function(
+                "([id, words]) => app.graph.getNodeById(id).widgets.some(w => String(w.value).includes(words))",
+                arg=[node, words],
+                timeout=120_000,
+            )
     canvas.screenshot(shots / f"told_{'vue' if canvas.vue else 'canvas'}.png")

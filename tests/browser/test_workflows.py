@@ -1,4 +1,5 @@
 """Every shipped workflow on the canvas, in both renderers: opens cleanly, is its API form, lies well, and runs at a press of Run."""
+
 from __future__ import annotations
 
 import json
@@ -8,14 +9,24 @@ import pytest
 from workflows import CANVAS, api_form, arrange, cleaned, draw, names
 
 STEPS = 10  # a divisor of 1000: ddim_uniform then has as many steps as asked for
-SHOWING = {"SaveImage", "PreviewImage", "MaskPreview", "KindredRefUNetCapture", "KindredConceptEncoderTrain", "KindredReferencePreview",
-           "KindredComparisonGrid", "KindredConsistencyScore"}
+SHOWING = {
+    "SaveImage",
+    "PreviewImage",
+    "MaskPreview",
+    "KindredRefUNetCapture",
+    "KindredConceptEncoderTrain",
+    "KindredReferencePreview",
+    "KindredComparisonGrid",
+    "KindredConsistencyScore",
+}
 AS_THEY_ARE = ("story_more_pictures",)  # its steps are those of its subject
 
 
 def overlap(a, b) -> bool:
-    return (min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"]) > 1
-            and min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"]) > 1)
+    return (
+        min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"]) > 1
+        and min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"]) > 1
+    )
 
 
 def plain(graph) -> dict:
@@ -28,9 +39,14 @@ def test_it_opens_without_a_complaint_and_is_its_api_form(canvas, name, shots):
     canvas.screenshot(shots / f"{name}_{'vue' if canvas.vue else 'canvas'}.png")
     assert not canvas.toasts() and not canvas.errors
     assert plain(canvas.prompt()) == plain(api_form(name))
-    missing = canvas.page.evaluate("app.graph.nodes.filter(n => n.has_errors || n.type === undefined).map(n => n.type)")
+    missing = canvas.page.evaluate(
+        "app.graph.nodes.filter(n => n.has_errors || n.type === undefined).map(n => n.type)"
+    )
     assert not missing
-    boxes = {int(key): canvas.box(int(key)) for key in canvas.page.evaluate("app.graph.nodes.map(n => n.id)")}
+    boxes = {
+        int(key): canvas.box(int(key))
+        for key in canvas.page.evaluate("app.graph.nodes.map(n => n.id)")
+    }
     lying = [(a, b) for a, b in combinations(sorted(boxes), 2) if overlap(boxes[a], boxes[b])]
     assert not lying, f"nodes of {name} lie on one another: {lying}"
 
@@ -60,8 +76,11 @@ def test_it_runs_at_a_press_of_run(chromium, server, name, shots):
     with chromium.page(server.url, vue=True) as canvas:
         canvas.load(CANVAS / f"{name}.json")
         if name not in AS_THEY_ARE:
-            canvas.page.evaluate("""steps => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
-                                    if (w.name === 'steps') w.value = steps }""", STEPS)
+            canvas.page.evaluate(
+                """steps => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
+                                    if (w.name === 'steps') w.value = steps }""",
+                STEPS,
+            )
         ended = canvas.run(300)
         assert ended["kind"] == "execution_success", ended
         outputs = server.client.history(ended["detail"]["prompt_id"])["outputs"]
@@ -78,6 +97,11 @@ def test_laying_out_keeps_every_node_and_link():
     drawn = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))
     bare = drawn | {"nodes": [node for node in drawn["nodes"] if node["type"] != "MarkdownNote"]}
     made = arrange(name, api_form(name), bare)
-    assert made["links"] == drawn["links"] and {n["id"] for n in made["nodes"]} == {n["id"] for n in drawn["nodes"]}
-    assert all(node["properties"].get("cnr_id") in ("kindred", "comfy-core") for node in cleaned(name, made)["nodes"]
-               if node["type"] != "MarkdownNote")
+    assert made["links"] == drawn["links"] and {n["id"] for n in made["nodes"]} == {
+        n["id"] for n in drawn["nodes"]
+    }
+    assert all(
+        node["properties"].get("cnr_id") in ("kindred", "comfy-core")
+        for node in cleaned(name, made)["nodes"]
+        if node["type"] != "MarkdownNote"
+    )

@@ -1,4 +1,5 @@
 """The real ComfyUI as a server on the CPU, asked through its API. Fixtures: `server` (HostServer), `client` (Client)."""
+
 from __future__ import annotations
 
 import os

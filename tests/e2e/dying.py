@@ -2,6 +2,7 @@
 
 Each child is a fork that writes through the nodes and dies at one moment, without a word: no exception, no cleaning up.
 """
+
 from __future__ import annotations
 
 import gc
@@ -33,8 +34,15 @@ from kindred.nodes import host  # noqa: E402
 from kindred.nodes import training as training_node  # noqa: E402
 from kindred.nodes.library import SaveReference  # noqa: E402
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
-         "hidden_act": "quick_gelu"}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+    "hidden_act": "quick_gelu",
+}
 with host.new_reference_path("kindred/reference") as (path, _):
     REFERENCES = path.parent
 CONCEPTS = host.concept_folder()
@@ -53,6 +61,7 @@ def half_written(module: object, writer: str, wanted: Callable[[Path], bool]) ->
         if wanted(Path(to)):
             os.truncate(to, Path(to).stat().st_size // 2)
             die()
+
     setattr(module, writer, cut)
 
 
@@ -64,15 +73,24 @@ def at(moment: str, suffix: str, times: int = 1) -> None:
         hit = suffix in (path.parent if path.name == "file.partial" else path).name
         seen.extend([str(path)] * hit)
         return hit and len(seen) == times
+
     if moment == "half of it is written":
-        for module, writer in ((bank_file, "save_file"), (concept, "save_file"), (training.torch, "save")):
+        for module, writer in (
+            (bank_file, "save_file"),
+            (concept, "save_file"),
+            (training.torch, "save"),
+        ):
             half_written(module, writer, wanted)
         return
     replace, sync, opened = os.replace, os.fsync, []
 
     def fsync(handle: int) -> None:
         name = os.readlink(f"/proc/self/fd/{handle}")
-        if moment == "it is written and not flushed" and name.endswith(".partial") and wanted(Path(name)):
+        if (
+            moment == "it is written and not flushed"
+            and name.endswith(".partial")
+            and wanted(Path(name))
+        ):
             die()
         if moment == "it is renamed" and opened and Path(name).is_dir():
             die()
@@ -85,12 +103,14 @@ def at(moment: str, suffix: str, times: int = 1) -> None:
         replace(source, target)
         if hit:
             opened.append(target)
+
     os.replace, os.fsync = rename, fsync
 
 
 def killed_while_it_writes() -> None:
     """The kernel ends the process at the first byte past the limit: a death of the writer's own, whoever it is."""
     import resource
+
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -122,6 +142,7 @@ def left(folder: Path) -> list[str]:
 def listed() -> dict[str, list[str]]:
     """What the loaders offer of what was written here, and whether all of it loads."""
     import folder_paths
+
     folder_paths.filename_list_cache.clear()
     references = [name for name in host.reference_files() if (REFERENCES / name).exists()]
     encoders = [name for name in host.concept_files() if (CONCEPTS / name).exists()]
@@ -139,8 +160,15 @@ def emptied() -> None:
         folder.mkdir()
 
 
-MOMENTS = ["half of it is written", "it is written and not flushed", "it is flushed and not renamed", "it is renamed"]
-ARMS = {moment: lambda suffix, times=1, moment=moment: at(moment, suffix, times) for moment in MOMENTS}
+MOMENTS = [
+    "half of it is written",
+    "it is written and not flushed",
+    "it is flushed and not renamed",
+    "it is renamed",
+]
+ARMS = {
+    moment: lambda suffix, times=1, moment=moment: at(moment, suffix, times) for moment in MOMENTS
+}
 ARMS["the system stops it while it writes"] = lambda suffix, times=1: killed_while_it_writes()
 
 
@@ -151,27 +179,49 @@ def reference(moment: str) -> dict[str, object]:
     SaveReference.execute(first)
     kept = digest(REFERENCES / "reference_00001_.safetensors")
     code = forked(lambda: SaveReference.execute(second), lambda: ARMS[moment](".safetensors"))
-    told = {"code": code, "left": left(REFERENCES), "listed": listed()["references"],
-            "older": digest(REFERENCES / "reference_00001_.safetensors") == kept}
+    told = {
+        "code": code,
+        "left": left(REFERENCES),
+        "listed": listed()["references"],
+        "older": digest(REFERENCES / "reference_00001_.safetensors") == kept,
+    }
     again = forked(lambda: SaveReference.execute(second))
     names = [name for name in left(REFERENCES) if name.endswith(".safetensors")]
-    return told | {"again": again, "after": left(REFERENCES), "listed after": listed()["references"], "same": of_bank(
-        load_reference(REFERENCES / names[-1])) == of_bank(second)}
+    return told | {
+        "again": again,
+        "after": left(REFERENCES),
+        "listed after": listed()["references"],
+        "same": of_bank(load_reference(REFERENCES / names[-1])) == of_bank(second),
+    }
 
 
 def encoder(moment: str) -> dict[str, object]:
     """An encoder is being saved under the name of an older one."""
     emptied()
-    path, older, newer = CONCEPTS / "faces.safetensors", fresh_encoder(seed=1), fresh_encoder(seed=2)
+    path, older, newer = (
+        CONCEPTS / "faces.safetensors",
+        fresh_encoder(seed=1),
+        fresh_encoder(seed=2),
+    )
     newer.save(path)
     wanted = digest(path)
     older.save(path)
     kept = digest(path)
     code = forked(lambda: newer.save(path), lambda: ARMS[moment](".safetensors"))
-    told = {"code": code, "left": left(CONCEPTS), "listed": listed()["encoders"], "older": digest(path) == kept,
-            "newer": digest(path) == wanted}
+    told = {
+        "code": code,
+        "left": left(CONCEPTS),
+        "listed": listed()["encoders"],
+        "older": digest(path) == kept,
+        "newer": digest(path) == wanted,
+    }
     again = forked(lambda: newer.save(path))
-    return told | {"again": again, "after": left(CONCEPTS), "listed after": listed()["encoders"], "same": digest(path) == wanted}
+    return told | {
+        "again": again,
+        "after": left(CONCEPTS),
+        "listed after": listed()["encoders"],
+        "same": digest(path) == wanted,
+    }
 
 
 def trained(moment: str, suffix: str) -> dict[str, object]:
@@ -179,26 +229,55 @@ def trained(moment: str, suffix: str) -> dict[str, object]:
     import numpy as np
 
     from kindred.miniature.world import CLASSES, SCENES, random_identity, render
+
     training_node.SMALL_TOWER = TOWER
     with torch.inference_mode():
-        model, clip, vae = NODES.CheckpointLoaderSimple().load_checkpoint("kindred_miniature.safetensors")
-    photo = torch.from_numpy(np.stack([render(random_identity(0), CLASSES[0], SCENES[0], 0).image])).float() / 255
+        model, clip, vae = NODES.CheckpointLoaderSimple().load_checkpoint(
+            "kindred_miniature.safetensors"
+        )
+    photo = (
+        torch.from_numpy(
+            np.stack([render(random_identity(0), CLASSES[0], SCENES[0], 0).image])
+        ).float()
+        / 255
+    )
 
     def train(name: str) -> None:
-        given = {"model": model, "clip": clip, "vae": vae, "save_name": name, "steps": 3, "learning_rate": 3e-3, "batch": 1, "size": 64,
-                 "tower": training_node.SMALL, "save_every": 1}
+        given = {
+            "model": model,
+            "clip": clip,
+            "vae": vae,
+            "save_name": name,
+            "steps": 3,
+            "learning_rate": 3e-3,
+            "batch": 1,
+            "size": 64,
+            "tower": training_node.SMALL,
+            "save_every": 1,
+        }
         with torch.inference_mode():
-            training_node.ConceptEncoderTrain.execute(images=[photo], prompt=["a photo"], **{k: [v] for k, v in given.items()})
+            training_node.ConceptEncoderTrain.execute(
+                images=[photo], prompt=["a photo"], **{k: [v] for k, v in given.items()}
+            )
+
     path, state = CONCEPTS / "new.safetensors", CONCEPTS / "new.training"
     if not (CONCEPTS / "whole.safetensors").exists():
         emptied()
         forked(lambda: train("whole"))
     code = forked(lambda: train("new"), lambda: ARMS[moment](suffix, 2))
-    told = {"code": code, "left": [name for name in left(CONCEPTS) if "new" in name], "listed": listed()["encoders"],
-            "steps": [load_concept_encoder(path).config.training["steps"], read_state(state)["step"]]}
+    told = {
+        "code": code,
+        "left": [name for name in left(CONCEPTS) if "new" in name],
+        "listed": listed()["encoders"],
+        "steps": [load_concept_encoder(path).config.training["steps"], read_state(state)["step"]],
+    }
     again = forked(lambda: train("new"))
-    told |= {"again": again, "after": [name for name in left(CONCEPTS) if "new" in name], "listed after": listed()["encoders"],
-             "same": digest(path) == digest(CONCEPTS / "whole.safetensors")}
+    told |= {
+        "again": again,
+        "after": [name for name in left(CONCEPTS) if "new" in name],
+        "listed after": listed()["encoders"],
+        "same": digest(path) == digest(CONCEPTS / "whole.safetensors"),
+    }
     for name in told["after"]:
         (CONCEPTS / name).unlink()
     return told

@@ -2,6 +2,7 @@
 
 The subject has five steps, so that making it and drawing with it is quick.
 """
+
 from __future__ import annotations
 
 import json
@@ -19,7 +20,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from automate import parse
-from changes import Change, find_place, parse_change, picture_place, read_workflow, subject_place, typed
+from changes import (
+    Change,
+    find_place,
+    parse_change,
+    picture_place,
+    read_workflow,
+    subject_place,
+    typed,
+)
 from checkout import ROOT
 from client import HostServer
 from PIL import Image
@@ -29,14 +38,29 @@ WORKFLOWS = ROOT / "workflows" / "api"
 STEPS = 5  # a divisor of 1000: ddim_uniform then has as many steps as asked for
 LIMIT = 900  # seconds: a busy machine is no failure
 SAMPLING = ["--set", f"{SAMPLER}.steps={STEPS}", "--set", f"{SAMPLER}.scheduler=ddim_uniform"]
-MANY = "\n".join(["dog in the snow", "dog in the city"] * 4)  # so that a prompt is still sampled when it is stopped
+MANY = "\n".join(
+    ["dog in the snow", "dog in the city"] * 4
+)  # so that a prompt is still sampled when it is stopped
 posix = pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process there")
 
 
 def start(workflow: Path | str, *words: object) -> subprocess.Popen:
     path = workflow if isinstance(workflow, Path) else WORKFLOWS / f"{workflow}.json"
-    return subprocess.Popen([sys.executable, "-E", "-s", "-S", str(ROOT / "tools" / "automate.py"), str(path), "--json", *map(str, words)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-E",
+            "-s",
+            "-S",
+            str(ROOT / "tools" / "automate.py"),
+            str(path),
+            "--json",
+            *map(str, words),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ended(program: subprocess.Popen, code: int = 0) -> tuple[dict, str]:
@@ -67,14 +91,21 @@ def pictures(job: dict) -> list[np.ndarray]:
 @dataclass
 class Other:
     """A second host on this machine, whose models may also lie in a folder that it shares; it can be killed and started again."""
+
     base: Path
     shared: Path
 
     def __post_init__(self) -> None:
         self.shared.mkdir()
         config = self.base.parent / "paths.yaml"
-        config.write_text(f"shared:\n  base_path: {self.shared}\n  kindred_references: .\n", "utf-8")
-        self.words = {"cpu": True, "threads": 1, "arguments": ["--extra-model-paths-config", str(config)]}
+        config.write_text(
+            f"shared:\n  base_path: {self.shared}\n  kindred_references: .\n", "utf-8"
+        )
+        self.words = {
+            "cpu": True,
+            "threads": 1,
+            "arguments": ["--extra-model-paths-config", str(config)],
+        }
         self.server = HostServer(base=self.base, **self.words)
         self.server.__enter__()
 
@@ -101,29 +132,63 @@ def other(server, tmp_path_factory) -> Iterator[Other]:
 @pytest.fixture(scope="module")
 def subject(server, tmp_path_factory) -> Path:
     """A dog, made by the first host, saved there, and fetched by the program."""
-    report, _ = automated("story_save_subject", "--server", server.url, "--out", tmp_path_factory.mktemp("subject"), *SAMPLING)
+    report, _ = automated(
+        "story_save_subject",
+        "--server",
+        server.url,
+        "--out",
+        tmp_path_factory.mktemp("subject"),
+        *SAMPLING,
+    )
     [file] = [path for path in report["jobs"][0]["files"] if path.endswith(".safetensors")]
-    texts = [Path(path).read_text("utf-8") for path in report["jobs"][0]["files"] if path.endswith(".txt")]
-    assert any(text.startswith("kindred/subject_0") for text in texts) and len(pictures(report["jobs"][0])) >= 2
+    texts = [
+        Path(path).read_text("utf-8")
+        for path in report["jobs"][0]["files"]
+        if path.endswith(".txt")
+    ]
+    assert (
+        any(text.startswith("kindred/subject_0") for text in texts)
+        and len(pictures(report["jobs"][0])) >= 2
+    )
     return Path(file)
 
 
 def references(client) -> list[str]:
-    return client.object_info("KindredLoadReference")["KindredLoadReference"]["input"]["required"]["file"][1]["options"]
+    return client.object_info("KindredLoadReference")["KindredLoadReference"]["input"]["required"][
+        "file"
+    ][1]["options"]
 
 
 @pytest.fixture(scope="module")
 def story(server, other, subject, tmp_path_factory) -> list[dict]:
     """Two pictures with that subject, one drawn by each host."""
-    lines = [word for line in ("dog in the snow", "dog in the city") for word in ("--each", f"{PROMPTS}.prompts={line}")]
+    lines = [
+        word
+        for line in ("dog in the snow", "dog in the city")
+        for word in ("--each", f"{PROMPTS}.prompts={line}")
+    ]
     words = ["--subject", subject, *lines, *SAMPLING]
     hosts = ["--server", server.url, "--server", other.server.url]
-    report, said = automated("story_more_pictures", *words, *hosts, "--out", tmp_path_factory.mktemp("both"))
+    report, said = automated(
+        "story_more_pictures", *words, *hosts, "--out", tmp_path_factory.mktemp("both")
+    )
     assert {job["server"] for job in report["jobs"]} == {server.url, other.server.url}, said
-    assert all(url[7:] in said for url in (server.url, other.server.url)) and "Sample with the subject's steps" in said
+    assert (
+        all(url[7:] in said for url in (server.url, other.server.url))
+        and "Sample with the subject's steps" in said
+    )
     before = references(server.client)
-    [name] = {name for name in before if name.startswith(subject.stem)} & set(references(other.server.client))
-    alone, _ = automated("story_more_pictures", *words, "--server", server.url, "--out", tmp_path_factory.mktemp("alone"))
+    [name] = {name for name in before if name.startswith(subject.stem)} & set(
+        references(other.server.client)
+    )
+    alone, _ = automated(
+        "story_more_pictures",
+        *words,
+        "--server",
+        server.url,
+        "--out",
+        tmp_path_factory.mktemp("alone"),
+    )
     assert references(server.client) == before  # the same contents are not sent twice
     assert (server.base / "output" / "kindred" / name).read_bytes() == subject.read_bytes()
     return [report["jobs"], alone["jobs"]]
@@ -132,7 +197,10 @@ def story(server, other, subject, tmp_path_factory) -> list[dict]:
 def test_the_other_host_draws_what_this_one_would_have_drawn(story, other):
     """Bit for bit: the subject arrived whole, and nothing of a picture depends on who else draws."""
     both, alone = story
-    assert other.server.url in [job["server"] for job in both] and len({job["server"] for job in alone}) == 1
+    assert (
+        other.server.url in [job["server"] for job in both]
+        and len({job["server"] for job in alone}) == 1
+    )
     for one, same in zip(both, alone, strict=True):
         assert one["lines"] == same["lines"] and len(pictures(one)) == 1
         assert (pictures(one)[0] == pictures(same)[0]).all()
@@ -142,23 +210,45 @@ def test_the_other_host_draws_what_this_one_would_have_drawn(story, other):
 @posix
 def test_ctrl_c_interrupts_its_own_prompt_and_the_next_one_runs(client, server, subject, tmp_path):
     """In mid-run, with someone else's prompt waiting behind it: that one runs, the queue is empty, and so does our next."""
-    theirs = {"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 7}},
-              "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
-    program = start("story_more_pictures", "--server", server.url, "--out", tmp_path, "--repeat", "2", "--seed", "100",
-                    "--set", f"{PROMPTS}.prompts={MANY}")
-    while "Let them look" not in (line := program.stderr.readline()):  # the next node is the sampler
+    theirs = {
+        "1": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 7},
+        },
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    }
+    program = start(
+        "story_more_pictures",
+        "--server",
+        server.url,
+        "--out",
+        tmp_path,
+        "--repeat",
+        "2",
+        "--seed",
+        "100",
+        "--set",
+        f"{PROMPTS}.prompts={MANY}",
+    )
+    while "Let them look" not in (
+        line := program.stderr.readline()
+    ):  # the next node is the sampler
         assert line, "it ended"
     waiting = client.queue(theirs)
     program.send_signal(signal.SIGINT)
     report, said = ended(program, 130)
     assert "job 1 was interrupted; no other prompt was touched" in said
-    assert [job["state"] for job in report["jobs"]] == ["cancelled", "not run"] and not list(tmp_path.iterdir())
+    assert [job["state"] for job in report["jobs"]] == ["cancelled", "not run"] and not list(
+        tmp_path.iterdir()
+    )
     until(lambda: client.state(waiting) == "completed")
     assert client.state(report["jobs"][0]["prompt_id"]) == "cancelled"
     queue = client.json("/queue")
     assert not queue["queue_running"] and not queue["queue_pending"]
     words = ["--subject", subject, "--set", f"{PROMPTS}.prompts=dog in the forest", *SAMPLING]
-    [job] = automated("story_more_pictures", *words, "--server", server.url, "--out", tmp_path)[0]["jobs"]
+    [job] = automated("story_more_pictures", *words, "--server", server.url, "--out", tmp_path)[0][
+        "jobs"
+    ]
     assert len(pictures(job)) == 1
 
 
@@ -169,13 +259,17 @@ def test_ctrl_c_takes_a_waiting_prompt_out_of_the_queue(client, server, tmp_path
     graph[SAMPLER]["inputs"]["seed"], graph[PROMPTS]["inputs"]["prompts"] = 200, MANY
     theirs = client.queue(graph)
     until(lambda: client.state(theirs) == "in_progress")
-    program = start("story_more_pictures", "--server", server.url, "--out", tmp_path, "--seed", "201")
+    program = start(
+        "story_more_pictures", "--server", server.url, "--out", tmp_path, "--seed", "201"
+    )
     until(lambda: client.json("/queue")["queue_pending"])
     program.send_signal(signal.SIGINT)
     said = ended(program, 130)[1]
     assert "taken out of the queue" in said and not client.json("/queue")["queue_pending"]
     assert client.state(theirs) == "in_progress"
-    assert client.cancel(theirs, LIMIT) == "cancelled" and not client.json("/queue")["queue_running"]
+    assert (
+        client.cancel(theirs, LIMIT) == "cancelled" and not client.json("/queue")["queue_running"]
+    )
 
 
 def test_a_host_that_is_killed_and_started_again_ends_the_job(other, subject, story, tmp_path):
@@ -186,8 +280,18 @@ def test_a_host_that_is_killed_and_started_again_ends_the_job(other, subject, st
     (other.shared / "shared.safetensors").write_bytes(subject.read_bytes())
     assert "shared.safetensors" in references(other.server.client)
     other.server.client.free()  # else it knows the picture already
-    program = start("story_more_pictures", "--server", other.server.url, "--out", tmp_path, "--set", f"{LOAD}.file=shared.safetensors",
-                    "--set", f"{PROMPTS}.prompts=dog in the snow", *SAMPLING)
+    program = start(
+        "story_more_pictures",
+        "--server",
+        other.server.url,
+        "--out",
+        tmp_path,
+        "--set",
+        f"{LOAD}.file=shared.safetensors",
+        "--set",
+        f"{PROMPTS}.prompts=dog in the snow",
+        *SAMPLING,
+    )
     while "Let them look" not in (line := program.stderr.readline()):
         assert line, "it ended"
     other.kill()
@@ -201,17 +305,47 @@ def test_a_host_that_is_killed_and_started_again_ends_the_job(other, subject, st
 
 def test_pictures_go_up_by_the_nodes_title_and_no_others_are_lost(client, server, tmp_path):
     """Two pictures of one name from two folders: both arrive, and both stay in the host's input folder."""
-    graph = {"1": {"class_type": "KindredLoadPhoto", "inputs": {"image": "other.png"}, "_meta": {"title": "Photo. Mine"}},
-             "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "a/b"}, "_meta": {"title": "Pictures"}}}
+    graph = {
+        "1": {
+            "class_type": "KindredLoadPhoto",
+            "inputs": {"image": "other.png"},
+            "_meta": {"title": "Photo. Mine"},
+        },
+        "2": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["1", 0], "filename_prefix": "a/b"},
+            "_meta": {"title": "Pictures"},
+        },
+    }
     (tmp_path / "w.json").write_text(json.dumps({"prompt": graph}), "utf-8")
     for colour in ("red", "blue"):
         path = tmp_path / colour / "my photo.png"
         path.parent.mkdir()
         Image.new("RGB", (16, 8), colour).save(path)
-        report, _ = automated(tmp_path / "w.json", "--server", server.url, "--image", f"photo. mine={path}", "--out", tmp_path / "out")
+        report, _ = automated(
+            tmp_path / "w.json",
+            "--server",
+            server.url,
+            "--image",
+            f"photo. mine={path}",
+            "--out",
+            tmp_path / "out",
+        )
         assert (pictures(report["jobs"][0])[0] == np.asarray(Image.open(path))).all()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00001_Pictures_1.png", "00002_Pictures_1.png"]
-    report, said = automated(tmp_path / "w.json", "--server", server.url, "--set", "Pictures.images=red", "--out", tmp_path / "out", code=2)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00001_Pictures_1.png",
+        "00002_Pictures_1.png",
+    ]
+    report, said = automated(
+        tmp_path / "w.json",
+        "--server",
+        server.url,
+        "--set",
+        "Pictures.images=red",
+        "--out",
+        tmp_path / "out",
+        code=2,
+    )
     assert "takes a connection of type IMAGE" in said and not client.json("/queue")["queue_running"]
 
 
@@ -221,7 +355,11 @@ def documented() -> list[list[str]]:
     for page in ("README.md", "docs/automation.md"):
         for block in re.findall(r"```\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
-            commands += [shlex.split(line)[2:] for line in lines if line.startswith("python3 tools/automate.py")]
+            commands += [
+                shlex.split(line)[2:]
+                for line in lines
+                if line.startswith("python3 tools/automate.py")
+            ]
     return commands
 
 

@@ -2,6 +2,7 @@
 
 One server to a mode; a mode decides which nodes run anew and whose outputs are handed out again, or dropped while a prompt still runs.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,11 +19,33 @@ from soaking.mix import MIX, PICTURES, SAVERS, Graph, Turn, own
 
 STEPS = 4
 # the second time out of the cache where it still is, else anew
-ORDER = ("check", "saves", "loads", "both", "anchored", "more", "told", "other seed", "both", "saves", "anchored", "more", "inverted",
-         "check")
-MODES = {"everything": ["--cache-lru", "500"], "nothing": ["--cache-none"], "no RAM left": ["--cache-ram", "100000", "100000"]}
+ORDER = (
+    "check",
+    "saves",
+    "loads",
+    "both",
+    "anchored",
+    "more",
+    "told",
+    "other seed",
+    "both",
+    "saves",
+    "anchored",
+    "more",
+    "inverted",
+    "check",
+)
+MODES = {
+    "everything": ["--cache-lru", "500"],
+    "nothing": ["--cache-none"],
+    "no RAM left": ["--cache-ram", "100000", "100000"],
+}
 if os.environ.get("KINDRED_LONG") == "1":  # these keep what the usual one keeps
-    MODES |= {"classic": ["--cache-classic"], "one result": ["--cache-lru", "1"], "high RAM": ["--high-ram"]}
+    MODES |= {
+        "classic": ["--cache-classic"],
+        "one result": ["--cache-lru", "1"],
+        "high RAM": ["--high-ram"],
+    }
 
 
 def graph_of(kind: str, saved: dict[str, str]) -> Graph:
@@ -41,7 +64,11 @@ def finished(client, graph: Graph) -> tuple[dict, int]:
     while (history := client.history(key)) is None:
         assert time.monotonic() < end, "the prompt does not come to an end"
         time.sleep(0.05)
-    return outcome(history), next(len(data["nodes"]) for kind, data in history["status"]["messages"] if kind == "execution_cached")
+    return outcome(history), next(
+        len(data["nodes"])
+        for kind, data in history["status"]["messages"]
+        if kind == "execution_cached"
+    )
 
 
 def told_by(server: HostServer) -> tuple[list[list[np.ndarray]], list[bytes], int]:
@@ -50,7 +77,12 @@ def told_by(server: HostServer) -> tuple[list[list[np.ndarray]], list[bytes], in
     for kind in ORDER:
         outputs, kept = finished(server.client, graph_of(kind, saved))
         cached += kept
-        drawn.append([np.asarray(Image.open(BytesIO(server.client.view(i)))) for i in outputs[PICTURES]["images"]])
+        drawn.append(
+            [
+                np.asarray(Image.open(BytesIO(server.client.view(i))))
+                for i in outputs[PICTURES]["images"]
+            ]
+        )
         if kind in SAVERS:
             name = outputs[SAVERS[kind]]["text"][0].partition(",")[0]
             saved[kind] = name.removeprefix("kindred/")

@@ -4,6 +4,7 @@ The mutants come from the shipped workflows and from every node alone, by number
 the host before anything runs; 150 hold only what the host takes (the ends of every range, NaN, odd sizes, other wires of the type) and run
 on the miniature at 64 pixels with 2 steps. KINDRED_LONG=1: five times as many.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,16 +26,27 @@ from prompt_mutants import Mutator, Prompt, small
 from remedy import REMEDY
 
 LONG = 5 if os.environ.get("KINDRED_LONG") == "1" else 1
-THE_HOSTS = ("outside the output folder is not allowed",)  # sentences of the host that reach the user through a node of ours
-SENTENCES = ("ValueError", "FileNotFoundError", "OSError", "PermissionError")  # what a node of ours says is one of these
+THE_HOSTS = (
+    "outside the output folder is not allowed",
+)  # sentences of the host that reach the user through a node of ours
+SENTENCES = (
+    "ValueError",
+    "FileNotFoundError",
+    "OSError",
+    "PermissionError",
+)  # what a node of ours says is one of these
 
 
 def post(client, prompt: Any) -> tuple[int, Any]:
     """Status and body of the host's answer; whatever it is, there is one."""
     body = prompt if isinstance(prompt, bytes) else json.dumps({"prompt": prompt}).encode()
-    request = urllib.request.Request(client.url + "/prompt", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        client.url + "/prompt", body, {"Content-Type": "application/json"}
+    )
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=120
+        ) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         text = error.read().decode("utf-8", "replace")
@@ -60,10 +72,15 @@ def ours(frames: list[str]) -> bool:
 def fault_of_refusal(code: int, body: Any) -> str:
     """What is wrong with how the host refused, as far as it is ours."""
     if code == 400 and isinstance(body, dict):
-        traces = [error.get("extra_info", {}).get("traceback", []) for node in body.get("node_errors", {}).values()
-                  for error in node.get("errors", [])]
+        traces = [
+            error.get("extra_info", {}).get("traceback", [])
+            for node in body.get("node_errors", {}).values()
+            for error in node.get("errors", [])
+        ]
         return "our validation raised" if any(map(ours, traces)) else ""
-    return "" if code == 500 and "kindred" not in str(body) else f"answered {code}"  # 500: what is no prompt at all
+    return (
+        "" if code == 500 and "kindred" not in str(body) else f"answered {code}"
+    )  # 500: what is no prompt at all
 
 
 def fault_of_run(history: dict[str, Any] | None) -> tuple[str, str]:
@@ -75,12 +92,21 @@ def fault_of_run(history: dict[str, Any] | None) -> tuple[str, str]:
             said, name = data["exception_message"].strip(), data["exception_type"].split(".")[-1]
             words = f"{data['node_type']}: {name}: {said[:300]} {''.join(data['traceback'][-1:])[-200:]}"
             if data["node_type"].startswith("Kindred"):  # wherever in the end it was raised
-                fits = name in SENTENCES and len(said) <= 700 and REMEDY.search(said) or any(word in said for word in THE_HOSTS)
+                fits = (
+                    name in SENTENCES
+                    and len(said) <= 700
+                    and REMEDY.search(said)
+                    or any(word in said for word in THE_HOSTS)
+                )
                 return ("refused while it ran", "") if fits else ("failed", words)
             if name not in SENTENCES and ours(data["traceback"]):
                 return "failed", words
             return "refused while it ran", ""
-    return ("drew", "") if history["status"]["status_str"] == "success" else ("failed", str(history["status"])[:300])
+    return (
+        ("drew", "")
+        if history["status"]["status_str"] == "success"
+        else ("failed", str(history["status"])[:300])
+    )
 
 
 def plain() -> Prompt:
@@ -111,19 +137,43 @@ def the_server_is_as_it_was(server, client) -> Iterator[None]:
     for path in new:  # the other tests count on their own
         if path.parts[0] != "user":
             (server.base / path).unlink()
-    assert all(np.array_equal(a, b) for one, other in zip(before[:2], after[:2]) for a, b in zip(one, other)) and before[2] == after[2]
+    assert (
+        all(
+            np.array_equal(a, b)
+            for one, other in zip(before[:2], after[:2])
+            for a, b in zip(one, other)
+        )
+        and before[2] == after[2]
+    )
     assert {path.parts[0] for path in new} <= {"output", "temp", "user", "models", "input"}, new
-    assert {path.suffix for path in new if path.parts[0] == "models"} <= {".safetensors", ".training"}, new
-    assert not [path for path in set(server.base.parent.iterdir()) - beside if path.name.startswith(("x", "..", "cat"))]
+    assert {path.suffix for path in new if path.parts[0] == "models"} <= {
+        ".safetensors",
+        ".training",
+    }, new
+    assert not [
+        path
+        for path in set(server.base.parent.iterdir()) - beside
+        if path.name.startswith(("x", "..", "cat"))
+    ]
 
 
 def of(base: Path) -> set[Path]:
     """Its files, without what is linked into it."""
-    return {path.relative_to(base) for path in base.rglob("*") if path.is_file() and not path.is_symlink()}
+    return {
+        path.relative_to(base)
+        for path in base.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
 
 
 def test_mutated_prompts_are_refused_or_end_in_words(client):
-    mutator, fates, valid, faults, queued = Mutator(client.object_info()), Counter(), Counter(), [], {}
+    mutator, fates, valid, faults, queued = (
+        Mutator(client.object_info()),
+        Counter(),
+        Counter(),
+        [],
+        {},
+    )
     start = time.monotonic()
     for prompt, words in mutator.mutants(1000 * LONG):
         code, body = post(client, prompt)
@@ -144,25 +194,64 @@ def test_mutated_prompts_are_refused_or_end_in_words(client):
     print(dict(fates), "of these valid:", dict(valid), f"{time.monotonic() - start:.0f} s")
     assert not faults, "\n".join(faults)
     assert fates["refused, 400"] > 400 * LONG and fates["refused while it ran"] > 50 * LONG
-    assert valid["drew"] > 90 * LONG and valid["refused while it ran"] > 10 * LONG and valid["refused, 400"] < 10 * LONG
+    assert (
+        valid["drew"] > 90 * LONG
+        and valid["refused while it ran"] > 10 * LONG
+        and valid["refused, 400"] < 10 * LONG
+    )
 
 
-BODIES = (b"{", b"[]", b"null", b"5", b'{"prompt": null}', b'{"prompt": []}', b'{"prompt": {}}', b'{"prompt": 5}', b"[" * 100_000,
-          b'{"prompt": {"1": ' * 3000, b"\xff\xfe", b'{"prompt": {"1": {"class_type": "KindredLoadPhoto"}}}',
-          b'{"prompt": {"1": {"class_type": "KindredSaveReference", "inputs": {"reference": 1e999, "filename_prefix": NaN}}}}')
+BODIES = (
+    b"{",
+    b"[]",
+    b"null",
+    b"5",
+    b'{"prompt": null}',
+    b'{"prompt": []}',
+    b'{"prompt": {}}',
+    b'{"prompt": 5}',
+    b"[" * 100_000,
+    b'{"prompt": {"1": ' * 3000,
+    b"\xff\xfe",
+    b'{"prompt": {"1": {"class_type": "KindredLoadPhoto"}}}',
+    b'{"prompt": {"1": {"class_type": "KindredSaveReference", "inputs": {"reference": 1e999, "filename_prefix": NaN}}}}',
+)
 
 
 def test_what_is_no_prompt_is_answered_too(client):
     for body in BODIES:
         code, answer = post(client, body)
-        assert code in (200, 400, 500) and "kindred/nodes" not in str(answer), (body[:60], code, answer)
+        assert code in (200, 400, 500) and "kindred/nodes" not in str(answer), (
+            body[:60],
+            code,
+            answer,
+        )
     ended(client)
 
 
-PICTURES = [("1", (9, 7)), ("L", (9, 7)), ("LA", (9, 7)), ("P", (9, 7)), ("PA", (9, 7)), ("RGBA", (9, 7)), ("CMYK", (9, 7)),
-            ("I;16", (9, 7)), ("I", (9, 7)), ("F", (9, 7)), ("YCbCr", (9, 7)), ("RGB", (1, 1)), ("RGB", (3, 5000)),
-            ("RGB", (5000, 3)), ("RGBA", (1, 1)), ("L", (1, 700)), ("RGB", (333, 221)), ("gif", (20, 12)), ("webp", (20, 12)),
-            ("transparent", (8, 8)), ("exif", (30, 10))]
+PICTURES = [
+    ("1", (9, 7)),
+    ("L", (9, 7)),
+    ("LA", (9, 7)),
+    ("P", (9, 7)),
+    ("PA", (9, 7)),
+    ("RGBA", (9, 7)),
+    ("CMYK", (9, 7)),
+    ("I;16", (9, 7)),
+    ("I", (9, 7)),
+    ("F", (9, 7)),
+    ("YCbCr", (9, 7)),
+    ("RGB", (1, 1)),
+    ("RGB", (3, 5000)),
+    ("RGB", (5000, 3)),
+    ("RGBA", (1, 1)),
+    ("L", (1, 700)),
+    ("RGB", (333, 221)),
+    ("gif", (20, 12)),
+    ("webp", (20, 12)),
+    ("transparent", (8, 8)),
+    ("exif", (30, 10)),
+]
 
 
 def file_of(mode: str, size: tuple[int, int]) -> tuple[bytes, str]:
@@ -170,7 +259,9 @@ def file_of(mode: str, size: tuple[int, int]) -> tuple[bytes, str]:
     rng, out = np.random.default_rng(0), BytesIO()
     colours = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
     if mode in ("gif", "webp"):
-        colours.save(out, mode, save_all=True, append_images=[Image.new("RGB", size, "red")] * 2, duration=50)
+        colours.save(
+            out, mode, save_all=True, append_images=[Image.new("RGB", size, "red")] * 2, duration=50
+        )
         return out.getvalue(), mode
     if mode == "exif":
         exif = Image.Exif()
@@ -180,10 +271,16 @@ def file_of(mode: str, size: tuple[int, int]) -> tuple[bytes, str]:
     if mode == "transparent":
         Image.new("RGBA", size, (0, 0, 0, 0)).save(out, "png")
         return out.getvalue(), "png"
-    kind = {"CMYK": "tiff", "F": "tiff", "YCbCr": "jpeg", "PA": "tiff", "I": "tiff"}.get(mode, "png")
+    kind = {"CMYK": "tiff", "F": "tiff", "YCbCr": "jpeg", "PA": "tiff", "I": "tiff"}.get(
+        mode, "png"
+    )
     grey = colours.convert("L")
-    made = {"I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 200), "I": lambda: grey.convert("I"),
-            "F": lambda: grey.convert("F"), "PA": lambda: colours.convert("P").convert("PA")}.get(mode, lambda: colours.convert(mode))()
+    made = {
+        "I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 200),
+        "I": lambda: grey.convert("I"),
+        "F": lambda: grey.convert("F"),
+        "PA": lambda: colours.convert("P").convert("PA"),
+    }.get(mode, lambda: colours.convert(mode))()
     made.save(out, kind)
     return out.getvalue(), {"jpeg": "jpg"}.get(kind, kind)
 
@@ -195,20 +292,52 @@ def test_pictures_of_any_mode_and_size(client, loader):
     for number, (mode, size) in enumerate(PICTURES):
         data, ending = file_of(mode, size)
         name = client.upload_image(data, f"hostile_{number}.{ending}")
-        told = {"strength": 1.0, "weight": 1.0, "weight_mode": "logit bias", "merge": "as trained", "blocks": "all", "start_percent": 0.2,
-                "end_percent": 1.0, "halves": "both"}
+        told = {
+            "strength": 1.0,
+            "weight": 1.0,
+            "weight_mode": "logit bias",
+            "merge": "as trained",
+            "blocks": "all",
+            "start_percent": 0.2,
+            "end_percent": 1.0,
+            "halves": "both",
+        }
         graph = {
-            "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "kindred_miniature.safetensors"}},
+            "1": {
+                "class_type": "CheckpointLoaderSimple",
+                "inputs": {"ckpt_name": "kindred_miniature.safetensors"},
+            },
             "2": {"class_type": loader, "inputs": {"image": name}},
-            "3": {"class_type": "KindredConceptEncoderLoad", "inputs": {"file": "kindred_miniature_concept.safetensors"}},
-            "4": {"class_type": "KindredCrossAttnDetailInject", "inputs": {"model": ["1", 0], "concept_encoder": ["3", 0],
-                                                                           "image": ["2", 0],
-                                                                           **told}},
+            "3": {
+                "class_type": "KindredConceptEncoderLoad",
+                "inputs": {"file": "kindred_miniature_concept.safetensors"},
+            },
+            "4": {
+                "class_type": "KindredCrossAttnDetailInject",
+                "inputs": {
+                    "model": ["1", 0],
+                    "concept_encoder": ["3", 0],
+                    "image": ["2", 0],
+                    **told,
+                },
+            },
             "5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 0]}},
-            "6": {"class_type": "KindredComparisonGrid", "inputs": {"images.image0": ["2", 0], "labels": "", "captions": "", "cell": 64,
-                                                                    "batches_as": "rows"}},
+            "6": {
+                "class_type": "KindredComparisonGrid",
+                "inputs": {
+                    "images.image0": ["2", 0],
+                    "labels": "",
+                    "captions": "",
+                    "cell": 64,
+                    "batches_as": "rows",
+                },
+            },
             "7": {"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}},
-            "8": {"class_type": "KindredConsistencyScore", "inputs": {"images": ["2", 0], "judge": "auto", "reference": ["2", 0]}}}
+            "8": {
+                "class_type": "KindredConsistencyScore",
+                "inputs": {"images": ["2", 0], "judge": "auto", "reference": ["2", 0]},
+            },
+        }
         code, body = post(client, graph)
         assert code == 200 and not body["node_errors"], body
         queued[body["prompt_id"]] = f"{mode} {size}"
@@ -221,7 +350,9 @@ def test_pictures_of_any_mode_and_size(client, loader):
         for kind, data in history["status"]["messages"]:
             if kind == "execution_error":
                 said = data["exception_message"].strip()
-                fits = data["node_type"] == loader and (loader == "LoadImage" or "cannot be read" in said and "Upload" in said)
+                fits = data["node_type"] == loader and (
+                    loader == "LoadImage" or "cannot be read" in said and "Upload" in said
+                )
                 faults += [f"{words}: {data['node_type']}: {said}"] * (not fits)
     print(loader, dict(fates))
     assert not faults, "\n".join(faults)

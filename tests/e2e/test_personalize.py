@@ -1,4 +1,5 @@
 """Paper A's training-free half through the API of a real server: the shipped workflow, bad input, and what stays behind."""
+
 from __future__ import annotations
 
 import copy
@@ -8,7 +9,19 @@ from io import BytesIO
 import numpy as np
 import pytest
 from client import NodeFailed, Progress, PromptRefused
-from demo import CAPTURE, COARSE, CONCEPT, ENCODER, INJECT, LOADER, PHOTO, PICTURES, PROMPTS, SAMPLER, WORKFLOW
+from demo import (
+    CAPTURE,
+    COARSE,
+    CONCEPT,
+    ENCODER,
+    INJECT,
+    LOADER,
+    PHOTO,
+    PICTURES,
+    PROMPTS,
+    SAMPLER,
+    WORKFLOW,
+)
 from PIL import Image
 
 STEPS = 5  # a divisor of 1000: ddim_uniform then has as many steps as asked for
@@ -31,15 +44,39 @@ def pictures(client, graph, on_progress=None) -> list[np.ndarray]:
 def plain(seed: int) -> dict:
     """A prompt with no node of ours at all."""
     return {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "kindred_miniature.safetensors"}},
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a photo of a dog in a meadow"}},
+        "1": {
+            "class_type": "CheckpointLoaderSimple",
+            "inputs": {"ckpt_name": "kindred_miniature.safetensors"},
+        },
+        "2": {
+            "class_type": "CLIPTextEncode",
+            "inputs": {"clip": ["1", 1], "text": "a photo of a dog in a meadow"},
+        },
         "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
-        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
-        "5": {"class_type": "KSampler", "inputs": {
-            "model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "seed": seed, "steps": STEPS,
-            "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}},
+        "4": {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": 128, "height": 128, "batch_size": 1},
+        },
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["1", 0],
+                "positive": ["2", 0],
+                "negative": ["3", 0],
+                "latent_image": ["4", 0],
+                "seed": seed,
+                "steps": STEPS,
+                "cfg": 4.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1.0,
+            },
+        },
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
-        PICTURES: {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "plain"}},
+        PICTURES: {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["6", 0], "filename_prefix": "plain"},
+        },
     }
 
 
@@ -57,22 +94,36 @@ def test_the_shipped_workflow_runs_as_it_is(client, untouched):
     assert max(p.maximum for p in seen if p.node == CAPTURE) == STEPS + 1
     alone = [pictures(client, shipped(**{node: {"weight": 0.0}})) for node in (INJECT, CONCEPT)]
     without = pictures(client, shipped(**{INJECT: {"weight": 0.0}, CONCEPT: {"weight": 0.0}}))
-    for one, other in ((injected, alone[0]), (injected, alone[1]), (alone[0], alone[1]), (alone[0], without), (alone[1], without)):
+    for one, other in (
+        (injected, alone[0]),
+        (injected, alone[1]),
+        (alone[0], alone[1]),
+        (alone[0], without),
+        (alone[1], without),
+    ):
         assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in zip(one, other))
-    bare = pictures(client, shipped(**{SAMPLER: {"model": [LOADER, 0]}, PICTURES: {"filename_prefix": "bare"}}))
+    bare = pictures(
+        client, shipped(**{SAMPLER: {"model": [LOADER, 0]}, PICTURES: {"filename_prefix": "bare"}})
+    )
     assert all((a == b).all() for a, b in zip(bare, without))
     again = pictures(client, shipped(**{PICTURES: {"filename_prefix": "again"}}))
     assert all((a == b).all() for a, b in zip(injected, again))
     assert (pictures(client, plain(4) | {"9": plain(4)[PICTURES]})[0] == untouched).all()
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({COARSE: {"subject": "dog"}}, ["line 1", "'a photo of a cat'", "'dog'"]),
-    ({PROMPTS: {"prompts": "a photo of a cat\na photo of a bird"}}, ["line 2", "'a photo of a bird'", "'cat'"]),
-    ({CAPTURE: {"blocks": "output 9"}}, ["'output 9'", "output 0"]),
-    ({INJECT: {"halves": "both"}}, ["'both'", "cond", "negative"]),
-    ({CAPTURE: {"mask_blocks": "nowhere"}}, ["'nowhere'", "write a preset"]),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({COARSE: {"subject": "dog"}}, ["line 1", "'a photo of a cat'", "'dog'"]),
+        (
+            {PROMPTS: {"prompts": "a photo of a cat\na photo of a bird"}},
+            ["line 2", "'a photo of a bird'", "'cat'"],
+        ),
+        ({CAPTURE: {"blocks": "output 9"}}, ["'output 9'", "output 0"]),
+        ({INJECT: {"halves": "both"}}, ["'both'", "cond", "negative"]),
+        ({CAPTURE: {"mask_blocks": "nowhere"}}, ["'nowhere'", "write a preset"]),
+    ],
+)
 def test_bad_input_is_a_sentence_and_the_server_lives_on(client, untouched, changes, words):
     with pytest.raises(NodeFailed) as failed:
         client.run(shipped(**changes))
@@ -82,11 +133,21 @@ def test_bad_input_is_a_sentence_and_the_server_lives_on(client, untouched, chan
     assert (pictures(client, graph)[0] == untouched).all()
 
 
-@pytest.mark.parametrize("inputs", [{"strength": 2.0}, {"weight": -1.0}, {"weight": "much"}, {"start_percent": 2.0},
-                                    {"weight_mode": "loud"}])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"strength": 2.0},
+        {"weight": -1.0},
+        {"weight": "much"},
+        {"start_percent": 2.0},
+        {"weight_mode": "loud"},
+    ],
+)
 def test_a_value_out_of_range_is_refused_before_anything_runs(client, inputs):
     graph = shipped(**{INJECT: inputs})
-    del graph["14"]  # the mask's preview does not depend on the node, so the host would still run that much
+    del graph[
+        "14"
+    ]  # the mask's preview does not depend on the node, so the host would still run that much
     with pytest.raises(PromptRefused) as refused:
         client.run(graph)
     assert INJECT in refused.value.nodes and next(iter(inputs)) in str(refused.value)
@@ -106,15 +167,28 @@ def test_photos_of_any_mode_and_shape(client, mode):
     buffer = BytesIO()
     Image.linear_gradient("L").resize((200, 90)).convert("RGB").convert(mode).save(buffer, "PNG")
     name = client.upload_image(buffer.getvalue(), f"photo_{mode}.png")
-    graph = shipped(**{PHOTO: {"image": name}, CAPTURE: {"steps": 2}, SAMPLER: {"steps": 2}, PROMPTS: {"prompts": "a photo of a cat"}})
+    graph = shipped(
+        **{
+            PHOTO: {"image": name},
+            CAPTURE: {"steps": 2},
+            SAMPLER: {"steps": 2},
+            PROMPTS: {"prompts": "a photo of a cat"},
+        }
+    )
     assert len(pictures(client, graph)) == 1
 
 
 def test_a_reference_of_another_model_is_refused(client):
     """A LoRA-free change of the weights is enough: half of the model merged with itself is another model."""
     graph = copy.deepcopy(shipped())
-    graph["30"] = {"class_type": "ModelMergeSubtract", "inputs": {"model1": [LOADER, 0], "model2": [LOADER, 0], "multiplier": 0.5}}
+    graph["30"] = {
+        "class_type": "ModelMergeSubtract",
+        "inputs": {"model1": [LOADER, 0], "model2": [LOADER, 0], "multiplier": 0.5},
+    }
     graph[INJECT]["inputs"]["model"] = ["30", 0]
     with pytest.raises(NodeFailed) as failed:
         client.run(graph)
-    assert failed.value.sentence.count("KindredMiniature") == 2 and "same MODEL" in failed.value.sentence
+    assert (
+        failed.value.sentence.count("KindredMiniature") == 2
+        and "same MODEL" in failed.value.sentence
+    )

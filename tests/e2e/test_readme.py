@@ -1,4 +1,5 @@
 """The README's commands, one after another in one clone: none leaves what another one, git or the archive takes for the repository's."""
+
 from __future__ import annotations
 
 import os
@@ -15,10 +16,29 @@ from archive import ROOT, files
 # what each is given here so that it is quick; the commands themselves are the README's
 QUICK = {
     "demo": ["--steps", "4"],
-    "demo --story": ["--steps", "6", "--out", "docs/story/first", "--json", "docs/story/figures.json"],
+    "demo --story": [
+        "--steps",
+        "6",
+        "--out",
+        "docs/story/first",
+        "--json",
+        "docs/story/figures.json",
+    ],
     "test": ["--fast", "-k", "test_archive"],  # after those that leave something
-    "evaluate": ["--task", "personalize", "--variant", "mine: weight=1", "--count", "2", "--seeds", "1", "--steps", "4",
-                 "--processes", "1"],
+    "evaluate": [
+        "--task",
+        "personalize",
+        "--variant",
+        "mine: weight=1",
+        "--count",
+        "2",
+        "--seeds",
+        "1",
+        "--steps",
+        "4",
+        "--processes",
+        "1",
+    ],
     "bench": ["--latent", "8", "--rounds", "1", "--case", "cached_b1", "--json", "bench.json"],
 }
 
@@ -26,12 +46,29 @@ QUICK = {
 def commands() -> list[str]:
     """The dev.py commands of the README's blocks, in their order, each once; a comment can name one too."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
-    found = [name for block in blocks for name in re.findall(r"(?:dev\.py |# )(\w+(?: --story)?)(?=\s|:)", block)]
-    return [name for name in dict.fromkeys(found) if name.split()[0] in {key.split()[0] for key in QUICK} | {"serve", "soak", "setup"}]
+    found = [
+        name
+        for block in blocks
+        for name in re.findall(r"(?:dev\.py |# )(\w+(?: --story)?)(?=\s|:)", block)
+    ]
+    return [
+        name
+        for name in dict.fromkeys(found)
+        if name.split()[0] in {key.split()[0] for key in QUICK} | {"serve", "soak", "setup"}
+    ]
 
 
 def git(clone: Path, *words: str) -> str:
-    who = ["-c", "user.name=a tester", "-c", "user.email=tester@localhost", "-c", "commit.gpgsign=false", "-c", "core.hooksPath="]
+    who = [
+        "-c",
+        "user.name=a tester",
+        "-c",
+        "user.email=tester@localhost",
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "core.hooksPath=",
+    ]
     done = archive.git(*who, *words, cwd=clone)
     assert done.returncode == 0, done
     return done.stdout
@@ -56,12 +93,34 @@ def test_every_command_of_the_readme_is_run_here() -> None:
 
 @pytest.mark.slow
 def test_the_readmes_commands_run_in_their_order_in_one_clone(clone: Path) -> None:
-    before = subprocess.run([sys.executable, "tools/archive.py"], cwd=clone, capture_output=True, text=True).stdout
+    before = subprocess.run(
+        [sys.executable, "tools/archive.py"], cwd=clone, capture_output=True, text=True
+    ).stdout
     for name in commands():
         command, *more = name.split()
-        words = ["dev.py", command, "--host", os.environ["KINDRED_HOST"], "--python", sys.executable, *more, *QUICK[name]]
-        done = subprocess.run([sys.executable, *words], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, errors="replace")
+        words = [
+            "dev.py",
+            command,
+            "--host",
+            os.environ["KINDRED_HOST"],
+            "--python",
+            sys.executable,
+            *more,
+            *QUICK[name],
+        ]
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=clone,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         assert done.returncode == 0, f"{name}: {done.stdout[-3000:]}"
         assert git(clone, "status", "--porcelain") == "", name
-        assert subprocess.run([sys.executable, "tools/archive.py"], cwd=clone, capture_output=True, text=True).stdout == before, name
+        assert (
+            subprocess.run(
+                [sys.executable, "tools/archive.py"], cwd=clone, capture_output=True, text=True
+            ).stdout
+            == before
+        ), name

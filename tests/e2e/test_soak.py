@@ -1,4 +1,5 @@
 """A short soak of the real server: two rounds of every kind of prompt. `python3 dev.py soak` is the long one."""
+
 from __future__ import annotations
 
 import json
@@ -16,16 +17,23 @@ def test_two_rounds_of_everything_leave_the_server_as_it_was(tmp_path, capsys):
     if not os.environ.get("KINDRED_HOST"):
         pytest.skip("no host: KINDRED_HOST names a ComfyUI folder (python3 dev.py test sets it)")
     told = tmp_path / "soak.json"
-    code = soak.main(["--prompts", str(2 * len(MIX)), "--quick", "--flat", str(FLAT), "--json", str(told)])
+    code = soak.main(
+        ["--prompts", str(2 * len(MIX)), "--quick", "--flat", str(FLAT), "--json", str(told)]
+    )
     said = capsys.readouterr().out
     assert code == 0, said
     report = json.loads(told.read_text("utf-8"))
     readings = report["readings"]
     assert [r["kind"] for r in readings] == 2 * list(MIX) and report["figures"]["count.broken"] == 0
-    first, again = readings[:len(MIX)], readings[len(MIX):]
+    first, again = readings[: len(MIX)], readings[len(MIX) :]
     assert [r["digest"] for r in first] == [r["digest"] for r in again]
     drew = {r["kind"]: r["digest"] for r in first}
-    alike = ({"own", "saves", "loads"}, {"anchored", "more"}, {"both", "scored"}, set(ENDS))  # a saved subject is the subject, bit for bit
+    alike = (
+        {"own", "saves", "loads"},
+        {"anchored", "more"},
+        {"both", "scored"},
+        set(ENDS),
+    )  # a saved subject is the subject, bit for bit
     assert all(len({drew[kind] for kind in kinds}) == 1 for kinds in alike)
     assert len(set(drew.values())) == len(MIX) - sum(len(kinds) - 1 for kinds in alike)
     grown = max(r["resident"] for r in again) / max(r["resident"] for r in first) - 1

@@ -2,6 +2,7 @@
 
 A start costs ten seconds, so the tests share their runs: `whole` steps 1 to 8 at once, `begun` is its first step by itself.
 """
+
 from __future__ import annotations
 
 import csv
@@ -24,10 +25,15 @@ from kindred.models.concept import load_concept_encoder
 
 HOST = os.environ.get("KINDRED_HOST")
 PROGRAM = str(ROOT / "tools" / "train_concept_encoder.py")
-TOWER = ('{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, '
-         '"patch_size": 8, "hidden_act": "quick_gelu"}')
+TOWER = (
+    '{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, '
+    '"patch_size": 8, "hidden_act": "quick_gelu"}'
+)
 STEPS, LIMIT = 8, 600  # seconds for one run: a busy machine is no failure
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HOST, reason="no host: KINDRED_HOST names a ComfyUI folder")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HOST, reason="no host: KINDRED_HOST names a ComfyUI folder"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +46,42 @@ def album(tmp_path_factory) -> Path:
 
 
 def words(album: Path, out: Path, **changes) -> list[str]:
-    given = {"checkpoint": "kindred_miniature.safetensors", "images": album, "out": out, "name": "tiny", "new_tower": TOWER,
-             "prompt": "a photo", "steps": STEPS, "batch": 2, "rate": 1e-3, "average": 0.9, "drop_text": 0, "drop_image": 0,
-             "drop_both": 0, "held_out": 1, "save_every": 2, "validate_every": 0, "mixed_precision": "no"} | changes
-    return [PROGRAM, "--cpu", *(str(w) for name, value in given.items() for w in (f"--{name.replace('_', '-')}", value))]
+    given = {
+        "checkpoint": "kindred_miniature.safetensors",
+        "images": album,
+        "out": out,
+        "name": "tiny",
+        "new_tower": TOWER,
+        "prompt": "a photo",
+        "steps": STEPS,
+        "batch": 2,
+        "rate": 1e-3,
+        "average": 0.9,
+        "drop_text": 0,
+        "drop_image": 0,
+        "drop_both": 0,
+        "held_out": 1,
+        "save_every": 2,
+        "validate_every": 0,
+        "mixed_precision": "no",
+    } | changes
+    return [
+        PROGRAM,
+        "--cpu",
+        *(str(w) for name, value in given.items() for w in (f"--{name.replace('_', '-')}", value)),
+    ]
 
 
 def start(arguments: list[str], launcher: tuple[str, ...] = (), **how) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, **how)
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        **how,
+    )
 
 
 def run(arguments: list[str], launcher: tuple[str, ...] = (), fails: bool = False, **how) -> str:
@@ -83,7 +116,10 @@ def whole(album, tmp_path_factory) -> tuple[Path, str]:
 def begun(album, tmp_path_factory) -> Path:
     """The same run asked for one step only, by accelerate's launcher."""
     out = tmp_path_factory.mktemp("begun")
-    run(words(album, out, steps=1), ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"))
+    run(
+        words(album, out, steps=1),
+        ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+    )
     return out
 
 
@@ -91,7 +127,9 @@ def test_a_run_writes_its_encoder_log_state_and_validation(whole):
     out, told = whole
     encoder = load_concept_encoder(out / "tiny.safetensors")
     assert encoder.config.family == "KindredMiniature" and encoder.config.training["steps"] == STEPS
-    assert encoder.config.training["pictures"] == 10 and encoder.config.training["subjects"] == 5  # one of six is held out
+    assert (
+        encoder.config.training["pictures"] == 10 and encoder.config.training["subjects"] == 5
+    )  # one of six is held out
     assert len(losses(out)) == STEPS and state(out)["step"] == STEPS
     with Image.open(out / f"validation-{STEPS:06d}.png") as picture:
         assert picture.size == (128, 3 * 128)  # what the tower saw, plain, with the concept
@@ -102,7 +140,11 @@ def test_an_unreadable_file_is_named_and_counted_and_an_empty_folder_is_a_senten
     assert "left out 1 unreadable files" in whole[1] and "broken.png" in whole[1]
     (tmp_path / "empty").mkdir()
     told = run(words(tmp_path / "empty", tmp_path / "out"), fails=True)
-    assert "train_concept_encoder: " in told and "holds no pictures (.bmp" in told and "Traceback" not in told
+    assert (
+        "train_concept_encoder: " in told
+        and "holds no pictures (.bmp" in told
+        and "Traceback" not in told
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -121,7 +163,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, begun, album, tmp_pat
     assert process.returncode == -signal.SIGKILL and 2 <= stopped < STEPS and stopped % 2 == 0
     (out / ".state.pt.1.partial").write_bytes(b"killed while it saved")
     told = run(words(album, out))
-    assert f"going on from step {stopped}" in told and losses(out) == pytest.approx(losses(whole[0]), rel=1e-6)
+    assert f"going on from step {stopped}" in told and losses(out) == pytest.approx(
+        losses(whole[0]), rel=1e-6
+    )
     assert (out / "tiny.safetensors").read_bytes() == (whole[0] / "tiny.safetensors").read_bytes()
     assert not list(out.glob(".*partial"))
 
@@ -139,7 +183,9 @@ def test_two_processes_are_one_with_the_joined_batch(begun, album, tmp_path):
     pairs = [(one[i]["exp_avg"], two[i]["exp_avg"]) for i in one]
     rounding = 1e-7 * max(first.abs().max() for first, _ in pairs)
     nothing = [max(a.abs().max(), b.abs().max()) < rounding for a, b in pairs]
-    assert sum(nothing) == 1  # the bias of the tower's keys: a softmax does not see it, so its gradient is zero
+    assert (
+        sum(nothing) == 1
+    )  # the bias of the tower's keys: a softmax does not see it, so its gradient is zero
     for (first, second), none in zip(pairs, nothing):
         assert none or (first - second).abs().max() <= 1e-5 * first.abs().max()
 
@@ -149,15 +195,30 @@ def test_a_full_disk_leaves_the_last_good_state_and_says_so(begun, album, tmp_pa
     out = shutil.copytree(begun, tmp_path / "out")
     before = {name: (out / name).read_bytes() for name in ("state.pt", "log.csv")}
     size = len(before["state.pt"]) // 2
-    told = run(words(album, out, steps=4), fails=True, preexec_fn=lambda: limits.setrlimit(limits.RLIMIT_FSIZE, (size, size)))
+    told = run(
+        words(album, out, steps=4),
+        fails=True,
+        preexec_fn=lambda: limits.setrlimit(limits.RLIMIT_FSIZE, (size, size)),
+    )
     assert "state.pt could not be written" in told and "What was saved is whole; make room" in told
     assert "Traceback" not in told
-    assert {name: (out / name).read_bytes() for name in before} == before and state(out)["step"] == 1
-    assert load_concept_encoder(out / "tiny.safetensors").config.training["steps"] in (1, 2)  # written first, so it may be newer
+    assert {name: (out / name).read_bytes() for name in before} == before and state(out)[
+        "step"
+    ] == 1
+    assert load_concept_encoder(out / "tiny.safetensors").config.training["steps"] in (
+        1,
+        2,
+    )  # written first, so it may be newer
     assert not list(out.glob(".*partial"))
 
 
 def test_other_settings_are_another_run(begun, album, tmp_path):
     out = shutil.copytree(begun, tmp_path / "out")
     told = run(words(album, out, rate=2e-3, size=64), fails=True)
-    assert all(w in told for w in ("rate 0.001", "rate 0.002", "size 128", "size 64", "another output folder")) and "Traceback" not in told
+    assert (
+        all(
+            w in told
+            for w in ("rate 0.001", "rate 0.002", "size 128", "size 64", "another output folder")
+        )
+        and "Traceback" not in told
+    )

@@ -3,6 +3,7 @@
 It is loaded when pytest collects this folder, so that `from kindred.models... import ...` at the top of a test gives the
 very classes that the host holds. Fixtures: `pack` (the package), `host` (the host's `nodes` module), `node` (id -> class).
 """
+
 from __future__ import annotations
 
 import os
@@ -39,7 +40,9 @@ class Absent(pytest.Module):
         pytest.skip(REASON, allow_module_level=True)
 
 
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
     return None if HOST else Absent.from_parent(parent, path=module_path)
 
 
@@ -64,7 +67,12 @@ def node(host: ModuleType) -> Callable[[str], type]:
 def snapshot() -> dict[str, tuple[int, int]]:
     """Every file in the host's base directory, with size and time."""
     import folder_paths
-    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in Path(folder_paths.base_path).rglob("*") if not p.is_dir()}
+
+    return {
+        str(p): (p.lstat().st_size, p.lstat().st_mtime_ns)
+        for p in Path(folder_paths.base_path).rglob("*")
+        if not p.is_dir()
+    }
 
 
 @pytest.fixture
@@ -73,6 +81,7 @@ def nothing_else_changes() -> Iterator[None]:
     import torch
     from networks import random_model
     from studio import plain, sample
+
     before = snapshot()
     yield
     assert torch.equal(sample(random_model("tiny")), plain()) and snapshot() == before
@@ -82,6 +91,7 @@ def nothing_else_changes() -> Iterator[None]:
 def place(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Path]]:
     """place(kind): its models folder; what a test puts there goes with it, before anybody looks whether all is as it was."""
     import folder_paths
+
     if "nothing_else_changes" in request.fixturenames:
         request.getfixturevalue("nothing_else_changes")
     made: list[tuple[Path, set[Path]]] = []
@@ -91,6 +101,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Path]]:
         folder.mkdir(parents=True, exist_ok=True)
         made.append((folder, set(folder.iterdir())))
         return folder
+
     yield give
     for folder, before in reversed(made):
         for path in set(folder.iterdir()) - before:

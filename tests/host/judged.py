@@ -1,4 +1,5 @@
 """What the judges are shown, and the judges: pictures of known identities, noise, random CLIP models of the host's own classes."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -21,7 +22,9 @@ SCENES = ("beach", "snow", "forest", "night")
 @cache
 def world(*who: int, kind: str = "cat", seed: int = 7) -> Tensor:
     """IMAGE of these held-out identities, each in the next scene."""
-    drawn = [render(held_out_identity(w), kind, SCENES[i % 4], seed + i).image for i, w in enumerate(who)]
+    drawn = [
+        render(held_out_identity(w), kind, SCENES[i % 4], seed + i).image for i, w in enumerate(who)
+    ]
     return torch.stack([torch.tensor(image) for image in drawn]).float() / 255
 
 
@@ -31,14 +34,20 @@ def noise(pictures: int = 3, y: int = 40, x: int = 56, channels: int = 3, seed: 
 
 @torch.inference_mode()
 def grid(*batches: Tensor, **more) -> Tensor:
-    return ComparisonGrid.execute({f"image{i}": batch for i, batch in enumerate(batches)}, **more).result[0]
+    return ComparisonGrid.execute(
+        {f"image{i}": batch for i, batch in enumerate(batches)}, **more
+    ).result[0]
 
 
 def randomized(module: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         drawn = torch.randn(p.shape, generator=generator)
-        p.data = drawn / p[0].numel() ** 0.5 if p.ndim > 1 else torch.full(p.shape, float("weight" in name))
+        p.data = (
+            drawn / p[0].numel() ** 0.5
+            if p.ndim > 1
+            else torch.full(p.shape, float("weight" in name))
+        )
 
 
 @cache
@@ -52,16 +61,32 @@ def vision(**more) -> comfy.clip_vision.ClipVisionModel:
 @cache
 def clip(width: int = 16, kind: str = "sd") -> comfy.sd.CLIP:
     """A random CLIP of the host's own classes: SD1.5's one encoder or SDXL's two, the second of 24 numbers."""
+
     def told(n: int) -> dict:
-        return {"hidden_size": n, "intermediate_size": 2 * n, "num_hidden_layers": 3, "num_attention_heads": 2}
+        return {
+            "hidden_size": n,
+            "intermediate_size": 2 * n,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+        }
+
     target = comfy.supported_models_base.ClipTarget(
-        *((comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel) if kind == "sd" else
-          (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)))
-    target.params["model_options"] = {"clip_l_model_config": told(width), "clip_g_model_config": told(24)}
+        *(
+            (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+            if kind == "sd"
+            else (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)
+        )
+    )
+    target.params["model_options"] = {
+        "clip_l_model_config": told(width),
+        "clip_g_model_config": told(24),
+    }
     made = comfy.sd.CLIP(target, model_options=target.params["model_options"])
     randomized(made.cond_stage_model, 2)
     return made
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+    return float(
+        torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0)
+    )

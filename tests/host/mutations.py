@@ -3,6 +3,7 @@
 A file is its header (JSON: the tensors' entries and, under __metadata__, a description that is JSON again) and its data. Kinds
 of damage are the methods of Mutator; each returns the bytes of one mutant and a few words for the message of a failing test.
 """
+
 from __future__ import annotations
 
 import io
@@ -15,33 +16,127 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-NUMBERS = (0, -1, 1, 2, 3, 255, 4097, 2**20, 2**31, 2**32 + 1, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -2**63, 10**40, 0.5, -0.0, 1e308,
-           1e-320, math.nan, math.inf, -math.inf)
-WORDS = ("", "0", "1", "-1", "1e9", "nan", "true", "None", "cond", "uncond", "input", "middle", "output", "float32", "load", "__class__",
-         "../x", "a\0b", "\ud800", "\u202egnp.exe", "\uff43\uff4f\uff4e\uff44", "\xe9" * 50, "x" * 70_000, "{}", "[" * 2000, "%s%n%d",
-         "{0.__class__}")
-VALUES = (*NUMBERS, *WORDS, None, True, False, [], {}, [[]], [None], [0, 0], {"a": 1}, [1] * 3000, {"cond": None},
-          {str(i): i for i in range(300)})
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64", "F8_E4M3", "F8_E5M2", "C64", "F4",
-          "E8M0", "f32", "", "OBJECT", 5, None)
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    255,
+    4097,
+    2**20,
+    2**31,
+    2**32 + 1,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**40,
+    0.5,
+    -0.0,
+    1e308,
+    1e-320,
+    math.nan,
+    math.inf,
+    -math.inf,
+)
+WORDS = (
+    "",
+    "0",
+    "1",
+    "-1",
+    "1e9",
+    "nan",
+    "true",
+    "None",
+    "cond",
+    "uncond",
+    "input",
+    "middle",
+    "output",
+    "float32",
+    "load",
+    "__class__",
+    "../x",
+    "a\0b",
+    "\ud800",
+    "\u202egnp.exe",
+    "\uff43\uff4f\uff4e\uff44",
+    "\xe9" * 50,
+    "x" * 70_000,
+    "{}",
+    "[" * 2000,
+    "%s%n%d",
+    "{0.__class__}",
+)
+VALUES = (
+    *NUMBERS,
+    *WORDS,
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    [0, 0],
+    {"a": 1},
+    [1] * 3000,
+    {"cond": None},
+    {str(i): i for i in range(300)},
+)
+DTYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+    "U16",
+    "U32",
+    "U64",
+    "F8_E4M3",
+    "F8_E5M2",
+    "C64",
+    "F4",
+    "E8M0",
+    "f32",
+    "",
+    "OBJECT",
+    5,
+    None,
+)
 FLOATS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e30, 1e9, 7e4, 0.0, -0.0, 1e-40)
 
 
 def split(whole: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and data of a .safetensors."""
-    length, = struct.unpack("<Q", whole[:8])
-    return json.loads(whole[8:8 + length]), whole[8 + length:]
+    (length,) = struct.unpack("<Q", whole[:8])
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
 
 
 def joined(header: str | dict[str, Any], data: bytes, length: int | None = None) -> bytes:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
+    text = (header if isinstance(header, str) else json.dumps(header)).encode(
+        "utf-8", "surrogatepass"
+    )
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
     """The path to every value inside JSON, containers too."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield (*path, key)
         yield from places(inner, (*path, key))
 
@@ -53,10 +148,23 @@ class Mutator:
         self.whole, self.key, self.seed = whole, key, seed
         self.header, self.data = split(whole)
         self.names = [name for name in self.header if name != "__metadata__"]
-        self.told = json.loads(self.header.get("__metadata__", {}).get(key, "{}"))  # {}: a format of names alone
+        self.told = json.loads(
+            self.header.get("__metadata__", {}).get(key, "{}")
+        )  # {}: a format of names alone
         self.kinds: list[Callable[[random.Random], tuple[bytes, str]]] = [
-            self.flipped, self.flipped_header, self.flipped_data, self.cut, self.spliced, self.length, self.entry, self.entry, self.overlap,
-            self.tensors, self.values, self.values]
+            self.flipped,
+            self.flipped_header,
+            self.flipped_data,
+            self.cut,
+            self.spliced,
+            self.length,
+            self.entry,
+            self.entry,
+            self.overlap,
+            self.tensors,
+            self.values,
+            self.values,
+        ]
         if self.told:
             self.kinds += [self.description] * 4 + [self.text, self.layered]
 
@@ -91,7 +199,17 @@ class Mutator:
     def cut(self, rng: random.Random) -> tuple[bytes, str]:
         """At the edges of header and tensors, and anywhere; or with something behind."""
         head = len(self.whole) - len(self.data)
-        edges = [0, 1, 7, 8, 9, head - 1, head, head + 1, *(head + e for name in self.names for e in self.header[name]["data_offsets"])]
+        edges = [
+            0,
+            1,
+            7,
+            8,
+            9,
+            head - 1,
+            head,
+            head + 1,
+            *(head + e for name in self.names for e in self.header[name]["data_offsets"]),
+        ]
         at = rng.choice(edges) if rng.random() < 0.6 else rng.randrange(len(self.whole))
         if rng.random() < 0.2:
             more = rng.choice((1, 8, 4096))
@@ -104,14 +222,36 @@ class Mutator:
         b = min(b, a + 10 ** rng.randrange(1, 6))
         piece = self.whole[a:b]
         how = rng.choice(("out", "twice", "zero", "front"))
-        made = {"out": self.whole[:a] + self.whole[b:], "twice": self.whole[:b] + piece + self.whole[b:],
-                "zero": self.whole[:a] + bytes(len(piece)) + self.whole[b:], "front": piece + self.whole}[how]
+        made = {
+            "out": self.whole[:a] + self.whole[b:],
+            "twice": self.whole[:b] + piece + self.whole[b:],
+            "zero": self.whole[:a] + bytes(len(piece)) + self.whole[b:],
+            "front": piece + self.whole,
+        }[how]
         return made, f"{how} {a}:{b}"
 
     def length(self, rng: random.Random) -> tuple[bytes, str]:
         size = len(self.whole)
-        told = rng.choice((0, 1, 2, 7, size - 8, size, size - 9, 2**26, 2**26 + 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1,
-                           rng.randrange(2, size)))
+        told = rng.choice(
+            (
+                0,
+                1,
+                2,
+                7,
+                size - 8,
+                size,
+                size - 9,
+                2**26,
+                2**26 + 1,
+                2**31,
+                2**32,
+                2**40,
+                2**63 - 1,
+                2**63,
+                2**64 - 1,
+                rng.randrange(2, size),
+            )
+        )
         return struct.pack("<Q", told) + self.whole[8:], f"length {told}"
 
     def entry(self, rng: random.Random) -> tuple[bytes, str]:
@@ -126,13 +266,23 @@ class Mutator:
         elif which == 1:
             entry["dtype"] = rng.choice(DTYPES)
         elif which == 2:
-            entry["data_offsets"] = [rng.choice((begin, 0, -1, end, 2**62)), rng.choice((end, begin, len(self.data), 2**63, "9"))]
+            entry["data_offsets"] = [
+                rng.choice((begin, 0, -1, end, 2**62)),
+                rng.choice((end, begin, len(self.data), 2**63, "9")),
+            ]
         elif which == 3:  # as much data, in another form
             n = math.prod(shape)
-            entry["shape"] = rng.choice(([n], [1, *shape], [*shape, 1], shape[::-1], [1, n], [n, 1, 1], [0, *shape]))
+            entry["shape"] = rng.choice(
+                ([n], [1, *shape], [*shape, 1], shape[::-1], [1, n], [n, 1, 1], [0, *shape])
+            )
         elif which == 4:  # the same bytes as another kind of the same width
-            entry["dtype"] = {"F32": rng.choice(("I32", "U32")), "F16": rng.choice(("BF16", "I16")),
-                              "BOOL": rng.choice(("U8", "I8", "F8_E4M3")), "I64": "F64", "I32": "F32"}.get(entry["dtype"], "U8")
+            entry["dtype"] = {
+                "F32": rng.choice(("I32", "U32")),
+                "F16": rng.choice(("BF16", "I16")),
+                "BOOL": rng.choice(("U8", "I8", "F8_E4M3")),
+                "I64": "F64",
+                "I32": "F32",
+            }.get(entry["dtype"], "U8")
         elif which == 5:
             entry["shape"] = [0, rng.choice((2**31, 2**40, 2**62))]
             entry["data_offsets"] = [begin, begin]
@@ -147,7 +297,10 @@ class Mutator:
         if rng.random() < 0.4:
             header[a]["data_offsets"] = header[b]["data_offsets"]
         elif rng.random() < 0.5:
-            header[a]["data_offsets"], header[b]["data_offsets"] = header[b]["data_offsets"], header[a]["data_offsets"]
+            header[a]["data_offsets"], header[b]["data_offsets"] = (
+                header[b]["data_offsets"],
+                header[a]["data_offsets"],
+            )
         else:
             header[a], header[b] = header[b], header[a]
         return joined(header, self.data), f"{a} and {b}"
@@ -162,11 +315,17 @@ class Mutator:
         elif which == 1:
             header[rng.choice(WORDS[1:]) + name] = header.pop(name)
         elif which == 2:
-            header[rng.choice(WORDS)] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+            header[rng.choice(WORDS)] = {
+                "dtype": "F32",
+                "shape": [1],
+                "data_offsets": [len(data), len(data) + 4],
+            }
             data += bytes(4)
         else:
             text = json.dumps(header)
-            return joined(text[:-1] + f', "{name}": {json.dumps(header[rng.choice(self.names)])}}}', data), f"{name} twice"
+            return joined(
+                text[:-1] + f', "{name}": {json.dumps(header[rng.choice(self.names)])}}}', data
+            ), f"{name} twice"
         return joined(header, data), f"tensors, {name}, {which}"
 
     def described(self, told: Any) -> bytes:
@@ -198,7 +357,9 @@ class Mutator:
                 inner[path[-1]] = str(own)
             else:
                 inner[path[-1]] = json.loads(json.dumps(rng.choice(VALUES)))
-            words.append(f"{'.'.join(map(str, path))} {which}: {str(own)[:40]} -> {str(inner)[:90]}")
+            words.append(
+                f"{'.'.join(map(str, path))} {which}: {str(own)[:40]} -> {str(inner)[:90]}"
+            )
         return self.described(told), "; ".join(words)
 
     def text(self, rng: random.Random) -> tuple[bytes, str]:
@@ -206,14 +367,37 @@ class Mutator:
         text = json.dumps(self.told)
         at = rng.randrange(len(text))
         name = rng.choice(list(self.told))
-        made = rng.choice((
-            lambda: text[:at], lambda: text[:at] + rng.choice('{}[],:"\\\0 0-e') + text[at + 1:], lambda: "[" * 10 ** rng.randrange(1, 6),
-            lambda: '{"version":' * 900 + "1" + "}" * 900, lambda: text[:-1] + f', "{name}": {json.dumps(rng.choice(VALUES[:40]))}}}',
-            lambda: text.replace("true", "1").replace("null", "0"), lambda: "1e999", lambda: "9" * 5000, lambda: "\ufeff" + text,
-            lambda: json.dumps([self.told]), lambda: "NaN", lambda: text.replace("1", "1" * 400, 1)))()
+        made = rng.choice(
+            (
+                lambda: text[:at],
+                lambda: text[:at] + rng.choice('{}[],:"\\\0 0-e') + text[at + 1 :],
+                lambda: "[" * 10 ** rng.randrange(1, 6),
+                lambda: '{"version":' * 900 + "1" + "}" * 900,
+                lambda: text[:-1] + f', "{name}": {json.dumps(rng.choice(VALUES[:40]))}}}',
+                lambda: text.replace("true", "1").replace("null", "0"),
+                lambda: "1e999",
+                lambda: "9" * 5000,
+                lambda: "\ufeff" + text,
+                lambda: json.dumps([self.told]),
+                lambda: "NaN",
+                lambda: text.replace("1", "1" * 400, 1),
+            )
+        )()
         if rng.random() < 0.1:  # the metadata itself
-            header = self.header | {"__metadata__": rng.choice(
-                ({}, None, 5, [], {self.key: self.told}, {self.key: None}, {self.key: 1}, {"": text}))}
+            header = self.header | {
+                "__metadata__": rng.choice(
+                    (
+                        {},
+                        None,
+                        5,
+                        [],
+                        {self.key: self.told},
+                        {self.key: None},
+                        {self.key: 1},
+                        {"": text},
+                    )
+                )
+            }
             return joined(header, self.data), f"metadata {str(header['__metadata__'])[:40]}"
         return self.described(made), f"text {made[:20]!r}... of {len(made)}"
 
@@ -221,7 +405,9 @@ class Mutator:
         """A tensor with values that no run would leave: NaN, huge, all alike, shuffled."""
         name = rng.choice(self.names)
         begin, end = self.header[name]["data_offsets"]
-        code = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "BOOL": "?"}.get(self.header[name]["dtype"])
+        code = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "BOOL": "?"}.get(
+            self.header[name]["dtype"]
+        )
         if begin == end or code is None:
             return self.flipped_data(rng)
         size = struct.calcsize(code)
@@ -229,10 +415,12 @@ class Mutator:
         if code == "e" and abs(value) > 65504 and math.isfinite(value):
             value = math.copysign(65504.0, value)
         data, count = bytearray(self.data), (end - begin) // size
-        at = rng.choice(([rng.randrange(count)], [0], [count - 1], range(count), range(0, count, 2)))
+        at = rng.choice(
+            ([rng.randrange(count)], [0], [count - 1], range(count), range(0, count, 2))
+        )
         packed = struct.pack(f"<{code}", bool(value) if code == "?" else value)
         for i in at:
-            data[begin + i * size:begin + (i + 1) * size] = packed
+            data[begin + i * size : begin + (i + 1) * size] = packed
         return joined(self.header, bytes(data)), f"{name}: {value} at {len(at)} of {count}"
 
     def layered(self, rng: random.Random) -> tuple[bytes, str]:
@@ -247,6 +435,7 @@ class Mutator:
 
 class Trap:
     """Unpickled, it writes a file."""
+
     def __init__(self, path: str) -> None:
         self.path = path
 
@@ -263,14 +452,26 @@ def strangers(sprung: str) -> dict[str, bytes]:
     trap = pickle.dumps(Trap(sprung))
     small = {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}
     return {
-        "a text": b"a photo of a cat\n" * 9, "a page": b"<!DOCTYPE html><html><body>404</body></html>", "nothing": b"",
-        "zeros": bytes(4096), "a png": b"\x89PNG\r\n\x1a\n" + bytes(200), "a jpeg": b"\xff\xd8\xff\xe0" + bytes(200),
-        "a zip": zipped.getvalue(), "a pickle": trap, "an old pickle": pickle.dumps(Trap(sprung), 0),
-        "a pickle behind a length": struct.pack("<Q", len(trap)) + trap, "gguf": b"GGUF\3\0\0\0" + bytes(99),
-        "a pickle as tensors": joined({"a": {"dtype": "U8", "shape": [len(trap)], "data_offsets": [0, len(trap)]}}, trap),
-        "a LoRA": joined({"lora_unet_down.weight": small, "__metadata__": {"ss_network_dim": "1"}}, bytes(4)),
+        "a text": b"a photo of a cat\n" * 9,
+        "a page": b"<!DOCTYPE html><html><body>404</body></html>",
+        "nothing": b"",
+        "zeros": bytes(4096),
+        "a png": b"\x89PNG\r\n\x1a\n" + bytes(200),
+        "a jpeg": b"\xff\xd8\xff\xe0" + bytes(200),
+        "a zip": zipped.getvalue(),
+        "a pickle": trap,
+        "an old pickle": pickle.dumps(Trap(sprung), 0),
+        "a pickle behind a length": struct.pack("<Q", len(trap)) + trap,
+        "gguf": b"GGUF\3\0\0\0" + bytes(99),
+        "a pickle as tensors": joined(
+            {"a": {"dtype": "U8", "shape": [len(trap)], "data_offsets": [0, len(trap)]}}, trap
+        ),
+        "a LoRA": joined(
+            {"lora_unet_down.weight": small, "__metadata__": {"ss_network_dim": "1"}}, bytes(4)
+        ),
         "a checkpoint": joined({"model.diffusion_model.input_blocks.0.0.weight": small}, bytes(4)),
-        "json alone": b'{"a": 1}' * 9, "an empty header": joined({}, b""),
+        "json alone": b'{"a": 1}' * 9,
+        "an empty header": joined({}, b""),
         "a pointer": b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
     }
 
@@ -287,7 +488,12 @@ def torn(whole: bytes, rng: random.Random) -> tuple[bytes, str]:
     a, b = sorted((rng.randrange(len(whole)), rng.randrange(len(whole))))
     b = min(b, a + 10 ** rng.randrange(1, 6))
     which = rng.randrange(4)
-    return (whole[:a], whole[:a] + whole[b:], whole[:b] + whole[a:], whole[:a] + bytes(b - a) + whole[b:])[which], f"torn {which}, {a}:{b}"
+    return (
+        whole[:a],
+        whole[:a] + whole[b:],
+        whole[:b] + whole[a:],
+        whole[:a] + bytes(b - a) + whole[b:],
+    )[which], f"torn {which}, {a}:{b}"
 
 
 def changed(tree: Any, rng: random.Random) -> tuple[Any, str]:
@@ -309,7 +515,9 @@ def changed(tree: Any, rng: random.Random) -> tuple[Any, str]:
     elif hasattr(own, "shape") and which < 5:
         made = own.clone().float()
         if which == 1:
-            made.view(-1)[rng.randrange(max(made.numel(), 1)):].fill_(rng.choice(FLOATS)) if made.numel() else made
+            made.view(-1)[rng.randrange(max(made.numel(), 1)) :].fill_(
+                rng.choice(FLOATS)
+            ) if made.numel() else made
         made = (made, made, made.flatten()[:-1], made.long(), made.expand(2, *made.shape))[which]
         inner[key] = made
         words.append(f"tensor {which} {list(made.shape)}")

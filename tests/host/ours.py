@@ -1,4 +1,5 @@
 """This pack's inject nodes as the columns of the matrix of neighbours: each alone, and all of them on one model."""
+
 from __future__ import annotations
 
 import gc
@@ -12,18 +13,34 @@ from typing import Any
 import torch
 from matrix import seed_all, states
 from networks import random_model
-from studio import MOMENTS, STEPS, bank_of, capture, concept, inject, negative, of_model, pictures, sample, story
+from studio import (
+    MOMENTS,
+    STEPS,
+    bank_of,
+    capture,
+    concept,
+    inject,
+    negative,
+    of_model,
+    pictures,
+    sample,
+    story,
+)
 from torch import Tensor
 
 from kindred.models.injection import Run
 
 MODEL = random_model("tiny")
-FELT, TIGHT = 1e-3, 1e-4  # an effect that cannot be rounding, and what rounding may do; relative to the pictures' spread
+FELT, TIGHT = (
+    1e-3,
+    1e-4,
+)  # an effect that cannot be rounding, and what rounding may do; relative to the pictures' spread
 
 
 @dataclass(frozen=True)
 class Column:
     """node: MODEL and REFERENCE in, MODEL out; read: steps of the bank it reads; steps: of its sampler."""
+
     node: Callable[[Any, Any], Any]
     read: int = 0
     steps: int = STEPS
@@ -34,7 +51,10 @@ class Column:
             return self.node(model, None)
         if maker is None:
             return self.node(model, bank_of(steps=self.read))
-        return self.node(model, capture(maker, steps=self.read, negative=negative(), mask=torch.ones(1, 64, 64))[0])
+        return self.node(
+            model,
+            capture(maker, steps=self.read, negative=negative(), mask=torch.ones(1, 64, 64))[0],
+        )
 
     def sampled(self, model: Any, **how: Any) -> Tensor:
         return pictures(model, **{"who": (0, 1), "steps": self.steps} | how)
@@ -52,7 +72,9 @@ OURS = {
     "story": Column(lambda m, bank: story(m), steps=MOMENTS),
     "all": Column(everything, read=MOMENTS, steps=MOMENTS),
 }
-READERS = {name for name, column in OURS.items() if column.read}  # of a reference, which was made with one model
+READERS = {
+    name for name, column in OURS.items() if column.read
+}  # of a reference, which was made with one model
 STORIES = {"sharing", "story", "all"}
 
 
@@ -84,6 +106,7 @@ def leaving_nothing() -> Iterator[None]:
     def read_conds(self: Run, conds: Any) -> None:
         seen.append(weakref.ref(self))
         read(self, conds)
+
     gc.collect()
     gc.freeze()  # what lives already is not looked through again
     Run.read_conds = read_conds
@@ -95,4 +118,6 @@ def leaving_nothing() -> Iterator[None]:
         gc.unfreeze()
     left = [referrer for run in seen if run() for referrer in gc.get_referrers(run())]
     assert not left, [str(referrer)[:300] for referrer in left]
-    assert torch.equal(sample(MODEL, steps=1), picture) and of_model(MODEL) == model  # sampling puts the others' objects away
+    assert (
+        torch.equal(sample(MODEL, steps=1), picture) and of_model(MODEL) == model
+    )  # sampling puts the others' objects away

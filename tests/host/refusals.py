@@ -2,6 +2,7 @@
 
 KINDRED_LONG=1: ten times as many damaged files.
 """
+
 from __future__ import annotations
 
 import os
@@ -21,7 +22,9 @@ LONG = 10 if os.environ.get("KINDRED_LONG") == "1" else 1
 def resident() -> float:
     """The most memory this process ever held, in MB."""
     resource = pytest.importorskip("resource")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1024 if sys.platform != "darwin" else 1 << 20
+    )
 
 
 def faults_of(act: Callable[[], Any], name: str = "") -> tuple[Any, str]:
@@ -33,7 +36,12 @@ def faults_of(act: Callable[[], Any], name: str = "") -> tuple[Any, str]:
         return None, f"it hangs: {error}"
     except (ValueError, FileNotFoundError) as error:
         made, said = None, str(error)
-        fits = type(error) in (ValueError, FileNotFoundError) and name in said and REMEDY.search(said) and said.endswith(".")
+        fits = (
+            type(error) in (ValueError, FileNotFoundError)
+            and name in said
+            and REMEDY.search(said)
+            and said.endswith(".")
+        )
         if not fits or len(said) > 700 or str(folder_paths.base_path) in said:
             return None, f"no sentence: {type(error).__name__} {said[:400]!r}"
     except Exception as error:

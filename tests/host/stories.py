@@ -1,4 +1,5 @@
 """What the host laws of stories share: one tiny random model, its plain pictures and its stories."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -9,7 +10,10 @@ from studio import pictures, story
 from torch import Tensor
 
 MODEL = random_model("tiny")
-TIGHT, FELT = 1e-4, 1e-2  # float32 through a run, relative to the pictures' spread; an effect that cannot be rounding
+TIGHT, FELT = (
+    1e-4,
+    1e-2,
+)  # float32 through a run, relative to the pictures' spread; an effect that cannot be rounding
 SHARING = {"feature_injection": 0.0}  # one stage
 
 

@@ -2,6 +2,7 @@
 
 Regional prompts, NegPip, copies of a block's forward, references of their own, fewer or more keys. Each takes a MODEL and gives one.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,7 +21,13 @@ Patch = tuple[Tensor, Tensor, Tensor]
 # rows and keys of cross-attention ---------------------------------------------------------------------------------------------
 
 
-def couple(model: Any, regions: Sequence[Tensor | None], both: bool = False, alternate: bool = False, strength: float = 1.0) -> Any:
+def couple(
+    model: Any,
+    regions: Sequence[Tensor | None],
+    both: bool = False,
+    alternate: bool = False,
+    strength: float = 1.0,
+) -> Any:
     """Attention couple: the cond rows once more for the prompt of each region [1 w c], and the mean of what they read.
 
     Nothing is the picture's own prompt once more.
@@ -41,7 +48,10 @@ def couple(model: Any, regions: Sequence[Tensor | None], both: bool = False, alt
             if kind == 1 and not both:
                 qs, ks = [*qs, q], [*ks, k]
                 continue
-            each = [k * strength, *(k if r is None else r.to(k).repeat(rows, w // r.shape[1], 1) for r in regions)]
+            each = [
+                k * strength,
+                *(k if r is None else r.to(k).repeat(rows, w // r.shape[1], 1) for r in regions),
+            ]
             qs.append(repeated(q))
             ks.append(torch.stack(each, 1).flatten(0, 1) if alternate else torch.cat(each))
         return torch.cat(qs), torch.cat(ks), torch.cat(ks)
@@ -51,10 +61,15 @@ def couple(model: Any, regions: Sequence[Tensor | None], both: bool = False, alt
         rows = out.shape[0] // sum(1 if kind == 1 and not both else count for kind in kinds)
         for kind in kinds:
             copies = 1 if kind == 1 and not both else count
-            mine = out[at:at + copies * rows]
-            found.append(mine.unflatten(0, (rows, copies)).mean(1) if alternate else mine.unflatten(0, (copies, rows)).mean(0))
+            mine = out[at : at + copies * rows]
+            found.append(
+                mine.unflatten(0, (rows, copies)).mean(1)
+                if alternate
+                else mine.unflatten(0, (copies, rows)).mean(0)
+            )
             at += copies * rows
         return torch.cat(found)
+
     m.set_model_attn2_patch(before)
     m.set_model_attn2_output_patch(behind)
     return m
@@ -63,7 +78,9 @@ def couple(model: Any, regions: Sequence[Tensor | None], both: bool = False, alt
 def halved_keys(model: Any) -> Any:
     """NegPip: the text's rows are keys and values in turn."""
     m = model.clone()
-    m.set_model_attn2_patch(lambda n, context, value, options: (n, context[:, 0::2], value[:, 1::2]))
+    m.set_model_attn2_patch(
+        lambda n, context, value, options: (n, context[:, 0::2], value[:, 1::2])
+    )
     return m
 
 
@@ -74,6 +91,7 @@ def more_keys(model: Any, tokens: Tensor) -> Any:
     def before(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> Patch:
         beside = tokens.to(context).expand(len(context), -1, -1)
         return n, torch.cat((context, beside), 1), torch.cat((value, beside), 1)
+
     m.set_model_attn2_patch(before)
     return m
 
@@ -89,7 +107,9 @@ def style_aligned(model: Any) -> Any:
         def shared(x: Tensor) -> Tensor:
             first = [part[:1].expand_as(part) for part in x.chunk(len(options["cond_or_uncond"]))]
             return torch.cat((x, torch.cat(first)), 1)
+
         return n, shared(context), shared(value)
+
     m.set_model_attn1_patch(before)
     return m
 
@@ -97,15 +117,23 @@ def style_aligned(model: Any) -> Any:
 def fewer_keys(model: Any, every: int = 2) -> Any:
     """Of a block's own tokens only some are left as keys, as where others are merged into them."""
     m = model.clone()
-    m.set_model_attn1_patch(lambda n, context, value, options: (n, context[:, ::every], value[:, ::every]))
+    m.set_model_attn1_patch(
+        lambda n, context, value, options: (n, context[:, ::every], value[:, ::every])
+    )
     return m
 
 
 # a copy of a block's forward --------------------------------------------------------------------------------------------------
 
 
-def _half(attention: Callable[..., Tensor], name: str, n: Tensor, keys: Tensor | None, patches: dict[str, Any],
-          options: dict[str, Any]) -> Tensor:
+def _half(
+    attention: Callable[..., Tensor],
+    name: str,
+    n: Tensor,
+    keys: Tensor | None,
+    patches: dict[str, Any],
+    options: dict[str, Any],
+) -> Tensor:
     """One attention and its patches; what it answers, before the residual."""
     value = keys if f"{name}_patch" in patches else None
     for patch in patches.get(f"{name}_patch", ()):
@@ -116,10 +144,21 @@ def _half(attention: Callable[..., Tensor], name: str, n: Tensor, keys: Tensor |
     return n
 
 
-def copied(self: BasicTransformerBlock, x: Tensor, context: Tensor | None = None, transformer_options: Any = None) -> Tensor:
+def copied(
+    self: BasicTransformerBlock,
+    x: Tensor,
+    context: Tensor | None = None,
+    transformer_options: Any = None,
+) -> Tensor:
     """A block as a pack wrote it once: patches are asked, attentions are told nothing."""
-    options = {k: v for k, v in transformer_options.items() if k not in ("patches", "patches_replace")}
-    options |= {"n_heads": self.n_heads, "dim_head": self.d_head, "attn_precision": self.attn_precision}
+    options = {
+        k: v for k, v in transformer_options.items() if k not in ("patches", "patches_replace")
+    }
+    options |= {
+        "n_heads": self.n_heads,
+        "dim_head": self.d_head,
+        "attn_precision": self.attn_precision,
+    }
     patches = transformer_options.get("patches", {})
     n = self.norm1(x)
     x = _half(self.attn1, "attn1", n, n if "attn1_patch" in patches else None, patches, options) + x
@@ -127,14 +166,24 @@ def copied(self: BasicTransformerBlock, x: Tensor, context: Tensor | None = None
     return self.ff(self.norm3(x)) + x
 
 
-def alone(self: BasicTransformerBlock, x: Tensor, context: Tensor | None = None, transformer_options: Any = None) -> Tensor:
+def alone(
+    self: BasicTransformerBlock,
+    x: Tensor,
+    context: Tensor | None = None,
+    transformer_options: Any = None,
+) -> Tensor:
     """One that asks nobody."""
     x = self.attn1(self.norm1(x)) + x
     x = self.attn2(self.norm2(x), context=context) + x
     return self.ff(self.norm3(x)) + x
 
 
-def deaf(self: BasicTransformerBlock, x: Tensor, context: Tensor | None = None, transformer_options: Any = None) -> Tensor:
+def deaf(
+    self: BasicTransformerBlock,
+    x: Tensor,
+    context: Tensor | None = None,
+    transformer_options: Any = None,
+) -> Tensor:
     """One that asks the patches and then computes past the layers' own calls."""
     hearing = copied.__get__(Silent(self))
     return hearing(x, context, transformer_options)
@@ -156,8 +205,11 @@ def left_in_the_class(forward: Callable[..., Tensor], model: Any) -> Iterator[No
 
     model: one whose blocks run it then; the host leaves forwards on them by themselves where one was an object patch before.
     """
-    own = [vars(block) for block in model.model.diffusion_model.modules() if "forward" in vars(block) and isinstance(
-        block, BasicTransformerBlock)]
+    own = [
+        vars(block)
+        for block in model.model.diffusion_model.modules()
+        if "forward" in vars(block) and isinstance(block, BasicTransformerBlock)
+    ]
     left = [(held, held.pop("forward")) for held in own]
     kept, BasicTransformerBlock.forward = BasicTransformerBlock.forward, forward
     try:
@@ -176,7 +228,12 @@ def own_reference(model: Any, seed: int = 8) -> Any:
     m = model.clone()
 
     def twice(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        executor(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x), *args, **kwargs)
+        executor(
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x),
+            *args,
+            **kwargs,
+        )
         return executor(x, *args, **kwargs)
+
     m.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "a stranger", twice)
     return m

@@ -3,6 +3,7 @@
 Each function takes a MODEL and a list, and gives a MODEL; the list then holds what the stranger saw or did. What it computes by
 itself (`own`) can be asked again, so that a test can say whether it stayed its own.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,8 +22,15 @@ ODD = frozenset({"middle"})  # stages whose head width the fast kernel does not 
 
 def own(q: Tensor, options: dict[str, Any] | None, heads: int) -> Tensor:
     """Attention over the stranger's four tokens, with the host's options handed on or not."""
-    k, v = (torch.randn(1, 4, q.shape[-1], generator=torch.Generator().manual_seed(n)).expand(len(q), -1, -1).to(q) for n in (1, 2))
-    return optimized_attention(q, k, v, heads, **({} if options is None else {"transformer_options": options}))
+    k, v = (
+        torch.randn(1, 4, q.shape[-1], generator=torch.Generator().manual_seed(n))
+        .expand(len(q), -1, -1)
+        .to(q)
+        for n in (1, 2)
+    )
+    return optimized_attention(
+        q, k, v, heads, **({} if options is None else {"transformer_options": options})
+    )
 
 
 class Adapter:
@@ -38,7 +46,9 @@ class Adapter:
         return out + sum(w * own(q, given, options["n_heads"]) for w in self.weights)
 
 
-def adapter(model: Any, attention: str = "attn1", weight: float = 0.7, hands_on: bool = True) -> Any:
+def adapter(
+    model: Any, attention: str = "attn1", weight: float = 0.7, hands_on: bool = True
+) -> Any:
     m = model.clone()
     known = m.model_options["transformer_options"].get("patches_replace", {}).get(attention, {})
     for block in BLOCKS:
@@ -51,7 +61,9 @@ def patches(model: Any, seen: list) -> Any:
     """Chained patches everywhere; those behind and before an attention attend to tokens of their own, options handed on."""
     m = model.clone()
 
-    def before(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def before(
+        n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         given, alone = (own(n, o, options["n_heads"]) for o in (options, None))
         seen.append(torch.equal(given, alone))
         return n + 0.1 * given, context, value
@@ -60,6 +72,7 @@ def patches(model: Any, seen: list) -> Any:
         given, alone = (own(n, o, options["n_heads"]) for o in (options, None))
         seen.append(torch.equal(given, alone))
         return n + 0.1 * given
+
     m.set_model_attn1_patch(before)
     m.set_model_attn2_patch(before)
     m.set_model_attn1_output_patch(behind)
@@ -79,14 +92,24 @@ def wrappers(model: Any, seen: list) -> Any:
             seen.append(kind)
             out = executor(*args, **kwargs)
             return out * 1.01 if kind == WrappersMP.DIFFUSION_MODEL else out
+
         return wrapper
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE,
-                 WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+
+    for kind in (
+        WrappersMP.OUTER_SAMPLE,
+        WrappersMP.PREPARE_SAMPLING,
+        WrappersMP.SAMPLER_SAMPLE,
+        WrappersMP.PREDICT_NOISE,
+        WrappersMP.CALC_COND_BATCH,
+        WrappersMP.APPLY_MODEL,
+        WrappersMP.DIFFUSION_MODEL,
+    ):
         m.add_wrapper_with_key(kind, "a stranger", of(kind))
 
     def around(apply: Any, args: dict[str, Any]) -> Tensor:
         seen.append("model_function_wrapper")
         return apply(args["input"], args["timestep"], **args["c"])
+
     m.set_model_unet_function_wrapper(around)
     return m
 
@@ -101,7 +124,7 @@ def tiles(model: Any, seen: list, overlap: int = 0, stacked: bool = False) -> An
     def around(apply: Any, args: dict[str, Any]) -> Tensor:
         x, t, c = args["input"], args["timestep"], args["c"]
         half = x.shape[2] // 2
-        crops = x[:, :, :half + overlap], x[:, :, half - overlap:]
+        crops = x[:, :, : half + overlap], x[:, :, half - overlap :]
         seen.extend(crop.shape[2:] for crop in crops)
         if stacked:
             twice = {k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in c.items()}
@@ -109,10 +132,13 @@ def tiles(model: Any, seen: list, overlap: int = 0, stacked: bool = False) -> An
         else:
             answers = [apply(crop, t, **c) for crop in crops]
         out, times = torch.zeros_like(x), torch.zeros_like(x)
-        for rows, answer in zip((slice(None, half + overlap), slice(half - overlap, None)), answers):
+        for rows, answer in zip(
+            (slice(None, half + overlap), slice(half - overlap, None)), answers
+        ):
             out[:, :, rows] += answer
             times[:, :, rows] += 1
         return out / times
+
     m.set_model_unet_function_wrapper(around)
     return m
 
@@ -122,12 +148,25 @@ def fast_kernel(model: Any, seen: list) -> Any:
     m = model.clone()
     previous = m.model_options["transformer_options"].get("optimized_attention_override")
 
-    def override(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def override(
+        func: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         stage = kwargs["transformer_options"]["block"][0]
         fit = mask is None and stage not in ODD
         seen.append("fast" if fit else "host")
-        out = func(q, k, v, heads, mask=mask, **kwargs) if previous is None else previous(func, q, k, v, heads, mask=mask, **kwargs)
+        out = (
+            func(q, k, v, heads, mask=mask, **kwargs)
+            if previous is None
+            else previous(func, q, k, v, heads, mask=mask, **kwargs)
+        )
         return out.bfloat16().to(q) if fit else out  # its precision is less
+
     m.model_options["transformer_options"]["optimized_attention_override"] = override
     return m
 
@@ -140,6 +179,7 @@ def strict_kernel(model: Any, seen: list) -> Any:
         if mask is not None:
             raise RuntimeError("this kernel knows no masks")
         return func(*args, **kwargs)
+
     m.model_options["transformer_options"]["optimized_attention_override"] = override
     return m
 
@@ -153,6 +193,7 @@ def block_forward(model: Any, seen: list) -> Any:
     def patched(x: Tensor, **kwargs: Any) -> Tensor:
         seen.append("forward")
         return forward(x, **kwargs) * 1.05
+
     m.add_object_patch(name, patched)
     return m
 
@@ -164,10 +205,16 @@ class Layered(torch.nn.Module):
         super().__init__()
         self.asked = [inner]  # in a list: not a submodule
 
-    def forward(self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         context = x if context is None else context
         inner = self.asked[0]
-        q, k, v = inner.to_q(x), inner.to_k(context), inner.to_v(context if value is None else value)
+        q, k, v = (
+            inner.to_q(x),
+            inner.to_k(context),
+            inner.to_v(context if value is None else value),
+        )
         return inner.to_out(optimized_attention(q, k, v, inner.heads)) * 1.05
 
 
@@ -184,10 +231,17 @@ def in_silence(model: Any) -> Any:
     name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1"
     inner = m.get_model_object(name)
 
-    def forward(x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         context = x if context is None else context
-        q, k, v = inner.to_q(x), inner.to_k(context), inner.to_v(context if value is None else value)
+        q, k, v = (
+            inner.to_q(x),
+            inner.to_k(context),
+            inner.to_v(context if value is None else value),
+        )
         return inner.to_out(optimized_attention(q, k, v, inner.heads))
+
     m.add_object_patch(name + ".forward", forward)
     return m
 
@@ -202,6 +256,7 @@ def guidance(model: Any, seen: list) -> Any:
 
     def instead(args: dict[str, Any]) -> Tensor:
         return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"] * 0.9
+
     m.set_model_sampler_pre_cfg_function(before)
     m.set_model_sampler_cfg_function(instead, disable_cfg1_optimization=True)
     m.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 1.01)
@@ -220,10 +275,14 @@ class Motion(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.frames or len(x) % self.frames:
-            raise RuntimeError(f"{len(x)} rows are no whole number of videos of {self.frames} frames")
+            raise RuntimeError(
+                f"{len(x)} rows are no whole number of videos of {self.frames} frames"
+            )
         y, (b, c, h, w) = x, x.shape
         tokens = y.view(b // self.frames, self.frames, c, h * w).permute(0, 3, 1, 2).flatten(0, 1)
-        mixed = optimized_attention(tokens, tokens, tokens, 4).view(b // self.frames, h * w, self.frames, c)
+        mixed = optimized_attention(tokens, tokens, tokens, 4).view(
+            b // self.frames, h * w, self.frames, c
+        )
         return x + 0.3 * mixed.permute(0, 2, 3, 1).reshape(x.shape)
 
 
@@ -253,6 +312,7 @@ def motion(model: Any, seen: list, key: str = "motion", wrapped_by: str | None =
         finally:
             for module in made:
                 module.frames = None
+
     m.set_injections(key, [PatcherInjection(inject=put, eject=take)])
     m.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, wrapped_by or key, run)
     return m
@@ -269,6 +329,7 @@ def fixture(model: Any, gain: float = 0.2) -> Any:
 
     def take(patcher: Any) -> None:
         del getattr(patcher.model.diffusion_model, name)[-1]
+
     put.__module__ = take.__module__ = "another_pack.nodes"
     m.set_injections("a fixture", [PatcherInjection(inject=put, eject=take)])
     return m

@@ -1,4 +1,5 @@
 """The files of the archive are enough: unpacked elsewhere, in a folder of another name, they give the same nodes and the same files."""
+
 import json
 import os
 import shutil
@@ -28,13 +29,27 @@ def test_the_archive_is_the_pack(host, tmp_path):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    run = subprocess.run([sys.executable, "-c", SCRIPT, str(ROOT / "tools"), str(folder)], capture_output=True, text=True, cwd=tmp_path,
-                         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(ROOT / "tools"), str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
     answer = [line for line in run.stdout.splitlines() if line.startswith("told ")]
     assert answer, run.stderr[-2000:]
     told, miniature, modules = json.loads(answer[0][5:])
     assert modules and all(path.startswith(str(folder)) for path in (*modules, miniature))
     here = schemas.object_info(host.NODE_CLASS_MAPPINGS)
     assert {node.pop("python_module") for node in told.values()} == {"custom_nodes.Kindred-main"}
-    assert told == json.loads(json.dumps({key: {k: v for k, v in node.items() if k != "python_module"} for key, node in here.items()}))
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == set(names), "the pack wrote into itself"
+    assert told == json.loads(
+        json.dumps(
+            {
+                key: {k: v for k, v in node.items() if k != "python_module"}
+                for key, node in here.items()
+            }
+        )
+    )
+    assert {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    } == set(names), "the pack wrote into itself"

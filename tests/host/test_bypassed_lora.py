@@ -1,4 +1,5 @@
 """A model's key knows a LoRA in bypass mode as it knows one that is baked in: by its weights and its strength."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor
 from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
-LAYERS = [f"diffusion_model.{stage}.transformer_blocks.0.{layer}" for stage in ("middle_block.1", "output_blocks.1.1")
-          for layer in ("attn1.to_k", "attn2.to_out.0")]
+LAYERS = [
+    f"diffusion_model.{stage}.transformer_blocks.0.{layer}"
+    for stage in ("middle_block.1", "output_blocks.1.1")
+    for layer in ("attn1.to_k", "attn2.to_out.0")
+]
 
 
 def weights(seed: int = 0, layers: list[str] = LAYERS) -> dict[str, Tensor]:
@@ -26,11 +30,22 @@ def weights(seed: int = 0, layers: list[str] = LAYERS) -> dict[str, Tensor]:
         out, inner = own[f"{layer}.weight"].shape
         found[f"{layer}.lora_up.weight"] = torch.randn(out, 2, generator=g)
         found[f"{layer}.lora_down.weight"] = torch.randn(2, inner, generator=g)
-    return {key: value for layer in layers for key, value in found.items() if key.startswith(f"{layer}.")}
+    return {
+        key: value
+        for layer in layers
+        for key, value in found.items()
+        if key.startswith(f"{layer}.")
+    }
 
 
 @torch.inference_mode()
-def lora(model: Any, seed: int = 0, strength: float = 0.3, bypass: bool = True, layers: list[str] = LAYERS) -> Any:
+def lora(
+    model: Any,
+    seed: int = 0,
+    strength: float = 0.3,
+    bypass: bool = True,
+    layers: list[str] = LAYERS,
+) -> Any:
     return LoraModelLoader.execute(model, weights(seed, layers), strength, bypass).result[0]
 
 
@@ -44,8 +59,21 @@ def model_in(dtype: torch.dtype) -> Any:
 def test_another_lora_or_strength_is_another_key():
     """Bypassed or baked in: no two of these models are one."""
     m = build_model("tiny")
-    models = [m, *(lora(m, bypass=how, **given) for how in (True, False) for given in (
-        {}, {"seed": 1}, {"strength": 0.31}, {"strength": -0.3}, {"layers": LAYERS[:2]}, {"layers": LAYERS[2:]}))]
+    models = [
+        m,
+        *(
+            lora(m, bypass=how, **given)
+            for how in (True, False)
+            for given in (
+                {},
+                {"seed": 1},
+                {"strength": 0.31},
+                {"strength": -0.3},
+                {"layers": LAYERS[:2]},
+                {"layers": LAYERS[2:]},
+            )
+        ),
+    ]
     assert len({model_key(model) for model in models}) == len(models)
 
 
@@ -64,8 +92,10 @@ def test_what_another_pack_injects_may_hold_a_name_that_was_never_given():
     def written():
         def act(model):
             return never
+
         return act
         never = 0
+
     m = build_model("tiny")
     theirs = m.clone()
     theirs.set_injections("theirs", [PatcherInjection(inject=written(), eject=lambda model: None)])
@@ -75,6 +105,9 @@ def test_what_another_pack_injects_may_hold_a_name_that_was_never_given():
 def test_a_reference_is_refused_with_another_lora_in_bypass_mode():
     m = build_model("tiny")
     bank = capture(lora(m))[0]
-    with pytest.raises(ValueError, match=r"was made with model SD15 \w+, but the model given is SD15 \w+: LoRAs differ"):
+    with pytest.raises(
+        ValueError,
+        match=r"was made with model SD15 \w+, but the model given is SD15 \w+: LoRAs differ",
+    ):
         inject(lora(m, seed=1), bank)
     inject(lora(m), bank)

@@ -2,6 +2,7 @@
 
 That each input and output has a tooltip, and each node aliases to be found by, is stated in test_pack.py.
 """
+
 import json
 import re
 

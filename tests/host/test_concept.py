@@ -1,4 +1,5 @@
 """Host laws of Cross-Attn Detail Inject: what is nothing (I2), what the weight means (I9), when and where it is heard."""
+
 from __future__ import annotations
 
 import pytest
@@ -39,18 +40,34 @@ MERGES = [m.value for m in Merge]
 
 
 @LAW("merge", MERGES)
-@LAW("nothing", [{"weight": 0.0}, {"strength": 0.0}, {"strength": 0.0, "weight": 9.0}, {"target_mask": torch.zeros(1, 64, 64)},
-                 {"start_percent": 1.0}, {"end_percent": 0.0}, {"start_percent": 0.6, "end_percent": 0.6}])
+@LAW(
+    "nothing",
+    [
+        {"weight": 0.0},
+        {"strength": 0.0},
+        {"strength": 0.0, "weight": 9.0},
+        {"target_mask": torch.zeros(1, 64, 64)},
+        {"start_percent": 1.0},
+        {"end_percent": 0.0},
+        {"start_percent": 0.6, "end_percent": 0.6},
+    ],
+)
 def test_no_weight_no_mask_or_no_window_is_no_injection(nothing, merge):
     model = concept(MODEL, merge=merge, **nothing)
-    assert model is not MODEL and KEY not in model.model_options["transformer_options"] and not model.wrappers
+    assert (
+        model is not MODEL
+        and KEY not in model.model_options["transformer_options"]
+        and not model.wrappers
+    )
     assert torch.equal(sample(model), plain())
 
 
 @LAW("merge", MERGES)
 def test_a_window_between_two_steps_is_the_plain_picture_bit_for_bit(merge):
     """3 uniform steps are at 0.33, 0.67 and 1 of the schedule."""
-    assert torch.equal(sample(concept(MODEL, start_percent=0.4, end_percent=0.6, merge=merge)), plain())
+    assert torch.equal(
+        sample(concept(MODEL, start_percent=0.4, end_percent=0.6, merge=merge)), plain()
+    )
 
 
 def test_a_mask_beside_the_area_of_the_only_prompt_is_the_plain_picture():
@@ -58,16 +75,30 @@ def test_a_mask_beside_the_area_of_the_only_prompt_is_the_plain_picture():
     area = [[prompt()[0][0], prompt()[0][1] | {"area": (5, 6, 2, 1)}]]
     corner = torch.zeros(1, 64, 64)
     corner[:, :8, :8] = 1
-    how = {"positive": area, "uncond": [[negative()[0][0], negative()[0][1] | {"area": (5, 6, 2, 1)}]]}
+    how = {
+        "positive": area,
+        "uncond": [[negative()[0][0], negative()[0][1] | {"area": (5, 6, 2, 1)}]],
+    }
     assert differs(sample(concept(MODEL, target_mask=corner), **how), sample(MODEL, **how)) < TIGHT
     assert differs(sample(concept(MODEL), **how), sample(MODEL, **how)) > FELT
 
 
 def test_inputs_stay_as_they_were():
-    model, encoder, image, mask = build_model("tiny"), encoder_of(), subject(2), torch.ones(1, 64, 64)
+    model, encoder, image, mask = (
+        build_model("tiny"),
+        encoder_of(),
+        subject(2),
+        torch.ones(1, 64, 64),
+    )
 
     def state():
-        return [of_model(model), of_encoder(encoder), fingerprint([image, mask, prompt(), negative()]), of_bank(bank_of())]
+        return [
+            of_model(model),
+            of_encoder(encoder),
+            fingerprint([image, mask, prompt(), negative()]),
+            of_bank(bank_of()),
+        ]
+
     before = state()
     injected = concept(model, 1.5, image, halves="both", target_mask=mask)
     carrying = of_model(injected)
@@ -99,14 +130,20 @@ def test_run_a_then_b_then_a_gives_a_and_plain_stays_plain():
 @LAW("halves", [h.value for h in Halves])
 def test_the_subject_is_felt(merge, halves):
     out = sample(concept(MODEL, merge=merge, halves=halves))
-    assert differs(out, plain()) > FELT and differs(out, sample(concept(MODEL, image=subject(seed=8), merge=merge, halves=halves))) > 1e-3
+    assert (
+        differs(out, plain()) > FELT
+        and differs(out, sample(concept(MODEL, image=subject(seed=8), merge=merge, halves=halves)))
+        > 1e-3
+    )
 
 
 def test_as_trained_is_what_the_file_says():
     for merge in MERGES:
         own = sample(concept(MODEL, encoder=encoder_of(merge=merge)))
         assert torch.equal(own, sample(concept(MODEL, merge=merge)))
-    assert differs(sample(concept(MODEL, merge="add")), sample(concept(MODEL, merge="concat"))) > 1e-3
+    assert (
+        differs(sample(concept(MODEL, merge="add")), sample(concept(MODEL, merge="concat"))) > 1e-3
+    )
 
 
 @LAW("merge", MERGES)
@@ -115,7 +152,10 @@ def test_the_dial_turns_the_weight_and_nothing_else(mode, merge):
     odds = CONCEPT_ODDS if mode == "logit bias" and merge == "concat" else 0.0
     for strength in (1.0, 0.5):
         turned = sample(concept(MODEL, 2.0, strength=strength, weight_mode=mode, merge=merge))
-        assert torch.equal(turned, sample(concept(MODEL, 2.0 * dial(strength, "", odds), weight_mode=mode, merge=merge)))
+        assert torch.equal(
+            turned,
+            sample(concept(MODEL, 2.0 * dial(strength, "", odds), weight_mode=mode, merge=merge)),
+        )
 
 
 @LAW("mode", [m.value for m in WeightMode])
@@ -147,34 +187,70 @@ def test_several_pictures_are_several_nodes_of_a_share_each():
 
 
 def test_both_injections_in_either_order():
-    ab, ba = concept(inject(MODEL, bank_of(), 2.0), 1.5), inject(concept(MODEL, 1.5), bank_of(), 2.0)
+    ab, ba = (
+        concept(inject(MODEL, bank_of(), 2.0), 1.5),
+        inject(concept(MODEL, 1.5), bank_of(), 2.0),
+    )
     full = sample(ab)
     assert differs(sample(ba), full) < TIGHT
-    assert min(differs(full, sample(m)) for m in (inject(MODEL, bank_of(), 2.0), concept(MODEL, 1.5), MODEL)) > FELT
+    assert (
+        min(
+            differs(full, sample(m))
+            for m in (inject(MODEL, bank_of(), 2.0), concept(MODEL, 1.5), MODEL)
+        )
+        > FELT
+    )
 
 
 def test_both_injections_with_masks_and_windows_of_their_own():
     left = torch.zeros(1, 64, 64)
     left[:, :, :32] = 1
     how = {"target_mask": left, "end_percent": 0.5}
-    ab, ba = (sample(m) for m in (concept(inject(MODEL, bank_of()), 2.0, **how), inject(concept(MODEL, 2.0, **how), bank_of())))
-    assert differs(ab, ba) < TIGHT and differs(ab, sample(concept(inject(MODEL, bank_of()), 2.0))) > 1e-3
+    ab, ba = (
+        sample(m)
+        for m in (
+            concept(inject(MODEL, bank_of()), 2.0, **how),
+            inject(concept(MODEL, 2.0, **how), bank_of()),
+        )
+    )
+    assert (
+        differs(ab, ba) < TIGHT
+        and differs(ab, sample(concept(inject(MODEL, bank_of()), 2.0))) > 1e-3
+    )
 
 
 def test_a_reference_pass_does_not_hear_the_concept():
     """Live reading with another sampler's schedule: the Ref-UNet is the plain model."""
     from studio import capture
+
     bank, _ = capture(concept(MODEL, 4.0), negative=negative())
-    assert all(torch.equal(bank.features[half], bank_of().features[half]) for half in bank_of().features)
+    assert all(
+        torch.equal(bank.features[half], bank_of().features[half]) for half in bank_of().features
+    )
 
 
 # when and where it is heard ------------------------------------------------------------------------------------------------
 
 
 def test_a_window_is_the_steps_it_holds():
-    whole, first, rest = (sample(concept(MODEL, start_percent=a, end_percent=b)) for a, b in ((0, 1), (0, 0.5), (0.5, 1)))
+    whole, first, rest = (
+        sample(concept(MODEL, start_percent=a, end_percent=b))
+        for a, b in ((0, 1), (0, 0.5), (0.5, 1))
+    )
     assert torch.equal(whole, sample(concept(MODEL)))
-    assert min(differs(a, b) for a, b in ((whole, first), (whole, rest), (first, rest), (first, plain()), (rest, plain()))) > 1e-3
+    assert (
+        min(
+            differs(a, b)
+            for a, b in (
+                (whole, first),
+                (whole, rest),
+                (first, rest),
+                (first, plain()),
+                (rest, plain()),
+            )
+        )
+        > 1e-3
+    )
 
 
 @LAW("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "uni_pc"])
@@ -198,23 +274,37 @@ def test_ksampler_advanced_in_two_segments_is_one_run():
 
 
 def test_blocks_are_where_it_is_read():
-    parts = {preset: sample(concept(MODEL, 2.0, blocks=preset)) for preset in ("all", "encoder", "middle", "decoder", "output 0-1")}
+    parts = {
+        preset: sample(concept(MODEL, 2.0, blocks=preset))
+        for preset in ("all", "encoder", "middle", "decoder", "output 0-1")
+    }
     assert torch.equal(parts["all"], sample(concept(MODEL, 2.0)))
     assert torch.equal(parts["encoder"], sample(concept(MODEL, 2.0, blocks="input 1, input 3")))
-    chained = concept(concept(concept(MODEL, 2.0, blocks="decoder"), 2.0, blocks="middle"), 2.0, blocks="encoder")
+    chained = concept(
+        concept(concept(MODEL, 2.0, blocks="decoder"), 2.0, blocks="middle"), 2.0, blocks="encoder"
+    )
     assert differs(sample(chained), parts["all"]) < TIGHT
     assert min(differs(out, plain()) for out in parts.values()) > 1e-4
-    assert differs(parts["decoder"], parts["encoder"]) > 1e-4 and differs(parts["decoder"], parts["output 0-1"]) > 1e-4
+    assert (
+        differs(parts["decoder"], parts["encoder"]) > 1e-4
+        and differs(parts["decoder"], parts["output 0-1"]) > 1e-4
+    )
 
 
 @LAW("merge", MERGES)
 def test_a_mask_of_ones_is_no_mask_and_masks_go_to_their_pictures(merge):
     free, none = sample(concept(MODEL, 2.0, merge=merge), batch=3), plain(batch=3)
-    assert torch.equal(sample(concept(MODEL, 2.0, merge=merge, target_mask=torch.ones(1, 64, 64)), batch=3), free)
+    assert torch.equal(
+        sample(concept(MODEL, 2.0, merge=merge, target_mask=torch.ones(1, 64, 64)), batch=3), free
+    )
     masks = torch.zeros(3, 64, 64)
     masks[1] = 1
     out = sample(concept(MODEL, 2.0, merge=merge, target_mask=masks), batch=3)
-    assert torch.equal(out[0], none[0]) and torch.equal(out[2], none[2]) and torch.equal(out[1], free[1])
+    assert (
+        torch.equal(out[0], none[0])
+        and torch.equal(out[2], none[2])
+        and torch.equal(out[1], free[1])
+    )
 
 
 @LAW("merge", MERGES)
@@ -222,9 +312,17 @@ def test_outside_of_the_mask_the_first_layer_is_plain(merge):
     """What the first cross-attention adds to the picture: nothing where the mask is black, all of it where it is white."""
     left = torch.zeros(1, 64, 64)
     left[:, :, :32] = 1
-    none, part, free = (first_layer(m) for m in (MODEL, concept(MODEL, 2.0, merge=merge, target_mask=left),
-                                                 concept(MODEL, 2.0, merge=merge)))
-    assert torch.equal(part[:, :, 4:], none[:, :, 4:]) and torch.equal(part[:, :, :4], free[:, :, :4])
+    none, part, free = (
+        first_layer(m)
+        for m in (
+            MODEL,
+            concept(MODEL, 2.0, merge=merge, target_mask=left),
+            concept(MODEL, 2.0, merge=merge),
+        )
+    )
+    assert torch.equal(part[:, :, 4:], none[:, :, 4:]) and torch.equal(
+        part[:, :, :4], free[:, :, :4]
+    )
     assert differs(free, none) > FELT
 
 
@@ -233,8 +331,11 @@ def first_layer(model) -> torch.Tensor:
     seen, m = [], model.clone()
 
     def patch(n, options):
-        seen.append(n[options["cond_or_uncond"].index(0)].T.unflatten(1, options["activations_shape"][2:]))
+        seen.append(
+            n[options["cond_or_uncond"].index(0)].T.unflatten(1, options["activations_shape"][2:])
+        )
         return n
+
     m.set_model_attn2_output_patch(patch)
     sample(m, start_step=0, last_step=1)
     return seen[0]

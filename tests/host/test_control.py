@@ -1,5 +1,6 @@
 """The miniature's ControlNet through the host's own nodes: it loads, says nothing at strength 0, moves the subject at 1, and composes
 with this pack's injections. And the miniature's live previews."""
+
 from __future__ import annotations
 
 import gc
@@ -11,7 +12,15 @@ import nodes
 import numpy as np
 import pytest
 import torch
-from kindred.miniature.control import EXAMPLE, WEIGHTS, build_network, control, covered, hint_of, load_weights
+from kindred.miniature.control import (
+    EXAMPLE,
+    WEIGHTS,
+    build_network,
+    control,
+    covered,
+    hint_of,
+    load_weights,
+)
 from kindred.miniature.data import Renderings, held_out
 from kindred.miniature.measure import overlap
 from kindred.miniature.reader import MASK_GRID, load_reader
@@ -26,7 +35,9 @@ from torch import Tensor
 
 from kindred.models.injection import Run
 
-pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights: python -m miniature.train control writes them")
+pytestmark = pytest.mark.skipif(
+    not WEIGHTS.exists(), reason="no weights: python -m miniature.train control writes them"
+)
 PICTURES, STEPS = 2, 6
 
 
@@ -48,7 +59,9 @@ def world() -> Renderings:
     columns = np.arange(128) - 63.5
     away = [abs((mask.sum(0) * columns).sum() / mask.sum()) for mask in drawn.masks]
     rows = np.argsort(away)[-PICTURES:]
-    return Renderings(*(getattr(drawn, name)[rows] for name in ("images", "masks", "labels", "colours")))
+    return Renderings(
+        *(getattr(drawn, name)[rows] for name in ("images", "masks", "labels", "colours"))
+    )
 
 
 @cache
@@ -57,19 +70,25 @@ def conditions() -> tuple[list, list]:
     """A row for each of the held-out pictures, and the negative."""
     lines = "\n".join(prompt(CLASSES[row[0]], SCENES[row[1]]) for row in world().labels)
     words = ", ".join(dict.fromkeys(CLASSES[row[0]] for row in world().labels))
-    return SubjectPrompts.execute(loaded()[1], lines, words).result[0], nodes.CLIPTextEncode().encode(loaded()[1], "")[0]
+    return SubjectPrompts.execute(loaded()[1], lines, words).result[
+        0
+    ], nodes.CLIPTextEncode().encode(loaded()[1], "")[0]
 
 
 @torch.inference_mode()
 def applied(strength: float = 1.0, hints: Tensor | None = None) -> tuple[list, list]:
     hints = hint_of(world().masks).movedim(1, -1) if hints is None else hints
-    return nodes.ControlNetApplyAdvanced().apply_controlnet(*conditions(), net(), hints, strength, 0.0, 1.0)
+    return nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *conditions(), net(), hints, strength, 0.0, 1.0
+    )
 
 
 @torch.inference_mode()
 def sampled(model, both: tuple[list, list], steps: int = STEPS) -> Tensor:
     latent = nodes.EmptyLatentImage().generate(128, 128, PICTURES)[0]
-    return nodes.common_ksampler(model, 11, steps, 4.0, "ddim", "ddim_uniform", *both, latent)[0]["samples"]
+    return nodes.common_ksampler(model, 11, steps, 4.0, "ddim", "ddim_uniform", *both, latent)[0][
+        "samples"
+    ]
 
 
 @cache
@@ -119,19 +138,34 @@ def test_a_moved_silhouette_moves_the_subject():
 def test_training_and_host_put_the_same_network_together():
     core = loaded()[0].model
     with torch.inference_mode():
-        x, t = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([900, 300])
-        context, hint = torch.randn(2, 77, 64, generator=torch.Generator().manual_seed(2)), hint_of(world().masks[:2])
+        x, t = (
+            torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(1)),
+            torch.tensor([900, 300]),
+        )
+        context, hint = (
+            torch.randn(2, 77, 64, generator=torch.Generator().manual_seed(2)),
+            hint_of(world().masks[:2]),
+        )
         theirs = net().copy()
         theirs.pre_run(core, core.model_sampling.percent_to_sigma)
         told = theirs.control_model(x=x, hint=hint, timesteps=t.float(), context=context)
         base = {name: value.float() for name, value in core.diffusion_model.state_dict().items()}
         import comfy.options
 
-        ours = control(build_network(Path(comfy.options.__file__).parents[1]), load_weights(base), x, hint, t.float(), context)
+        ours = control(
+            build_network(Path(comfy.options.__file__).parents[1]),
+            load_weights(base),
+            x,
+            hint,
+            t.float(),
+            context,
+        )
     assert [len(told[name]) for name in ("output", "middle")] == [4, 1]
     for name, parts in ours.items():
         for a, b in zip(told[name], parts, strict=True):
-            assert float(b.abs().max()) > 0 and torch.allclose(a.float(), b, atol=1e-2 * float(b.abs().max()))
+            assert float(b.abs().max()) > 0 and torch.allclose(
+                a.float(), b, atol=1e-2 * float(b.abs().max())
+            )
 
 
 @cache
@@ -158,7 +192,9 @@ def telling(model):
 def detailing(model):
     """Cross-Attn Detail Inject of the same picture, with its defaults."""
     encoder = ConceptEncoderLoad.execute("kindred_miniature_concept.safetensors").result[0]
-    return CrossAttnDetailInject.execute(model, encoder, torch.from_numpy(world().images[:1]).float() / 255).result[0]
+    return CrossAttnDetailInject.execute(
+        model, encoder, torch.from_numpy(world().images[:1]).float() / 255
+    ).result[0]
 
 
 def everything(model):
@@ -205,7 +241,9 @@ def test_live_previews_show_the_picture():
     Over 60 held-out renderings and three colours the correlation was 0.957 on average and 0.854 at least, the error 0.044.
     """
     images = torch.from_numpy(world().images).float() / 255
-    previewer = latent_preview.Latent2RGBPreviewer(MiniatureLatent.latent_rgb_factors, MiniatureLatent.latent_rgb_factors_bias)
+    previewer = latent_preview.Latent2RGBPreviewer(
+        MiniatureLatent.latent_rgb_factors, MiniatureLatent.latent_rgb_factors_bias
+    )
     with torch.inference_mode():
         latents = loaded()[2].encode(images)
         for image, latent in zip(images, latents, strict=True):

@@ -1,4 +1,5 @@
 """Exact counters at full size, beside the plain sampler of the same process, with gates (docs/performance.md)."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -27,8 +28,16 @@ FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 # that the counters count ------------------------------------------------------------------------------------------------------
 
 
-@LAW(("read", "made", "waits"), [("cuda:0", "cpu", True), ("cpu", "cpu", False), ("cpu", "cuda:0", False), ("cuda:0", "cuda:0", False),
-                                 ("meta", "cpu", False)])
+@LAW(
+    ("read", "made", "waits"),
+    [
+        ("cuda:0", "cpu", True),
+        ("cpu", "cpu", False),
+        ("cpu", "cuda:0", False),
+        ("cuda:0", "cuda:0", False),
+        ("meta", "cpu", False),
+    ],
+)
 def test_a_copy_to_host_memory_waits(read, made, waits):
     there, here = (SimpleNamespace(device=torch.device(name)) for name in (read, made))
     assert comes_home(there, here) is waits
@@ -42,7 +51,9 @@ def test_every_counter_sees_what_it_should():
     assert not spent.ops and not spent.flops and not spent.largest
     with Counting() as spent:
         torch.nn.functional.linear(x, torch.rand(6, 3))
-    assert spent.flops == 2 * 2 * 8 * 3 * 6 and spent.ops["mm"] == 1 and spent.largest >= 2 * 8 * 6 * 4
+    assert (
+        spent.flops == 2 * 2 * 8 * 3 * 6 and spent.ops["mm"] == 1 and spent.largest >= 2 * 8 * 6 * 4
+    )
     for attended, kernel in ((None, FUSED), (mask[None], FUSED), (mask, MATH)):
         for device in ("cpu", "meta"):
             there, among = x.to(device), None if attended is None else attended.to(device)
@@ -50,8 +61,14 @@ def test_every_counter_sees_what_it_should():
                 torch.nn.functional.scaled_dot_product_attention(there, there, there, among)
             assert dict(spent.attention) == {kernel: 1} and spent.flops == 4 * 2 * 8 * 8 * 3
             assert (spent.largest >= mask.nbytes) == (kernel == MATH)  # the logits
-    for wait in (lambda: x[x > 0], lambda: x.clone().index_put_((x > 0,), torch.tensor(0.0)), lambda: x.sum().item(), lambda: bool(x.any()),
-                 lambda: x.nonzero(), lambda: x.masked_select(x > 0)):
+    for wait in (
+        lambda: x[x > 0],
+        lambda: x.clone().index_put_((x > 0,), torch.tensor(0.0)),
+        lambda: x.sum().item(),
+        lambda: bool(x.any()),
+        lambda: x.nonzero(),
+        lambda: x.masked_select(x > 0),
+    ):
         with Counting() as spent:
             wait()
         assert spent.syncs.total() == 1
@@ -95,8 +112,16 @@ def cached(family: str, **how: object) -> Counting:
     return first_step(injected(family, **how), family)
 
 
-@LAW(("family", "halves", "bound"), [
-    ("sd15", "cond only", 1.02), ("sd15", "both", 1.04), ("sd15", "shared", 1.04), ("sdxl", "cond only", 1.025), ("sdxl", "both", 1.05)])
+@LAW(
+    ("family", "halves", "bound"),
+    [
+        ("sd15", "cond only", 1.02),
+        ("sd15", "both", 1.04),
+        ("sd15", "shared", 1.04),
+        ("sdxl", "cond only", 1.025),
+        ("sdxl", "both", 1.05),
+    ],
+)
 def test_a_quarter_of_the_photo_costs_a_fiftieth(family, halves, bound):
     assert 1.01 < cached(family, halves=halves).flops / plain(family).flops <= bound
 
@@ -124,14 +149,31 @@ def test_ops_of_a_weight():
 
 def test_a_bank_in_host_memory_takes_a_copy_per_half():
     bank = paper_bank("sd15")
-    far = replace(bank, features={half: row.new_zeros(row.shape[1], device="cpu").expand_as(row) for half, row in bank.features.items()})
+    far = replace(
+        bank,
+        features={
+            half: row.new_zeros(row.shape[1], device="cpu").expand_as(row)
+            for half, row in bank.features.items()
+        },
+    )
     with on_paper():
         model = inject(paper_model("sd15"), far, halves="both")
-    assert far.kept and first_step(model, "sd15").ops - cached("sd15", halves="both").ops == {"_to_copy": 2}
+    assert far.kept and first_step(model, "sd15").ops - cached("sd15", halves="both").ops == {
+        "_to_copy": 2
+    }
 
 
-@LAW(("family", "how"), [("sd15", {}), ("sd15", {"halves": "both"}), ("sd15", {"weight": 2.0, "halves": "both"}),
-                         ("sdxl", {}), ("sdxl", {"weight": 2.0, "halves": "both"})], ids=str)
+@LAW(
+    ("family", "how"),
+    [
+        ("sd15", {}),
+        ("sd15", {"halves": "both"}),
+        ("sd15", {"weight": 2.0, "halves": "both"}),
+        ("sdxl", {}),
+        ("sdxl", {"weight": 2.0, "halves": "both"}),
+    ],
+    ids=str,
+)
 def test_a_cached_step_waits_for_nothing(family, how):
     assert cached(family, **how).syncs == plain(family).syncs
 
@@ -141,19 +183,40 @@ def dense(spent: Counting, beside: Counting, tokens: int) -> set[tuple[int, ...]
     return {s for s in spent.shapes - beside.shapes if len(s) > 1 and min(s[-2:]) >= tokens}
 
 
-@LAW(("family", "how"), [("sd15", {}), ("sd15", {"weight": 2.0}), ("sd15", {"weight": 2.0, "halves": "both"}),
-                         ("sd15", {"weight": 0.5, "weight_mode": "output blend"}), ("sd15", {"weight": 2.0, "weight_mode": "key scale"}),
-                         ("sdxl", {}), ("sdxl", {"weight": 2.0, "halves": "both"})], ids=str)
+@LAW(
+    ("family", "how"),
+    [
+        ("sd15", {}),
+        ("sd15", {"weight": 2.0}),
+        ("sd15", {"weight": 2.0, "halves": "both"}),
+        ("sd15", {"weight": 0.5, "weight_mode": "output blend"}),
+        ("sd15", {"weight": 2.0, "weight_mode": "key scale"}),
+        ("sdxl", {}),
+        ("sdxl", {"weight": 2.0, "halves": "both"}),
+    ],
+    ids=str,
+)
 def test_a_cached_step_makes_no_mask_of_all_queries(family, how):
     spent, beside, tokens = cached(family, **how), plain(family), 4096
     assert spent.largest <= beside.largest and not dense(spent, beside, tokens)
-    assert set(spent.attention) == {FUSED} and spent.attention[FUSED] <= beside.attention[FUSED] + 2 * LAYERS[family]
+    assert (
+        set(spent.attention) == {FUSED}
+        and spent.attention[FUSED] <= beside.attention[FUSED] + 2 * LAYERS[family]
+    )
     assert spent.unet_calls == 1
 
 
 def test_a_mask_of_all_queries_would_be_seen():
     def full(func, q, k, v, heads, mask=None, **kwargs):
-        return func(q, k, v, heads, mask=None if mask is None else mask.expand(-1, -1, q.shape[1], -1) + 0, **kwargs)
+        return func(
+            q,
+            k,
+            v,
+            heads,
+            mask=None if mask is None else mask.expand(-1, -1, q.shape[1], -1) + 0,
+            **kwargs,
+        )
+
     model = injected("sd15", weight=2.0)
     model.model_options["transformer_options"]["optimized_attention_override"] = full
     assert dense(first_step(model, "sd15"), plain("sd15"), 4096) == {(1, 1, 4096, 5120)}
@@ -177,27 +240,53 @@ def test_a_live_pass_stops_at_the_last_layer_that_is_read(family, bound):
 # banks ------------------------------------------------------------------------------------------------------------------------
 
 
-@LAW(("family", "keeps", "gigabytes"), [("sd15", Keeps.HIDDEN, 0.289), ("sd15", Keeps.KEYS_VALUES, 0.578), ("sdxl", Keeps.HIDDEN, 2.62),
-                                        ("sdxl", Keeps.KEYS_VALUES, 5.24)])
+@LAW(
+    ("family", "keeps", "gigabytes"),
+    [
+        ("sd15", Keeps.HIDDEN, 0.289),
+        ("sd15", Keeps.KEYS_VALUES, 0.578),
+        ("sdxl", Keeps.HIDDEN, 2.62),
+        ("sdxl", Keeps.KEYS_VALUES, 5.24),
+    ],
+)
 def test_a_bank_is_as_large_as_the_formula(family, keeps, gigabytes):
     """Steps x halves x sum over the layers of kept tokens x channels x bytes; there 50, 1 and 2."""
-    bank, sites = paper_bank(family, keeps), host.attention_sites(paper_model(family).model.diffusion_model)
+    bank, sites = (
+        paper_bank(family, keeps),
+        host.attention_sites(paper_model(family).model.diffusion_model),
+    )
     tokens = {layer.grid: int(bank.masks[layer.grid].sum()) for layer in bank.layers}
-    row = sum(tokens[layer.grid] * sites[layer.block].module.attn1.to_k.in_features for layer in bank.layers)
+    row = sum(
+        tokens[layer.grid] * sites[layer.block].module.attn1.to_k.in_features
+        for layer in bank.layers
+    )
     row *= 2 if keeps is Keeps.KEYS_VALUES else 1
-    assert bank.bytes == 2 * 2 * row * 4 and row * 50 * 2 == pytest.approx(gigabytes * 1e9, rel=5e-3)
+    assert bank.bytes == 2 * 2 * row * 4 and row * 50 * 2 == pytest.approx(
+        gigabytes * 1e9, rel=5e-3
+    )
 
 
 @LAW("keeps", Keeps)
 @LAW("precision", ["as computed", "float16"])
 @LAW("blocks", ["all", "decoder"])
 def test_a_captured_bank_holds_nothing_else(precision, blocks, keeps):
-    bank, _ = capture(random_model("tiny"), photo((12, 16)), precision=precision, blocks=blocks, mask=drawn("sd15")[:, ::4, ::4],
-                      keeps=keeps.value)
+    bank, _ = capture(
+        random_model("tiny"),
+        photo((12, 16)),
+        precision=precision,
+        blocks=blocks,
+        mask=drawn("sd15")[:, ::4, ::4],
+        keeps=keeps.value,
+    )
     sites = host.attention_sites(random_model("tiny").model.diffusion_model)
-    row = sum(int(bank.masks[layer.grid].sum()) * sites[layer.block].module.attn1.to_k.in_features for layer in bank.layers)
+    row = sum(
+        int(bank.masks[layer.grid].sum()) * sites[layer.block].module.attn1.to_k.in_features
+        for layer in bank.layers
+    )
     row *= 1 if keeps is Keeps.HIDDEN else 2
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in bank.features.values()}
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in bank.features.values()
+    }
     assert bank.bytes == STEPS * row * (2 if precision == "float16" else 4) == sum(held.values())
 
 
@@ -205,19 +294,36 @@ def test_a_captured_bank_holds_nothing_else(precision, blocks, keeps):
 
 
 @cache
-def with_concept(family: str, weight: float = 1.0, merge: Merge = Merge.CONCAT, halves: Halves = Halves.COND) -> Counting:
+def with_concept(
+    family: str, weight: float = 1.0, merge: Merge = Merge.CONCAT, halves: Halves = Halves.COND
+) -> Counting:
     model = paper_model(family)
-    made = {block: (torch.empty(1, 257, site.module.attn2.to_k.out_features, device=META),) * 2
-            for block, site in host.attention_sites(model.model.diffusion_model).items()}
-    config = ConceptInjection({Half.COND: made}, 1, weight, WeightMode.LOGIT_BIAS, merge, 0.0, 1.0, halves)
+    made = {
+        block: (torch.empty(1, 257, site.module.attn2.to_k.out_features, device=META),) * 2
+        for block, site in host.attention_sites(model.model.diffusion_model).items()
+    }
+    config = ConceptInjection(
+        {Half.COND: made}, 1, weight, WeightMode.LOGIT_BIAS, merge, 0.0, 1.0, halves
+    )
     return first_step(host.inject(model, config), family)
 
 
-@LAW(("family", "how"), [("sd15", {}), ("sd15", {"halves": Halves.SHARED}), ("sd15", {"weight": 0.3}), ("sd15", {"merge": Merge.ADD}),
-                         ("sdxl", {})], ids=str)
+@LAW(
+    ("family", "how"),
+    [
+        ("sd15", {}),
+        ("sd15", {"halves": Halves.SHARED}),
+        ("sd15", {"weight": 0.3}),
+        ("sd15", {"merge": Merge.ADD}),
+        ("sdxl", {}),
+    ],
+    ids=str,
+)
 def test_a_step_with_a_concept(family, how):
     spent, beside = with_concept(family, **how), plain(family)
-    assert 1 < spent.flops / beside.flops <= 1.02 and added(spent, beside) <= 5 * LAYERS[family] + 2  # one for the run's end
+    assert (
+        1 < spent.flops / beside.flops <= 1.02 and added(spent, beside) <= 5 * LAYERS[family] + 2
+    )  # one for the run's end
     assert spent.syncs == beside.syncs and spent.largest == beside.largest
     assert set(spent.attention) == {FUSED}
 
@@ -234,7 +340,11 @@ def shared(family: str, **how: object) -> Counting:
     return first_step(model, family, 4)
 
 
-SHARING = LAW("how", [{}, {"halves": "cond only"}, {"anchors": 0}, {"anchors": 0, "halves": "cond only"}], ids=str)
+SHARING = LAW(
+    "how",
+    [{}, {"halves": "cond only"}, {"anchors": 0}, {"anchors": 0, "halves": "cond only"}],
+    ids=str,
+)
 
 
 @SHARING
@@ -242,7 +352,11 @@ SHARING = LAW("how", [{}, {"halves": "cond only"}, {"anchors": 0}, {"anchors": 0
 def test_four_pictures_share_for_a_twentieth(family, how):
     spent, beside = shared(family, **how), plain(family, 4)
     assert 1.005 < spent.flops / beside.flops <= (1.05 if family == "sdxl" else 1.07)
-    assert spent.largest == beside.largest and set(spent.attention) == {FUSED} and spent.unet_calls == 1
+    assert (
+        spent.largest == beside.largest
+        and set(spent.attention) == {FUSED}
+        and spent.unet_calls == 1
+    )
     assert spent.waits == beside.waits
 
 
@@ -258,10 +372,21 @@ def test_ops_of_a_shared_layer(how):
 
 def test_no_call_falls_to_written_out_attention():
     """With the kernels of this host: every way a reference, a concept and a story are read."""
-    model, ways = random_model("tiny"), [{}, {"weight": 2.0}, {"weight": 2.0, "halves": "both"}, {"halves": "shared"},
-                                         {"target_mask": torch.ones(1, 8, 8).tril()}]
-    for made in (*(inject(model, bank_of(), **how) for how in ways), concept(inject(model, bank_of(), 0.5), 0.3),
-                 concept(model, target_mask=torch.ones(1, 8, 8).tril())):
+    model, ways = (
+        random_model("tiny"),
+        [
+            {},
+            {"weight": 2.0},
+            {"weight": 2.0, "halves": "both"},
+            {"halves": "shared"},
+            {"target_mask": torch.ones(1, 8, 8).tril()},
+        ],
+    )
+    for made in (
+        *(inject(model, bank_of(), **how) for how in ways),
+        concept(inject(model, bank_of(), 0.5), 0.3),
+        concept(model, target_mask=torch.ones(1, 8, 8).tril()),
+    ):
         with Counting() as spent:
             sample(made, batch=2, start_step=0, last_step=1)
         assert set(spent.attention) == {FUSED}

@@ -175,7 +175,9 @@ def test_a_mask_that_all_lines_share_stays_one_row() -> None:
 
 def test_what_stands_beside_the_rows_must_be_equally_long_too() -> None:
     """HiDream's Llama is not cut to 128 tokens, as its T5 is."""
-    with pytest.raises(ValueError, match=r"conditioning_llama3 of \(1, 2, 128, 4\), \(1, 2, 2\d\d, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"conditioning_llama3 of \(1, 2, 128, 4\), \(1, 2, 2\d\d, 4\)"
+    ):
         encode("HiDream", f"a cat\na cat{' red' * 200}", "cat")
 
 

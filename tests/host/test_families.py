@@ -1,4 +1,5 @@
 """Every text-to-image UNet of the host, whatever part it lacks or has too, and every UNet of the host that makes no pictures from text."""
+
 from __future__ import annotations
 
 import re
@@ -8,8 +9,23 @@ import torch
 from networks import ODD, OTHER_WORK, build_model, random_model
 from strangers import layered
 from studio import (
-    MOMENTS, anchors, bank_of, capture, coarse, concept, counted, differs, encoder_of, fresh_encoder, inject, invert, negative, pictures,
-    prompt, sample, story,
+    MOMENTS,
+    anchors,
+    bank_of,
+    capture,
+    coarse,
+    concept,
+    counted,
+    differs,
+    encoder_of,
+    fresh_encoder,
+    inject,
+    invert,
+    negative,
+    pictures,
+    prompt,
+    sample,
+    story,
 )
 
 from kindred.models.reference import ReferenceBank
@@ -40,7 +56,11 @@ def test_a_photo_is_captured_and_read_cached_and_live(family, monkeypatch):
 def test_a_photo_is_inverted_and_the_inversion_is_read(family):
     model = random_model(family)
     trajectory, _, report = invert(model, positive=coarse(family))
-    assert "round trip" in report and capture(model, positive=coarse(family), inversion=trajectory)[0].blocks == bank_of(family).blocks
+    assert (
+        "round trip" in report
+        and capture(model, positive=coarse(family), inversion=trajectory)[0].blocks
+        == bank_of(family).blocks
+    )
 
 
 @FAMILY
@@ -74,6 +94,7 @@ def test_photos_tell_a_story(family):
 
 class Eye:
     """A VAE that draws a latent's first three channels."""
+
     latent_channels = 4
 
     def decode(self, latents):
@@ -90,22 +111,40 @@ def test_a_reference_is_shown(family):
 @LAW("family", ["tiny_koala", "tiny_vega", "tiny_level", "tiny_fine", "tiny_xs"])
 def test_a_middle_that_is_not_there_is_said(family):
     model = random_model(family)
-    for act in (lambda: capture(model, positive=coarse(family), blocks="middle"), lambda: inject(model, bank_of(family), blocks="middle"),
-                lambda: story(model, blocks="middle"), lambda: concept(model, encoder=ManagedEncoder.of(fresh_encoder(family), family),
-                                                                       blocks="middle")):
-        with pytest.raises(ValueError, match="no attention block matches 'middle'. Choose from this model's input .*output"):
+    for act in (
+        lambda: capture(model, positive=coarse(family), blocks="middle"),
+        lambda: inject(model, bank_of(family), blocks="middle"),
+        lambda: story(model, blocks="middle"),
+        lambda: concept(
+            model, encoder=ManagedEncoder.of(fresh_encoder(family), family), blocks="middle"
+        ),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="no attention block matches 'middle'. Choose from this model's input .*output",
+        ):
             act()
 
 
 # no pictures from text -------------------------------------------------------------------------------------------------------
 
-NODES = {"invert": invert, "capture": capture, "inject": lambda m: inject(m, bank_of()),
-         "concept": lambda m: concept(m, encoder=encoder_of()), "story": story,
-         "training": lambda m: cross_layers(m, "Concept Encoder Train")}
-WORK = {"tiny_svd": "SVD_img2vid (UNetModel, for videos)", "tiny_sv3d_u": "SV3D_u (UNetModel, for videos)",
-        "tiny_sv3d_p": "SV3D_p (UNetModel, for videos)", "tiny_zero123": "Stable_Zero123 (UNetModel, for other views of a picture)",
-        "tiny_x4": "SD_X4Upscaler (UNetModel, for upscaling)", "tiny_lotus": "LotusD (UNetModel, from picture to picture in one step)",
-        "tiny_sdpose": "SD15 (UNetModel, for poses)"}
+NODES = {
+    "invert": invert,
+    "capture": capture,
+    "inject": lambda m: inject(m, bank_of()),
+    "concept": lambda m: concept(m, encoder=encoder_of()),
+    "story": story,
+    "training": lambda m: cross_layers(m, "Concept Encoder Train"),
+}
+WORK = {
+    "tiny_svd": "SVD_img2vid (UNetModel, for videos)",
+    "tiny_sv3d_u": "SV3D_u (UNetModel, for videos)",
+    "tiny_sv3d_p": "SV3D_p (UNetModel, for videos)",
+    "tiny_zero123": "Stable_Zero123 (UNetModel, for other views of a picture)",
+    "tiny_x4": "SD_X4Upscaler (UNetModel, for upscaling)",
+    "tiny_lotus": "LotusD (UNetModel, from picture to picture in one step)",
+    "tiny_sdpose": "SD15 (UNetModel, for poses)",
+}
 SAID = r"needs a UNet that predicts noise or v \(SD1.5, SD2.x, SDXL\), but the model given is {}. Load an SD1.5, SD2.x or SDXL checkpoint."
 
 
@@ -128,9 +167,14 @@ def test_a_unet_that_makes_no_pictures_from_text_is_refused_as_a_flow_model_is(f
 @LAW("act", NODES)
 def test_a_unet_without_attention_is_refused(act):
     model = build_model("tiny_level", weights=False)
-    for layers in (*model.model.diffusion_model.input_blocks, *model.model.diffusion_model.output_blocks):
+    for layers in (
+        *model.model.diffusion_model.input_blocks,
+        *model.model.diffusion_model.output_blocks,
+    ):
         for name, layer in layers.named_children():
-            setattr(layers, name, torch.nn.Identity() if hasattr(layer, "transformer_blocks") else layer)
+            setattr(
+                layers, name, torch.nn.Identity() if hasattr(layer, "transformer_blocks") else layer
+            )
     refused(lambda: NODES[act](model), "SD15 (UNetModel, without attention)")
 
 
@@ -139,14 +183,21 @@ def test_self_attention_that_reads_the_text_everywhere_is_refused():
     for module in model.model.diffusion_model.modules():
         if hasattr(module, "disable_self_attn"):
             module.disable_self_attn = True
-    with pytest.raises(ValueError, match="this model has no block with self-attention, so there is nothing to read. Load an SD1.5"):
+    with pytest.raises(
+        ValueError,
+        match="this model has no block with self-attention, so there is nothing to read. Load an SD1.5",
+    ):
         story(model)
 
 
 def test_a_network_that_becomes_a_videos_behind_our_node_is_refused_when_it_runs():
     model = concept(random_model("tiny"), 2.0)
-    model.add_object_patch("diffusion_model", build_model("tiny_svd", weights=False).model.diffusion_model)
-    with pytest.raises(ValueError, match="for videos.*Remove the node that puts a network of its own"):
+    model.add_object_patch(
+        "diffusion_model", build_model("tiny_svd", weights=False).model.diffusion_model
+    )
+    with pytest.raises(
+        ValueError, match="for videos.*Remove the node that puts a network of its own"
+    ):
         sample(model)
 
 

@@ -1,4 +1,5 @@
 """Whatever goes wrong in the middle of a run, the next run is as if it had not: interrupts, neighbours that raise, memory that runs out."""
+
 from __future__ import annotations
 
 import gc
@@ -15,8 +16,22 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from networks import random_model
 from studio import (
-    anchors, bank_of, capture, concept, encoder_of, fingerprint, inject, invert, negative, of_bank, of_encoder, of_model, pictures, plain,
-    sample, story,
+    anchors,
+    bank_of,
+    capture,
+    concept,
+    encoder_of,
+    fingerprint,
+    inject,
+    invert,
+    negative,
+    of_bank,
+    of_encoder,
+    of_model,
+    pictures,
+    plain,
+    sample,
+    story,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,8 +49,22 @@ from kindred.nodes.reference import ActiveMaskedSelf
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize
-Interrupted, OutOfMemory = comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION
-OURS = (Run, SamplerRun, Recorder, BankBuilder, Story, QueryRecorder, Stages, AnchorRecorder, ActiveMaskedSelf, ActiveConcept)
+Interrupted, OutOfMemory = (
+    comfy.model_management.InterruptProcessingException,
+    comfy.model_management.OOM_EXCEPTION,
+)
+OURS = (
+    Run,
+    SamplerRun,
+    Recorder,
+    BankBuilder,
+    Story,
+    QueryRecorder,
+    Stages,
+    AnchorRecorder,
+    ActiveMaskedSelf,
+    ActiveConcept,
+)
 
 
 @cache
@@ -57,16 +86,28 @@ def anchor_bank() -> ReferenceBank:
 def of_anchors(found):
     drawn, bank = found
     a = bank.anchors
-    return fingerprint([drawn, a.features, a.subject, *a.outputs, *(row for rows in bank.features.values() for row in rows)]), of_bank(bank)
+    return fingerprint(
+        [
+            drawn,
+            a.features,
+            a.subject,
+            *a.outputs,
+            *(row for rows in bank.features.values() for row in rows),
+        ]
+    ), of_bank(bank)
 
 
 JOBS = {  # a node, or one that samples, over a MODEL -> what it made, as fingerprints
     "inversion": lambda m: fingerprint(invert(m)[0].latents),
-    "edit-friendly inversion": lambda m: fingerprint([invert(m, method="edit-friendly ddpm", seed=7)[0].latents]),
+    "edit-friendly inversion": lambda m: fingerprint(
+        [invert(m, method="edit-friendly ddpm", seed=7)[0].latents]
+    ),
     "capture in one pass": lambda m: of_bank(capture(m, negative=negative())[0]),
     "capture of an inversion": lambda m: of_bank(capture(m, inversion=path_of_photo())[0]),
     "cached": lambda m: fingerprint(sample(inject(m, half_bank(), 2.0, halves="both"))),
-    "live": lambda m: fingerprint(sample(inject(m, bank_of(), 2.0, halves="both"), sampler="dpm_2")),
+    "live": lambda m: fingerprint(
+        sample(inject(m, bank_of(), 2.0, halves="both"), sampler="dpm_2")
+    ),
     "concept": lambda m: fingerprint(sample(concept(m, 2.0, halves="both"))),
     "both": lambda m: fingerprint(sample(concept(inject(m, bank_of(), 2.0), 2.0))),
     "sharing": lambda m: fingerprint(pictures(story(m, feature_injection=0.0))),
@@ -91,6 +132,7 @@ def at_pass(number: int, act):
         begun.append(1)
         if len(begun) == number:
             act()
+
     held = MODEL.model.diffusion_model.time_embed.register_forward_pre_hook(hook)
     try:
         yield begun
@@ -117,8 +159,18 @@ def few(n: int) -> list[int]:
     return sorted({1, (n + 1) // 2, n})
 
 
-EVERY = ["inversion", "edit-friendly inversion", "capture in one pass", "capture of an inversion", "cached", "live", "concept", "sharing",
-         "whole story", "anchor sampler"]  # the others are made of these, and are stopped at a few calls
+EVERY = [
+    "inversion",
+    "edit-friendly inversion",
+    "capture in one pass",
+    "capture of an inversion",
+    "cached",
+    "live",
+    "concept",
+    "sharing",
+    "whole story",
+    "anchor sampler",
+]  # the others are made of these, and are stopped at a few calls
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -141,7 +193,9 @@ def born(monkeypatch):
         def init(self, *given, **named):
             seen.append(weakref.ref(self))
             made(self, *given, **named)
+
         return init
+
     for cls in OURS:
         monkeypatch.setattr(cls, "__init__", watched(cls))
     return seen
@@ -149,16 +203,29 @@ def born(monkeypatch):
 
 def files() -> list[str]:
     """Everything in the host's folders for what it writes."""
-    places = folder_paths.get_output_directory(), folder_paths.get_temp_directory(), folder_paths.get_input_directory()
+    places = (
+        folder_paths.get_output_directory(),
+        folder_paths.get_temp_directory(),
+        folder_paths.get_input_directory(),
+    )
     return sorted(str(p) for place in places for p in Path(place).rglob("*"))
 
 
 def state():
     """What no fault may change: the inputs, the host's flags, and the folders."""
-    return {"model": of_model(MODEL), "banks": [of_bank(bank) for bank in (bank_of(), half_bank(), anchor_bank())],
-            "path": fingerprint(path_of_photo().latents), "encoder": of_encoder(encoder_of()), "files": files(),
-            "modes": [torch.is_inference_mode_enabled(), torch.is_grad_enabled(), comfy.model_management.processing_interrupted(),
-                      comfy.model_management.in_training]}
+    return {
+        "model": of_model(MODEL),
+        "banks": [of_bank(bank) for bank in (bank_of(), half_bank(), anchor_bank())],
+        "path": fingerprint(path_of_photo().latents),
+        "encoder": of_encoder(encoder_of()),
+        "files": files(),
+        "modes": [
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            comfy.model_management.processing_interrupted(),
+            comfy.model_management.in_training,
+        ],
+    }
 
 
 def nothing_is_left(born, before, what) -> None:
@@ -250,6 +317,7 @@ def with_patch(model, called):
     def patch(n, context, value, options):
         armed(called)
         return n, context, value
+
     m.set_model_attn1_patch(patch)
     return m
 
@@ -261,6 +329,7 @@ def with_override(model, called):
     def override(func, *args, **kwargs):
         armed(called)
         return func(*args, **kwargs)
+
     m.model_options["transformer_options"]["optimized_attention_override"] = override
     return m
 
@@ -272,15 +341,18 @@ def with_replacement(model, called):
     def replaced(q, k, v, options):
         armed(called)
         return optimized_attention(q, k, v, options["n_heads"], transformer_options=options)
+
     for block in (("middle", 0), ("output", 1)):
         m.set_model_attn2_replace(replaced, *block)
     return m
 
 
 NEIGHBOURS = {  # who fails, how, and when: so far into all its calls
-    "a patch raises at first": (with_patch, stop, Stop, 0.0), "a replacement raises in the middle": (with_replacement, stop, Stop, 0.5),
+    "a patch raises at first": (with_patch, stop, Stop, 0.0),
+    "a replacement raises in the middle": (with_replacement, stop, Stop, 0.5),
     "no memory for an attention in the middle": (with_override, starve, OutOfMemory, 0.5),
-    "no memory for the last attention": (with_override, starve, OutOfMemory, 1.0)}
+    "no memory for the last attention": (with_override, starve, OutOfMemory, 1.0),
+}
 
 
 @cache
@@ -298,7 +370,15 @@ def test_a_neighbour_that_fails_at_a_chosen_call(name, born):
     for what, (make, act, error, share) in NEIGHBOURS.items():
         called: list = []
         number = max(1, round(share * calls_of(name)[make]))
-        disturbed(name, born, error, at_call(number, act, called), f"{what}: {number}", make(MODEL, called), share == 1.0)
+        disturbed(
+            name,
+            born,
+            error,
+            at_call(number, act, called),
+            f"{what}: {number}",
+            make(MODEL, called),
+            share == 1.0,
+        )
 
 
 # memory ----------------------------------------------------------------------------------------------------------------------
@@ -307,7 +387,14 @@ def test_a_neighbour_that_fails_at_a_chosen_call(name, born):
 @LAW("name", JOBS)
 def test_memory_that_runs_out_at_a_unet_call(name, born):
     for number in few(passes_of(name))[1:]:
-        disturbed(name, born, OutOfMemory, at_pass(number, starve), f"pass {number}", again=number < passes_of(name))
+        disturbed(
+            name,
+            born,
+            OutOfMemory,
+            at_pass(number, starve),
+            f"pass {number}",
+            again=number < passes_of(name),
+        )
 
 
 class Scarce(TorchDispatchMode):
@@ -332,37 +419,58 @@ def scarce(monkeypatch, cls, name: str, number: int):
     def inside(*args, **kwargs):
         with Scarce(counted, number):
             return original(*args, **kwargs)
+
     with monkeypatch.context() as patch:
         patch.setattr(cls, name, inside)
         yield counted
 
 
 COPIES = [  # what copies a bank, in which job
-    ("capture in one pass", BankBuilder, "add"), ("capture in one pass", BankBuilder, "finish"), ("cached", ReferenceBank, "tokens"),
-    ("live", ReferenceBank, "keep"), ("one more picture", ReferenceBank, "tokens"),
-    *(("anchor sampler", AnchorRecorder, method) for method in ("latent", "output", "matched", "finish"))]
+    ("capture in one pass", BankBuilder, "add"),
+    ("capture in one pass", BankBuilder, "finish"),
+    ("cached", ReferenceBank, "tokens"),
+    ("live", ReferenceBank, "keep"),
+    ("one more picture", ReferenceBank, "tokens"),
+    *(
+        ("anchor sampler", AnchorRecorder, method)
+        for method in ("latent", "output", "matched", "finish")
+    ),
+]
 
 
-@LAW(("name", "cls", "method"), COPIES, ids=[f"{cls.__name__}.{method}" for _, cls, method in COPIES])
+@LAW(
+    ("name", "cls", "method"), COPIES, ids=[f"{cls.__name__}.{method}" for _, cls, method in COPIES]
+)
 def test_memory_that_runs_out_while_a_bank_is_copied(name, cls, method, born, monkeypatch):
     undisturbed(name)
     with scarce(monkeypatch, cls, method, 0) as operations:
         JOBS[name](MODEL)
     assert operations
     for number in few(len(operations)):
-        disturbed(name, born, OutOfMemory, scarce(monkeypatch, cls, method, number), f"operation {number}", again=number == len(operations))
+        disturbed(
+            name,
+            born,
+            OutOfMemory,
+            scarce(monkeypatch, cls, method, number),
+            f"operation {number}",
+            again=number == len(operations),
+        )
 
 
 def test_memory_that_runs_out_while_a_photo_is_read(born, monkeypatch):
     """By the node, before any sampler begins."""
     (whole, *_), before = undisturbed("concept"), state()
     for share in (0.0, 0.5, 1.0):
-        with scarce(monkeypatch, ManagedEncoder, "encode", 0) as operations:  # counted anew: whether it had to be loaded is the host's
+        with scarce(
+            monkeypatch, ManagedEncoder, "encode", 0
+        ) as operations:  # counted anew: whether it had to be loaded is the host's
             assert JOBS["concept"](MODEL) == whole and len(operations) > 10
         number = max(1, round(share * len(operations)))
         with scarce(monkeypatch, ManagedEncoder, "encode", number), pytest.raises(OutOfMemory):
             JOBS["concept"](MODEL)
-        assert state() == before and JOBS["concept"](MODEL) == whole, f"operation {number} of {len(operations)}"
+        assert state() == before and JOBS["concept"](MODEL) == whole, (
+            f"operation {number} of {len(operations)}"
+        )
 
 
 def test_memory_that_runs_out_while_a_reference_is_saved_leaves_no_file(born, monkeypatch):
@@ -389,7 +497,12 @@ def test_whoever_keeps_the_options_of_a_failed_run_keeps_no_features(name):
             if len(held) == number:
                 stop()
             return n, context, value
+
         m.set_model_attn1_patch(patch)
         with pytest.raises(Stop):
             JOBS[name](m)
-        assert not [run for run in held if run.watchers or run.active or run.sites or run.parts or run.pending], number
+        assert not [
+            run
+            for run in held
+            if run.watchers or run.active or run.sites or run.parts or run.pending
+        ], number

@@ -51,7 +51,9 @@ def tiny(family: str) -> Any:
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "", device="cpu").eval()
     for i, p in enumerate(model.diffusion_model.parameters()):
-        p.data = (0.5 if p.ndim > 1 else 0.2) * randn(*p.shape, seed=i) / max(p[0].numel(), 1) ** 0.5
+        p.data = (
+            (0.5 if p.ndim > 1 else 0.2) * randn(*p.shape, seed=i) / max(p[0].numel(), 1) ** 0.5
+        )
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
@@ -76,7 +78,9 @@ def through(family: str, loop: Any) -> Any:
     """Run loop(denoise) at guidance 1 through the host's sampling, as the node does."""
     model, down = tiny(family), torch.tensor([1.0, 0.0])
     prompt = door.read_prompt(model, words(family), "positive", "test", 1)
-    return door.reference_pass(model, (1, 16, *CELLS), down, prompt, None, lambda denoise, *_: loop(denoise))
+    return door.reference_pass(
+        model, (1, 16, *CELLS), down, prompt, None, lambda denoise, *_: loop(denoise)
+    )
 
 
 # what ddim is on a flow ------------------------------------------------------------------------------------------------------
@@ -116,7 +120,15 @@ def test_the_trajectory_is_fireflows_by_hand(family):
 
 
 @FLOWS
-@LAW("method, calls", [("ddim", STEPS + 1), ("fireflow", STEPS + 1), ("edit-friendly ddpm", STEPS), ("forward noise", 0)])
+@LAW(
+    "method, calls",
+    [
+        ("ddim", STEPS + 1),
+        ("fireflow", STEPS + 1),
+        ("edit-friendly ddpm", STEPS),
+        ("forward noise", 0),
+    ],
+)
 @LAW("check", [True, False])
 def test_the_calls_of_every_method(family, method, calls, check):
     with counted(tiny(family)) as rows:
@@ -137,7 +149,9 @@ def test_a_flow_comes_back(family):
 
 @FLOWS
 def test_edit_friendly_gives_a_flows_latent_back(family):
-    assert float(re.search(r"(-?[\d.]+) dB", inverted(family, method="edit-friendly ddpm")[2])[1]) > 60
+    assert (
+        float(re.search(r"(-?[\d.]+) dB", inverted(family, method="edit-friendly ddpm")[2])[1]) > 60
+    )
 
 
 @FLOWS
@@ -149,7 +163,16 @@ def test_the_noise_taken_as_noise_starts_the_hosts_sampler_there(family):
     start = framed(model, noise)
     with torch.inference_mode():
         out = comfy.sample.sample(
-            model, start, STEPS, 1.0, "euler", "simple", words(family), words(family), torch.zeros_like(start), seed=0
+            model,
+            start,
+            STEPS,
+            1.0,
+            "euler",
+            "simple",
+            words(family),
+            words(family),
+            torch.zeros_like(start),
+            seed=0,
         )
     assert differs(door.to_model_scale(model, out), want) < 1e-4
 
@@ -159,6 +182,7 @@ def test_the_noise_taken_as_noise_starts_the_hosts_sampler_there(family):
 
 def louder() -> Any:
     """Flux whose noise is eight times as loud, as HiDream-O1's is."""
+
     class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
         pass
 
@@ -176,9 +200,14 @@ def test_forward_noise_is_the_hosts_mixing(scale):
     z0, sampling = trajectory.latents[0], model.get_model_object("model_sampling")
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(7))
     for latent, sigma in zip(trajectory.latents, trajectory.sigmas, strict=True):
-        torch.testing.assert_close(latent, sampling.noise_scaling(sigma[None], eps, z0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            latent, sampling.noise_scaling(sigma[None], eps, z0), rtol=0, atol=1e-5
+        )
     torch.testing.assert_close(door.to_model_scale(model, noise["samples"]), trajectory.latents[-1])
-    assert not torch.equal(inverted("Flux", model, method="forward noise", seed=8)[0].latents[1:], trajectory.latents[1:])
+    assert not torch.equal(
+        inverted("Flux", model, method="forward noise", seed=8)[0].latents[1:],
+        trajectory.latents[1:],
+    )
 
 
 @LAW("method, calls", [("fireflow", STEPS + 1), ("forward noise", 0)])
@@ -186,18 +215,28 @@ def test_the_new_methods_serve_unets_too(method, calls):
     model = random_model("tiny", gain=0.2)
     with counted(model) as rows:
         trajectory, _, said = invert(model, method=method, check=False)
-    assert rows == [1] * calls and said == f"ddim_uniform, 3 steps, {method}" and trajectory.noise == DIFFUSION
-    assert capture(model, inversion=trajectory, mask=torch.ones(1, 64, 64))[0].trajectory is trajectory
+    assert (
+        rows == [1] * calls
+        and said == f"ddim_uniform, 3 steps, {method}"
+        and trajectory.noise == DIFFUSION
+    )
+    assert (
+        capture(model, inversion=trajectory, mask=torch.ones(1, 64, 64))[0].trajectory is trajectory
+    )
     if method == "forward noise":
         eps = torch.randn(trajectory.latents[0].shape, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(trajectory.latents[-1], trajectory.latents[0] + trajectory.sigmas[-1] * eps)
+        torch.testing.assert_close(
+            trajectory.latents[-1], trajectory.latents[0] + trajectory.sigmas[-1] * eps
+        )
 
 
 # which noise a model has -------------------------------------------------------------------------------------------------------
 
 
 def sampled_by(kind: str, table: str = "ModelSamplingDiscrete") -> Any:
-    own = type("Sampling", (getattr(comfy.model_sampling, table), getattr(comfy.model_sampling, kind)), {})
+    own = type(
+        "Sampling", (getattr(comfy.model_sampling, table), getattr(comfy.model_sampling, kind)), {}
+    )
     model = random_model("tiny").clone()
     model.add_object_patch("model_sampling", own(model.model.model_config))
     return model
@@ -222,8 +261,12 @@ def test_other_ways_to_mix_are_refused(kind):
 
 
 def test_sigmas_of_a_diffusion_are_refused_before_the_work():
-    with counted(tiny("Flux")) as rows, pytest.raises(
-        ValueError, match=r"DDIM Invert \(custom, 2 steps\): a flow's sigmas go from 0 to 1; got 14.6. Take the SIGMAS of"
+    with (
+        counted(tiny("Flux")) as rows,
+        pytest.raises(
+            ValueError,
+            match=r"DDIM Invert \(custom, 2 steps\): a flow's sigmas go from 0 to 1; got 14.6. Take the SIGMAS of",
+        ),
     ):
         inverted("Flux", sigmas=torch.tensor([14.6, 1.0, 0.0]))
     assert not rows
@@ -239,9 +282,14 @@ def test_a_frame_is_put_on_and_taken_off_at_the_door(frame):
     given = latent if frame else latent[:, :, 0]
     trajectory, noise, _ = inverted("QwenImage", latent={"samples": given}, check=False)
     scaled = tiny("QwenImage").model.process_latent_in(latent)
-    assert trajectory.latents.shape == (STEPS + 1, 2, 16, *CELLS) and torch.equal(trajectory.latents[0], scaled[:, :, 0])
+    assert trajectory.latents.shape == (STEPS + 1, 2, 16, *CELLS) and torch.equal(
+        trajectory.latents[0], scaled[:, :, 0]
+    )
     assert noise["samples"].shape == (2, 16, 1, *CELLS)
-    assert torch.equal(trajectory.latents, inverted("QwenImage", latent={"samples": latent}, check=False)[0].latents)
+    assert torch.equal(
+        trajectory.latents,
+        inverted("QwenImage", latent={"samples": latent}, check=False)[0].latents,
+    )
 
 
 @LAW("family, shape, said", [

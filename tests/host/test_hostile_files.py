@@ -1,4 +1,5 @@
 """Damaged and lying references: each is refused in words that name it and the remedy, or it is as good as a whole one."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -17,7 +18,14 @@ from kindred.models.bank_file import FORMAT, check, save_reference
 from kindred.models.reference import ReferenceBank
 from kindred.nodes.host import REFERENCES
 from kindred.nodes.library import LoadReference
-from kindred.nodes.preview import heat_panel, masks_panel, matches_panel, why_no_heat, why_no_masks, why_no_matches
+from kindred.nodes.preview import (
+    heat_panel,
+    masks_panel,
+    matches_panel,
+    why_no_heat,
+    why_no_masks,
+    why_no_matches,
+)
 
 MODEL = random_model("tiny")
 EVERY = 6 // min(6, LONG)  # of the references that load, one in so many is drawn with
@@ -34,18 +42,31 @@ def made_before() -> None:
 @cache
 @torch.inference_mode()
 def banks() -> dict[str, ReferenceBank]:
-    return {"photo": bank_of(steps=2), "photos": bank_of(steps=2, pictures=2, both=False),
-            "anchors": anchors(story(MODEL), (0, 1), steps=3)[1]}
+    return {
+        "photo": bank_of(steps=2),
+        "photos": bank_of(steps=2, pictures=2, both=False),
+        "anchors": anchors(story(MODEL), (0, 1), steps=3)[1],
+    }
 
 
 def drawings(bank: ReferenceBank) -> list[Callable[[], Tensor]]:
     """A picture with it, through every node that reads one."""
     drawn = torch.rand(bank.pictures, 16, 16, 3)
     halves = "both" if len(bank.features) == 2 else "cond only"
-    acts: list[Callable[[], Tensor]] = [lambda: sample(inject(MODEL, bank), steps=2, size=(4, 4), cfg=1.0),
-                                        lambda: pictures(story(MODEL, reference=bank, halves=halves), (5,), steps=3)]
-    acts += [partial(panel, drawn, bank) for why, panel in ((why_no_masks, masks_panel), (why_no_matches, matches_panel)) if not why(bank)]
-    return acts + [partial(heat_panel, drawn, bank, percent) for percent in (-1.0, 0.0, 1.0) if not why_no_heat(bank)]
+    acts: list[Callable[[], Tensor]] = [
+        lambda: sample(inject(MODEL, bank), steps=2, size=(4, 4), cfg=1.0),
+        lambda: pictures(story(MODEL, reference=bank, halves=halves), (5,), steps=3),
+    ]
+    acts += [
+        partial(panel, drawn, bank)
+        for why, panel in ((why_no_masks, masks_panel), (why_no_matches, matches_panel))
+        if not why(bank)
+    ]
+    return acts + [
+        partial(heat_panel, drawn, bank, percent)
+        for percent in (-1.0, 0.0, 1.0)
+        if not why_no_heat(bank)
+    ]
 
 
 @torch.inference_mode()
@@ -71,10 +92,14 @@ def test_a_damaged_reference_is_refused_or_draws(kind, place):
             check(bank)
             for act in drawings(bank) if fates["loaded"] % EVERY == 0 else ():
                 picture, fault = faults_of(act)
-                fault = fault or "NaN or infinite" * (picture is not None and not torch.isfinite(picture).all())
+                fault = fault or "NaN or infinite" * (
+                    picture is not None and not torch.isfinite(picture).all()
+                )
                 faults += [f"drawn, {words}: {fault}"] * bool(fault)
                 fates["not drawn" if picture is None else "drawn"] += 1
     print(kind, dict(fates))
     assert not faults, "\n".join(faults)
-    assert fates["refused"] > 200 * LONG and fates["loaded"] > 20 * LONG and fates["drawn"] > 10 * LONG
+    assert (
+        fates["refused"] > 200 * LONG and fates["loaded"] > 20 * LONG and fates["drawn"] > 10 * LONG
+    )
     assert resident() - before < 150

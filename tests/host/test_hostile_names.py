@@ -1,4 +1,5 @@
 """Names of files that lead elsewhere: nothing is read or written outside of the host's folders, and what is refused is told in words."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -29,13 +30,83 @@ def shown(name: str) -> str:
 
 
 NAMES = [
-    "../x", "../../x", "..", ".", "", " ", "/", "//x/y", "/x", str(BASE.parent / "x"), "kindred/../../x", "a/../../../x", "a/b/c/d/e/f",
-    "./x", "x/", "..\\x", "..\\..\\x", "C:\\x", "C:/x", "c:x", "\\\\server\\share\\x", "~", "~/x", "$HOME/x", "%USERPROFILE%/x",
-    "file:///x", "a\0b", "\0", "x\0/../../y", "a\nb", "a\rb", "\x1b[31mx", "x" * 300, "x/" * 300, "/".join(["y" * 200] * 30), "\u2025/x",
-    "\uff0e\uff0e/x", "\u2024\u2024/x", "..\u2215x", "..\uff0fx", "\u202egnp", "\ud800", "e\u0301", "\U0001f431", "x.", "x...", "x ",
-    " x", ".hidden", "CON", "NUL", "aux", "com1", "LPT9.txt", "x:y", "x*", "x?", "x|y", "<x>", "x\"y", "%date:yyyy-MM-dd%",
-    "%year%-%month%/x", "%width%", "%", "%s%n", "{0}", "x [temp]", "x [output]", "../x [temp]", "x.safetensors", "x.pt", "-rf", "--help",
-    "`x`", "$(x)", ";x", "&x",
+    "../x",
+    "../../x",
+    "..",
+    ".",
+    "",
+    " ",
+    "/",
+    "//x/y",
+    "/x",
+    str(BASE.parent / "x"),
+    "kindred/../../x",
+    "a/../../../x",
+    "a/b/c/d/e/f",
+    "./x",
+    "x/",
+    "..\\x",
+    "..\\..\\x",
+    "C:\\x",
+    "C:/x",
+    "c:x",
+    "\\\\server\\share\\x",
+    "~",
+    "~/x",
+    "$HOME/x",
+    "%USERPROFILE%/x",
+    "file:///x",
+    "a\0b",
+    "\0",
+    "x\0/../../y",
+    "a\nb",
+    "a\rb",
+    "\x1b[31mx",
+    "x" * 300,
+    "x/" * 300,
+    "/".join(["y" * 200] * 30),
+    "\u2025/x",
+    "\uff0e\uff0e/x",
+    "\u2024\u2024/x",
+    "..\u2215x",
+    "..\uff0fx",
+    "\u202egnp",
+    "\ud800",
+    "e\u0301",
+    "\U0001f431",
+    "x.",
+    "x...",
+    "x ",
+    " x",
+    ".hidden",
+    "CON",
+    "NUL",
+    "aux",
+    "com1",
+    "LPT9.txt",
+    "x:y",
+    "x*",
+    "x?",
+    "x|y",
+    "<x>",
+    'x"y',
+    "%date:yyyy-MM-dd%",
+    "%year%-%month%/x",
+    "%width%",
+    "%",
+    "%s%n",
+    "{0}",
+    "x [temp]",
+    "x [output]",
+    "../x [temp]",
+    "x.safetensors",
+    "x.pt",
+    "-rf",
+    "--help",
+    "`x`",
+    "$(x)",
+    ";x",
+    "&x",
 ]
 
 
@@ -47,7 +118,11 @@ def sandbox(tmp_path_factory) -> Iterator[Path]:
         save_reference(bank_of(), folder / REFERENCE)
         fresh_encoder().save(folder / "outside_encoder.safetensors")
         Image.new("RGB", (8, 8), "red").save(folder / "outside.png")
-        planted += [folder / REFERENCE, folder / "outside_encoder.safetensors", folder / "outside.png"]
+        planted += [
+            folder / REFERENCE,
+            folder / "outside_encoder.safetensors",
+            folder / "outside.png",
+        ]
     yield elsewhere
     for path in planted:
         path.unlink()
@@ -55,15 +130,23 @@ def sandbox(tmp_path_factory) -> Iterator[Path]:
 
 def everything() -> dict[str, Any]:
     """Files and folders of the base directory, and the names beside it."""
-    inside = {str(p.relative_to(BASE)): p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns) for p in BASE.rglob("*")}
-    return inside | {f"../{p.name}": True for p in BASE.parent.iterdir() if not p.name.startswith(("pytest", "tmp", "kindred-"))}
+    inside = {
+        str(p.relative_to(BASE)): p.is_file() and (p.stat().st_size, p.stat().st_mtime_ns)
+        for p in BASE.rglob("*")
+    }
+    return inside | {
+        f"../{p.name}": True
+        for p in BASE.parent.iterdir()
+        if not p.name.startswith(("pytest", "tmp", "kindred-"))
+    }
 
 
 def added(before: dict[str, Any]) -> set[str]:
     """What is new; nothing else may have changed."""
     after = everything()
-    assert {name: after.get(name) for name in before if not before[name] or before[name] is True} == {
-        name: before[name] for name in before if not before[name] or before[name] is True}
+    assert {
+        name: after.get(name) for name in before if not before[name] or before[name] is True
+    } == {name: before[name] for name in before if not before[name] or before[name] is True}
     assert all(after[name] == told for name, told in before.items() if told)
     return set(after) - set(before)
 
@@ -79,7 +162,11 @@ def test_a_reference_is_saved_in_the_output_folder_or_not_at_all(name):
         refused = False
     except ValueError as error:
         refused = True
-        assert str(error).startswith("Save Reference: filename_prefix is ") and "Give a short name" in str(error) and len(str(error)) < 400
+        assert (
+            str(error).startswith("Save Reference: filename_prefix is ")
+            and "Give a short name" in str(error)
+            and len(str(error)) < 400
+        )
     except Exception as error:  # the host's own word
         refused = True
         assert "outside the output folder is not allowed" in str(error)
@@ -109,26 +196,64 @@ def test_an_encoder_is_saved_in_its_folder_or_not_at_all(name):
     home = concept_folder().resolve()
     assert all(path.resolve().is_relative_to(home) and len(path.name) < 240 for path in paths)
     assert all((BASE / path).resolve().is_relative_to(home) for path in new)
-    assert bool(paths) != bool(said) and (said or not set(name) & set(':*?"<>|'))  # Windows knows no such file
-    assert not said or said.startswith("Concept Encoder Train: save_name is ") and "Give the name of a file" in said and not new
+    assert bool(paths) != bool(said) and (
+        said or not set(name) & set(':*?"<>|')
+    )  # Windows knows no such file
+    assert (
+        not said
+        or said.startswith("Concept Encoder Train: save_name is ")
+        and "Give the name of a file" in said
+        and not new
+    )
 
 
 def spellings(planted: str) -> list[str]:
     """The same outside file by every way that a name may lead out of a folder."""
-    up = [prefix + planted for prefix in ("../", "../../", "../../../", "sub/../../", "./../", "..//", "..\\", "..\\..\\", "%2e%2e/",
-                                          "\uff0e\uff0e/",
-                                          "..\u2215", "x/../../../", "/../", "....//", "")]
-    return [*up, str(BASE / planted), str(BASE.parent / planted), f"file://{BASE / planted}", f"~/{planted}", f"../{planted}\0.safetensors",
-            f"\0../{planted}", f"../{planted} [input]", f"../{planted} [output]", f"../{planted} [temp]", f"../../{planted} [temp]"]
+    up = [
+        prefix + planted
+        for prefix in (
+            "../",
+            "../../",
+            "../../../",
+            "sub/../../",
+            "./../",
+            "..//",
+            "..\\",
+            "..\\..\\",
+            "%2e%2e/",
+            "\uff0e\uff0e/",
+            "..\u2215",
+            "x/../../../",
+            "/../",
+            "....//",
+            "",
+        )
+    ]
+    return [
+        *up,
+        str(BASE / planted),
+        str(BASE.parent / planted),
+        f"file://{BASE / planted}",
+        f"~/{planted}",
+        f"../{planted}\0.safetensors",
+        f"\0../{planted}",
+        f"../{planted} [input]",
+        f"../{planted} [output]",
+        f"../{planted} [temp]",
+        f"../../{planted} [temp]",
+    ]
 
 
 @LAW("name", spellings(REFERENCE), ids=shown)
 @torch.inference_mode()
 def test_no_reference_or_encoder_is_read_from_outside(name, sandbox):
     before = everything()
-    for act in (lambda: LoadReference.execute(name), lambda: LoadReference.fingerprint_inputs(name),
-                lambda: ConceptEncoderLoad.execute(name.replace("outside", "outside_encoder")),
-                lambda: ConceptEncoderLoad.fingerprint_inputs(name.replace("outside", "outside_encoder"))):
+    for act in (
+        lambda: LoadReference.execute(name),
+        lambda: LoadReference.fingerprint_inputs(name),
+        lambda: ConceptEncoderLoad.execute(name.replace("outside", "outside_encoder")),
+        lambda: ConceptEncoderLoad.fingerprint_inputs(name.replace("outside", "outside_encoder")),
+    ):
         with pytest.raises((FileNotFoundError, ValueError)):
             act()
     assert not added(before)
@@ -138,7 +263,11 @@ def test_no_reference_or_encoder_is_read_from_outside(name, sandbox):
 def test_no_picture_is_read_from_outside(name, sandbox):
     before = everything()
     answer = LoadPhoto.validate_inputs(name)
-    assert isinstance(answer, str) and answer.startswith("Load Photo: there is no picture") and "Choose" in answer
+    assert (
+        isinstance(answer, str)
+        and answer.startswith("Load Photo: there is no picture")
+        and "Choose" in answer
+    )
     assert not added(before)
 
 

@@ -1,4 +1,5 @@
 """Host laws of a run's life (I37-I39): nothing is left, nothing is changed, and the neighbours are heard."""
+
 from __future__ import annotations
 
 import gc
@@ -54,6 +55,7 @@ def runs(monkeypatch):
     def read_conds(self, conds):
         seen.append(weakref.ref(self))
         read(self, conds)
+
     monkeypatch.setattr(Run, "read_conds", read_conds)
     return seen
 
@@ -77,6 +79,7 @@ def failing(model, action, at: int = 2):
             if len(calls) == at:
                 action()
         return n, context, value
+
     m.set_model_attn2_patch(patch)
     return m
 
@@ -97,24 +100,36 @@ def test_a_run_dies_with_its_sampler(runs):
 
 @LAW("where", ["sampling", "live", "capture", "inversion"])
 def test_a_run_dies_with_an_error(where, runs):
-    model = inject(MODEL, bank_of()) if where == "sampling" else inject(MODEL, bank_of(steps=5)) if where == "live" else MODEL
+    model = (
+        inject(MODEL, bank_of())
+        if where == "sampling"
+        else inject(MODEL, bank_of(steps=5))
+        if where == "live"
+        else MODEL
+    )
     with pytest.raises(Stop):
-        {"sampling": sample, "live": sample, "capture": capture, "inversion": invert}[where](failing(model, stop))
+        {"sampling": sample, "live": sample, "capture": capture, "inversion": invert}[where](
+            failing(model, stop)
+        )
     assert runs and alive(runs) == 0
     assert torch.equal(sample(MODEL), plain())
 
 
 def test_a_run_dies_with_an_interrupt(runs):
     """The button: the host's progress bar raises where it finds the flag."""
+
     def hook(*args, **kwargs):
         comfy.model_management.throw_exception_if_processing_interrupted()
+
     model = inject(MODEL, bank_of())
     before = comfy.utils.PROGRESS_BAR_HOOK
     comfy.utils.set_progress_bar_global_hook(hook)
     try:
         for interrupted in (sample, capture, invert):
             with pytest.raises(comfy.model_management.InterruptProcessingException):
-                interrupted(failing(model, comfy.model_management.interrupt_current_processing, at=1))
+                interrupted(
+                    failing(model, comfy.model_management.interrupt_current_processing, at=1)
+                )
     finally:
         comfy.utils.set_progress_bar_global_hook(before)
         comfy.model_management.interrupt_current_processing(False)
@@ -130,11 +145,18 @@ def test_an_abandoned_run_holds_no_tensors():
     def patch(n, context, value, options):
         kept.append(options[KEY])
         return n, context, value
+
     model.set_model_attn1_patch(patch)
     sample(model)
     assert {type(run) for run in kept} == {Run, SamplerRun}  # the live pass and the sampler's own
-    assert not any(run.watchers or run.active or run.sites or run.parts or run.pending for run in kept)
-    assert not any(run.step_tokens or run.guider or run.model_options for run in kept if isinstance(run, SamplerRun))
+    assert not any(
+        run.watchers or run.active or run.sites or run.parts or run.pending for run in kept
+    )
+    assert not any(
+        run.step_tokens or run.guider or run.model_options
+        for run in kept
+        if isinstance(run, SamplerRun)
+    )
 
 
 def test_nothing_of_ours_lies_in_the_options_afterwards():
@@ -149,11 +171,24 @@ def test_nothing_of_ours_lies_in_the_options_afterwards():
 
 
 def test_inputs_stay_as_they_were():
-    model, latent, positive, uncond, bank = build_model("tiny"), photo(), coarse(), negative(), bank_of()
+    model, latent, positive, uncond, bank = (
+        build_model("tiny"),
+        photo(),
+        coarse(),
+        negative(),
+        bank_of(),
+    )
     latent["noise_mask"] = torch.ones(1, 64, 64)
 
     def state():
-        return [of_model(model), fingerprint(latent), fingerprint(positive), fingerprint(uncond), of_bank(bank)]
+        return [
+            of_model(model),
+            fingerprint(latent),
+            fingerprint(positive),
+            fingerprint(uncond),
+            of_bank(bank),
+        ]
+
     before = state()
     _, noise, _ = invert(model, latent, positive)
     invert(model, latent, positive, method="edit-friendly ddpm")
@@ -211,6 +246,7 @@ def test_evaluating_twice_is_evaluating_once():
     def twice(apply, args):
         answers.append([apply(args["input"], args["timestep"], **args["c"]) for _ in range(2)])
         return answers[-1][1]
+
     again = model.clone()
     again.set_model_unet_function_wrapper(twice)
     assert torch.equal(sample(again), sample(model)) and all(torch.equal(a, b) for a, b in answers)
@@ -227,6 +263,7 @@ def with_override(model, seen: list):
     def override(func, *args, **kwargs):
         seen.append(args[1].shape[1])
         return func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
+
     m.model_options["transformer_options"]["optimized_attention_override"] = override
     return m
 
@@ -234,11 +271,16 @@ def with_override(model, seen: list):
 def test_other_attention_overrides_are_asked_before_and_after():
     ours, seen = sample(inject(MODEL, bank_of(), 2.0)), []
     tokens = sum(len(bank_of().kept[layer.grid]) for layer in bank_of().layers[:1])
-    for model in (inject(with_override(MODEL, seen), bank_of(), 2.0), with_override(inject(MODEL, bank_of(), 2.0), seen),
-                  with_override(inject(with_override(MODEL, seen), bank_of(), 2.0), seen)):
+    for model in (
+        inject(with_override(MODEL, seen), bank_of(), 2.0),
+        with_override(inject(MODEL, bank_of(), 2.0), seen),
+        with_override(inject(with_override(MODEL, seen), bank_of(), 2.0), seen),
+    ):
         seen.clear()
         assert torch.equal(sample(model), ours)
-        assert SIZE[0] * SIZE[1] + tokens in seen and 77 in seen  # longer keys, and cross-attention passes through
+        assert (
+            SIZE[0] * SIZE[1] + tokens in seen and 77 in seen
+        )  # longer keys, and cross-attention passes through
 
 
 def test_another_packs_attention_patch_works_before_and_after():
@@ -246,9 +288,16 @@ def test_another_packs_attention_patch_works_before_and_after():
         m = model.clone()
         m.set_model_attn1_patch(lambda n, context, value, options: (n, context, value * 0.5))
         return m
-    before, after = sample(inject(patched(MODEL), bank_of(), 2.0)), sample(patched(inject(MODEL, bank_of(), 2.0)))
+
+    before, after = (
+        sample(inject(patched(MODEL), bank_of(), 2.0)),
+        sample(patched(inject(MODEL, bank_of(), 2.0))),
+    )
     assert torch.equal(before, after)
-    assert differs(before, sample(patched(MODEL))) > FELT and differs(before, sample(inject(MODEL, bank_of(), 2.0))) > FELT
+    assert (
+        differs(before, sample(patched(MODEL))) > FELT
+        and differs(before, sample(inject(MODEL, bank_of(), 2.0))) > FELT
+    )
 
 
 def pag(model):
@@ -272,7 +321,11 @@ def hypertile(model):
 @LAW("first", [True, False])
 def test_guidance_and_tiling_of_the_host(neighbour, first):
     how = {"size": (16, 16), "batch": 2}
-    model = inject(neighbour(MODEL), bank_of(), 2.0) if first else neighbour(inject(MODEL, bank_of(), 2.0))
+    model = (
+        inject(neighbour(MODEL), bank_of(), 2.0)
+        if first
+        else neighbour(inject(MODEL, bank_of(), 2.0))
+    )
     out = sample(model, **how)
     assert differs(out, sample(neighbour(MODEL), **how)) > 1e-3
     assert differs(out, sample(inject(MODEL, bank_of(), 2.0), **how)) > 1e-3
@@ -284,20 +337,38 @@ def test_hypertile_reads_the_whole_reference_from_every_tile():
     none = sample(hypertile(MODEL), **how)
     assert torch.equal(sample(inject(hypertile(MODEL), bank_of(), 0.0), **how), none)
     faint = sample(inject(hypertile(MODEL), bank_of(), 1e-4), **how)
-    assert differs(faint, none) < FELT < differs(sample(inject(hypertile(MODEL), bank_of(), 2.0), **how), none)
+    assert (
+        differs(faint, none)
+        < FELT
+        < differs(sample(inject(hypertile(MODEL), bank_of(), 2.0), **how), none)
+    )
 
 
 def test_a_capture_beside_the_neighbours():
     """Extra guidance is not for a reference; what changes the network itself (FreeU, tiles) is."""
     for neighbour in (pag, sag):
         bank, _ = capture(neighbour(MODEL), negative=negative())
-        assert all(differs(bank.features[half], f) < TIGHT for half, f in bank_of().features.items())
+        assert all(
+            differs(bank.features[half], f) < TIGHT for half, f in bank_of().features.items()
+        )
     everything = torch.ones(1, 64, 64)
-    assert differs(*(capture(m, blocks="decoder", mask=everything)[0].features[Half.COND] for m in (freeu(MODEL), MODEL))) > 1e-3
+    assert (
+        differs(
+            *(
+                capture(m, blocks="decoder", mask=everything)[0].features[Half.COND]
+                for m in (freeu(MODEL), MODEL)
+            )
+        )
+        > 1e-3
+    )
     louder = MODEL.clone()
     louder.set_model_attn1_patch(lambda n, context, value, options: (2 * n, context, value))
-    heard, own = (capture(m, inversion=bank_of().trajectory, mask=everything)[0].tokens(
-        Half.COND, 0, torch.device("cpu"), torch.float32)["input", 1, 0] for m in (louder, MODEL))
+    heard, own = (
+        capture(m, inversion=bank_of().trajectory, mask=everything)[0].tokens(
+            Half.COND, 0, torch.device("cpu"), torch.float32
+        )["input", 1, 0]
+        for m in (louder, MODEL)
+    )
     assert torch.equal(heard, own)  # norm(x) itself, not what another patch made of it
     tiled, _ = capture(hypertile(MODEL), photo((16, 16)))
     assert all(torch.isfinite(f).all() for f in tiled.features.values())
@@ -305,15 +376,20 @@ def test_a_capture_beside_the_neighbours():
 
 def test_wrappers_of_others_still_run_and_are_not_for_the_reference_pass():
     from comfy.patcher_extension import WrappersMP
+
     seen, m = [], MODEL.clone()
 
     def wrapper(executor, *args, **kwargs):
         seen.append(1)
         return executor(*args, **kwargs)
+
     m.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", wrapper)
     capture(m)
     assert not seen
-    assert torch.equal(sample(inject(m, bank_of())), sample(inject(MODEL, bank_of()))) and len(seen) == STEPS
+    assert (
+        torch.equal(sample(inject(m, bank_of())), sample(inject(MODEL, bank_of())))
+        and len(seen) == STEPS
+    )
     seen.clear()
     sample(inject(m, bank_of(steps=5)))  # live passes between
     assert len(seen) == STEPS
@@ -328,7 +404,14 @@ def guided(guider, **how):
     sigmas = comfy.samplers.calculate_sigmas(model_sampling, SCHEDULER, STEPS)
     noise = torch.randn(1, 4, *SIZE, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
+        return guider.sample(
+            noise,
+            torch.zeros_like(noise),
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            disable_pbar=True,
+            seed=1,
+        )
 
 
 def basic(model):

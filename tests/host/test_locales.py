@@ -1,4 +1,5 @@
 """Every word of every node in English and in every other language: nothing lacks, nothing is left over, nothing is untranslated."""
+
 import re
 
 import pytest
@@ -19,27 +20,43 @@ def words(host):
 
 @pytest.fixture(scope="module")
 def chinese():
-    return {stem: schemas.read(schemas.LOCALES / "zh" / f"{stem}.json") for stem in ("nodeDefs", "main")}
+    return {
+        stem: schemas.read(schemas.LOCALES / "zh" / f"{stem}.json") for stem in ("nodeDefs", "main")
+    }
 
 
 def first(lines, most=15):
     """As many as one reads."""
-    return "\n".join([*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])])
+    return "\n".join(
+        [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
+    )
 
 
 @pytest.mark.parametrize("stem", ["nodeDefs", "main"])
 def test_english_is_what_the_nodes_say(words, stem):
-    told, want = schemas.flat(schemas.read(schemas.LOCALES / "en" / f"{stem}.json")), schemas.flat(words[stem])
-    wrong = [f"{path}: {told.get(path)!r} instead of {want.get(path)!r}" for path in {**want, **told} if told.get(path) != want.get(path)]
+    told, want = (
+        schemas.flat(schemas.read(schemas.LOCALES / "en" / f"{stem}.json")),
+        schemas.flat(words[stem]),
+    )
+    wrong = [
+        f"{path}: {told.get(path)!r} instead of {want.get(path)!r}"
+        for path in {**want, **told}
+        if told.get(path) != want.get(path)
+    ]
     assert not wrong, f"locales/en is made by a program:\n{first(wrong)}\n{schemas.HOW}"
 
 
 @pytest.mark.parametrize("stem", ["nodeDefs", "main"])
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_language_has_the_same_entries(words, language, stem):
-    want, told = schemas.flat(words[stem]), schemas.flat(schemas.read(schemas.LOCALES / language / f"{stem}.json"))
+    want, told = (
+        schemas.flat(words[stem]),
+        schemas.flat(schemas.read(schemas.LOCALES / language / f"{stem}.json")),
+    )
     assert all(text.strip() for text in told.values())
-    lacking = [f"{path} is not translated: {text}" for path, text in want.items() if path not in told]
+    lacking = [
+        f"{path} is not translated: {text}" for path, text in want.items() if path not in told
+    ]
     left = [f"{path} translates nothing" for path in told if path not in want]
     assert not lacking + left, first(lacking + left)
 
@@ -55,19 +72,30 @@ def test_chinese_is_chinese(words, chinese):
         want = schemas.flat(words[stem])
         for path, text in schemas.flat(content).items():
             latin = path.endswith(".name") and want.get(path) in SAME
-            assert latin or (CHINESE.search(text) and text != want.get(path)), f"{stem}: {path}: {text!r}"
+            assert latin or (CHINESE.search(text) and text != want.get(path)), (
+                f"{stem}: {path}: {text!r}"
+            )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_string_is_a_program_to_the_frontend(language):
     for path in (schemas.LOCALES / language).iterdir():
-        assert not {key: text for key, text in schemas.flat(schemas.read(path)).items() if SPECIAL.search(text)}
+        assert not {
+            key: text
+            for key, text in schemas.flat(schemas.read(path)).items()
+            if SPECIAL.search(text)
+        }
 
 
 def test_chinese_calls_nodes_by_their_chinese_names(words, chinese):
     """Who reads it finds no node under its English name, and chooses options by the words that stand in the list."""
     names = [node["display_name"] for node in words["nodeDefs"].values()]
-    strays = [f"{path}: {name}" for path, text in schemas.flat(chinese["nodeDefs"]).items() for name in names if name in text]
+    strays = [
+        f"{path}: {name}"
+        for path, text in schemas.flat(chinese["nodeDefs"]).items()
+        for name in names
+        if name in text
+    ]
     assert not strays, first(strays)
 
 
@@ -79,10 +107,15 @@ def test_chinese_keeps_the_words_of_the_options(host, chinese):
             for choice in options.get("options", []):
                 if f"{choice}:" in options["tooltip"]:
                     translated = told.get(f"{key}.inputs.{name}.tooltip", "")
-                    assert f"{choice}\N{FULLWIDTH COLON}" in translated, f"{key}.{name}: {choice} is not explained"
+                    assert f"{choice}\N{FULLWIDTH COLON}" in translated, (
+                        f"{key}.{name}: {choice} is not explained"
+                    )
 
 
 def test_the_languages_and_their_files():
     assert {"en", "zh"} <= set(LANGUAGES)
     for language in LANGUAGES:
-        assert sorted(path.name for path in (schemas.LOCALES / language).iterdir()) == ["main.json", "nodeDefs.json"]
+        assert sorted(path.name for path in (schemas.LOCALES / language).iterdir()) == [
+            "main.json",
+            "nodeDefs.json",
+        ]

@@ -2,6 +2,7 @@
 
 A cell is named "row - column". Its pictures are compared with the plain ones of another process, a host without the pack.
 """
+
 from __future__ import annotations
 
 import gc
@@ -42,15 +43,22 @@ from matrix import BASE, ROWS, draw, first_pass, second_pass, seed_all, seeded, 
 from studio import counted, differs
 from torch import Tensor
 
-TIGHT, FELT = 1e-4, 1e-2  # float32 through a run, relative to the pictures' spread; an effect that cannot be rounding
+TIGHT, FELT = (
+    1e-4,
+    1e-2,
+)  # float32 through a run, relative to the pictures' spread; an effect that cannot be rounding
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> dict[str, tuple[Tensor, str]]:
     """Every row's plain pictures and the random states they leave, from a process that never saw the pack."""
     file = tmp_path_factory.mktemp("matrix") / "plain.pt"
-    done = subprocess.run([sys.executable, matrix.__file__, os.environ["KINDRED_HOST"], str(file)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, matrix.__file__, os.environ["KINDRED_HOST"], str(file)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
     assert not done.returncode, done.stderr[-2000:]
     return torch.load(file)
 
@@ -80,22 +88,40 @@ def chained(node, seeds, model, s):
 
 
 PHOTOS, SUBJECTS = (3, 8), (7, 9)
-TWICE = {CACHED: partial(halved, with_photo), LIVE: partial(halved, with_photo_live), CROSS: partial(halved, with_concept),
-         ALL: lambda model, s: halved(with_concept, halved(with_photo, story(model, query_blend=0.0), s), s)}
-OTHERS = {CACHED: partial(chained, with_photo, PHOTOS), LIVE: partial(chained, with_photo_live, PHOTOS),
-          CROSS: partial(chained, with_concept, SUBJECTS),
-          ALL: lambda model, s: chained(with_concept, SUBJECTS, chained(with_photo, PHOTOS, story(model, query_blend=0.0), s), s)}
-BACKWARDS = {CACHED: partial(chained, with_photo, PHOTOS[::-1]), LIVE: partial(chained, with_photo_live, PHOTOS[::-1]),
-             CROSS: partial(chained, with_concept, SUBJECTS[::-1]),
-             ALL: lambda model, s: story(chained(with_photo, PHOTOS[::-1], chained(with_concept, SUBJECTS[::-1], model, s), s),
-                                         query_blend=0.0)}
+TWICE = {
+    CACHED: partial(halved, with_photo),
+    LIVE: partial(halved, with_photo_live),
+    CROSS: partial(halved, with_concept),
+    ALL: lambda model, s: halved(
+        with_concept, halved(with_photo, story(model, query_blend=0.0), s), s
+    ),
+}
+OTHERS = {
+    CACHED: partial(chained, with_photo, PHOTOS),
+    LIVE: partial(chained, with_photo_live, PHOTOS),
+    CROSS: partial(chained, with_concept, SUBJECTS),
+    ALL: lambda model, s: chained(
+        with_concept, SUBJECTS, chained(with_photo, PHOTOS, story(model, query_blend=0.0), s), s
+    ),
+}
+BACKWARDS = {
+    CACHED: partial(chained, with_photo, PHOTOS[::-1]),
+    LIVE: partial(chained, with_photo_live, PHOTOS[::-1]),
+    CROSS: partial(chained, with_concept, SUBJECTS[::-1]),
+    ALL: lambda model, s: story(
+        chained(with_photo, PHOTOS[::-1], chained(with_concept, SUBJECTS[::-1], model, s), s),
+        query_blend=0.0,
+    ),
+}
 
 
 def built(row: str, column: str):
     """The column's MODEL under the row's setting."""
     s, node = setting(row), NODES[column]
     if s.graph in ("twice", "two references"):
-        node = (TWICE if s.graph == "twice" else OTHERS).get(column, lambda model, s: NODES[STORY](NODES[column](model, s), s))
+        node = (TWICE if s.graph == "twice" else OTHERS).get(
+            column, lambda model, s: NODES[STORY](NODES[column](model, s), s)
+        )
     return node(MODEL, s)
 
 
@@ -147,32 +173,54 @@ def both_references_in_any_order(column, model, s, out):
     assert differs(draw(BACKWARDS[column](MODEL, s), s, mark), out) < TIGHT
 
 
-LAWS = {"batch of 3": same_in_any_company, "batch of 1": same_in_any_company, "KSamplerAdvanced in two segments": same_in_segments,
-        "SamplerCustomAdvanced": same_by_custom_sampler, "cond and uncond in two calls": same_as_base,
-        "two samplers in one graph": same_after_another_sampler, "two branches of one chain": same_beside_a_branch,
-        "the same node twice": same_as_base, "two different references": both_references_in_any_order,
-        "read in both halves of CFG": other_than_base, "cond's features in both halves": other_than_base}
+LAWS = {
+    "batch of 3": same_in_any_company,
+    "batch of 1": same_in_any_company,
+    "KSamplerAdvanced in two segments": same_in_segments,
+    "SamplerCustomAdvanced": same_by_custom_sampler,
+    "cond and uncond in two calls": same_as_base,
+    "two samplers in one graph": same_after_another_sampler,
+    "two branches of one chain": same_beside_a_branch,
+    "the same node twice": same_as_base,
+    "two different references": both_references_in_any_order,
+    "read in both halves of CFG": other_than_base,
+    "cond's features in both halves": other_than_base,
+}
 
 
 # the cells ---------------------------------------------------------------------------------------------------------------------
 
 
-UNMATCHED = "KSamplerAdvanced in two segments", "area prompts alone"  # a story does not come to compare its pictures
+UNMATCHED = (
+    "KSamplerAdvanced in two segments",
+    "area prompts alone",
+)  # a story does not come to compare its pictures
 
 
 def how_it_was_read(row: str, column: str, said: str) -> None:
     """The log tells the way a photo was read, and that a story had both of its stages."""
     ways = {way for way in ("cached", "live") if f"the reference is read {way}" in said}
     if column in (CACHED, LIVE):
-        assert ways == {"live"} if column == LIVE else ways >= {"cached"} and (ways == {"cached"} or row in BETWEEN)
-    if column in (STORY, FURTHER, ALL) and row not in UNMATCHED and (row, column) not in (("batch of 1", STORY), ("batch of 1", ALL)):
+        assert (
+            ways == {"live"}
+            if column == LIVE
+            else ways >= {"cached"} and (ways == {"cached"} or row in BETWEEN)
+        )
+    if (
+        column in (STORY, FURTHER, ALL)
+        and row not in UNMATCHED
+        and (row, column) not in (("batch of 1", STORY), ("batch of 1", ALL))
+    ):
         assert "found their like" in said
 
 
 def refuse(words: tuple[str, ...], act, calls: int = 0) -> None:
     with counted(MODEL) as rows, pytest.raises(ValueError) as refused:
         act()
-    assert all(word in str(refused.value) for word in words) and len(rows) <= calls, (str(refused.value), rows)
+    assert all(word in str(refused.value) for word in words) and len(rows) <= calls, (
+        str(refused.value),
+        rows,
+    )
 
 
 def cells(wanted) -> pytest.MarkDecorator:
@@ -188,7 +236,13 @@ def test_a_cell_draws_what_is_documented_and_leaves_nothing(row, column, fresh, 
     none, state = fresh[row]
     built(row, column)  # what it reads is made here, once
     if law:
-        base(column), (with_photo(with_concept(MODEL, s), s, seed=8), BACKWARDS.get(column, NODES[column])(MODEL, s))
+        (
+            base(column),
+            (
+                with_photo(with_concept(MODEL, s), s, seed=8),
+                BACKWARDS.get(column, NODES[column])(MODEL, s),
+            ),
+        )
     with leaving_nothing(fresh):
         seed_all()
         before = states()
@@ -200,7 +254,11 @@ def test_a_cell_draws_what_is_documented_and_leaves_nothing(row, column, fresh, 
         with counted(MODEL) as rows:
             out, left = seeded(model, s, mark)
         assert torch.isfinite(out).all() and left == state
-        assert torch.equal(out, none) if entry(row, column).plain else min(map(differs, out.split(1), none.split(1))) > FELT
+        assert (
+            torch.equal(out, none)
+            if entry(row, column).plain
+            else min(map(differs, out.split(1), none.split(1))) > FELT
+        )
         if row in (BASE, "cond and uncond in two calls"):
             assert max(rows) == s.batch * (2 - s.split)
         how_it_was_read(row, column, caplog.text)
@@ -230,7 +288,9 @@ def test_anchors_of_its_own_serve_a_second_pass():
     """The remedy that the refusal names."""
     s = setting("hires second pass")
     given = first_pass(NODES[FURTHER](MODEL, s), s, s.who, mark)
-    out, none = (second_pass(m, s, given, s.who, mark)["samples"] for m in (anchors_again(s), MODEL))
+    out, none = (
+        second_pass(m, s, given, s.who, mark)["samples"] for m in (anchors_again(s), MODEL)
+    )
     assert differs(out, none) > FELT
 
 

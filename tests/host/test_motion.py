@@ -1,4 +1,5 @@
 """References beside a pack whose wrappers and injected modules belong together: a reference pass runs without both, or with both."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,7 +7,18 @@ import strangers
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
 from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing, seeded
-from studio import MOMENTS, STEPS, bank_of, capture, differs, inject, invert, pictures, sample, story
+from studio import (
+    MOMENTS,
+    STEPS,
+    bank_of,
+    capture,
+    differs,
+    inject,
+    invert,
+    pictures,
+    sample,
+    story,
+)
 from test_bypassed_lora import lora
 
 from kindred.models.recorder import Recorder
@@ -37,7 +49,9 @@ def test_both_are_felt_in_either_order_with_a_reference_of_the_plain_network(col
     ours, seen = OURS[column], []
     theirs = {**PACKS[how], "seen": seen}
     (before, left), (behind, left_behind), (none, left_by_them) = (
-        seeded(lambda m=m: ours.sampled(m)) for m in (ours(moved(MODEL, **theirs)), moved(ours(MODEL), **theirs), moved(MODEL)))
+        seeded(lambda m=m: ours.sampled(m))
+        for m in (ours(moved(MODEL, **theirs)), moved(ours(MODEL), **theirs), moved(MODEL))
+    )
     assert torch.equal(before, behind) and left == left_behind == left_by_them
     assert differs(before, none) > FELT < differs(before, alone(column))
     sample(MODEL, steps=1)
@@ -51,7 +65,11 @@ def test_a_reference_is_made_as_on_the_plain_network(how):
     for make in (capture, lambda m: capture(m, inversion=invert(m)[0])):
         made, meant = make(theirs)[0], make(MODEL)[0]
         assert made.model_key == meant.model_key
-        assert all(torch.equal(a, b) for half in meant.features for a, b in zip(made.features[half], meant.features[half]))
+        assert all(
+            torch.equal(a, b)
+            for half in meant.features
+            for a, b in zip(made.features[half], meant.features[half])
+        )
 
 
 @LAW("how", PACKS)
@@ -65,7 +83,10 @@ def test_read_live_equals_cached(how, monkeypatch):
 @LAW("how", PACKS)
 def test_photos_tell_a_story_beside_it(how):
     told, bank = [], bank_of(steps=MOMENTS)
-    for model in (story(moved(MODEL, **PACKS[how]), reference=bank), moved(story(MODEL, reference=bank), **PACKS[how])):
+    for model in (
+        story(moved(MODEL, **PACKS[how]), reference=bank),
+        moved(story(MODEL, reference=bank), **PACKS[how]),
+    ):
         told.append(pictures(model, (0, 1)))
     assert torch.equal(*told) and differs(told[0], pictures(moved(MODEL), (0, 1))) > FELT
 
@@ -78,6 +99,7 @@ def test_the_modules_are_back_after_a_reference_pass_that_fails(monkeypatch):
     def broken(self, call, n):
         seen.append("Motion" in modules(MODEL))
         raise KeyError("midway")
+
     monkeypatch.setattr(Recorder, "self_tokens", broken)
     with pytest.raises(KeyError, match="midway"):
         sample(theirs)
@@ -89,10 +111,18 @@ def test_the_modules_are_back_after_a_reference_pass_that_fails(monkeypatch):
 def test_loras_in_bypass_mode_stay_in_the_pass():
     """They are weights, whoever wraps what: the host's own wrappers come from the same package."""
     with_lora = lora(MODEL)
-    for theirs in (moved(with_lora), lora(moved(MODEL)), EasyCacheNode.execute(with_lora, 0.2, 0.15, 0.95, False).result[0]):
+    for theirs in (
+        moved(with_lora),
+        lora(moved(MODEL)),
+        EasyCacheNode.execute(with_lora, 0.2, 0.15, 0.95, False).result[0],
+    ):
         assert model_key(theirs) == model_key(with_lora) != model_key(MODEL)
         made, meant = capture(theirs)[0], capture(with_lora)[0]
-        assert all(torch.equal(a, b) for half in meant.features for a, b in zip(made.features[half], meant.features[half]))
+        assert all(
+            torch.equal(a, b)
+            for half in meant.features
+            for a, b in zip(made.features[half], meant.features[half])
+        )
 
 
 def test_modules_that_need_nobody_stay_in_the_pass():

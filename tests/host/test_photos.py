@@ -1,4 +1,5 @@
 """Load Photo in the real host: the examples, the input folder, and what it refuses."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,7 +17,7 @@ def listed() -> list[str]:
 
 def test_the_examples_come_first_and_load_without_anything_in_the_input_folder():
     offer_examples()
-    names = listed()[:len(EXAMPLES)]
+    names = listed()[: len(EXAMPLES)]
     assert names == [f"kindred_{path.name} [temp]" for path in EXAMPLES]
     for name, path in zip(names, EXAMPLES):
         image, mask = LoadPhoto.execute(name).result
@@ -35,6 +36,7 @@ def test_an_example_comes_back_where_somebody_emptied_the_temp_folder():
 
 def test_a_picture_of_the_input_folder_is_listed_and_read_as_load_image_reads_it():
     import nodes
+
     path = Path(folder_paths.get_input_directory(), "kindred_test_photo.png")
     picture = Image.new("RGBA", (24, 16), (255, 0, 0, 128))
     picture.save(path)

@@ -1,4 +1,5 @@
 """Laws of Subject Prompts over the host's own tokenizer and text encoder (I18)."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -23,7 +24,11 @@ LAW = pytest.mark.parametrize
 def encode(prompts: str, subject: str = "", style: str = ""):
     """-> cross [b w c], extras, count."""
     (entry,), count, texts = SubjectPrompts.execute(clip(), prompts, subject, style).result
-    assert texts.splitlines() == [f"{' '.join(style.split())} {line.strip()}".strip() for line in prompts.splitlines() if line.strip()]
+    assert texts.splitlines() == [
+        f"{' '.join(style.split())} {line.strip()}".strip()
+        for line in prompts.splitlines()
+        if line.strip()
+    ]
     return entry[0], entry[1], count
 
 
@@ -72,12 +77,30 @@ def test_a_word_inside_another_is_not_the_word():
     assert find("a catfish in a category", "cat") == () and find("cats", "cat") == ()
 
 
-@LAW("text", ["a Photo of a CAT", "a photo of a cat.", "a photo of a cat's dinner", "a  photo  of a (cat)", "a photo of a cat, on a mat"])
+@LAW(
+    "text",
+    [
+        "a Photo of a CAT",
+        "a photo of a cat.",
+        "a photo of a cat's dinner",
+        "a  photo  of a (cat)",
+        "a photo of a cat, on a mat",
+    ],
+)
 def test_case_marks_and_spaces_do_not_matter(text):
     assert pieces(text, find(text, "Cat")) == ["cat</w>"]
 
 
-@LAW("weighted", ["a (cat:1.3) on a mat", "a ((cat)) on a mat", "a (cat on a:0.5) mat", "(a:1.2) cat on a mat", "a cat on a (mat:1.4)"])
+@LAW(
+    "weighted",
+    [
+        "a (cat:1.3) on a mat",
+        "a ((cat)) on a mat",
+        "a (cat on a:0.5) mat",
+        "(a:1.2) cat on a mat",
+        "a cat on a (mat:1.4)",
+    ],
+)
 def test_weights_shift_nothing(weighted):
     """I18: neither the word nor what stands after it."""
     for word, place in (("cat", (2,)), ("mat", (5,))):
@@ -90,7 +113,9 @@ def test_escaped_brackets_are_text():
 
 
 def test_words_after_the_subject_change_nothing():
-    assert find("a photo of a cat", "cat") == find("a photo of a cat wearing a red hat in the snow at night", "cat")
+    assert find("a photo of a cat", "cat") == find(
+        "a photo of a cat wearing a red hat in the snow at night", "cat"
+    )
 
 
 def test_a_word_beyond_77_tokens_is_counted_over_the_chunks():
@@ -105,7 +130,9 @@ def test_a_word_beyond_77_tokens_is_counted_over_the_chunks():
 def test_a_phrase_across_two_chunks_is_found():
     """74 tokens before it: the 75 of a chunk end between its words."""
     text = "red " * 74 + "teddy bear"
-    assert pieces(text, find(text, "teddy bear")) == ["teddy</w>", "bear</w>"] and find(text, "teddy bear") == (75, 78)
+    assert pieces(text, find(text, "teddy bear")) == ["teddy</w>", "bear</w>"] and find(
+        text, "teddy bear"
+    ) == (75, 78)
 
 
 def test_several_subjects_are_all_marked():
@@ -129,28 +156,56 @@ def marked(text: str, *subject: str) -> str:
     return "".join(pieces(text, find(text, *subject))).replace("</w>", "")
 
 
-@LAW("text, subject, spelled", [
-    (r"1girl, saber \(fate\), solo", r"saber \(fate\)", "saber(fate),"), ("a (cat:1.2), sitting", "cat", "cat"),
-    ("a photo of a teddy bear's hat", "teddy bear", "teddybear"), ("a gryphon-cat.", "gryphon-cat", "gryphon-cat"),
-    ("cat, dog", "dog", "dog"), ("2girls", "girls", "girls")])
+@LAW(
+    "text, subject, spelled",
+    [
+        (r"1girl, saber \(fate\), solo", r"saber \(fate\)", "saber(fate),"),
+        ("a (cat:1.2), sitting", "cat", "cat"),
+        ("a photo of a teddy bear's hat", "teddy bear", "teddybear"),
+        ("a gryphon-cat.", "gryphon-cat", "gryphon-cat"),
+        ("cat, dog", "dog", "dog"),
+        ("2girls", "girls", "girls"),
+    ],
+)
 def test_a_word_is_found_whatever_stands_beside_it(text, subject, spelled):
     assert marked(text, subject) == spelled
 
 
-@LAW("text, subject", [("a policewoman", "woman"), ("a seahorse", "horse"), ("cats", "cat"), ("a catfish", "cat"),
-                       ("bulldogs", "dog"), ("a teddybear", "teddy bear")])
+@LAW(
+    "text, subject",
+    [
+        ("a policewoman", "woman"),
+        ("a seahorse", "horse"),
+        ("cats", "cat"),
+        ("a catfish", "cat"),
+        ("bulldogs", "dog"),
+        ("a teddybear", "teddy bear"),
+    ],
+)
 def test_a_match_neither_begins_nor_ends_inside_a_word(text, subject):
     assert find(text, subject) == ()
 
 
-@LAW("text, subject", [("\u4e00\u53ea\u732b\u5728\u6d77\u6ee9\u4e0a", "\u732b"),  # Chinese: a cat on the beach
-                       ("\ud574\ubcc0\uc758 \uace0\uc591\uc774\uac00", "\uace0\uc591\uc774"),  # Korean: with a particle
-                       ("\u6d77\u8fba\u306e\u732b", "\u732b")])  # Japanese
+@LAW(
+    "text, subject",
+    [
+        ("\u4e00\u53ea\u732b\u5728\u6d77\u6ee9\u4e0a", "\u732b"),  # Chinese: a cat on the beach
+        (
+            "\ud574\ubcc0\uc758 \uace0\uc591\uc774\uac00",
+            "\uace0\uc591\uc774",
+        ),  # Korean: with a particle
+        ("\u6d77\u8fba\u306e\u732b", "\u732b"),
+    ],
+)  # Japanese
 def test_scripts_without_spaces_and_particles(text, subject):
     """Every token that holds a byte of it, and at least as many as it has characters."""
     door = tokenizer("sd1")
     places = find(text, subject)
-    assert places and len(places) <= len(pieces_of(door, subject)) + 2 and set(places) < {p for p, _ in pieces_of(door, text)}
+    assert (
+        places
+        and len(places) <= len(pieces_of(door, subject)) + 2
+        and set(places) < {p for p, _ in pieces_of(door, text)}
+    )
     assert find(text, "\u72d7") == ()  # a dog
 
 
@@ -166,11 +221,12 @@ def test_subjects_are_parted_by_any_comma_or_line(between):
 def test_an_embedding_is_found_by_its_word(monkeypatch):
     """Three vectors; other vectors are another embedding."""
     door = tokenizer("sd1").tokenizer.clip_l
-    vectors = {"mydog": torch.arange(3 * 768.).view(3, 768), "other": torch.ones(2, 768)}
+    vectors = {"mydog": torch.arange(3 * 768.0).view(3, 768), "other": torch.ones(2, 768)}
 
     def load(name: str):
         name, _, left = name.partition(" ")
         return vectors.get(name), name, left
+
     monkeypatch.setattr(door, "_try_get_embedding", load)
     monkeypatch.setattr(door, "embedding_directory", "somewhere")
     assert find("a photo of embedding:mydog on the beach", "embedding:mydog") == (4, 5, 6)
@@ -182,9 +238,15 @@ def test_an_embedding_is_found_by_its_word(monkeypatch):
 
 
 def test_one_line_is_the_hosts_own_encoding(host):
-    (own, extras), = host.NODE_CLASS_MAPPINGS["CLIPTextEncode"]().encode(clip(), "a photo of a cat")[0]
+    ((own, extras),) = host.NODE_CLASS_MAPPINGS["CLIPTextEncode"]().encode(
+        clip(), "a photo of a cat"
+    )[0]
     cross, mine, count = encode("a photo of a cat", "cat")
-    assert torch.equal(cross, own) and torch.equal(mine["pooled_output"], extras["pooled_output"]) and count == 1
+    assert (
+        torch.equal(cross, own)
+        and torch.equal(mine["pooled_output"], extras["pooled_output"])
+        and count == 1
+    )
     assert mine[SUBJECT] == SubjectTokens(("cat",), ((5,),)) and mine[TEXT] == "a photo of a cat"
     assert mine.keys() - {SUBJECT, TEXT} == extras.keys()
 
@@ -192,10 +254,15 @@ def test_one_line_is_the_hosts_own_encoding(host):
 def test_lines_are_pictures_and_empty_ones_are_skipped():
     cross, extras, count = encode("a cat on a beach\n\n  my cat in the snow \n", "cat")
     assert cross.shape == (2, 77, WIDTH) and count == 2 and extras["pooled_output"].shape[0] == 2
-    assert extras[SUBJECT].positions == ((2,), (2,)) and extras[TEXT] == "a cat on a beach\nmy cat in the snow"
+    assert (
+        extras[SUBJECT].positions == ((2,), (2,))
+        and extras[TEXT] == "a cat on a beach\nmy cat in the snow"
+    )
     for i, line in enumerate(("a cat on a beach", "my cat in the snow")):
         alone, its, _ = encode(line)
-        assert torch.equal(cross[i:i + 1], alone) and torch.equal(extras["pooled_output"][i:i + 1], its["pooled_output"])
+        assert torch.equal(cross[i : i + 1], alone) and torch.equal(
+            extras["pooled_output"][i : i + 1], its["pooled_output"]
+        )
 
 
 def test_lines_of_different_length_are_repeated_and_the_positions_with_them():
@@ -239,12 +306,18 @@ def test_each_line_may_hold_another_of_the_subjects():
 
 
 def test_the_line_without_the_subject_is_named():
-    with pytest.raises(ValueError, match=r"Subject Prompts: line 2, 'a dog in the snow', does not contain the subject 'cat'.*every line"):
+    with pytest.raises(
+        ValueError,
+        match=r"Subject Prompts: line 2, 'a dog in the snow', does not contain the subject 'cat'.*every line",
+    ):
         encode("a cat on a beach\n\na dog in the snow", "cat")
 
 
 def test_a_subject_that_stands_nowhere_is_named():
-    with pytest.raises(ValueError, match=r"no line contains the subject 'dgo'; the lines are \['a cat on a beach'\].*Correct the word"):
+    with pytest.raises(
+        ValueError,
+        match=r"no line contains the subject 'dgo'; the lines are \['a cat on a beach'\].*Correct the word",
+    ):
         encode("a cat on a beach", "cat, dgo")
 
 
@@ -256,18 +329,28 @@ def test_a_subject_of_marks_alone_is_not_in_the_line(subject):
 
 @LAW("weight", ["nan", "inf", "1e999"])
 def test_a_weight_that_is_none_is_refused(weight):
-    with pytest.raises(ValueError, match=r"the line 'a \(cat:.*' is encoded as \d+ NaN or infinite values. Correct a weight such as"):
+    with pytest.raises(
+        ValueError,
+        match=r"the line 'a \(cat:.*' is encoded as \d+ NaN or infinite values. Correct a weight such as",
+    ):
         encode(f"a cat\na (cat:{weight})", "cat")
 
 
 @LAW("prompts", ["", "  \n \n"])
 def test_no_prompt_is_refused(prompts):
-    with pytest.raises(ValueError, match="Subject Prompts: prompts is empty. Write one prompt per line"):
+    with pytest.raises(
+        ValueError, match="Subject Prompts: prompts is empty. Write one prompt per line"
+    ):
         encode(prompts, "cat")
 
 
 def test_a_clip_with_scheduled_hooks_is_refused():
-    scheduled = SimpleNamespace(tokenize=tokenizer("sd1").tokenize, tokenizer=tokenizer("sd1").tokenizer,
-                                encode_from_tokens_scheduled=lambda tokens: [[None, {}], [None, {}]])
-    with pytest.raises(ValueError, match="schedules 2 encodings for one prompt.*without scheduled hooks"):
+    scheduled = SimpleNamespace(
+        tokenize=tokenizer("sd1").tokenize,
+        tokenizer=tokenizer("sd1").tokenizer,
+        encode_from_tokens_scheduled=lambda tokens: [[None, {}], [None, {}]],
+    )
+    with pytest.raises(
+        ValueError, match="schedules 2 encodings for one prompt.*without scheduled hooks"
+    ):
         SubjectPrompts.execute(scheduled, "a cat", "cat")

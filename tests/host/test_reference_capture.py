@@ -1,4 +1,5 @@
 """Host laws of Ref-UNet Feature Capture: what a reference holds, what it costs, and which settings are heard."""
+
 from __future__ import annotations
 
 import logging
@@ -47,7 +48,9 @@ def test_the_bank_is_the_same_every_time():
     torch.manual_seed(5)
     bank, mask = capture(MODEL, negative=negative())
     assert all(torch.equal(bank.features[half], bank_of().features[half]) for half in Half)
-    assert torch.equal(mask, bank_of().masks[SIZE].float().repeat_interleave(8, 1).repeat_interleave(8, 2))
+    assert torch.equal(
+        mask, bank_of().masks[SIZE].float().repeat_interleave(8, 1).repeat_interleave(8, 2)
+    )
 
 
 def test_a_model_that_carries_our_injection_is_captured_like_the_plain_one():
@@ -80,7 +83,11 @@ def test_one_mask_serves_all_pictures_and_r_masks_one_each():
     one[:, :32] = two[0, :32] = two[1, 32:] = 1
     latent = photo(pictures=2)
     shared, each = (capture(MODEL, latent, mask=m)[0].masks[SIZE] for m in (one, two))
-    assert torch.equal(shared[0], shared[1]) and torch.equal(each[0], shared[0]) and torch.equal(each[1], ~each[0])
+    assert (
+        torch.equal(shared[0], shared[1])
+        and torch.equal(each[0], shared[0])
+        and torch.equal(each[1], ~each[0])
+    )
 
 
 def test_the_whole_picture_as_mask_differs_from_the_word():
@@ -92,12 +99,16 @@ def test_the_whole_picture_as_mask_differs_from_the_word():
 def test_mask_settings_are_heard():
     """The threshold by value, more steps in the union (a superset), and other blocks for the map."""
     auto = bank_of().masks[SIZE]
-    low, high = (capture(MODEL, mask_threshold="value", mask_value=v)[0].masks[SIZE] for v in (0.1, 0.9))
+    low, high = (
+        capture(MODEL, mask_threshold="value", mask_value=v)[0].masks[SIZE] for v in (0.1, 0.9)
+    )
     assert (low | high).equal(low) and low.sum() > high.sum()
     one, three = (capture(MODEL, mask_steps=t)[0].masks[SIZE] for t in (1, 3))
     assert (one | auto).equal(auto) and (auto | three).equal(three)  # I14
     middle, every = (capture(MODEL, mask_blocks=b)[0] for b in ("middle", "all"))
-    assert middle.maps.shape[2:] == (4, 4) and every.maps.shape[2:] == SIZE  # several grids meet at the finest
+    assert (
+        middle.maps.shape[2:] == (4, 4) and every.maps.shape[2:] == SIZE
+    )  # several grids meet at the finest
 
 
 def test_fewer_blocks_and_half_precision_hold_less():
@@ -107,15 +118,27 @@ def test_fewer_blocks_and_half_precision_hold_less():
     half, _ = capture(MODEL, precision="float16")
     assert half.bytes * 2 == full.bytes and half.features[Half.COND].dtype == torch.float16
     assert differs(half.features[Half.COND].float(), full.features[Half.COND]) < 1e-2
-    assert differs(sample(inject(MODEL, decoder)), sample(inject(MODEL, full, blocks="decoder"))) < TIGHT
-    assert differs(sample(inject(MODEL, full, blocks="output 0-1")), sample(inject(MODEL, full, blocks="decoder"))) > 1e-3
+    assert (
+        differs(sample(inject(MODEL, decoder)), sample(inject(MODEL, full, blocks="decoder")))
+        < TIGHT
+    )
+    assert (
+        differs(
+            sample(inject(MODEL, full, blocks="output 0-1")),
+            sample(inject(MODEL, full, blocks="decoder")),
+        )
+        > 1e-3
+    )
 
 
 def test_sigmas_are_the_schedule_of_the_reference(caplog):
     caplog.set_level(logging.INFO)
     sigmas = torch.tensor([11.0, 4.0, 1.0, 0.0])
     bank, _ = capture(MODEL, sigmas=sigmas)
-    assert bank.trajectory.sigmas.tolist() == [0.0, 1.0, 4.0, 11.0] and bank.trajectory.schedule == "custom, 3 steps"
+    assert (
+        bank.trajectory.sigmas.tolist() == [0.0, 1.0, 4.0, 11.0]
+        and bank.trajectory.schedule == "custom, 3 steps"
+    )
 
 
 def test_half_precision_latents_are_read():
@@ -145,7 +168,12 @@ def test_the_capture_reads_the_same_features_beside_a_longer_negative(tokens):
 
 def test_the_subject_of_a_row_per_picture():
     """A prompt per reference picture: each row has its own positions."""
-    rows = [[torch.cat((coarse()[0][0], prompt(6)[0][0])), {SUBJECT: SubjectTokens(("cat",), ((5,), (9,)))}]]
+    rows = [
+        [
+            torch.cat((coarse()[0][0], prompt(6)[0][0])),
+            {SUBJECT: SubjectTokens(("cat",), ((5,), (9,)))},
+        ]
+    ]
     latent = photo(pictures=2)
     bank, _ = capture(MODEL, latent, rows)
     second = [[prompt(6)[0][0], {SUBJECT: SubjectTokens(("cat",), ((9,),))}]]

@@ -1,4 +1,5 @@
 """Ids, order and ranges of what is saved into workflows do not drift unnoticed: object_info.json is the record."""
+
 import copy
 
 import pytest
@@ -17,11 +18,29 @@ def test_the_nodes_are_as_recorded(shape):
 
 def test_the_record_holds_no_files_and_none_of_the_hosts_lists(shape):
     """Else another machine, or the host's next version, would differ."""
-    choices = {(key, entry["id"]): entry["options"] for key, node in shape.items() for entry in node["inputs"] if "options" in entry}
-    assert choices["KindredLoadReference", "file"] == choices["KindredConceptEncoderLoad", "file"] == "files"
+    choices = {
+        (key, entry["id"]): entry["options"]
+        for key, node in shape.items()
+        for entry in node["inputs"]
+        if "options" in entry
+    }
+    assert (
+        choices["KindredLoadReference", "file"]
+        == choices["KindredConceptEncoderLoad", "file"]
+        == "files"
+    )
     assert choices["KindredAnchorSampler", "sampler_name"] == "the host's samplers"
-    assert choices["KindredDDIMInvert", "scheduler"] == choices["KindredAnchorSampler", "scheduler"] == "the host's schedulers"
-    assert choices["KindredDDIMInvert", "method"] == ["ddim", "edit-friendly ddpm", "fireflow", "forward noise"]
+    assert (
+        choices["KindredDDIMInvert", "scheduler"]
+        == choices["KindredAnchorSampler", "scheduler"]
+        == "the host's schedulers"
+    )
+    assert choices["KindredDDIMInvert", "method"] == [
+        "ddim",
+        "edit-friendly ddpm",
+        "fireflow",
+        "forward noise",
+    ]
 
 
 def drop(node):
@@ -49,16 +68,25 @@ def retype(node):
     node["outputs"][0]["type"] = "LATENT"
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (drop, "input reference is gone (it was number 2)"), (swap, "inputs stand in another order: model, reference"),
-    (append, "input more is new (number "), (widen, "input weight: max was 10.0, is 99.0"),
-    (fold, "input blocks: advanced was True, is 'not set'"), (retype, "output model: type was 'MODEL', is 'LATENT'"),
-    (lambda node: node.update(category="Elsewhere"), "category was 'Kindred', is 'Elsewhere'")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (drop, "input reference is gone (it was number 2)"),
+        (swap, "inputs stand in another order: model, reference"),
+        (append, "input more is new (number "),
+        (widen, "input weight: max was 10.0, is 99.0"),
+        (fold, "input blocks: advanced was True, is 'not set'"),
+        (retype, "output model: type was 'MODEL', is 'LATENT'"),
+        (lambda node: node.update(category="Elsewhere"), "category was 'Kindred', is 'Elsewhere'"),
+    ],
+)
 def test_a_drift_is_named(shape, change, sentence):
     other = copy.deepcopy(shape)
     change(other["KindredMaskedSelfAttnInject"])
     told = schemas.differences(shape, other)
-    assert [line for line in told if line.startswith("KindredMaskedSelfAttnInject: " + sentence)], told
+    assert [line for line in told if line.startswith("KindredMaskedSelfAttnInject: " + sentence)], (
+        told
+    )
     assert all(line.startswith("KindredMaskedSelfAttnInject: ") for line in told)
 
 
@@ -73,9 +101,14 @@ def test_a_growing_input_is_known_socket_by_socket():
     """The frontend names the sockets images.image0 and so on, and looks for their tooltips in the locales alone."""
     taken = {"required": {"image": ["IMAGE", {"tooltip": "a row"}]}}
     spec = {"tooltip": "rows", "template": {"input": taken, "prefix": "picture", "max": 2}}
-    assert list(schemas.grown("images", spec)) == [("images.picture0", "a row"), ("images.picture1", "a row")]
+    assert list(schemas.grown("images", spec)) == [
+        ("images.picture0", "a row"),
+        ("images.picture1", "a row"),
+    ]
     assert list(schemas.grown("images", {"tooltip": "no template"})) == []
-    assert schemas.without_words(spec) == {"template": {"input": {"required": {"image": ["IMAGE", {}]}}, "prefix": "picture", "max": 2}}
+    assert schemas.without_words(spec) == {
+        "template": {"input": {"required": {"image": ["IMAGE", {}]}}, "prefix": "picture", "max": 2}
+    }
 
 
 def test_what_changed_since_its_translation_is_told():
@@ -83,19 +116,31 @@ def test_what_changed_since_its_translation_is_told():
     made_from = {path: schemas.fingerprint(text) for path, text in schemas.flat(words).items()}
     assert schemas.stale(words, made_from) == []
     words["KindredX"]["inputs"] |= {"a": {"name": "a", "tooltip": "new"}, "b": {"name": "b"}}
-    assert schemas.stale(words, made_from) == ["KindredX.inputs.a.tooltip: new", "KindredX.inputs.b.name: b"]
+    assert schemas.stale(words, made_from) == [
+        "KindredX.inputs.a.tooltip: new",
+        "KindredX.inputs.b.name: b",
+    ]
 
 
 @pytest.mark.parametrize("how", ["added", "replaced"])
-@pytest.mark.parametrize("name, field, which", [
-    ("KindredRefUNetCapture", "scheduler", "SCHEDULERS"), ("KindredDDIMInvert", "scheduler", "SCHEDULERS"),
-    ("KindredAnchorSampler", "scheduler", "SCHEDULERS"), ("KindredAnchorSampler", "sampler_name", "SAMPLERS")])
+@pytest.mark.parametrize(
+    "name, field, which",
+    [
+        ("KindredRefUNetCapture", "scheduler", "SCHEDULERS"),
+        ("KindredDDIMInvert", "scheduler", "SCHEDULERS"),
+        ("KindredAnchorSampler", "scheduler", "SCHEDULERS"),
+        ("KindredAnchorSampler", "sampler_name", "SAMPLERS"),
+    ],
+)
 def test_what_a_pack_that_loads_later_adds_is_offered(node, monkeypatch, name, field, which, how):
     """In the host's own list object, or by another list in its place: as the host's KSampler offers it."""
     import comfy.samplers
+
     theirs = list(getattr(comfy.samplers.KSampler, which))
     if how == "added":
-        monkeypatch.setattr(comfy.samplers.KSampler, which, theirs)  # an object of the test's own, so that it can be added to
+        monkeypatch.setattr(
+            comfy.samplers.KSampler, which, theirs
+        )  # an object of the test's own, so that it can be added to
         theirs.append("a stranger's")
     else:
         monkeypatch.setattr(comfy.samplers.KSampler, which, [*theirs, "a stranger's"])

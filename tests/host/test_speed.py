@@ -1,4 +1,5 @@
 """Host laws of what makes a run quick: nothing of it changes a picture (I5, I33), and the host is told what it takes."""
+
 from __future__ import annotations
 
 import logging
@@ -10,7 +11,20 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from networks import random_model
-from studio import bank_of, capture, concept, counted, differs, inject, negative, pictures, plain, prompt, sample, story
+from studio import (
+    bank_of,
+    capture,
+    concept,
+    counted,
+    differs,
+    inject,
+    negative,
+    pictures,
+    plain,
+    prompt,
+    sample,
+    story,
+)
 
 from kindred.models.attention import FusedAttend
 from kindred.models.reference import Keeps
@@ -20,7 +34,19 @@ from kindred.nodes.host import run as host_run
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize
 EXACT = 1e-5
-IN_ORDER = ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm", "ddpm", "lms", "ipndm", "deis", "ddim"]
+IN_ORDER = [
+    "euler",
+    "euler_ancestral",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "lcm",
+    "ddpm",
+    "lms",
+    "ipndm",
+    "deis",
+    "ddim",
+]
 
 
 @pytest.fixture
@@ -37,6 +63,7 @@ def reads(monkeypatch):
         told = ahead(self, timestep)
         seen["foreseen"] += told is not None
         return told
+
     monkeypatch.setattr(host_run.SamplerRun, "begin", counted_begin)
     monkeypatch.setattr(foresight.Foreseen, "next", counted_next)
     return seen
@@ -56,12 +83,30 @@ def test_foreseen_noise_levels_are_those_that_are_asked_for(sampler, reads, monk
     found = sample(model, sampler=sampler, steps=4)
     assert reads == {"foreseen": 4, "runs": before + 1}
     read_each(monkeypatch)
-    assert torch.equal(found, sample(inject(MODEL, bank_of()), sampler=sampler, steps=4)) and reads["foreseen"] == 4
+    assert (
+        torch.equal(found, sample(inject(MODEL, bank_of()), sampler=sampler, steps=4))
+        and reads["foreseen"] == 4
+    )
 
 
-@LAW("sampler", ["heun", "dpm_2", "dpmpp_sde", "uni_pc", "dpm_adaptive", "dpmpp_2s_ancestral", "heunpp2", "res_multistep"])
+@LAW(
+    "sampler",
+    [
+        "heun",
+        "dpm_2",
+        "dpmpp_sde",
+        "uni_pc",
+        "dpm_adaptive",
+        "dpmpp_2s_ancestral",
+        "heunpp2",
+        "res_multistep",
+    ],
+)
 def test_samplers_that_ask_otherwise_are_read(sampler, reads):
-    assert torch.isfinite(sample(inject(MODEL, bank_of()), sampler=sampler)).all() and reads["foreseen"] == 0
+    assert (
+        torch.isfinite(sample(inject(MODEL, bank_of()), sampler=sampler)).all()
+        and reads["foreseen"] == 0
+    )
 
 
 def stranger(model, times: float):
@@ -71,12 +116,20 @@ def stranger(model, times: float):
     def twice(executor, x, timestep, options, seed):
         executor(x, timestep * times, options, seed)
         return executor(x, timestep, options, seed)
+
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "stranger", twice)
     return model
 
 
-@LAW("patched", [lambda m: inject(m, bank_of()), lambda m: inject(concept(m), bank_of()), lambda m: story(m, feature_injection=0.0)],
-     ids=["self", "both", "story"])
+@LAW(
+    "patched",
+    [
+        lambda m: inject(m, bank_of()),
+        lambda m: inject(concept(m), bank_of()),
+        lambda m: story(m, feature_injection=0.0),
+    ],
+    ids=["self", "both", "story"],
+)
 @LAW("theirs_first", [True, False])
 def test_beside_another_wrapper_every_level_is_read(patched, theirs_first, reads, monkeypatch):
     """It may ask for levels of its own, or leave some out as LazyCache does, and keep a state of its own."""
@@ -92,9 +145,15 @@ def test_beside_another_wrapper_every_level_is_read(patched, theirs_first, reads
 @LAW("start", [0.0, 0.15])
 def test_a_cache_that_skips_steps_is_never_run_twice(start, reads):
     from comfy_extras.nodes_easycache import LazyCacheNode
-    cached = LazyCacheNode.execute(MODEL, reuse_threshold=1.0, start_percent=start, end_percent=0.95, verbose=False).result[0]
+
+    cached = LazyCacheNode.execute(
+        MODEL, reuse_threshold=1.0, start_percent=start, end_percent=0.95, verbose=False
+    ).result[0]
     model, before = inject(cached, bank_of()), reads["runs"]
-    assert torch.isfinite(sample(model, steps=10)).all() and reads == {"foreseen": 0, "runs": before + 1}
+    assert torch.isfinite(sample(model, steps=10)).all() and reads == {
+        "foreseen": 0,
+        "runs": before + 1,
+    }
 
 
 class Twice(comfy.samplers.CFGGuider):
@@ -110,13 +169,23 @@ def guided(model, guider=comfy.samplers.CFGGuider, sigmas=None, sampler=None):
     asks.set_conds(prompt(), negative())
     asks.set_cfg(4.0)
     with torch.inference_mode():
-        return asks.sample(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 4, 8, 8),
-                           sampler or comfy.samplers.ksampler("euler"), bank_of().trajectory.sigmas.flip(0) if sigmas is None else sigmas,
-                           seed=1)
+        return asks.sample(
+            torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+            torch.zeros(1, 4, 8, 8),
+            sampler or comfy.samplers.ksampler("euler"),
+            bank_of().trajectory.sigmas.flip(0) if sigmas is None else sigmas,
+            seed=1,
+        )
 
 
-@LAW("patched", [lambda m: inject(m, bank_of()), lambda m: inject(concept(m), bank_of())], ids=["self", "both"])
-def test_who_asks_for_levels_of_its_own_gets_the_picture_of_those(patched, reads, monkeypatch, caplog):
+@LAW(
+    "patched",
+    [lambda m: inject(m, bank_of()), lambda m: inject(concept(m), bank_of())],
+    ids=["self", "both"],
+)
+def test_who_asks_for_levels_of_its_own_gets_the_picture_of_those(
+    patched, reads, monkeypatch, caplog
+):
     """The guess is checked after the run, and the picture made again where it was wrong; keyframes of hooks begin again."""
     caplog.set_level(logging.INFO)
     began, model = [], patched(MODEL)
@@ -131,12 +200,19 @@ def test_who_asks_for_levels_of_its_own_gets_the_picture_of_those(patched, reads
 def test_sigmas_of_any_precision_are_asked_for_once(reads):
     sigmas = bank_of().trajectory.sigmas.flip(0)
     model, before = inject(MODEL, bank_of()), reads["runs"]
-    single, double = (guided(model, sigmas=sigmas.to(kind)) for kind in (torch.float32, torch.float64))
-    assert reads == {"foreseen": 2 * (len(sigmas) - 1), "runs": before + 2} and differs(double, single) < EXACT
+    single, double = (
+        guided(model, sigmas=sigmas.to(kind)) for kind in (torch.float32, torch.float64)
+    )
+    assert (
+        reads == {"foreseen": 2 * (len(sigmas) - 1), "runs": before + 2}
+        and differs(double, single) < EXACT
+    )
 
 
 def test_a_churned_sampler_is_read(reads):
-    out = guided(inject(MODEL, bank_of()), sampler=comfy.samplers.ksampler("euler", {"s_churn": 2.0}))
+    out = guided(
+        inject(MODEL, bank_of()), sampler=comfy.samplers.ksampler("euler", {"s_churn": 2.0})
+    )
     assert torch.isfinite(out).all() and reads["foreseen"] == 0
 
 
@@ -146,11 +222,27 @@ def test_a_churned_sampler_is_read(reads):
 @cache
 def bank_that_keeps(keeps, wired=False):
     """Of the shared photo, both halves; wired: with a mask of half the picture."""
-    return capture(MODEL, keeps=keeps.value, negative=negative(), **({"mask": torch.ones(1, 64, 64).tril()} if wired else {}))[0]
+    return capture(
+        MODEL,
+        keeps=keeps.value,
+        negative=negative(),
+        **({"mask": torch.ones(1, 64, 64).tril()} if wired else {}),
+    )[0]
 
 
-@LAW("way", [{}, {"halves": "both"}, {"halves": "shared"}, {"weight": 2.0, "halves": "both"}, {"weight_mode": "key scale", "weight": 2.0},
-             {"weight_mode": "post softmax", "weight": 0.5}, {"weight_mode": "output blend", "weight": 0.5}], ids=str)
+@LAW(
+    "way",
+    [
+        {},
+        {"halves": "both"},
+        {"halves": "shared"},
+        {"weight": 2.0, "halves": "both"},
+        {"weight_mode": "key scale", "weight": 2.0},
+        {"weight_mode": "post softmax", "weight": 0.5},
+        {"weight_mode": "output blend", "weight": 0.5},
+    ],
+    ids=str,
+)
 @LAW("wired", [False, True], ids=["found", "wired"])
 def test_kept_keys_and_values_give_the_picture_of_hidden_states(way, wired):
     banks = [bank_that_keeps(keeps, wired) for keeps in (Keeps.HIDDEN, Keeps.KEYS_VALUES)]
@@ -161,6 +253,7 @@ def test_kept_keys_and_values_give_the_picture_of_hidden_states(way, wired):
 
 def test_automatic_keeps_keys_and_values_up_to_its_limit(monkeypatch):
     from kindred.models import reference
+
     small = capture(MODEL)[0]
     assert small.bytes == capture(MODEL, keeps="keys and values")[0].bytes
     monkeypatch.setattr(reference, "KEYS_VALUES_UP_TO", small.bytes - 1)
@@ -169,8 +262,10 @@ def test_automatic_keeps_keys_and_values_up_to_its_limit(monkeypatch):
 
 def test_they_serve_a_live_pass_and_a_story_too():
     banks = [bank_that_keeps(keeps) for keeps in (Keeps.HIDDEN, Keeps.KEYS_VALUES)]
-    for ways in (lambda bank: sample(inject(MODEL, bank), scheduler="karras"),
-                 lambda bank: pictures(story(MODEL, reference=bank, feature_injection=0.0), steps=3)):
+    for ways in (
+        lambda bank: sample(inject(MODEL, bank), scheduler="karras"),
+        lambda bank: pictures(story(MODEL, reference=bank, feature_injection=0.0), steps=3),
+    ):
         hidden, kept = map(ways, banks)
         assert differs(hidden, kept) < EXACT
 
@@ -182,10 +277,12 @@ def test_they_serve_a_live_pass_and_a_story_too():
 def test_a_share_of_equal_tokens_is_all_of_them(way, monkeypatch):
     """Where a subject's tokens are one and the same, half of them speaking twice as loud are all of them (I9)."""
     from kindred.models import reference
+
     kept_of = reference.kept_of
 
     def equal(block, grid, tokens, kept):
         return kept_of(block, grid, tokens[:, :1].expand_as(tokens), kept)
+
     monkeypatch.setattr(reference, "kept_of", equal)
     mask = torch.ones(1, 64, 64)
     whole, half = (capture(MODEL, mask=mask, token_share=share)[0] for share in (1.0, 0.5))
@@ -203,7 +300,15 @@ def test_a_share_is_refused_where_it_leaves_nothing():
 # weights by sums ---------------------------------------------------------------------------------------------------------------
 
 
-@LAW("way", [{"weight": 2.0}, {"weight": 0.3, "halves": "both"}, {"weight": 2.0, "target_mask": torch.ones(1, 8, 8).tril()}], ids=str)
+@LAW(
+    "way",
+    [
+        {"weight": 2.0},
+        {"weight": 0.3, "halves": "both"},
+        {"weight": 2.0, "target_mask": torch.ones(1, 8, 8).tril()},
+    ],
+    ids=str,
+)
 def test_weights_joined_by_sums_give_the_picture_of_the_mask(way, monkeypatch):
     masked = sample(inject(MODEL, bank_of(), **way), batch=2)
     monkeypatch.setattr(host_run, "FusedAttend", partial(FusedAttend, shortest=0))
@@ -218,6 +323,7 @@ def test_another_attention_than_torchs_is_never_gone_past(monkeypatch):
     def theirs(func, q, k, v, heads, mask=None, **kwargs):
         masks.append(mask is not None)
         return func(q, k, v, heads, mask=mask, **kwargs)
+
     model.model_options["transformer_options"]["optimized_attention_override"] = theirs
     assert torch.isfinite(sample(model)).all() and any(masks)
 
@@ -239,8 +345,13 @@ def test_an_attention_of_another_layout_or_with_a_mask_is_not_the_blocks(how):
     run, asked = host_run.SamplerRun(), []
     run.pending = call = object()
     options = host_run.install({}, run)["transformer_options"]
-    options["optimized_attention_override"](lambda *given, **more: asked.append(more), *(torch.ones(1, 2, 4),) * 3, 2,
-                                            transformer_options=options, **how)
+    options["optimized_attention_override"](
+        lambda *given, **more: asked.append(more),
+        *(torch.ones(1, 2, 4),) * 3,
+        2,
+        transformer_options=options,
+        **how,
+    )
     assert run.pending is call and [{key: more[key] for key in how} for more in asked] == [how]
 
 
@@ -255,15 +366,23 @@ def announced(monkeypatch):
     def seen(models, memory_required=0, **kwargs):
         asked.append(memory_required)
         return load(models, memory_required=memory_required, **kwargs)
+
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", seen)
     return asked
 
 
-@LAW("patched", [lambda m: inject(m, bank_of()), lambda m: concept(m), lambda m: story(m, feature_injection=0.0)],
-     ids=["self", "concept", "story"])
+@LAW(
+    "patched",
+    [
+        lambda m: inject(m, bank_of()),
+        lambda m: concept(m),
+        lambda m: story(m, feature_injection=0.0),
+    ],
+    ids=["self", "concept", "story"],
+)
 def test_the_host_is_told_what_an_injection_holds(patched, announced):
     bare, model = random_model("tiny"), patched(MODEL)
-    injection, = host_run.injected(model)
+    (injection,) = host_run.injected(model)
     pictures(bare, steps=2)
     pictures(model, steps=2)
     more = injection.held(model, (3, 4, 8, 8))
@@ -274,7 +393,7 @@ def test_the_host_is_told_what_an_injection_holds(patched, announced):
 
 def test_the_bytes_of_a_reference_are_its_row_and_the_longest_keys():
     model = inject(MODEL, bank_of(), halves="both")
-    injection, = host_run.injected(model)
+    (injection,) = host_run.injected(model)
     one, three = (injection.held(model, (n, 4, 8, 8)) for n in (1, 3))
     row = 2 * bank_of().bytes // (2 * len(bank_of().features["cond"]))
     assert one > 2 * row and three > one

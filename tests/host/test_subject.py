@@ -1,4 +1,5 @@
 """The shipped subject of story_more_pictures.json fits the shipped checkpoint, the workflow that loads it, and this version of a file."""
+
 from __future__ import annotations
 
 import json
@@ -33,21 +34,34 @@ def test_it_is_small_and_the_load_node_lists_it():
 
 def test_it_was_made_with_the_shipped_checkpoint_by_this_version(host, bank):
     with torch.inference_mode():
-        model = host.CheckpointLoaderSimple().load_checkpoint(inputs("CheckpointLoaderSimple")["ckpt_name"])[0]
+        model = host.CheckpointLoaderSimple().load_checkpoint(
+            inputs("CheckpointLoaderSimple")["ckpt_name"]
+        )[0]
     assert bank.model_key == model_key(model) and bank.version == BANK_VERSION
 
 
 def test_the_workflow_asks_for_what_it_holds(bank):
     """Its steps, and every setting of the anchors that the story node also has."""
     sampler, story = inputs("KSampler"), inputs("KindredConsiStory")
-    assert bank.trajectory.schedule == f"{sampler['scheduler']}, {sampler['sampler_name']}, {sampler['steps']} steps"
+    assert (
+        bank.trajectory.schedule
+        == f"{sampler['scheduler']}, {sampler['sampler_name']}, {sampler['steps']} steps"
+    )
     assert len(bank.trajectory.sigmas) == sampler["steps"] + 1
-    assert bank.pictures == len(subject.SCENES) == (bank.anchors.settings["anchors"] or bank.pictures)  # all of them, however it is said
+    assert (
+        bank.pictures == len(subject.SCENES) == (bank.anchors.settings["anchors"] or bank.pictures)
+    )  # all of them, however it is said
     shared = bank.anchors.settings.keys() & story.keys() - {"anchors"}
     assert shared >= {"weight", "dropout", "query_blend", "feature_injection", "halves", "order"}
-    assert {name: bank.anchors.settings[name] for name in shared} == {name: story[name] for name in shared}
+    assert {name: bank.anchors.settings[name] for name in shared} == {
+        name: story[name] for name in shared
+    }
     word = inputs("KindredSubjectPrompts")["subject"]
-    assert bank.prompts[Half.COND].text.splitlines() == [line for line in bank.prompts[Half.COND].text.splitlines() if word in line] != []
+    assert (
+        bank.prompts[Half.COND].text.splitlines()
+        == [line for line in bank.prompts[Half.COND].text.splitlines() if word in line]
+        != []
+    )
     assert all(row.dtype is torch.float16 for rows in bank.features.values() for row in rows)
 
 
@@ -55,5 +69,9 @@ def test_the_workflow_asks_for_what_it_holds(bank):
 def test_a_shipped_story_has_the_values_that_its_node_comes_with(name, node):
     graph = json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
     given = next(n["inputs"] for n in graph.values() if n["class_type"] == "KindredConsiStory")
-    defaults = {i.id: i.default for i in node("KindredConsiStory").define_schema().inputs if getattr(i, "default", None) is not None}
+    defaults = {
+        i.id: i.default
+        for i in node("KindredConsiStory").define_schema().inputs
+        if getattr(i, "default", None) is not None
+    }
     assert {k: v for k, v in given.items() if not isinstance(v, list)} == defaults

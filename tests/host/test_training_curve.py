@@ -1,4 +1,5 @@
 """Host laws of the loss curve that Concept Encoder Train shows."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,5 @@
 """The training loop through the host's UNets: checkpointing changes no gradient, and SD1.5's real size steps and resumes."""
+
 from __future__ import annotations
 
 import copy
@@ -13,24 +14,39 @@ from kindred.models.injection import Merge
 from kindred.models.training import Examples, Trainer, TrainSettings, draw
 from kindred.nodes.host import FrozenUNet, attention_sites
 
-SETTINGS = TrainSettings(steps=2, batch=2, rate=1e-3, average=0.9, drop_text=0.0, drop_image=0.0, drop_both=0.0)
+SETTINGS = TrainSettings(
+    steps=2, batch=2, rate=1e-3, average=0.9, drop_text=0.0, drop_image=0.0, drop_both=0.0
+)
 
 
 def examples(size: int) -> Examples:
     generator = torch.Generator().manual_seed(0)
     side = TOWER["image_size"]
-    return Examples(torch.randn(2, 4, size, size, generator=generator),
-                    torch.randint(0, 256, (2, side, side, 3), generator=generator, dtype=torch.uint8), ["a cat", "a cat"], [0, 1])
+    return Examples(
+        torch.randn(2, 4, size, size, generator=generator),
+        torch.randint(0, 256, (2, side, side, 3), generator=generator, dtype=torch.uint8),
+        ["a cat", "a cat"],
+        [0, 1],
+    )
 
 
 def trainer_of(family: str, size: int, checkpointing: bool = False, model=None) -> Trainer:
     """A small random tower before a UNet with random weights; keys and values start as the text's."""
     model = model or build_model(family)
-    texts = {"": random_prompt(family, 0), "a cat": random_prompt(family, 1, tokens=154)}  # unequal: repeated to a common length
+    texts = {
+        "": random_prompt(family, 0),
+        "a cat": random_prompt(family, 1, tokens=154),
+    }  # unequal: repeated to a common length
     encoder = fresh_encoder(family, model=model)
-    encoder.start_from_text({b: (s.module.attn2.to_k.weight, s.module.attn2.to_v.weight)
-                             for b, s in attention_sites(model.model.diffusion_model).items()})
-    return Trainer(encoder, FrozenUNet(model, Merge.CONCAT, texts, checkpointing), examples(size), SETTINGS)
+    encoder.start_from_text(
+        {
+            b: (s.module.attn2.to_k.weight, s.module.attn2.to_v.weight)
+            for b, s in attention_sites(model.model.diffusion_model).items()
+        }
+    )
+    return Trainer(
+        encoder, FrozenUNet(model, Merge.CONCAT, texts, checkpointing), examples(size), SETTINGS
+    )
 
 
 def gradient(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -61,7 +77,9 @@ def test_sd15_steps_resumes_and_recomputes():
     model = build_model("sd15")
     try:
         whole = trainer_of("sd15", 8, model=model)
-        assert sorted(c for _, c in whole.encoder.config.layers) == [320] * 5 + [640] * 5 + [1280] * 6
+        assert (
+            sorted(c for _, c in whole.encoder.config.layers) == [320] * 5 + [640] * 5 + [1280] * 6
+        )
         first = gradient(whole)
         whole.step()
         state = copy.deepcopy(whole.state())
@@ -75,6 +93,7 @@ def test_sd15_steps_resumes_and_recomputes():
         same_gradient(first, gradient(trainer_of("sd15", 8, checkpointing=True, model=model)))
     finally:
         import comfy.model_management
+
         comfy.model_management.unload_all_models()
         del model
         gc.collect()

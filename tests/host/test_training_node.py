@@ -1,4 +1,5 @@
 """Host laws of Concept Encoder Train, on the miniature: it learns, keeps what it learned, and leaves nothing else behind."""
+
 from __future__ import annotations
 
 import gc
@@ -26,8 +27,15 @@ from kindred.nodes import host, training
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order
 
-SMALLER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-           "hidden_act": "quick_gelu"}
+SMALLER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_act": "quick_gelu",
+}
 LAW = pytest.mark.parametrize
 
 
@@ -35,7 +43,9 @@ LAW = pytest.mark.parametrize
 def world() -> dict:
     """MODEL, CLIP and VAE as the host's own loader gives them: loaded under inference_mode."""
     with torch.inference_mode():
-        model, clip, vae = host_nodes.CheckpointLoaderSimple().load_checkpoint("kindred_miniature.safetensors")
+        model, clip, vae = host_nodes.CheckpointLoaderSimple().load_checkpoint(
+            "kindred_miniature.safetensors"
+        )
     assert next(model.model.parameters()).is_inference()
     return {"model": model, "clip": clip, "vae": vae}
 
@@ -44,7 +54,11 @@ def world() -> dict:
 def folder(tmp_path, monkeypatch):
     """models/concept_encoders, empty; the new tower is tiny."""
     monkeypatch.setattr(training, "SMALL_TOWER", SMALLER)
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, host.CONCEPTS, ([str(tmp_path)], {".safetensors", ".pt"}))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths,
+        host.CONCEPTS,
+        ([str(tmp_path)], {".safetensors", ".pt"}),
+    )
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return tmp_path
 
@@ -59,12 +73,25 @@ def photos() -> torch.Tensor:
 @pytest.fixture
 def train(world, photos):
     """train(steps=..., ...) as the executor calls the node: lists, under inference_mode."""
+
     @torch.inference_mode()
     def call(images=None, prompt="a photo", **more):
-        given = {**world, "save_name": "new", "steps": 3, "learning_rate": 3e-3, "tower_rate": 3e-3, "tower": SMALL, "average": 0.9} | more
-        out = ConceptEncoderTrain.execute(images=[photos] if images is None else images, prompt=prompt if isinstance(prompt, list)
-                                          else [prompt], **{name: [value] for name, value in given.items()})
+        given = {
+            **world,
+            "save_name": "new",
+            "steps": 3,
+            "learning_rate": 3e-3,
+            "tower_rate": 3e-3,
+            "tower": SMALL,
+            "average": 0.9,
+        } | more
+        out = ConceptEncoderTrain.execute(
+            images=[photos] if images is None else images,
+            prompt=prompt if isinstance(prompt, list) else [prompt],
+            **{name: [value] for name, value in given.items()},
+        )
         return *out.result, out.ui.as_dict()
+
     return call
 
 
@@ -74,12 +101,15 @@ def seen(monkeypatch):
     held, made, kept = SimpleNamespace(refs=[], losses=[]), Trainer.__init__, Trainer.kept
 
     def init(self, encoder, denoise, *more):
-        held.refs += [weakref.ref(o) for o in (encoder, denoise, denoise.patcher, denoise.model, self)]
+        held.refs += [
+            weakref.ref(o) for o in (encoder, denoise, denoise.patcher, denoise.model, self)
+        ]
         made(self, encoder, denoise, *more)
 
     def keep(self, **facts):
         held.losses = list(self.losses)
         return kept(self, **facts)
+
     monkeypatch.setattr(Trainer, "__init__", init)
     monkeypatch.setattr(Trainer, "kept", keep)
     return held
@@ -94,16 +124,27 @@ def at_step(monkeypatch, number, act):
         if self.step_number == number:
             act(self)
         return loss
+
     monkeypatch.setattr(Trainer, "step", wrapped)
 
 
 def prompts(clip) -> dict:
     with torch.inference_mode():
-        made = [clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("a photo of a cat on a beach", "")]
-    return {"positive": made[0], "uncond": made[1], "latent": torch.zeros(1, 8, 16, 16), "scheduler": "normal"}
+        made = [
+            clip.encode_from_tokens_scheduled(clip.tokenize(t))
+            for t in ("a photo of a cat on a beach", "")
+        ]
+    return {
+        "positive": made[0],
+        "uncond": made[1],
+        "latent": torch.zeros(1, 8, 16, 16),
+        "scheduler": "normal",
+    }
 
 
-def test_it_trains_saves_and_feeds_the_injection_and_leaves_nothing_behind(world, photos, train, seen, folder):
+def test_it_trains_saves_and_feeds_the_injection_and_leaves_nothing_behind(
+    world, photos, train, seen, folder
+):
     asked = prompts(world["clip"])
     plain, before = sample(world["model"], **asked), of_model(world["model"])
     wired = fingerprint([photos])
@@ -112,7 +153,11 @@ def test_it_trains_saves_and_feeds_the_injection_and_leaves_nothing_behind(world
     encoder, curve, ui = train()
     assert torch.equal(torch.random.get_rng_state(), dice[0]) and random.getstate() == dice[1]
     assert np.random.get_state()[1].tolist() == dice[2]
-    assert of_model(world["model"]) == before and fingerprint([photos]) == wired and torch.equal(sample(world["model"], **asked), plain)
+    assert (
+        of_model(world["model"]) == before
+        and fingerprint([photos]) == wired
+        and torch.equal(sample(world["model"], **asked), plain)
+    )
     assert not comfy.model_management.in_training and not torch.is_inference_mode_enabled()
     gc.collect()
     assert seen.refs and not [r() for r in seen.refs if r() is not None]
@@ -125,7 +170,11 @@ def test_it_trains_saves_and_feeds_the_injection_and_leaves_nothing_behind(world
     for name, value in loaded.encoder.state_dict().items():
         assert torch.equal(value, encoder.encoder.state_dict()[name].half().float()), name
     facts = loaded.encoder.config.training
-    assert facts["steps"] == 3 and facts["pictures"] == 2 and facts["base"] == host.model_key(world["model"])
+    assert (
+        facts["steps"] == 3
+        and facts["pictures"] == 2
+        and facts["base"] == host.model_key(world["model"])
+    )
     with torch.inference_mode():
         model = CrossAttnDetailInject.execute(world["model"], encoder, photos[:1]).result[0]
         again = CrossAttnDetailInject.execute(world["model"], loaded, photos[:1]).result[0]
@@ -141,6 +190,7 @@ def test_the_last_preview_is_the_curve_that_comes_out(train, monkeypatch, every)
 
     def bar(total):
         return lambda done, picture=None: told.append((done, picture and np.asarray(picture)))
+
     monkeypatch.setattr(training, "PREVIEW_EVERY", every)
     monkeypatch.setattr(host, "progress", bar)
     curve = train(steps=4)[1]
@@ -150,7 +200,15 @@ def test_the_last_preview_is_the_curve_that_comes_out(train, monkeypatch, every)
 
 
 def test_a_new_tower_learns_as_fast_as_the_projections():
-    given = {"model": None, "vae": None, "clip": None, "images": [], "prompt": ["x"], "save_name": "x", "learning_rate": 1e-3}
+    given = {
+        "model": None,
+        "vae": None,
+        "clip": None,
+        "images": [],
+        "prompt": ["x"],
+        "save_name": "x",
+        "learning_rate": 1e-3,
+    }
     assert Order(**given, tower=SMALL).settings.tower_rate is None
     assert Order(**given, tower_rate=1e-6, noise_from=0.5).settings.tower_rate == 1e-6
 
@@ -162,14 +220,27 @@ def test_it_learns_two_pictures_by_heart(train, photos, monkeypatch):
     @torch.no_grad()
     def measure(trainer):
         clean = TrainSettings(batch=8, drop_text=0.0, drop_image=0.0, drop_both=0.0, seed=9)
-        errors.append(np.mean([float(trainer.loss(draw(clean, trainer.examples, 1000, i))) for i in range(2)]))
+        errors.append(
+            np.mean([float(trainer.loss(draw(clean, trainer.examples, 1000, i))) for i in range(2)])
+        )
+
     for step in (1, 40):
         at_step(monkeypatch, step, measure)
-    train(images=[1 - photos], steps=40, batch=4, learning_rate=5e-3, drop_text=0.0, drop_image=0.0, drop_both=0.0)
+    train(
+        images=[1 - photos],
+        steps=40,
+        batch=4,
+        learning_rate=5e-3,
+        drop_text=0.0,
+        drop_image=0.0,
+        drop_both=0.0,
+    )
     assert errors[1] < 0.7 * errors[0], errors
 
 
-def test_a_cancelled_run_keeps_what_it_learned_and_goes_on_as_if_it_had_not_stopped(train, seen, folder, monkeypatch):
+def test_a_cancelled_run_keeps_what_it_learned_and_goes_on_as_if_it_had_not_stopped(
+    train, seen, folder, monkeypatch
+):
     train(save_name="whole", steps=4)
     whole = list(seen.losses)
     with monkeypatch.context() as once:
@@ -177,7 +248,10 @@ def test_a_cancelled_run_keeps_what_it_learned_and_goes_on_as_if_it_had_not_stop
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(steps=4)
     gc.collect()
-    assert not comfy.model_management.in_training and not comfy.model_management.processing_interrupted()
+    assert (
+        not comfy.model_management.in_training
+        and not comfy.model_management.processing_interrupted()
+    )
     assert not [r() for r in seen.refs if r() is not None]
     assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 2
     train(steps=4)
@@ -197,6 +271,7 @@ def at_pass(number, act):
         if len(begun) == number:
             act()
         return forward(self, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UNetModel, "forward", counted)
         yield begun
@@ -210,14 +285,25 @@ def fail():
     raise NotImplementedError("another pack's patch")
 
 
-FAULTS = {"interrupt": (comfy.model_management.interrupt_current_processing, comfy.model_management.InterruptProcessingException),
-          "memory": (starve, comfy.model_management.OOM_EXCEPTION), "neighbour": (fail, NotImplementedError)}
+FAULTS = {
+    "interrupt": (
+        comfy.model_management.interrupt_current_processing,
+        comfy.model_management.InterruptProcessingException,
+    ),
+    "memory": (starve, comfy.model_management.OOM_EXCEPTION),
+    "neighbour": (fail, NotImplementedError),
+}
 
 
 @LAW("fault", FAULTS)
-def test_stopped_at_any_unet_call_of_any_step_it_goes_on_as_if_it_had_not_been(world, train, seen, folder, fault):
+def test_stopped_at_any_unet_call_of_any_step_it_goes_on_as_if_it_had_not_been(
+    world, train, seen, folder, fault
+):
     """Two batches to a step: in the middle of one, nothing of it is learned. An interrupt saves, an error keeps what was."""
-    (act, error), how = FAULTS[fault], {"steps": 2, "accumulate": 2, "batch": 1, "save_every": 250 if fault == "interrupt" else 1}
+    (act, error), how = (
+        FAULTS[fault],
+        {"steps": 2, "accumulate": 2, "batch": 1, "save_every": 250 if fault == "interrupt" else 1},
+    )
     with at_pass(0, None) as begun:
         train(save_name="whole", **how)
     assert len(begun) == 4
@@ -228,13 +314,24 @@ def test_stopped_at_any_unet_call_of_any_step_it_goes_on_as_if_it_had_not_been(w
             train(**how)
         gc.collect()
         assert seen.refs and not [r() for r in seen.refs if r() is not None], number
-        assert not comfy.model_management.in_training and not comfy.model_management.processing_interrupted()
+        assert (
+            not comfy.model_management.in_training
+            and not comfy.model_management.processing_interrupted()
+        )
         done = (number - 1) // 2
-        assert sorted(p.name for p in folder.glob("new*")) == ["new.safetensors", "new.training"] * (done > 0), number
-        assert not done or load_concept_encoder(folder / "new.safetensors").config.training["steps"] == done
+        assert sorted(p.name for p in folder.glob("new*")) == [
+            "new.safetensors",
+            "new.training",
+        ] * (done > 0), number
+        assert (
+            not done
+            or load_concept_encoder(folder / "new.safetensors").config.training["steps"] == done
+        )
         train(**how)
         assert seen.losses == losses and of_model(world["model"]) == before, number
-        assert (folder / "new.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes(), number
+        assert (folder / "new.safetensors").read_bytes() == (
+            folder / "whole.safetensors"
+        ).read_bytes(), number
         for name in ("new.safetensors", "new.training"):
             (folder / name).unlink()
     assert len(list(folder.iterdir())) == 2
@@ -250,12 +347,20 @@ def test_cancelled_before_the_first_step_nothing_is_saved(train, folder):
 def test_resume_refuses_another_run_and_spares_what_is_not_its_own(train, folder, photos, seen):
     train(steps=1)
     kept = (folder / "new.safetensors").read_bytes()
-    for changes, words in (({"learning_rate": 2e-3}, ["0.003", "0.002", "rate"]), ({"batch": 1}, ["batch 2", "batch 1"]),
-                           ({"images": [photos.flip(1)]}, ["pictures 2"]), ({"prompt": "a drawing"}, ["pictures 2"]),
-                           ({"size": 64}, ["size 128", "size 64"]), ({"merge": "add"}, ["merge concat", "merge add"])):
+    for changes, words in (
+        ({"learning_rate": 2e-3}, ["0.003", "0.002", "rate"]),
+        ({"batch": 1}, ["batch 2", "batch 1"]),
+        ({"images": [photos.flip(1)]}, ["pictures 2"]),
+        ({"prompt": "a drawing"}, ["pictures 2"]),
+        ({"size": 64}, ["size 128", "size 64"]),
+        ({"merge": "add"}, ["merge concat", "merge add"]),
+    ):
         with pytest.raises(ValueError) as refused:
             train(**changes)
-        assert all(word in str(refused.value) for word in ["Concept Encoder Train", "same settings", "name", *words]), refused.value
+        assert all(
+            word in str(refused.value)
+            for word in ["Concept Encoder Train", "same settings", "name", *words]
+        ), refused.value
     assert (folder / "new.safetensors").read_bytes() == kept
     (folder / "new.training").write_bytes(b"PK torn")
     with pytest.raises(ValueError, match="new.training is torn"):
@@ -278,11 +383,17 @@ def test_a_full_disk_leaves_the_last_good_file_and_says_so(train, folder, monkey
             save(self, *files)
         finally:
             limits.setrlimit(limits.RLIMIT_FSIZE, (soft, hard))
+
     with monkeypatch.context() as once:
         once.setattr(Trainer, "save", short)
         with pytest.raises(OSError) as full:
             train(save_every=1)
-    words = ["Concept Encoder Train", "step 2 could not be saved", "new.safetensors of step 1 is whole", "make room there"]
+    words = [
+        "Concept Encoder Train",
+        "step 2 could not be saved",
+        "new.safetensors of step 1 is whole",
+        "make room there",
+    ]
     assert all(word in str(full.value) for word in words), full.value
     assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 1
     assert sorted(p.name for p in folder.iterdir()) == ["new.safetensors", "new.training"]
@@ -291,25 +402,46 @@ def test_a_full_disk_leaves_the_last_good_file_and_says_so(train, folder, monkey
     assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 3
 
 
-def test_a_loss_that_is_not_finite_ends_with_a_sentence_and_the_last_good_state(train, folder, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_with_a_sentence_and_the_last_good_state(
+    train, folder, monkeypatch
+):
     loss = Trainer.loss
-    monkeypatch.setattr(Trainer, "loss", lambda self, *a: loss(self, *a) * (float("nan") if self.step_number == 2 else 1.0))
-    with pytest.raises(ValueError, match="Concept Encoder Train: training: the loss of step 3 is nan.*learning rate"):
+    monkeypatch.setattr(
+        Trainer,
+        "loss",
+        lambda self, *a: loss(self, *a) * (float("nan") if self.step_number == 2 else 1.0),
+    )
+    with pytest.raises(
+        ValueError,
+        match="Concept Encoder Train: training: the loss of step 3 is nan.*learning rate",
+    ):
         train()
     assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 2
 
 
 def test_batches_lists_sizes_and_channels(train, seen, folder):
     generator = torch.Generator().manual_seed(3)
-    images = [torch.rand(*shape, generator=generator) for shape in ((2, 90, 130, 3), (1, 40, 33, 1), (1, 128, 128, 4))]
-    train(images=images, steps=1, subjects="every batch", prompt=["a cat", "a dog", "a fish", "a bird"])
+    images = [
+        torch.rand(*shape, generator=generator)
+        for shape in ((2, 90, 130, 3), (1, 40, 33, 1), (1, 128, 128, 4))
+    ]
+    train(
+        images=images,
+        steps=1,
+        subjects="every batch",
+        prompt=["a cat", "a dog", "a fish", "a bird"],
+    )
     facts = load_concept_encoder(folder / "new.safetensors").config.training
     assert facts["pictures"] == 4 and facts["subjects"] == 3
     train(images=images, steps=1, save_name="sub/each", prompt="a cat\na dog\na fish\n\na bird")
-    assert load_concept_encoder(folder / "sub" / "each.safetensors").config.training["subjects"] == 4
+    assert (
+        load_concept_encoder(folder / "sub" / "each.safetensors").config.training["subjects"] == 4
+    )
 
 
-def test_a_lora_is_trained_through_and_stays_out_of_the_input_model(world, train, seen, monkeypatch):
+def test_a_lora_is_trained_through_and_stays_out_of_the_input_model(
+    world, train, seen, monkeypatch
+):
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     with torch.inference_mode():
         model = world["model"].clone()
@@ -320,6 +452,7 @@ def test_a_lora_is_trained_through_and_stays_out_of_the_input_model(world, train
     def init(self, copy, *more):
         made(self, copy, *more)
         found.append(copy.model.get_submodule(key.rpartition(".")[0]).weight.clone())
+
     monkeypatch.setattr(host.FrozenUNet, "__init__", init)
     before = of_model(model)
     train(model=model, steps=1)
@@ -331,23 +464,40 @@ def test_a_lora_is_trained_through_and_stays_out_of_the_input_model(world, train
 def vision(**changes):
     """A CLIP_VISION of the host's own class."""
     with torch.inference_mode():
-        made = comfy.clip_vision.ClipVisionModel({**TOWER, "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **changes})
+        made = comfy.clip_vision.ClipVisionModel(
+            {**TOWER, "model_type": "clip_vision_model", "hidden_act": "quick_gelu", **changes}
+        )
         generator = torch.Generator().manual_seed(0)
-        made.load_sd({name: torch.randn(value.shape, generator=generator) * 0.2 for name, value in made.get_sd().items()
-                      if value.is_floating_point()})
+        made.load_sd(
+            {
+                name: torch.randn(value.shape, generator=generator) * 0.2
+                for name, value in made.get_sd().items()
+                if value.is_floating_point()
+            }
+        )
     return made
 
 
 def test_from_clip_vision_with_a_frozen_tower_and_on_from_there(train, folder, photos):
     eye = vision()
     first = train(tower="as wired", clip_vision=eye, tower_rate=0.0, steps=2)[0]
-    assert first.encoder.config.tower_width == TOWER["hidden_size"] and first.encoder.config.preprocessing.size == TOWER["image_size"]
+    assert (
+        first.encoder.config.tower_width == TOWER["hidden_size"]
+        and first.encoder.config.preprocessing.size == TOWER["image_size"]
+    )
     with torch.inference_mode():
         own = first.encoder.tower(first.encoder.config.preprocessing(photos))
         theirs = eye.encode_image(photos)["penultimate_hidden_states"]
     assert (own - theirs).abs().max() < 1e-3 * theirs.std()
-    second = train(tower="as wired", concept_encoder=first, steps=1, save_name="second", learning_rate=1e-8, tower_rate=0.0,
-                   average=0.0)[0]
+    second = train(
+        tower="as wired",
+        concept_encoder=first,
+        steps=1,
+        save_name="second",
+        learning_rate=1e-8,
+        tower_rate=0.0,
+        average=0.0,
+    )[0]
     for name, value in second.encoder.state_dict().items():
         assert torch.allclose(value, first.encoder.state_dict()[name], atol=1e-6), name
 
@@ -359,27 +509,52 @@ def test_checkpointing_changes_no_loss(train, seen):
     assert seen.losses == plain
 
 
-@LAW(("changes", "words"), [
-    ({"images": [torch.zeros(0, 8, 8, 3)]}, ["no pictures", "Load Image"]),
-    ({"images": [torch.zeros(8, 8, 3)]}, ["batch 1", "[8, 8, 3]"]),
-    ({"images": [torch.full((1, 8, 8, 3), float("nan"))]}, ["batch 1", "192 values", "NaN"]),
-    ({"prompt": "a\nb\nc"}, ["3 prompts", "2 pictures"]),
-    ({"steps": 0}, ["steps is 0", "1 or more"]), ({"learning_rate": 0.0}, ["rate is 0.0", "1e-5"]),
-    ({"batch": 0}, ["batch is 0", "1 or more"]), ({"drop_text": 0.9, "drop_image": 0.2}, ["drop_text is 0.9", "below 1"]),
-    ({"tower": "as wired"}, ["nothing wired", "clip_vision", "concept_encoder", "new, small"]),
-    ({"clip_vision": SimpleNamespace()}, ["'new, small' and clip_vision wired"]),
-    ({"tower": "as wired", "clip_vision": SimpleNamespace(model_type="siglip_vision_model")}, ["siglip_vision_model", "ViT-L"]),
-    ({"save_name": ""}, ["save_name is ''", "my_subject"]), ({"save_name": "../out"}, ["'../out'"]), ({"save_name": "a:b"}, ["'a:b'"]),
-    ({"vae": SimpleNamespace(encode=lambda x: torch.ones(1, 4, 16, 16))}, ["[1, 4, 16, 16]", "8 channels", "VAE"]),
-    ({"vae": SimpleNamespace(encode=lambda x: torch.full((1, 8, 16, 16), float("nan")))}, ["2048 of 2048", "NaN", "--fp32-vae"]),
-    ({"clip": SimpleNamespace(tokenize=str, encode_from_tokens_scheduled=lambda t: [[torch.ones(1, 77, 768), {}]])},
-     ["width 768", "width 64", "same checkpoint"]),
-])
+@LAW(
+    ("changes", "words"),
+    [
+        ({"images": [torch.zeros(0, 8, 8, 3)]}, ["no pictures", "Load Image"]),
+        ({"images": [torch.zeros(8, 8, 3)]}, ["batch 1", "[8, 8, 3]"]),
+        ({"images": [torch.full((1, 8, 8, 3), float("nan"))]}, ["batch 1", "192 values", "NaN"]),
+        ({"prompt": "a\nb\nc"}, ["3 prompts", "2 pictures"]),
+        ({"steps": 0}, ["steps is 0", "1 or more"]),
+        ({"learning_rate": 0.0}, ["rate is 0.0", "1e-5"]),
+        ({"batch": 0}, ["batch is 0", "1 or more"]),
+        ({"drop_text": 0.9, "drop_image": 0.2}, ["drop_text is 0.9", "below 1"]),
+        ({"tower": "as wired"}, ["nothing wired", "clip_vision", "concept_encoder", "new, small"]),
+        ({"clip_vision": SimpleNamespace()}, ["'new, small' and clip_vision wired"]),
+        (
+            {"tower": "as wired", "clip_vision": SimpleNamespace(model_type="siglip_vision_model")},
+            ["siglip_vision_model", "ViT-L"],
+        ),
+        ({"save_name": ""}, ["save_name is ''", "my_subject"]),
+        ({"save_name": "../out"}, ["'../out'"]),
+        ({"save_name": "a:b"}, ["'a:b'"]),
+        (
+            {"vae": SimpleNamespace(encode=lambda x: torch.ones(1, 4, 16, 16))},
+            ["[1, 4, 16, 16]", "8 channels", "VAE"],
+        ),
+        (
+            {"vae": SimpleNamespace(encode=lambda x: torch.full((1, 8, 16, 16), float("nan")))},
+            ["2048 of 2048", "NaN", "--fp32-vae"],
+        ),
+        (
+            {
+                "clip": SimpleNamespace(
+                    tokenize=str,
+                    encode_from_tokens_scheduled=lambda t: [[torch.ones(1, 77, 768), {}]],
+                )
+            },
+            ["width 768", "width 64", "same checkpoint"],
+        ),
+    ],
+)
 def test_bad_input_is_a_sentence_before_any_step(train, folder, changes, words, monkeypatch):
     monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("it began to work"))
     with pytest.raises(ValueError) as refused:
         train(**changes)
-    assert str(refused.value).startswith("Concept Encoder Train: ") and all(word in str(refused.value) for word in words), refused.value
+    assert str(refused.value).startswith("Concept Encoder Train: ") and all(
+        word in str(refused.value) for word in words
+    ), refused.value
     assert not list(folder.iterdir()) and not comfy.model_management.in_training
 
 
@@ -393,8 +568,14 @@ def test_a_model_that_cannot_be_read_again_or_is_of_another_kind(train, world):
     flow = world["model"].clone()
     kinds = (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST)
     flow.add_object_patch("model_sampling", type("Flow", kinds, {})())
-    with pytest.raises(ValueError, match="Concept Encoder Train: needs a UNet that predicts noise or v"):
+    with pytest.raises(
+        ValueError, match="Concept Encoder Train: needs a UNet that predicts noise or v"
+    ):
         train(model=flow)
-    other = SimpleNamespace(encoder=SimpleNamespace(config=SimpleNamespace(layers=((("input", 1, 0), 320),), width=768, family="SD15")))
+    other = SimpleNamespace(
+        encoder=SimpleNamespace(
+            config=SimpleNamespace(layers=((("input", 1, 0), 320),), width=768, family="SD15")
+        )
+    )
     with pytest.raises(ValueError, match="trained for SD15"):
         train(tower="as wired", concept_encoder=other)

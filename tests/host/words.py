@@ -1,4 +1,5 @@
 """A CLIP for tests of text: the host's tokenizers and text encoder with one narrow layer of random weights."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -20,14 +21,30 @@ class TinyText(comfy.sd1_clip.SDClipModel):
     """The host's CLIP text model with one narrow layer."""
 
     def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, dtype=dtype, return_projected_pooled=False, model_options=model_options, textmodel_json_config={
-            "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_act": "quick_gelu",
-            "max_position_embeddings": 77, "eos_token_id": 49407, "projection_dim": WIDTH, "layer_norm_eps": 1e-5})
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            return_projected_pooled=False,
+            model_options=model_options,
+            textmodel_json_config={
+                "hidden_size": WIDTH,
+                "intermediate_size": WIDTH,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+                "hidden_act": "quick_gelu",
+                "max_position_embeddings": 77,
+                "eos_token_id": 49407,
+                "projection_dim": WIDTH,
+                "layer_norm_eps": 1e-5,
+            },
+        )
 
 
 class TinyClip(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, dtype=dtype, model_options=model_options, clip_model=TinyText)
+        super().__init__(
+            device=device, dtype=dtype, model_options=model_options, clip_model=TinyText
+        )
 
 
 @cache
@@ -37,7 +54,11 @@ def clip():
     made = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     generator = torch.Generator().manual_seed(0)
     for name, p in made.cond_stage_model.named_parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.3 if p.ndim > 1 else torch.full(p.shape, float(name.endswith("weight")))
+        p.data = (
+            torch.randn(p.shape, generator=generator) * 0.3
+            if p.ndim > 1
+            else torch.full(p.shape, float(name.endswith("weight")))
+        )
     return made
 
 

@@ -1,4 +1,5 @@
 """The room without the host."""
+
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,5 @@
 """A host that only pretends: ComfyUI's API with prompts that are done at once, and with the faults a test asks for. Tests import it."""
+
 from __future__ import annotations
 
 import base64
@@ -11,14 +12,30 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-SEED = ["INT", {"min": 0, "max": 2 ** 64 - 1, "control_after_generate": True}]
+SEED = ["INT", {"min": 0, "max": 2**64 - 1, "control_after_generate": True}]
 INFO = {
     "Load": {"input": {"required": {"image": [["a.png"], {"image_upload": True}]}}},
-    "KindredLoadReference": {"input": {"required": {"file": ["COMBO", {"options": ["old.safetensors"]}]}}},
-    "Draw": {"input": {"required": {"prompts": ["STRING", {"multiline": True}], "seed": SEED, "steps": ["INT", {"min": 1, "max": 100}],
-                                    "cfg": ["FLOAT", {"min": 0.0, "max": 30.0}], "sampler": [["euler", "ddim"]], "model": ["MODEL"]},
-                       "optional": {"tile": ["BOOLEAN", {}], "size": ["INT,FLOAT", {"max": 9}], "images": ["COMFY_AUTOGROW_V3", {}],
-                                    "mode": ["COMFY_DYNAMICCOMBO_V3", {"options": [{"key": "whole"}, {"key": "part"}]}]}}},
+    "KindredLoadReference": {
+        "input": {"required": {"file": ["COMBO", {"options": ["old.safetensors"]}]}}
+    },
+    "Draw": {
+        "input": {
+            "required": {
+                "prompts": ["STRING", {"multiline": True}],
+                "seed": SEED,
+                "steps": ["INT", {"min": 1, "max": 100}],
+                "cfg": ["FLOAT", {"min": 0.0, "max": 30.0}],
+                "sampler": [["euler", "ddim"]],
+                "model": ["MODEL"],
+            },
+            "optional": {
+                "tile": ["BOOLEAN", {}],
+                "size": ["INT,FLOAT", {"max": 9}],
+                "images": ["COMFY_AUTOGROW_V3", {}],
+                "mode": ["COMFY_DYNAMICCOMBO_V3", {"options": [{"key": "whole"}, {"key": "part"}]}],
+            },
+        }
+    },
     "Method": {"input": {"required": {"seed": ["INT", {"control_after_generate": False}]}}},
     "KindredSaveReference": {"input": {"required": {}}},
 }
@@ -40,7 +57,9 @@ class FakeHost:
         self.wrong: list[str] = []  # what no client may do
         self.outputs = {"2": {"images": [{"filename": "p.png", "subfolder": "", "type": "output"}]}}
         self.hold = False  # prompts go on running
-        self.lose_post = self.lose_answer = self.bad_gateway = self.refuse = self.forget = self.deaf = self.cut = self.limit = 0
+        self.lose_post = self.lose_answer = self.bad_gateway = self.refuse = self.forget = (
+            self.deaf
+        ) = self.cut = self.limit = 0
         self.no_websocket = False
         self.lists_uploads = False  # as references, before it answers that it has them
         self.sent: list[str] = []
@@ -59,6 +78,7 @@ class FakeHost:
 
             def do_POST(self):
                 host.post(self, self.rfile.read(int(self.headers["Content-Length"])))
+
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
         self.server.daemon_threads = True
         self.server.handle_error = lambda *_: None  # lines are cut all the time here
@@ -112,17 +132,26 @@ class FakeHost:
             return self.answer(handler, ("file " + parse_qs(address.query)["filename"][0]).encode())
         if words[0] == "history":
             done = self.states.get(words[1]) in ("completed", "cancelled")
-            return self.answer(handler, {words[1]: {"outputs": self.outputs, "status": {"messages": []}}} if done else {})
+            return self.answer(
+                handler,
+                {words[1]: {"outputs": self.outputs, "status": {"messages": []}}} if done else {},
+            )
         if self.cut and self.states.get(words[2]):
             self.cut -= 1
             self.cut_wires()
             return self.answer(handler, {"status": "in_progress"})
-        if self.forget and self.states.get(words[2]):  # a restart: nothing is known any more, and every line is cut
+        if self.forget and self.states.get(
+            words[2]
+        ):  # a restart: nothing is known any more, and every line is cut
             self.forget -= 1
             self.states.clear()
             self.cut_wires()
         state = self.states.get(words[2])
-        return self.answer(handler, {"status": state} if state else {"error": "Job not found"}, 200 if state else 404)
+        return self.answer(
+            handler,
+            {"status": state} if state else {"error": "Job not found"},
+            200 if state else 404,
+        )
 
     def post(self, handler, body: bytes) -> None:
         words = handler.path.strip("/").split("/")
@@ -139,9 +168,15 @@ class FakeHost:
             if self.spend("lose_post"):
                 return self.hang_up(handler)
             if self.spend("refuse"):
-                return self.answer(handler, {"error": {"message": "no such checkpoint", "details": ""}, "node_errors": {}}, 400)
+                return self.answer(
+                    handler,
+                    {"error": {"message": "no such checkpoint", "details": ""}, "node_errors": {}},
+                    400,
+                )
             told = json.loads(body)
-            self.wrong += [f"{told['prompt_id']} was queued twice"] * (told["prompt_id"] in self.states)
+            self.wrong += [f"{told['prompt_id']} was queued twice"] * (
+                told["prompt_id"] in self.states
+            )
             self.states[told["prompt_id"]] = "in_progress" if self.hold else "completed"
             self.posts.append(told["prompt_id"])
             self.graphs.append(told["prompt"])
@@ -160,9 +195,13 @@ class FakeHost:
     def websocket(self, handler) -> None:
         if self.no_websocket:
             return self.answer(handler, b"", 404)
-        key = handler.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+        key = (
+            handler.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        )  # RFC 6455, 1.3
         handler.send_response_only(101)
-        handler.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        handler.send_header(
+            "Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        )
         self.wires.append(handler)  # before the client knows: cut from now on
         handler.end_headers()
         told: set[str] = set()

@@ -1,4 +1,5 @@
 """Rounds that nobody measured: what the laws of tools/bench.py are said in."""
+
 from __future__ import annotations
 
 from benching.catalogue import PLAIN
@@ -11,7 +12,12 @@ SOFTWARE = {"host": "0.30.0", "torch": "2.11", "python": "3.13", "machine": "a m
 
 def lap(seconds, calls=2, rows=4, **more):
     many = isinstance(seconds, tuple)
-    return Lap(seconds if many else (seconds,), calls if isinstance(calls, tuple) else (calls,), rows, **more)
+    return Lap(
+        seconds if many else (seconds,),
+        calls if isinstance(calls, tuple) else (calls,),
+        rows,
+        **more,
+    )
 
 
 def rounds_of(plain, cached, **more):

@@ -1,4 +1,5 @@
 """Attention in small and written out: queries, keys and values from a seed, and what was asked of an attention."""
+
 from __future__ import annotations
 
 import torch
@@ -13,7 +14,9 @@ TIGHT = {"rtol": 0.0, "atol": 1e-12}
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def split(x: Tensor, heads: int = H) -> Tensor:
@@ -36,13 +39,17 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+    ) -> Tensor:
         self.calls.append((q, k, v, mask))
         return sdpa_attend(q, k, v, heads, mask)
 
 
 def chain(weights: dict[WeightMode, float]) -> list[ReferenceTokens]:
     return [
-        ReferenceTokens(rand(1, 3 + i, C, seed=20 + i), rand(1, 3 + i, C, seed=30 + i), weight, mode)
+        ReferenceTokens(
+            rand(1, 3 + i, C, seed=20 + i), rand(1, 3 + i, C, seed=30 + i), weight, mode
+        )
         for i, (mode, weight) in enumerate(weights.items())
     ]

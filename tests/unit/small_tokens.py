@@ -1,4 +1,5 @@
 """Tokens, masks and orders of them from a seed: what the laws of the correspondence are said in."""
+
 from __future__ import annotations
 
 import torch
@@ -6,7 +7,9 @@ from torch import Tensor
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def some(*shape: int, seed: int, share: float = 0.5) -> Tensor:

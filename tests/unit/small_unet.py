@@ -1,4 +1,5 @@
 """A UNet in small, a sampler and a story on it, driven through the hooks that nodes/host/run.py has in the host."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,21 @@ from kindred.models.story import AnchorSource, Layout, QueryRecorder, Story
 
 GRID = (4, 6)
 C, HEADS, TEXT = 8, 2, 5
-ENCODER, MIDDLE, COARSE, FINE = ("input", 1, 0), ("middle", 0, 0), ("output", 0, 0), ("output", 1, 0)
+ENCODER, MIDDLE, COARSE, FINE = (
+    ("input", 1, 0),
+    ("middle", 0, 0),
+    ("output", 0, 0),
+    ("output", 1, 0),
+)
 DIVISORS = {ENCODER: 1, MIDDLE: 2, COARSE: 2, FINE: 1}
-SIGMAS, TIMES = (10.0, 6.0, 4.0, 2.5, 1.5, 0.8, 0.3), (950.0, 880.0, 700.0, 500.0, 261.0, 150.0, 20.0)
-COND, UNCOND = Part(Role.COND, None, TEXT, subject=SubjectTokens(("cat",), ((2,),))), Part(Role.UNCOND, None, TEXT)
+SIGMAS, TIMES = (
+    (10.0, 6.0, 4.0, 2.5, 1.5, 0.8, 0.3),
+    (950.0, 880.0, 700.0, 500.0, 261.0, 150.0, 20.0),
+)
+COND, UNCOND = (
+    Part(Role.COND, None, TEXT, subject=SubjectTokens(("cat",), ((2,),))),
+    Part(Role.UNCOND, None, TEXT),
+)
 BOTH = ((UNCOND, COND),)
 
 
@@ -59,12 +71,21 @@ def unet(run: Run, x: Tensor, parts: tuple[Part, ...], text: Tensor) -> Tensor:
             for watcher in run.watchers:
                 watcher.output_block(block[1], h, parts)
         small = F.avg_pool2d(h, site.divisor)
-        call = AttnCall(block, tuple(small.shape[2:]), tuple(p.role for p in parts), (None,) * len(parts), GRID, texts=parts)
+        call = AttnCall(
+            block,
+            tuple(small.shape[2:]),
+            tuple(p.role for p in parts),
+            (None,) * len(parts),
+            GRID,
+            texts=parts,
+        )
         tokens, (one, two) = small.flatten(2).mT, (site.module.attn1, site.module.attn2)
         n = queries = F.layer_norm(tokens, (C,))
         for watcher in run.watchers:
             queries = watcher.self_tokens(call, queries)
-        out = one.to_out(run.attend(call, sdpa_attend, one.to_q(queries), one.to_k(n), one.to_v(n), HEADS))
+        out = one.to_out(
+            run.attend(call, sdpa_attend, one.to_q(queries), one.to_k(n), one.to_v(n), HEADS)
+        )
         for watcher in run.watchers:
             out = watcher.self_output(call, out)
         added = tokens + out
@@ -81,6 +102,7 @@ def unet(run: Run, x: Tensor, parts: tuple[Part, ...], text: Tensor) -> Tensor:
 @dataclass
 class Studio:
     """A sampler, as nodes/host/run.py and stages.py drive one."""
+
     x: Tensor  # [b 4 y x] noise
     text: Tensor  # [b m c]
     story: Story | None = None
@@ -96,13 +118,18 @@ class Studio:
             story.begin_step(sigma)
         out = {}
         for parts in self.calls:
-            rows, text = x.repeat(len(parts), 1, 1, 1) / (1 + sigma ** 2) ** 0.5, torch.cat([self.text * (p is COND) for p in parts])
+            rows, text = (
+                x.repeat(len(parts), 1, 1, 1) / (1 + sigma**2) ** 0.5,
+                torch.cat([self.text * (p is COND) for p in parts]),
+            )
             if story and story.wants_vanilla(parts):
                 plain = QueryRecorder(story.settings.blocks)
                 unet(Run(sites=SITES, watchers=[plain]), rows, parts, text)
                 story.vanilla = plain.tokens
                 self.asked.append(sigma)
-            out |= dict(zip((p.role for p in parts), unet(run, rows, parts, text).chunk(len(parts))))
+            out |= dict(
+                zip((p.role for p in parts), unet(run, rows, parts, text).chunk(len(parts)))
+            )
             self.asked.append(sigma)
             if story:
                 story.vanilla = {}
@@ -136,12 +163,26 @@ class Studio:
         return x
 
 
-def told(pictures: int, source: AnchorSource | None = None, masks: Tensor | None = None, recorder: AnchorRecorder | None = None,
-         **changed) -> Story:
+def told(
+    pictures: int,
+    source: AnchorSource | None = None,
+    masks: Tensor | None = None,
+    recorder: AnchorRecorder | None = None,
+    **changed,
+) -> Story:
     given = {"anchors": 2, "blend_until": 6.0, "inject": (6.0, 2.5), "dropout": 0.3, **changed}
     settings = StorySettings(frozenset({COARSE, FINE}), (MIDDLE, COARSE), **given)
-    story = Story(settings, Schedule(SIGMAS, TIMES, settings), Layout(DIVISORS, frozenset({ENCODER, FINE}), 1, 1), pictures, GRID,
-                  torch.device("cpu"), source, masks, recorder)
+    story = Story(
+        settings,
+        Schedule(SIGMAS, TIMES, settings),
+        Layout(DIVISORS, frozenset({ENCODER, FINE}), 1, 1),
+        pictures,
+        GRID,
+        torch.device("cpu"),
+        source,
+        masks,
+        recorder,
+    )
     if recorder:
         recorder.count = story.anchor_count
     return story
@@ -159,8 +200,12 @@ def differs(a: Tensor, b: Tensor) -> bool:
 
 
 def attn(block=FINE, parts: tuple[Part, ...] = (UNCOND, COND), grid=GRID) -> AttnCall:
-    return AttnCall(block, grid, tuple(p.role for p in parts), tuple(p.area for p in parts), GRID, texts=parts)
+    return AttnCall(
+        block, grid, tuple(p.role for p in parts), tuple(p.area for p in parts), GRID, texts=parts
+    )
 
 
 def spots(pictures: int, seed: int = 3) -> Tensor:
-    return (torch.rand((pictures, *GRID), generator=torch.Generator().manual_seed(seed)) < 0.5).float()
+    return (
+        torch.rand((pictures, *GRID), generator=torch.Generator().manual_seed(seed)) < 0.5
+    ).float()

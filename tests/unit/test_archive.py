@@ -1,4 +1,5 @@
 """What users install is the pack, whole, and nothing else."""
+
 import ast
 import os
 import re
@@ -11,9 +12,33 @@ import pytest
 from archive import ROOT, files, git, ignored, shipped
 
 SHIPPED = set(shipped())
-TOP = {"CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "locales", "miniature", "models", "nodes", "pyproject.toml",
-       "requirements.txt", "web", "workflows"}
-ENDS = {".css", ".jpg", ".js", ".json", ".md", ".mjs", ".png", ".py", ".safetensors", ".toml", ".txt"}
+TOP = {
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "__init__.py",
+    "locales",
+    "miniature",
+    "models",
+    "nodes",
+    "pyproject.toml",
+    "requirements.txt",
+    "web",
+    "workflows",
+}
+ENDS = {
+    ".css",
+    ".jpg",
+    ".js",
+    ".json",
+    ".md",
+    ".mjs",
+    ".png",
+    ".py",
+    ".safetensors",
+    ".toml",
+    ".txt",
+}
 WEIGHS = 50_000_000  # bytes before compression, weights included
 
 
@@ -25,9 +50,17 @@ def targets(name: str) -> set[str]:
             base = folder.joinpath(*[".."] * (node.level - 1), *(node.module or "").split("."))
             base = PurePosixPath(*flatten(base.parts))
             for place in (base, *(base / alias.name for alias in node.names)):
-                found |= {path for path in (f"{place}.py", f"{place / '__init__.py'}") if (ROOT / path).is_file()}
-    return found | {str(parent / "__init__.py") for path in found for parent in PurePosixPath(path).parents
-                    if (ROOT / parent / "__init__.py").is_file()}
+                found |= {
+                    path
+                    for path in (f"{place}.py", f"{place / '__init__.py'}")
+                    if (ROOT / path).is_file()
+                }
+    return found | {
+        str(parent / "__init__.py")
+        for path in found
+        for parent in PurePosixPath(path).parents
+        if (ROOT / parent / "__init__.py").is_file()
+    }
 
 
 def flatten(parts):
@@ -52,8 +85,12 @@ def test_every_module_in_it_is_used_and_every_module_used_is_in_it():
             reached.add(name)
             queue += targets(name)
     modules = {name for name in SHIPPED if name.endswith(".py")}
-    assert not reached - modules, f"the pack imports what .comfyignore leaves out: {sorted(reached - modules)}"
-    assert not modules - reached, f"nothing of the pack imports these, so .comfyignore can leave them out: {sorted(modules - reached)}"
+    assert not reached - modules, (
+        f"the pack imports what .comfyignore leaves out: {sorted(reached - modules)}"
+    )
+    assert not modules - reached, (
+        f"nothing of the pack imports these, so .comfyignore can leave them out: {sorted(modules - reached)}"
+    )
 
 
 def test_it_is_small():
@@ -66,7 +103,11 @@ def test_no_template_or_help_page_lacks_its_picture():
     lacking = []
     for name in shipped(".md"):
         for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / name).read_text("utf-8")):
-            folder = PurePosixPath("web/docs") if name.startswith("web/docs/") else PurePosixPath(name).parent
+            folder = (
+                PurePosixPath("web/docs")
+                if name.startswith("web/docs/")
+                else PurePosixPath(name).parent
+            )
             target = str(PurePosixPath(*flatten(folder.joinpath(link).parts)))
             if target not in SHIPPED and name not in ("README.md", "miniature/README.md"):
                 lacking.append(f"{name}: {link}")
@@ -83,15 +124,39 @@ def test_git_reads_comfyignore_as_we_do():
     assert [name for name in files() if ignored(name) != (name in out)] == []
 
 
-@pytest.mark.parametrize("name", ["tests/unit/test_archive.py", "tools/archive.py", "dev.py", ".github/workflows/test.yml", ".comfyignore",
-                                  "docs/sheet.png", "miniature/train.py", "miniature/train_tower.py", "miniature/samples.jpg", ".ci/run"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tests/unit/test_archive.py",
+        "tools/archive.py",
+        "dev.py",
+        ".github/workflows/test.yml",
+        ".comfyignore",
+        "docs/sheet.png",
+        "miniature/train.py",
+        "miniature/train_tower.py",
+        "miniature/samples.jpg",
+        ".ci/run",
+    ],
+)
 def test_left_out(name):
     assert ignored(name)
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "nodes/host/run.py", "web/docs/KindredConsiStory.md", "workflows/api/story.json",
-                                  "locales/zh/nodeDefs.json", "miniature/registration.py", "miniature/reference.png",
-                                  "miniature/weights/checkpoints/kindred_miniature.safetensors", "requirements.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__init__.py",
+        "nodes/host/run.py",
+        "web/docs/KindredConsiStory.md",
+        "workflows/api/story.json",
+        "locales/zh/nodeDefs.json",
+        "miniature/registration.py",
+        "miniature/reference.png",
+        "miniature/weights/checkpoints/kindred_miniature.safetensors",
+        "requirements.txt",
+    ],
+)
 def test_taken_along(name):
     assert not ignored(name)
 
@@ -121,21 +186,50 @@ def test_another_repository_in_the_environment_is_not_asked(checkout: Path, tmp_
     git("init", "-q", cwd=other)
     (other / "theirs.py").write_text("", "utf-8")
     git("add", "theirs.py", cwd=other)
-    theirs = {"GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / ".git" / "index", "GIT_PREFIX": "docs/",
-              "GIT_OBJECT_DIRECTORY": other / ".git" / "objects", "GIT_COMMON_DIR": other / ".git"}
+    theirs = {
+        "GIT_DIR": other / ".git",
+        "GIT_WORK_TREE": other,
+        "GIT_INDEX_FILE": other / ".git" / "index",
+        "GIT_PREFIX": "docs/",
+        "GIT_OBJECT_DIRECTORY": other / ".git" / "objects",
+        "GIT_COMMON_DIR": other / ".git",
+    }
     program = f"import sys; sys.path.insert(0, {str(tools)!r}); import archive; print(*archive.files('.py'))"
     for names in (["GIT_DIR"], ["GIT_INDEX_FILE"], ["GIT_WORK_TREE", "GIT_DIR"], [*theirs]):
-        told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=other,
-                              env=os.environ | {name: str(theirs[name]) for name in names})
-        assert told.stdout.split() == ["kept.py", "new.py", "tools/archive.py", "tools/terminal.py", "tracked.py"], names
+        told = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=other,
+            env=os.environ | {name: str(theirs[name]) for name in names},
+        )
+        assert told.stdout.split() == [
+            "kept.py",
+            "new.py",
+            "tools/archive.py",
+            "tools/terminal.py",
+            "tracked.py",
+        ], names
 
 
-def test_an_unpacked_archive_has_its_files_and_not_what_programs_left(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unpacked_archive_has_its_files_and_not_what_programs_left(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without git, and below custom_nodes, which ComfyUI's own repository ignores: the rules of every .gitignore hold all the same."""
     (checkout / ".gitignore").write_text("custom_nodes\n", "utf-8")
     pack = checkout / "custom_nodes" / "pack"
-    texts = {"__init__.py": "", ".gitignore": "/kindred-demo/\n*.log\n", "a.log": "", "docs/a.png": "", "docs/kindred-demo/b.png": "",
-             "docs/mine/.gitignore": "*\n", "docs/mine/deep/c.png": "", "kindred-demo/sheet.png": "", "docs/__pycache__/x.pyc": ""}
+    texts = {
+        "__init__.py": "",
+        ".gitignore": "/kindred-demo/\n*.log\n",
+        "a.log": "",
+        "docs/a.png": "",
+        "docs/kindred-demo/b.png": "",
+        "docs/mine/.gitignore": "*\n",
+        "docs/mine/deep/c.png": "",
+        "kindred-demo/sheet.png": "",
+        "docs/__pycache__/x.pyc": "",
+    }
     for name, text in texts.items():
         (pack / name).parent.mkdir(parents=True, exist_ok=True)
         (pack / name).write_text(text, "utf-8")

@@ -1,4 +1,5 @@
 """Laws of how tools/bench.py measures: what rounds say, how cases are chosen, clocks."""
+
 from __future__ import annotations
 
 import re
@@ -7,7 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benching.catalogue import CASES, DEFAULT, ENOUGH, GROUPS, PLAIN, TARGETS, chosen, left_out, name_of, target, windows
+from benching.catalogue import (
+    CASES,
+    DEFAULT,
+    ENOUGH,
+    GROUPS,
+    PLAIN,
+    TARGETS,
+    chosen,
+    left_out,
+    name_of,
+    target,
+    windows,
+)
 from benching.clocks import CpuClock, CudaClock, Reading, clock_of, forget_peak, peak_of_process
 from benching.ground import size
 from benching.probes import first_wait, place
@@ -29,12 +42,14 @@ def test_rounds_are_interleaved_and_the_first_is_thrown_away(rounds):
 
     def job(key):
         return lambda: order.append(key) or lap(len(order))
+
     keys = [(PLAIN, 1), ("cached", 1), (PLAIN, 4), ("shared", 4)]
     played = play({key: job(key) for key in keys}, rounds, lambda *at: told.append(at))
     assert order == keys * (rounds + 1) and not played.stopped
     assert told == [(turn, key) for turn in range(rounds + 1) for key in keys]
-    assert [[laps[key].total for key in keys] for laps in played.rounds] == [[4 * turn + i + 1 for i in range(4)]
-                                                                            for turn in range(1, rounds + 1)]
+    assert [[laps[key].total for key in keys] for laps in played.rounds] == [
+        [4 * turn + i + 1 for i in range(4)] for turn in range(1, rounds + 1)
+    ]
 
 
 @LAW(("stop", "finished"), [(1, 0), (3, 0), (4, 0), (5, 1), (6, 1), (7, 2)])
@@ -48,8 +63,11 @@ def test_a_stop_leaves_the_finished_rounds(stop, finished):
         if count > stop:
             raise KeyboardInterrupt
         return lap(1.0)
+
     played = play({(PLAIN, 1): job, ("cached", 1): job}, 3, lambda *_: None)
-    assert played.stopped and len(played.rounds) == max(finished, (stop - 2) // 2 if stop > 2 else 0)
+    assert played.stopped and len(played.rounds) == max(
+        finished, (stop - 2) // 2 if stop > 2 else 0
+    )
 
 
 def test_other_errors_go_through():
@@ -61,7 +79,11 @@ def test_other_errors_go_through():
 def test_a_spread_holds_its_median(values):
     spread = Spread.of(values)
     assert spread.least == min(values) <= spread.median <= max(values) == spread.most
-    assert spread.relative == pytest.approx((max(values) - min(values)) / sorted(values)[len(values) // 2]) or len(values) % 2 == 0
+    assert (
+        spread.relative
+        == pytest.approx((max(values) - min(values)) / sorted(values)[len(values) // 2])
+        or len(values) % 2 == 0
+    )
 
 
 def test_ratios_are_within_their_own_round():
@@ -74,11 +96,19 @@ def test_ratios_are_within_their_own_round():
 
 
 def test_each_case_is_beside_plain_of_its_own_batch():
-    laps = {(PLAIN, 1): lap(1.0), ("cached", 1): lap(1.5), (PLAIN, 4): lap(4.0), ("cached", 4): lap(5.0)}
+    laps = {
+        (PLAIN, 1): lap(1.0),
+        ("cached", 1): lap(1.5),
+        (PLAIN, 4): lap(4.0),
+        ("cached", 4): lap(5.0),
+    }
     assert {(row.pictures, row.ratio.median) for row in table([laps])} == {(1, 1.5), (4, 1.25)}
 
 
-@LAW(("plain", "rejected"), [([1.0, 1.0, 1.15], False), ([1.0, 1.0, 1.16], True), ([0.9, 1.0, 1.1], True), ([1.0], False)])
+@LAW(
+    ("plain", "rejected"),
+    [([1.0, 1.0, 1.15], False), ([1.0, 1.0, 1.16], True), ([0.9, 1.0, 1.1], True), ([1.0], False)],
+)
 def test_plain_that_spreads_rejects_its_rows(plain, rejected):
     (row,) = table(rounds_of(plain, [1.1] * len(plain)))
     assert row.rejected == rejected == (row.plain_spread > LIMIT)
@@ -93,24 +123,37 @@ def test_no_round_has_no_spread():
         Spread.of([])
 
 
-@LAW(("case", "seconds", "calls", "at_50"), [
-    ("cached", (2.2,), (2,), 1.1),  # one call per step whatever their number
-    ("live", (3.0,), (4,), 1.5),
-    ("cold", (1.5, 2.1), (3, 2), (0.5 * 51 + 1.05 * 50) / 50),  # one reference call more than steps: 1.80 of two, 1.56 of fifty
-    ("blended", (5.0,), (5,), 55 / 50 * 2),  # four steps and a plain pass
-    ("story", (7.0,), (7,), 88 / 50 * 2)])
+@LAW(
+    ("case", "seconds", "calls", "at_50"),
+    [
+        ("cached", (2.2,), (2,), 1.1),  # one call per step whatever their number
+        ("live", (3.0,), (4,), 1.5),
+        (
+            "cold",
+            (1.5, 2.1),
+            (3, 2),
+            (0.5 * 51 + 1.05 * 50) / 50,
+        ),  # one reference call more than steps: 1.80 of two, 1.56 of fifty
+        ("blended", (5.0,), (5,), 55 / 50 * 2),  # four steps and a plain pass
+        ("story", (7.0,), (7,), 88 / 50 * 2),
+    ],
+)
 def test_fifty_steps_by_the_calls_of_each_part(case, seconds, calls, at_50):
     """Plain takes a second per step, of two, and half of one in the stories' rows."""
     steps = 2 if len(calls) > 1 or case in ("cached", "live") else 4
     plain = lap(float(steps) if steps == 2 else 2.0, steps)
     row = row_of([{(PLAIN, 1): plain, (case, 1): Lap(seconds, calls)}], (case, 1))
-    assert row.at_50 == pytest.approx(at_50) and row.calls == sum(calls) and row.plain_calls == steps
+    assert (
+        row.at_50 == pytest.approx(at_50) and row.calls == sum(calls) and row.plain_calls == steps
+    )
 
 
 def test_at_fifty_steps_it_is_the_ratio_itself():
     for case in CASES.values():
         seconds = tuple(60.0 + i for i in range(len(case.calls)))
-        row = row_of([{(PLAIN, 1): lap(50.0, 50), (case.name, 1): Lap(seconds, case.calls)}], (case.name, 1))
+        row = row_of(
+            [{(PLAIN, 1): lap(50.0, 50), (case.name, 1): Lap(seconds, case.calls)}], (case.name, 1)
+        )
         assert row.at_50 == pytest.approx(row.ratio.median)
 
 
@@ -119,26 +162,48 @@ def test_at_fifty_steps_it_is_the_ratio_itself():
 
 def test_every_case_can_be_chosen_and_every_default_exists():
     everything = chosen(["all"], [], 50)
-    assert {case for case, _ in everything} == set(CASES) and {case.group for case in CASES.values()} == set(GROUPS)
+    assert {case for case, _ in everything} == set(CASES) and {
+        case.group for case in CASES.values()
+    } == set(GROUPS)
     assert set(map(name_of, chosen([], [], 2))) == set(DEFAULT)
-    assert not set(CASES) & set(GROUPS) and all(re.fullmatch(r"[a-z_]+", name) for name in CASES)  # no digit: _b4 is what follows
-    assert [set(chosen([group], [], 50)) for group in GROUPS] == [{k for k in everything if CASES[k[0]].group == group} for group in GROUPS]
+    assert not set(CASES) & set(GROUPS) and all(
+        re.fullmatch(r"[a-z_]+", name) for name in CASES
+    )  # no digit: _b4 is what follows
+    assert [set(chosen([group], [], 50)) for group in GROUPS] == [
+        {k for k in everything if CASES[k[0]].group == group} for group in GROUPS
+    ]
 
 
-@LAW(("wanted", "pictures", "found"), [
-    (["cached"], [], {"cached_b1", "cached_b4"}), (["cached_b4"], [], {"cached_b4"}),
-    (["cached", "cached_b4"], [1], {"cached_b1", "cached_b4"}),
-    (["cold"], [2], {"cold_b2"}), (["more"], [], {"more_b1"}), (["hooks"], [1], {"pass_through_b1", "extra_b1"}),
-    (["cached"], [1, 1], {"cached_b1"}), (["cached_both_b4"], [], {"cached_both_b4"})])
+@LAW(
+    ("wanted", "pictures", "found"),
+    [
+        (["cached"], [], {"cached_b1", "cached_b4"}),
+        (["cached_b4"], [], {"cached_b4"}),
+        (["cached", "cached_b4"], [1], {"cached_b1", "cached_b4"}),
+        (["cold"], [2], {"cold_b2"}),
+        (["more"], [], {"more_b1"}),
+        (["hooks"], [1], {"pass_through_b1", "extra_b1"}),
+        (["cached"], [1, 1], {"cached_b1"}),
+        (["cached_both_b4"], [], {"cached_both_b4"}),
+    ],
+)
 def test_a_choice(wanted, pictures, found):
     keys = chosen(wanted, pictures, 50)
-    assert set(map(name_of, keys)) == found and keys == sorted(set(keys), key=lambda k: (k[1], list(CASES).index(k[0])))
+    assert set(map(name_of, keys)) == found and keys == sorted(
+        set(keys), key=lambda k: (k[1], list(CASES).index(k[0]))
+    )
 
 
-@LAW(("wanted", "pictures", "steps", "told"), [
-    (["cashed"], [], 2, "cashed.*references.*cached"), (["shared"], [1], 4, "1 pictures.*2 or more.*--pictures 4"),
-    (["shared_b1"], [], 4, "shared_b1.*2 or more"), (["story"], [], 3, "story with --steps 3.*--steps 4"),
-    (["stories"], [1], 3, "nothing to measure")])
+@LAW(
+    ("wanted", "pictures", "steps", "told"),
+    [
+        (["cashed"], [], 2, "cashed.*references.*cached"),
+        (["shared"], [1], 4, "1 pictures.*2 or more.*--pictures 4"),
+        (["shared_b1"], [], 4, "shared_b1.*2 or more"),
+        (["story"], [], 3, "story with --steps 3.*--steps 4"),
+        (["stories"], [1], 3, "nothing to measure"),
+    ],
+)
 def test_what_does_not_fit_is_told_with_a_remedy(wanted, pictures, steps, told):
     with pytest.raises(ValueError, match=told):
         chosen(wanted, pictures, steps)
@@ -154,8 +219,14 @@ def test_targets_name_cases_that_exist():
     for device, targets in TARGETS.items():
         for kind, key in targets:
             assert chosen([name_of(key)], [], 50) == [key]
-            assert target(device, {"sd": "sd15", "sdxl": "sdxl", "*": "sdxl"}[kind], key) == targets[kind, key]
-    assert target("cpu", "tiny", ("cached", 1)) is None and target("cpu", "sd15", ("pass_through", 1)) is None
+            assert (
+                target(device, {"sd": "sd15", "sdxl": "sdxl", "*": "sdxl"}[kind], key)
+                == targets[kind, key]
+            )
+    assert (
+        target("cpu", "tiny", ("cached", 1)) is None
+        and target("cpu", "sd15", ("pass_through", 1)) is None
+    )
     assert target("cpu", "sd15", ("cold", 1)) == 1.7
 
 
@@ -165,10 +236,25 @@ def test_few_steps_get_windows_of_the_same_shares(steps):
     times = tuple(range(1, 1000, 1000 // steps))[::-1]
     percent = windows(times)
     at = {name: (1 - p) * 999 for name, p in percent.items()}
-    schedule = Schedule(times, times, StorySettings(frozenset(), (), blend_until=at["blend_end_percent"],
-                                                    inject=(at["injection_start_percent"], at["injection_end_percent"])))
-    blending, injecting = sum(schedule.blend(t) > 0 for t in times), [i for i, t in enumerate(times) if schedule.injects(t)]
-    assert len(times) == steps and blending == max(1, round(0.12 * steps)) and injecting[0] == max(1, round(0.1 * steps))
+    schedule = Schedule(
+        times,
+        times,
+        StorySettings(
+            frozenset(),
+            (),
+            blend_until=at["blend_end_percent"],
+            inject=(at["injection_start_percent"], at["injection_end_percent"]),
+        ),
+    )
+    blending, injecting = (
+        sum(schedule.blend(t) > 0 for t in times),
+        [i for i, t in enumerate(times) if schedule.injects(t)],
+    )
+    assert (
+        len(times) == steps
+        and blending == max(1, round(0.12 * steps))
+        and injecting[0] == max(1, round(0.1 * steps))
+    )
     assert injecting == list(range(injecting[0], injecting[0] + max(1, round(0.22 * steps))))
     assert schedule.first_injection == times[injecting[0]]
     calls = schedule.step(schedule.features_at) + 1 + steps - injecting[0] + blending  # 88 of fifty
@@ -202,7 +288,9 @@ class Cuda:
         event = SimpleNamespace(number=sum(s.startswith("event") for s in self.seen))
         self.seen.append(f"event {event.number}")
         event.record = lambda: self.seen.append(f"record {event.number}")
-        event.elapsed_time = lambda other: self.seen.append(f"elapsed {event.number} {other.number}") or 1500.0
+        event.elapsed_time = lambda other: (
+            self.seen.append(f"elapsed {event.number} {other.number}") or 1500.0
+        )
         return event
 
     def __getattr__(self, name):
@@ -216,21 +304,46 @@ def test_the_cuda_clock_lies_around_the_job_and_waits_for_its_end():
     cuda = Cuda()
     made, reading = CudaClock(cuda).measure(lambda: cuda.seen.append("job") or "made")
     assert made == "made" and reading == Reading(1.5, 12345)
-    assert cuda.seen == ["event 0", "event 1", "synchronize", "reset_peak_memory_stats", "record 0", "job", "record 1", "synchronize",
-                         "elapsed 0 1", "max_memory_allocated"]
+    assert cuda.seen == [
+        "event 0",
+        "event 1",
+        "synchronize",
+        "reset_peak_memory_stats",
+        "record 0",
+        "job",
+        "record 1",
+        "synchronize",
+        "elapsed 0 1",
+        "max_memory_allocated",
+    ]
 
 
 def test_the_clock_is_the_devices():
     def fake(available):
-        return SimpleNamespace(cuda=Cuda(available), __version__="2.11.0", version=SimpleNamespace(cuda=None))
-    assert isinstance(clock_of("cpu", fake(True)), CpuClock) and isinstance(clock_of("cuda", fake(True)), CudaClock)
-    with pytest.raises(RuntimeError, match=r"--device cuda, but torch 2.11.0 sees no CUDA device .*none.*--python.*leave out --device"):
+        return SimpleNamespace(
+            cuda=Cuda(available), __version__="2.11.0", version=SimpleNamespace(cuda=None)
+        )
+
+    assert isinstance(clock_of("cpu", fake(True)), CpuClock) and isinstance(
+        clock_of("cuda", fake(True)), CudaClock
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"--device cuda, but torch 2.11.0 sees no CUDA device .*none.*--python.*leave out --device",
+    ):
         clock_of("cuda", fake(False))
 
 
 def test_the_real_cuda_has_all_that_is_asked_of_it():
     """Names and signatures, on a torch without a device too."""
-    for name in ("Event", "synchronize", "reset_peak_memory_stats", "max_memory_allocated", "set_sync_debug_mode", "get_device_name"):
+    for name in (
+        "Event",
+        "synchronize",
+        "reset_peak_memory_stats",
+        "max_memory_allocated",
+        "set_sync_debug_mode",
+        "get_device_name",
+    ):
         assert callable(getattr(torch.cuda, name))
     assert all(hasattr(torch.cuda.Event, name) for name in ("record", "elapsed_time"))
 
@@ -246,10 +359,16 @@ def test_a_wait_inside_of_the_unet_is_found_and_its_place_told():
             if self.waits:
                 raise RuntimeError("called a synchronizing CUDA operation")
             return x
+
     unet = Unet()
     assert first_wait(lambda: (unet(1), unet(2)), unet, cuda) is None and cuda.mode == "default"
     unet.waits = True
-    assert re.fullmatch(r"(tests/unit/)?test_bench_measuring\.py:\d+", first_wait(lambda: unet(1), unet, cuda)) and cuda.mode == "default"
+    assert (
+        re.fullmatch(
+            r"(tests/unit/)?test_bench_measuring\.py:\d+", first_wait(lambda: unet(1), unet, cuda)
+        )
+        and cuda.mode == "default"
+    )
     assert not unet._forward_hooks and not unet._forward_pre_hooks
     with pytest.raises(RuntimeError, match="out of memory"):
         first_wait(lambda: (_ for _ in ()).throw(RuntimeError("out of memory")), unet, cuda)
@@ -257,15 +376,20 @@ def test_a_wait_inside_of_the_unet_is_found_and_its_place_told():
 
 
 def test_the_place_of_an_error_is_the_packs(tmp_path):
-    files = {"pack/nodes/ours.py": "def run(f):\n    f()\n", "pack/tools/door.py": "def run(f):\n    f()\n",
-             "host.py": "def run():\n    1 / 0\n"}
+    files = {
+        "pack/nodes/ours.py": "def run(f):\n    f()\n",
+        "pack/tools/door.py": "def run(f):\n    f()\n",
+        "host.py": "def run():\n    1 / 0\n",
+    }
     run = {}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         run[name] = runpy.run_path(str(tmp_path / name))["run"]
-    for job, told in ((lambda: run["pack/nodes/ours.py"](run["host.py"]), "nodes/ours.py:2"),
-                      (lambda: run["pack/tools/door.py"](run["host.py"]), "host.py:2")):
+    for job, told in (
+        (lambda: run["pack/nodes/ours.py"](run["host.py"]), "nodes/ours.py:2"),
+        (lambda: run["pack/tools/door.py"](run["host.py"]), "host.py:2"),
+    ):
         with pytest.raises(ZeroDivisionError) as caught:
             job()
         assert place(caught.value, tmp_path / "pack") == told

@@ -1,4 +1,5 @@
 """tools/canvas.py finds the browser that is there."""
+
 import pytest
 
 pytest.importorskip("playwright.sync_api")
@@ -35,7 +36,9 @@ def test_what_stands_on_the_path_or_was_named_comes_first(bare, monkeypatch):
     put(bare / "Google" / "Chrome" / "Application" / "chrome.exe")
     monkeypatch.setenv("LOCALAPPDATA", str(bare))
     chromium, other = put(bare / "bin" / "chromium"), put(bare / "other")
-    monkeypatch.setattr(canvas.shutil, "which", lambda name: str(chromium) if name == "chromium" else None)
+    monkeypatch.setattr(
+        canvas.shutil, "which", lambda name: str(chromium) if name == "chromium" else None
+    )
     assert canvas.find_browser() == chromium
     monkeypatch.setenv("KINDRED_BROWSER", str(other))
     assert canvas.find_browser() == other

@@ -1,4 +1,5 @@
 """Laws of names that several processes want at once: each gets one of its own, and nobody takes what a living one is writing."""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +13,9 @@ from kindred.models.files import whole
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); from checkout import as_kindred; as_kindred()\n"
-SAVES = HEAD + """
+SAVES = (
+    HEAD
+    + """
 from itertools import count
 from pathlib import Path
 from kindred.models.claims import first_free
@@ -24,7 +27,10 @@ for i in range(40):
     with first_free(folder / f"cat_{n:05}_.safetensors" for n in count(1)) as path, whole(path) as partial:
         partial.write_text(f"{who} {i}")
 """
-DIES = HEAD + """
+)
+DIES = (
+    HEAD
+    + """
 import os
 from pathlib import Path
 from kindred.models.claims import hold
@@ -35,10 +41,16 @@ with whole(Path(sys.argv[1])) as partial:
     sys.stdin.readline()
     os._exit(9)
 """
+)
 
 
 def child(program: str, *words: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", program, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_three_processes_with_forty_saves_each_leave_all_of_them(tmp_path: Path) -> None:
@@ -51,8 +63,12 @@ def test_three_processes_with_forty_saves_each_leave_all_of_them(tmp_path: Path)
     for process in saving:
         process.stdin.close()
         process.stdout.close()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"cat_{n:05}_.safetensors" for n in range(1, 121)]
-    assert {p.read_text() for p in tmp_path.iterdir()} == {f"{who} {i}" for who in "abc" for i in range(40)}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"cat_{n:05}_.safetensors" for n in range(1, 121)
+    ]
+    assert {p.read_text() for p in tmp_path.iterdir()} == {
+        f"{who} {i}" for who in "abc" for i in range(40)
+    }
 
 
 def test_what_a_living_process_writes_stays_and_what_it_left_dead_goes(tmp_path: Path) -> None:
@@ -85,10 +101,12 @@ def test_what_a_dead_process_held_is_free(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_that_changed_hands_while_it_was_looked_at_stays_with_its_new_holder(tmp_path: Path,
-                                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_changed_hands_while_it_was_looked_at_stays_with_its_new_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its holder let go between our opening and our locking, and another took it: the file that we locked is no longer there."""
     from kindred.models import claims
+
     claim, lock = tmp_path / ".cat.claim", claims._lock
     first, others = hold(claim), []
     assert first is not None
@@ -99,6 +117,7 @@ def test_a_name_that_changed_hands_while_it_was_looked_at_stays_with_its_new_hol
             release(claim, first)
             others[0] = hold(claim)
         return lock(handle)
+
     monkeypatch.setattr(claims, "_lock", late)
     assert not dead(claim) and claim.exists() and others[0] is not None
     monkeypatch.undo()
@@ -108,43 +127,61 @@ def test_a_name_that_changed_hands_while_it_was_looked_at_stays_with_its_new_hol
 
 def test_a_name_that_is_taken_or_held_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "1").touch()
-    with first_free([tmp_path / n for n in "123"]) as two, first_free([tmp_path / n for n in "123"]) as three:
+    with (
+        first_free([tmp_path / n for n in "123"]) as two,
+        first_free([tmp_path / n for n in "123"]) as three,
+    ):
         assert (two.name, three.name) == ("2", "3")
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
 
 
-def test_a_disk_without_locks_leaves_the_files_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks_leaves_the_files_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Then it cannot be known who lives."""
     from kindred.models import claims
 
     def refuse(handle: int) -> bool:
         raise OSError("no locks here")
+
     monkeypatch.setattr(claims, "_lock", refuse)
     handle = hold(tmp_path / ".cat.claim")
-    assert handle is not None and hold(tmp_path / ".cat.claim") is None and not dead(tmp_path / ".cat.claim")
+    assert (
+        handle is not None
+        and hold(tmp_path / ".cat.claim") is None
+        and not dead(tmp_path / ".cat.claim")
+    )
     os.close(handle)
 
 
-def test_a_name_that_another_took_for_a_dead_ones_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_another_took_for_a_dead_ones_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between our making of the file and our locking of it another process locked and removed it: what we lock has no name any more."""
     from kindred.models import claims
+
     claim, lock = tmp_path / ".cat.claim", claims._lock
 
     def late(handle: int) -> bool:
         if claim.exists():
             claim.unlink()
         return lock(handle)
+
     monkeypatch.setattr(claims, "_lock", late)
     assert hold(claim) is None and not claim.exists()
 
 
-def test_what_was_written_while_we_waited_for_the_name_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_written_while_we_waited_for_the_name_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from kindred.models import claims
+
     own = claims.hold
 
     def late(claim: Path) -> int | None:
         (tmp_path / "1").write_text("theirs")
         return own(claim)
+
     monkeypatch.setattr(claims, "hold", late)
     with first_free([tmp_path / "1", tmp_path / "2"]) as path:
         assert path.name == "2" and (tmp_path / "1").read_text() == "theirs"

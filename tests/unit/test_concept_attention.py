@@ -1,4 +1,5 @@
 """Laws of concept tokens in cross-attention: concatenated (method.md 2.2 eq. 7-9) or added, repeated texts, pictures, masks, chains."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,10 +10,27 @@ from uuid import uuid4
 import pytest
 import torch
 from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, Merge, Part, References, Role, Run, TargetMask, gather_parts
+from kindred.models.injection import (
+    AttnCall,
+    BlockSite,
+    Merge,
+    Part,
+    References,
+    Role,
+    Run,
+    TargetMask,
+    gather_parts,
+)
 from torch import Tensor, nn
 
-B, N, M, W, HEADS, C = 2, 6, 4, 5, 2, 8  # pictures, queries, tokens of a picture, words, heads, channels
+B, N, M, W, HEADS, C = (
+    2,
+    6,
+    4,
+    5,
+    2,
+    8,
+)  # pictures, queries, tokens of a picture, words, heads, channels
 BLOCK = ("middle", 0, 0)
 COND, UNCOND, OTHER = Role.COND, Role.UNCOND, Role.OTHER
 BOTH = pytest.mark.parametrize("merge", list(Merge))
@@ -34,20 +52,36 @@ def split(x: Tensor) -> Tensor:
 def by_hand(q: Tensor, *keys: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
     """Softmax over (k, v, log weight), each [b m c]: the output [b n c] and the probabilities [b h n m]."""
     d = C // HEADS
-    logits = torch.cat([split(q) @ split(k.expand(len(q), -1, -1)).mT / d ** 0.5 + bias for k, _, bias in keys], -1)
+    logits = torch.cat(
+        [split(q) @ split(k.expand(len(q), -1, -1)).mT / d**0.5 + bias for k, _, bias in keys], -1
+    )
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)
     v = torch.cat([split(v.expand(len(q), -1, -1)) for _, v, _ in keys], 2)
     return (p @ v).transpose(1, 2).flatten(2), p
 
 
-def tokens(seed: int, weight: float = 1.0, mode: WeightMode = WeightMode.LOGIT_BIAS, m: int = M, mask: Tensor | None = None):
-    return ReferenceTokens(rand(1, m, C, seed=seed), rand(1, m, C, seed=seed + 1), weight, mode, mask)
+def tokens(
+    seed: int,
+    weight: float = 1.0,
+    mode: WeightMode = WeightMode.LOGIT_BIAS,
+    m: int = M,
+    mask: Tensor | None = None,
+):
+    return ReferenceTokens(
+        rand(1, m, C, seed=seed), rand(1, m, C, seed=seed + 1), weight, mode, mask
+    )
 
 
 class Reads:
     """An injection with fixed references, in cross-attention or in self-attention."""
 
-    def __init__(self, by_role, merge: Merge = Merge.CONCAT, mask: Tensor | TargetMask | None = None, cross: bool = True) -> None:
+    def __init__(
+        self,
+        by_role,
+        merge: Merge = Merge.CONCAT,
+        mask: Tensor | TargetMask | None = None,
+        cross: bool = True,
+    ) -> None:
         self.by_role, self.merge, self.mask, self.cross = by_role, merge, mask, cross
 
     node, wants = "a test", True
@@ -58,20 +92,34 @@ class Reads:
     def concerns(self, call: AttnCall) -> bool:
         return True
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
+    def references(
+        self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor
+    ) -> list[References]:
         if call.cross is not self.cross:
             return []
-        return [References(self.by_role, self.mask(call, q) if isinstance(self.mask, TargetMask) else self.mask, self.merge)]
+        return [
+            References(
+                self.by_role,
+                self.mask(call, q) if isinstance(self.mask, TargetMask) else self.mask,
+                self.merge,
+            )
+        ]
 
 
-def cross_call(*roles: Role, repeats: tuple = (), cross: bool = True, areas: tuple | None = None) -> AttnCall:
+def cross_call(
+    *roles: Role, repeats: tuple = (), cross: bool = True, areas: tuple | None = None
+) -> AttnCall:
     return AttnCall(BLOCK, (2, 3), roles, areas or (None,) * len(roles), (4, 6), cross, repeats)
 
 
 def part(role: Role, rows: int = B) -> tuple[Tensor, Tensor, Tensor]:
     """q [b n c], and the text's k v [b w c], of one part."""
     i = list(Role).index(role)
-    return rand(rows, N, C, seed=10 + i), rand(rows, W, C, seed=20 + i), rand(rows, W, C, seed=30 + i)
+    return (
+        rand(rows, N, C, seed=10 + i),
+        rand(rows, W, C, seed=20 + i),
+        rand(rows, W, C, seed=30 + i),
+    )
 
 
 def rows_of(roles: Sequence[Role]) -> tuple[Tensor, ...]:
@@ -79,7 +127,9 @@ def rows_of(roles: Sequence[Role]) -> tuple[Tensor, ...]:
 
 
 def attend(call: AttnCall, own: tuple[Tensor, ...], *active: Reads, kernel=sdpa_attend) -> Tensor:
-    return Run(sites={BLOCK: BlockSite(nn.Identity(), 2)}, active=list(active)).attend(call, kernel, *own, HEADS)
+    return Run(sites={BLOCK: BlockSite(nn.Identity(), 2)}, active=list(active)).attend(
+        call, kernel, *own, HEADS
+    )
 
 
 # concat and add (I42) --------------------------------------------------------------------------------------------------------
@@ -116,7 +166,10 @@ def test_the_two_agree_only_where_the_picture_is_not_read() -> None:
         mixed = attend(cross_call(COND), (q, k, v), Reads({COND: tokens(50, weight)}))
         best = ((mixed - text) * image).sum() / image.square().sum()  # least squares over every s
         assert (mixed - text - best * image).abs().max() > 1e-3
-    outs = [attend(cross_call(COND), (q, k, v), Reads({COND: tokens(50, 0.0)}, merge)) for merge in Merge]
+    outs = [
+        attend(cross_call(COND), (q, k, v), Reads({COND: tokens(50, 0.0)}, merge))
+        for merge in Merge
+    ]
     assert torch.equal(*outs)
 
 
@@ -133,27 +186,44 @@ def test_rows_stay_in_the_convex_hull(weight) -> None:
     def ones(mode: WeightMode) -> Tensor:
         flat = ReferenceTokens(ref.k, torch.ones_like(ref.v), weight, mode)
         return attend(cross_call(COND), (q, k, torch.ones_like(v)), Reads({COND: flat}))
+
     close(ones(WeightMode.LOGIT_BIAS), torch.ones(B, N, C, dtype=torch.float64))
-    assert weight == 1 or (ones(WeightMode.POST_SOFTMAX) - 1).abs().max() > 0.01  # the one that does not renormalise
+    assert (
+        weight == 1 or (ones(WeightMode.POST_SOFTMAX) - 1).abs().max() > 0.01
+    )  # the one that does not renormalise
 
 
 # repeated texts (I12) --------------------------------------------------------------------------------------------------------
 
 
-def run_of(*known: tuple[Role, int | None, tuple[int, ...]], active: Sequence[Reads] = ()) -> tuple[Run, dict]:
+def run_of(
+    *known: tuple[Role, int | None, tuple[int, ...]], active: Sequence[Reads] = ()
+) -> tuple[Run, dict]:
     """A run that knows its parts, (role, tokens of the text, repeats per row), and the options of a call with all of them."""
-    run, names = Run(sites={BLOCK: BlockSite(nn.Identity(), 2)}, latent=(4, 6), active=list(active)), []
+    run, names = (
+        Run(sites={BLOCK: BlockSite(nn.Identity(), 2)}, latent=(4, 6), active=list(active)),
+        [],
+    )
     for role, text, repeats in known:
         names.append(uuid4())
         run.parts[names[-1]] = Part(role, None, text, repeats)
-    return run, {"uuids": names, "block": BLOCK[:2], "block_index": 0, "activations_shape": [len(known) * B, C, 2, 3]}
+    return run, {
+        "uuids": names,
+        "block": BLOCK[:2],
+        "block_index": 0,
+        "activations_shape": [len(known) * B, C, 2, 3],
+    }
 
 
 def test_a_call_knows_its_repeats() -> None:
-    run, options = run_of((COND, 3, (1, 2)), (UNCOND, 6, (1,)), (COND, 12, (1,)), (OTHER, None, (1,)))
+    run, options = run_of(
+        (COND, 3, (1, 2)), (UNCOND, 6, (1,)), (COND, 12, (1,)), (OTHER, None, (1,))
+    )
     assert run.call(options, 12).repeats == ((4, 8), (2,), (1,), (1,))
     assert run.call(options | {"uuids": options["uuids"][2:]}, 12).repeats == ()
-    assert run.call(options | {"uuids": [uuid4()]}, 12).repeats == () and run.call(options, 12).cross
+    assert (
+        run.call(options | {"uuids": [uuid4()]}, 12).repeats == () and run.call(options, 12).cross
+    )
     assert not run.call(options).cross and run.call(options).repeats == ()
 
 
@@ -167,14 +237,20 @@ def test_a_repeated_text_weighs_as_one(merge, mode, halves) -> None:
     """
     mask = torch.full((M,), -log(2.0))
     shared = tokens(50, 0.7, mode, mask=mask)
-    active = [Reads(dict.fromkeys(halves, shared), merge), Reads({COND: tokens(60, 2.0, mode)}, merge)]
+    active = [
+        Reads(dict.fromkeys(halves, shared), merge),
+        Reads({COND: tokens(60, 2.0, mode)}, merge),
+    ]
     given = {UNCOND: (6, (1, 2)), COND: (3, (1,)), OTHER: (12, (1,))}
     run, options = run_of(*((role, *given[role]) for role in given), active=active)
     q, alone, keys, values = [], [], [], []
     for role, (text, repeats) in given.items():
         for i in range(B):
             words = text // repeats[i % len(repeats)]
-            one = tuple(rand(1, n, C, seed=100 + 10 * i + 3 * list(Role).index(role) + j) for j, n in enumerate((N, words, words)))
+            one = tuple(
+                rand(1, n, C, seed=100 + 10 * i + 3 * list(Role).index(role) + j)
+                for j, n in enumerate((N, words, words))
+            )
             alone.append(attend(cross_call(role), one, *active))
             q.append(one[0])
             keys.append(one[1].repeat(1, 12 // words, 1))
@@ -183,14 +259,18 @@ def test_a_repeated_text_weighs_as_one(merge, mode, halves) -> None:
     out = run.attend(run.call(options, 12), sdpa_attend, *own, HEADS)
     torch.testing.assert_close(out, torch.cat(alone), rtol=0, atol=1e-6)  # log r is held in float32
     blind = attend(cross_call(*given), own, *active)
-    assert merge is Merge.ADD or (blind - out).abs().max() > 1e-2  # what the host's batching would have done
+    assert (
+        merge is Merge.ADD or (blind - out).abs().max() > 1e-2
+    )  # what the host's batching would have done
 
 
 def test_log_r_is_added_once_per_row() -> None:
     shared = tokens(50, mask=torch.tensor([0.0, -1.0, -2.0, -3.0]))
     call = cross_call(UNCOND, COND, repeats=((1, 3), (2,)))
     got = gather_parts(References({COND: shared, UNCOND: shared}), call, [0, 1], B).log_mask
-    torch.testing.assert_close(got, torch.tensor([1.0, 3.0, 2.0, 2.0]).log()[:, None] + shared.log_mask)
+    torch.testing.assert_close(
+        got, torch.tensor([1.0, 3.0, 2.0, 2.0]).log()[:, None] + shared.log_mask
+    )
     got = gather_parts(References({COND: tokens(50)}), call, [1], B)
     torch.testing.assert_close(got.log_mask.expand(B, -1), torch.full((B, M), 2.0).log())
     assert gather_parts(References({COND: shared}), cross_call(COND), [0], B) is shared
@@ -204,17 +284,26 @@ def test_log_r_is_added_once_per_row() -> None:
 def test_equal_pictures_are_one(merge, count) -> None:
     """I9: R pictures with -log R; for add the softmax over them does it."""
     one = tokens(50, 1.5)
-    many = ReferenceTokens(one.k.repeat(1, count, 1), one.v.repeat(1, count, 1), 1.5,
-                           log_mask=torch.full((M * count,), -log(count), dtype=torch.float64))
+    many = ReferenceTokens(
+        one.k.repeat(1, count, 1),
+        one.v.repeat(1, count, 1),
+        1.5,
+        log_mask=torch.full((M * count,), -log(count), dtype=torch.float64),
+    )
     own, call = rows_of((UNCOND, COND)), cross_call(UNCOND, COND)
-    close(attend(call, own, Reads({COND: many}, merge)), attend(call, own, Reads({COND: one}, merge)))
+    close(
+        attend(call, own, Reads({COND: many}, merge)), attend(call, own, Reads({COND: one}, merge))
+    )
     chained = [Reads({COND: tokens(50, 1.5 / count)}, merge) for _ in range(count)]
     close(attend(call, own, *chained), attend(call, own, Reads({COND: one}, merge)))
 
 
 def test_halves_may_read_different_numbers_of_pictures() -> None:
     """Three photos in the cond half and the one empty picture in the uncond half."""
-    photos, empty = tokens(50, 2.0, m=3 * M, mask=torch.full((3 * M,), -log(3), dtype=torch.float64)), tokens(60, 2.0)
+    photos, empty = (
+        tokens(50, 2.0, m=3 * M, mask=torch.full((3 * M,), -log(3), dtype=torch.float64)),
+        tokens(60, 2.0),
+    )
     roles = (UNCOND, COND, OTHER, UNCOND)
     for merge in Merge:
         active = Reads({COND: photos, UNCOND: empty}, merge)
@@ -228,7 +317,10 @@ def test_halves_of_one_length_keep_their_own_masks(merge) -> None:
     masked, plain = tokens(50, mask=rand(M, seed=9)), tokens(60)
     for pair in ((masked, plain), (plain, masked), (masked, tokens(60, mask=rand(M, seed=8)))):
         active = Reads(dict(zip((COND, UNCOND), pair)), merge)
-        for role, rows in zip((UNCOND, COND), attend(cross_call(UNCOND, COND), rows_of((UNCOND, COND)), active).chunk(2)):
+        for role, rows in zip(
+            (UNCOND, COND),
+            attend(cross_call(UNCOND, COND), rows_of((UNCOND, COND)), active).chunk(2),
+        ):
             close(rows, attend(cross_call(role), part(role), active))
 
 
@@ -243,7 +335,9 @@ def test_weight_zero_is_the_hosts_own(merge, mode) -> None:
     own = rows_of(roles)
     active = Reads(dict.fromkeys(roles, tokens(50, 0.0, mode)), merge)
     assert torch.equal(attend(cross_call(*roles), own, active), sdpa_attend(*own, HEADS))
-    assert torch.equal(attend(cross_call(*roles, repeats=((2,), (1,))), own, active), sdpa_attend(*own, HEADS))
+    assert torch.equal(
+        attend(cross_call(*roles, repeats=((2,), (1,))), own, active), sdpa_attend(*own, HEADS)
+    )
 
 
 @BOTH
@@ -254,15 +348,22 @@ def test_the_half_that_reads_nothing_stays_bit_for_bit(merge, roles) -> None:
     for who in (COND, UNCOND):
         out = attend(cross_call(*roles), own, Reads({who: tokens(50)}, merge)).chunk(len(roles))
         for role, rows, before in zip(roles, out, plain):
-            assert torch.equal(rows, before) if role is not who else (rows - before).abs().max() > 1e-3
+            assert (
+                torch.equal(rows, before) if role is not who else (rows - before).abs().max() > 1e-3
+            )
 
 
 @BOTH
 @pytest.mark.parametrize("roles", [(UNCOND, COND), (COND, UNCOND), (COND, COND, OTHER)])
 def test_one_call_or_several(merge, roles) -> None:
     """I36 with concepts."""
-    active = [Reads({COND: tokens(50), UNCOND: tokens(60)}, merge), Reads({COND: tokens(70, 2.0)}, Merge.CONCAT)]
-    for role, rows in zip(roles, attend(cross_call(*roles), rows_of(roles), *active).chunk(len(roles))):
+    active = [
+        Reads({COND: tokens(50), UNCOND: tokens(60)}, merge),
+        Reads({COND: tokens(70, 2.0)}, Merge.CONCAT),
+    ]
+    for role, rows in zip(
+        roles, attend(cross_call(*roles), rows_of(roles), *active).chunk(len(roles))
+    ):
         close(rows, attend(cross_call(role), part(role), *active))
 
 
@@ -273,7 +374,9 @@ def test_self_and_cross_injections_do_not_meet() -> None:
     """Masked Self-Attn Inject reads in self-attention, the concept in cross-attention."""
     own, selves = part(COND), Reads({COND: tokens(90)}, cross=False)
     concepts = [Reads({COND: tokens(50)}), Reads({COND: tokens(60)}, Merge.ADD)]
-    assert torch.equal(attend(cross_call(COND), own, selves, *concepts), attend(cross_call(COND), own, *concepts))
+    assert torch.equal(
+        attend(cross_call(COND), own, selves, *concepts), attend(cross_call(COND), own, *concepts)
+    )
     in_self = cross_call(COND, cross=False)
     assert torch.equal(attend(in_self, own, selves, *concepts), attend(in_self, own, selves))
     assert (attend(in_self, own, selves) - sdpa_attend(*own, HEADS)).abs().max() > 1e-3
@@ -286,21 +389,37 @@ def test_add_beside_concat() -> None:
     expected = by_hand(q, (k, v, 0.0), (one.k, one.v, log(0.7)))[0]
     for ref in (two, three):
         expected = expected + ref.weight * by_hand(q, (ref.k, ref.v, 0.0))[0]
-    close(attend(cross_call(COND), (q, k, v), Reads({COND: two}, Merge.ADD), Reads({COND: one}), Reads({COND: three}, Merge.ADD)), expected)
+    close(
+        attend(
+            cross_call(COND),
+            (q, k, v),
+            Reads({COND: two}, Merge.ADD),
+            Reads({COND: one}),
+            Reads({COND: three}, Merge.ADD),
+        ),
+        expected,
+    )
 
 
 def test_the_order_of_a_chain_is_nothing() -> None:
-    left, right = torch.zeros(2, 1, N, dtype=torch.float64), torch.zeros(2, 1, N, dtype=torch.float64)
+    left, right = (
+        torch.zeros(2, 1, N, dtype=torch.float64),
+        torch.zeros(2, 1, N, dtype=torch.float64),
+    )
     left[..., :4], right[..., 2:] = 1, 1
-    chain = [Reads({COND: tokens(50, 0.7), UNCOND: tokens(55)}), Reads({COND: tokens(60, 2.0)}, Merge.CONCAT, left),
-             Reads({COND: tokens(70)}, Merge.ADD, right), Reads({COND: tokens(80, 0.3), UNCOND: tokens(80)}, Merge.ADD),
-             Reads({COND: tokens(90, 0.3)}, Merge.CONCAT, right)]
+    chain = [
+        Reads({COND: tokens(50, 0.7), UNCOND: tokens(55)}),
+        Reads({COND: tokens(60, 2.0)}, Merge.CONCAT, left),
+        Reads({COND: tokens(70)}, Merge.ADD, right),
+        Reads({COND: tokens(80, 0.3), UNCOND: tokens(80)}, Merge.ADD),
+        Reads({COND: tokens(90, 0.3)}, Merge.CONCAT, right),
+    ]
     own, call = rows_of((UNCOND, COND)), cross_call(UNCOND, COND, repeats=((1,), (3,)))
     first = attend(call, own, *chain)
     for order in permutations(chain):
         close(attend(call, own, *order), first)
     for i in range(len(chain)):  # and each of them counts
-        assert (attend(call, own, *chain[:i], *chain[i + 1:]) - first).abs().max() > 1e-3
+        assert (attend(call, own, *chain[:i], *chain[i + 1 :]) - first).abs().max() > 1e-3
 
 
 # target masks ----------------------------------------------------------------------------------------------------------------
@@ -309,7 +428,7 @@ def test_the_order_of_a_chain_is_nothing() -> None:
 def halves_of(latent: tuple[int, int] = (4, 6)) -> Tensor:
     """White on the left half: [1 y x]."""
     mask = torch.zeros(1, *latent)
-    mask[..., :latent[1] // 2] = 1
+    mask[..., : latent[1] // 2] = 1
     return mask
 
 
@@ -329,25 +448,47 @@ def test_a_target_mask_is_where(merge) -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_mask_of_one_colour(merge, value) -> None:
     own, call = rows_of((UNCOND, COND)), cross_call(UNCOND, COND)
-    out = attend(call, own, Reads({COND: tokens(50)}, merge, TargetMask(torch.full((1, 8, 12), value), "Node")))
-    close(out, attend(call, own, Reads({COND: tokens(50)}, merge)) if value else sdpa_attend(*own, HEADS))
+    out = attend(
+        call,
+        own,
+        Reads({COND: tokens(50)}, merge, TargetMask(torch.full((1, 8, 12), value), "Node")),
+    )
+    close(
+        out,
+        attend(call, own, Reads({COND: tokens(50)}, merge)) if value else sdpa_attend(*own, HEADS),
+    )
 
 
 def test_a_soft_mask_is_part_of_it() -> None:
     """query_mask in between: of the added attention, or of the step from plain to concatenated."""
     own, soft = part(COND), torch.full((1, 1, N), 0.25, dtype=torch.float64)
     for merge in Merge:
-        plain, full = sdpa_attend(*own, HEADS), attend(cross_call(COND), own, Reads({COND: tokens(50)}, merge))
-        close(attend(cross_call(COND), own, Reads({COND: tokens(50)}, merge, soft)), plain + 0.25 * (full - plain))
+        plain, full = (
+            sdpa_attend(*own, HEADS),
+            attend(cross_call(COND), own, Reads({COND: tokens(50)}, merge)),
+        )
+        close(
+            attend(cross_call(COND), own, Reads({COND: tokens(50)}, merge, soft)),
+            plain + 0.25 * (full - plain),
+        )
 
 
 def test_masks_of_concat_and_add_overlap() -> None:
     """Two people: A left (concat), B right (add), both in the middle column; and a third everywhere."""
-    left, right = torch.zeros(1, 1, N, dtype=torch.float64), torch.zeros(1, 1, N, dtype=torch.float64)
+    left, right = (
+        torch.zeros(1, 1, N, dtype=torch.float64),
+        torch.zeros(1, 1, N, dtype=torch.float64),
+    )
     left.view(2, 3)[:, :2], right.view(2, 3)[:, 1:] = 1, 1
     q, k, v = part(COND)
     a, b, c = tokens(50, 0.7), tokens(60, 2.0), tokens(70)
-    out = attend(cross_call(COND), (q, k, v), Reads({COND: a}, Merge.CONCAT, left), Reads({COND: b}, Merge.ADD, right), Reads({COND: c}))
+    out = attend(
+        cross_call(COND),
+        (q, k, v),
+        Reads({COND: a}, Merge.CONCAT, left),
+        Reads({COND: b}, Merge.ADD, right),
+        Reads({COND: c}),
+    )
     with_a = by_hand(q, (k, v, 0.0), (c.k, c.v, 0.0), (a.k, a.v, log(0.7)))[0]
     without = by_hand(q, (k, v, 0.0), (c.k, c.v, 0.0))[0]
     beside = 2.0 * by_hand(q, (b.k, b.v, 0.0))[0]
@@ -360,24 +501,41 @@ def test_a_target_mask_in_an_area_is_cut_with_it() -> None:
     """An area prompt is a crop of the latent, (height, width, y, x): its queries are those cells."""
     mask, q = torch.zeros(1, 4, 8), torch.zeros(3, 4, C)
     mask[0, :2, 4:] = 1
-    call = AttnCall(BLOCK, (2, 2), (COND,) * 3, ((2, 4, 0, 4), (2, 4, 2, 4), (4, 4, 0, 2)), (4, 8), True)
+    call = AttnCall(
+        BLOCK, (2, 2), (COND,) * 3, ((2, 4, 0, 4), (2, 4, 2, 4), (4, 4, 0, 2)), (4, 8), True
+    )
     got = TargetMask(mask, "Node")(call, q)
-    assert got.shape == (3, 1, 4) and got.tolist() == [[[1, 1, 1, 1]], [[0, 0, 0, 0]], [[0, 1, 0, 0]]]
+    assert got.shape == (3, 1, 4) and got.tolist() == [
+        [[1, 1, 1, 1]],
+        [[0, 0, 0, 0]],
+        [[0, 1, 0, 0]],
+    ]
 
 
 def test_a_target_mask_is_made_once_per_grid() -> None:
-    target, q = TargetMask(torch.stack((halves_of()[0], 1 - halves_of()[0])), "Node"), torch.zeros(2 * B, N, C, dtype=torch.float16)
+    target, q = (
+        TargetMask(torch.stack((halves_of()[0], 1 - halves_of()[0])), "Node"),
+        torch.zeros(2 * B, N, C, dtype=torch.float16),
+    )
     call = cross_call(UNCOND, COND)
     first = target(call, q)
     assert first.shape == (2, B, N) and first.dtype == torch.float16 and target(call, q) is first
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0, 0], first[0, 1])
-    other = target(AttnCall(BLOCK, (4, 6), (UNCOND, COND), (None, None), (4, 6), True), torch.zeros(2 * B, 24, C))
+    other = target(
+        AttnCall(BLOCK, (4, 6), (UNCOND, COND), (None, None), (4, 6), True),
+        torch.zeros(2 * B, 24, C),
+    )
     assert other.shape == (2, B, 24) and target(call, q) is first
 
 
 def test_target_masks_that_cannot_be() -> None:
-    target, call = TargetMask(torch.ones(3, 4, 6), "Cross-Attn Detail Inject"), cross_call(UNCOND, COND)
-    with pytest.raises(ValueError, match="Cross-Attn Detail Inject: 3 target masks for 2 pictures. Wire one mask"):
+    target, call = (
+        TargetMask(torch.ones(3, 4, 6), "Cross-Attn Detail Inject"),
+        cross_call(UNCOND, COND),
+    )
+    with pytest.raises(
+        ValueError, match="Cross-Attn Detail Inject: 3 target masks for 2 pictures. Wire one mask"
+    ):
         target(call, torch.zeros(2 * B, N, C))
     with pytest.raises(ValueError, match="Cross-Attn Detail Inject: .*HyperTile.*Remove"):
         target(call, torch.zeros(2 * B, N // 2, C))

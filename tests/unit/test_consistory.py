@@ -1,4 +1,5 @@
 """Laws of ConsiStory's schedule, dropout, share matrix and subject masks (method.md 3.2; I15, I20-I24, I32, I37, I40, I45)."""
+
 from __future__ import annotations
 
 from itertools import permutations
@@ -18,7 +19,9 @@ from kindred.models.consistory import (
 )
 from kindred.models.masks import binarise
 
-BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # of SD1.x, 2.x and SDXL
+BETAS = (
+    torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+)  # of SD1.x, 2.x and SDXL
 LOG_SIGMAS = ((1 / torch.cumprod(1 - BETAS, 0)) - 1).log() / 2
 A, B = ("middle", 0, 0), ("output", 3, 1)  # blocks
 
@@ -36,8 +39,14 @@ def timesteps(steps: int) -> list[int]:
 
 def schedule(times: list[int], **changed) -> Schedule:
     """The nodes' defaults: windows of 12 % and of 10 % to 32 % of the sampling."""
-    given = {"blend_until": sigma(0.88 * 999), "inject": (sigma(0.9 * 999), sigma(0.68 * 999)), **changed}
-    return Schedule(tuple(map(sigma, times)), tuple(map(float, times)), StorySettings(frozenset(), (), **given))
+    given = {
+        "blend_until": sigma(0.88 * 999),
+        "inject": (sigma(0.9 * 999), sigma(0.68 * 999)),
+        **changed,
+    }
+    return Schedule(
+        tuple(map(sigma, times)), tuple(map(float, times)), StorySettings(frozenset(), (), **given)
+    )
 
 
 def blends(s: Schedule) -> dict[int, float]:
@@ -60,30 +69,58 @@ def test_fifty_steps_blend_as_the_paper_says() -> None:
     """Steps 0 to 5 (method.md 3.2: .8837 .8673 .8510 .8347 .8184 after .9), nothing afterwards."""
     found = blends(schedule(timesteps(50)))
     assert list(found) == [981, 961, 941, 921, 901, 881]
-    assert list(found.values()) == pytest.approx(torch.linspace(0.9, 0.818, 6, dtype=torch.float64).tolist(), abs=1e-12)
-    assert list(found.values()) == pytest.approx([0.9, 0.8837, 0.8673, 0.8510, 0.8347, 0.8184], abs=5e-4)
+    assert list(found.values()) == pytest.approx(
+        torch.linspace(0.9, 0.818, 6, dtype=torch.float64).tolist(), abs=1e-12
+    )
+    assert list(found.values()) == pytest.approx(
+        [0.9, 0.8837, 0.8673, 0.8510, 0.8347, 0.8184], abs=5e-4
+    )
 
 
 def test_fifty_steps_inject_at_680_to_900() -> None:
     s = schedule(timesteps(50))
-    assert injected(s) == [t for t in timesteps(50) if 680 <= t <= 900] == list(range(881, 680, -20))
-    assert s.features_at == sigma(261) and s.step(s.features_at) == 36 and s.first_injection == sigma(881)
+    assert (
+        injected(s) == [t for t in timesteps(50) if 680 <= t <= 900] == list(range(881, 680, -20))
+    )
+    assert (
+        s.features_at == sigma(261)
+        and s.step(s.features_at) == 36
+        and s.first_injection == sigma(881)
+    )
 
 
-@pytest.mark.parametrize("steps, blended, first, last, features", [
-    (8, [], 876, 751, 251), (20, [951, 901], 851, 701, 251), (100, list(range(991, 880, -10)), 891, 681, 261),
-    (1, [], None, None, 1), (2, [], None, None, 501)])
+@pytest.mark.parametrize(
+    "steps, blended, first, last, features",
+    [
+        (8, [], 876, 751, 251),
+        (20, [951, 901], 851, 701, 251),
+        (100, list(range(991, 880, -10)), 891, 681, 261),
+        (1, [], None, None, 1),
+        (2, [], None, None, 501),
+    ],
+)
 def test_other_step_counts(steps, blended, first, last, features) -> None:
     s = schedule(timesteps(steps))
     assert list(blends(s)) == blended and s.features_at == sigma(features)
     assert injected(s) == [t for t in timesteps(steps) if first and last <= t <= first]
     assert s.first_injection == (None if first is None else sigma(first))
     if blended:
-        assert list(blends(s).values()) == pytest.approx(torch.linspace(0.9, 0.818, len(blended), dtype=torch.float64).tolist())
+        assert list(blends(s).values()) == pytest.approx(
+            torch.linspace(0.9, 0.818, len(blended), dtype=torch.float64).tolist()
+        )
 
 
-@pytest.mark.parametrize("start, blended, first", [(901, [901, 881], 881), (881, [881], 881), (861, [], 861), (681, [], 681),
-                                                   (661, [], None), (241, [], None)])
+@pytest.mark.parametrize(
+    "start, blended, first",
+    [
+        (901, [901, 881], 881),
+        (881, [881], 881),
+        (861, [], 861),
+        (681, [], 681),
+        (661, [], None),
+        (241, [], None),
+    ],
+)
 def test_a_run_that_starts_later(start, blended, first) -> None:
     """Image to image: the windows are noise levels, and nu runs over the steps that this run has in its window."""
     s = schedule([t for t in timesteps(50) if t <= start])
@@ -93,27 +130,47 @@ def test_a_run_that_starts_later(start, blended, first) -> None:
     assert s.step(s.sigmas[0]) == 0 and s.step(s.sigmas[-1]) == len(s.sigmas) - 1
 
 
-@pytest.mark.parametrize("end, features, first", [(501, 501, None), (281, 281, 881), (861, 861, None), (881, 881, None), (901, 901, None)])
+@pytest.mark.parametrize(
+    "end, features, first",
+    [(501, 501, None), (281, 281, 881), (861, 861, None), (881, 881, None), (901, 901, None)],
+)
 def test_a_run_that_stops_early(end, features, first) -> None:
     """One stage where nothing comes after the first injection to compare the pictures by."""
     s = schedule([t for t in timesteps(50) if t >= end])
     assert s.features_at == sigma(features) and s.first_injection == (first and sigma(first))
 
 
-@pytest.mark.parametrize("nothing", [{"injection": 0.0}, {"inject": (0.0, 0.0)}, {"inject": (sigma(680), sigma(900))},
-                                     {"inject": (sigma(880), sigma(862))}, {"inject": (1e9, 1e8)}, {"inject": (sigma(261), 0.0)}])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"injection": 0.0},
+        {"inject": (0.0, 0.0)},
+        {"inject": (sigma(680), sigma(900))},
+        {"inject": (sigma(880), sigma(862))},
+        {"inject": (1e9, 1e8)},
+        {"inject": (sigma(261), 0.0)},
+    ],
+)
 def test_an_empty_window_needs_no_second_stage(nothing) -> None:
     """Nor one that opens where the features are read, too late for the first stage to be cut there."""
     s = schedule(timesteps(50), **nothing)
     assert s.first_injection is None
-    assert bool(injected(s)) == (nothing.get("inject", (0, 1))[1] == 0 < nothing.get("inject", (0, 1))[0])
+    assert bool(injected(s)) == (
+        nothing.get("inject", (0, 1))[1] == 0 < nothing.get("inject", (0, 1))[0]
+    )
 
 
 def test_windows_hold_both_their_ends() -> None:
     """To what a sigma loses between a schedule in float64 and a sampler in float32."""
     for change in (1.0, 1 - 1e-6, 1 + 1e-6):
-        s = schedule(timesteps(50), blend_until=sigma(881) * change, inject=(sigma(881) * change, sigma(681) * change))
-        assert list(blends(s)) == [981, 961, 941, 921, 901, 881] and injected(s) == list(range(881, 680, -20))
+        s = schedule(
+            timesteps(50),
+            blend_until=sigma(881) * change,
+            inject=(sigma(881) * change, sigma(681) * change),
+        )
+        assert list(blends(s)) == [981, 961, 941, 921, 901, 881] and injected(s) == list(
+            range(881, 680, -20)
+        )
         assert blends(s)[881] == pytest.approx(0.818)
         asked = sigma(881) / change
         assert s.blend(asked) == pytest.approx(0.818) and s.injects(asked) and s.step(asked) == 5
@@ -127,14 +184,29 @@ def test_sigmas_between_two_steps_belong_to_the_step_they_lie_in() -> None:
         if i < 5:
             assert s.blend(between) == s.blend(above)
     assert s.step(s.sigmas[0] * 2) == 0 and s.step(s.sigmas[-1] / 2) == 49
-    assert s.blend(sigma(870)) == 0 and s.blend(s.sigmas[0] * 2) == 0.9  # below the window's end; above the run
-    assert s.injects(sigma(890)) and s.injects(sigma(680)) and not s.injects(sigma(903)) and not s.injects(sigma(670))
+    assert (
+        s.blend(sigma(870)) == 0 and s.blend(s.sigmas[0] * 2) == 0.9
+    )  # below the window's end; above the run
+    assert (
+        s.injects(sigma(890))
+        and s.injects(sigma(680))
+        and not s.injects(sigma(903))
+        and not s.injects(sigma(670))
+    )
 
 
 def test_a_blend_of_nothing_needs_no_plain_pass() -> None:
-    assert not blends(schedule(timesteps(50), blend=(0.0, 0.5))) and not blends(schedule(timesteps(50), blend_until=1e9))
+    assert not blends(schedule(timesteps(50), blend=(0.0, 0.5))) and not blends(
+        schedule(timesteps(50), blend_until=1e9)
+    )
     assert list(blends(schedule(timesteps(50), blend=(1.0, 1.0))).values()) == [1.0] * 6
-    assert list(blends(schedule(timesteps(50), blend=(0.5, 0.0)))) == [981, 961, 941, 921, 901]  # and none where it has come to 0
+    assert list(blends(schedule(timesteps(50), blend=(0.5, 0.0)))) == [
+        981,
+        961,
+        941,
+        921,
+        901,
+    ]  # and none where it has come to 0
 
 
 # dropout -------------------------------------------------------------------------------------------------------------------
@@ -147,7 +219,9 @@ def test_dropout_is_a_function_of_its_arguments_alone() -> None:
         dropped(*other)
         torch.manual_seed(11)
         assert torch.equal(dropped(3, 1, 2, (5, 7), 0.5), first)
-        assert torch.equal(dropped(3, 1, 2, torch.Size((5, 7)), 0.5), first)  # whatever the grid comes as
+        assert torch.equal(
+            dropped(3, 1, 2, torch.Size((5, 7)), 0.5), first
+        )  # whatever the grid comes as
         torch.set_rng_state(state)
     dropped(3, 1, 2, (5, 7), 0.5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -165,18 +239,27 @@ def test_the_kept_fraction(p) -> None:
     error = 4 * (p * (1 - p) / draws.numel()) ** 0.5
     assert draws.mean().item() == pytest.approx(p, abs=error)
     for half in draws.flatten(1).chunk(2, 1):
-        assert half.mean().item() == pytest.approx(p, abs=error * 2 ** 0.5)
+        assert half.mean().item() == pytest.approx(p, abs=error * 2**0.5)
 
 
 def test_dropout_of_none_and_of_all() -> None:
     for i in range(8):
         assert not dropped(0, i, 1, (9, 5), 0.0).any() and dropped(0, i, 1, (9, 5), 1.0).all()
-    assert dropped(0, 0, 0, (3, 5), 0.5).shape == (15,) and dropped(0, 0, 0, (3, 5), 0.5).dtype == torch.bool
+    assert (
+        dropped(0, 0, 0, (3, 5), 0.5).shape == (15,)
+        and dropped(0, 0, 0, (3, 5), 0.5).dtype == torch.bool
+    )
 
 
 def test_everything_in_the_key_changes_the_draw() -> None:
     """Pictures, steps, seeds, and grids with as many tokens; exchanging two of them is another draw too."""
-    keys = [(s, i, t, g) for s in (0, 1, 2 ** 64 - 1) for i in (0, 1, 11) for t in (0, 1, 11) for g in ((4, 12), (12, 4), (6, 8))]
+    keys = [
+        (s, i, t, g)
+        for s in (0, 1, 2**64 - 1)
+        for i in (0, 1, 11)
+        for t in (0, 1, 11)
+        for g in ((4, 12), (12, 4), (6, 8))
+    ]
     draws = [tuple(dropped(*key, 0.5).tolist()) for key in keys]
     assert len(set(draws)) == len(keys)
     overlaps = torch.tensor(draws).double().corrcoef().triu(1)
@@ -217,8 +300,10 @@ def test_the_mean_runs_over_the_last_twenty_levels_above(levels) -> None:
         if i == 0:
             assert maps.mean(s) is None
         else:
-            torch.testing.assert_close(maps.mean(s), torch.stack(given[max(0, i - 20):i]).mean(0))
-        torch.testing.assert_close(maps.mean(s, inclusive=True), torch.stack(given[max(0, i - 19):i + 1]).mean(0))
+            torch.testing.assert_close(maps.mean(s), torch.stack(given[max(0, i - 20) : i]).mean(0))
+        torch.testing.assert_close(
+            maps.mean(s, inclusive=True), torch.stack(given[max(0, i - 19) : i + 1]).mean(0)
+        )
     torch.testing.assert_close(maps.mean(-1.0), torch.stack(given[-20:]).mean(0))
     assert maps.sigmas == sigmas
 
@@ -276,7 +361,9 @@ def test_parts_and_levels_with_fewer_words_take_nothing_from_the_others() -> Non
         maps.add(1.0, A, 0, first)
         maps.add(1.0, A, 1, second)
         found = subject_masks(maps.mean(-1.0), (3, 4))
-        assert torch.equal(found, subject_masks(torch.stack((one[:, 0] + two[:, 0], two[:, 1]), 1), (3, 4)))
+        assert torch.equal(
+            found, subject_masks(torch.stack((one[:, 0] + two[:, 0], two[:, 1]), 1), (3, 4))
+        )
         maps = SubjectMaps()
         maps.add(2.0, A, 0, first)
         maps.add(1.0, A, 0, second)
@@ -303,7 +390,10 @@ def test_a_constant_map_is_an_empty_mask(threshold) -> None:
     flat, spots = torch.full((2, 1, 3, 4), 0.7), rand(2, 1, 3, 4, seed=3)
     for grid in ((3, 4), (6, 8), (2, 3)):
         assert not subject_masks(flat, grid, threshold).any()
-        assert torch.equal(subject_masks(torch.cat((spots, flat), 1), grid, threshold), subject_masks(spots, grid, threshold))
+        assert torch.equal(
+            subject_masks(torch.cat((spots, flat), 1), grid, threshold),
+            subject_masks(spots, grid, threshold),
+        )
 
 
 def test_the_threshold_is_handed_on() -> None:
@@ -336,5 +426,7 @@ def test_positions_count_over_all_pictures() -> None:
     assert [len(p) for p in found] == [int(masks[2].sum()), 0, int(masks[0].sum())]
     for picture, positions in zip((2, 1, 0), found):
         assert positions.dtype == torch.int64
-        assert positions.tolist() == [picture * 12 + y * 4 + x for y in range(3) for x in range(4) if masks[picture, y, x]]
+        assert positions.tolist() == [
+            picture * 12 + y * 4 + x for y in range(3) for x in range(4) if masks[picture, y, x]
+        ]
     assert positions_of(masks, ()) == []

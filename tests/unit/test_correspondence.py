@@ -1,4 +1,5 @@
 """Laws of the correspondence: method invariants I28-I30, against double loops and float64."""
+
 from __future__ import annotations
 
 import math
@@ -36,10 +37,19 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal"), name
+        assert name not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "unique_dim",
+            "_unique2",
+            "equal",
+        ), name
         if name.startswith(("index", "_index")):
             flat = [i for a in args[1:] for i in (a if isinstance(a, (list, tuple)) else [a])]
-            assert not any(isinstance(i, Tensor) and i.dtype == torch.bool for i in flat[:-1] or flat), f"{name} with a mask"
+            assert not any(
+                isinstance(i, Tensor) and i.dtype == torch.bool for i in flat[:-1] or flat
+            ), f"{name} with a mask"
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.largest = max(self.largest, out.numel())
@@ -69,7 +79,9 @@ def test_the_kernel_sums_to_one_and_stays_in_its_channel() -> None:
     one[0, 1, 2, 3] = 1
     out = smooth(one)
     assert abs(out[0, 1].double().sum() - 1) < 1e-6
-    assert torch.equal(out[0, 0], torch.zeros(5, 7)) and torch.equal(out[0, 1, 1:4, 2:5].T, out[0, 1, 1:4, 2:5])
+    assert torch.equal(out[0, 0], torch.zeros(5, 7)) and torch.equal(
+        out[0, 1, 1:4, 2:5].T, out[0, 1, 1:4, 2:5]
+    )
     assert (out[0, 1] > 0).sum() == 9
 
 
@@ -78,9 +90,15 @@ def test_smoothing_leaves_the_interior_of_a_constant_and_darkens_its_border() ->
     out = smooth(flat)
     torch.testing.assert_close(out[..., 1:-1, 1:-1], flat[..., 1:-1, 1:-1], rtol=0, atol=1e-6)
     border = out.abs() < 3.5 - 0.5
-    assert border[..., [0, -1], :].all() and border[..., [0, -1]].all() and not border[..., 1:-1, 1:-1].any()
+    assert (
+        border[..., [0, -1], :].all()
+        and border[..., [0, -1]].all()
+        and not border[..., 1:-1, 1:-1].any()
+    )
     features = randn(5, seed=2)[None, :, None, None].expand(1, 5, 4, 6)
-    cosine = F.cosine_similarity(smooth(features), features, dim=1)  # darker, and yet in the same direction
+    cosine = F.cosine_similarity(
+        smooth(features), features, dim=1
+    )  # darker, and yet in the same direction
     torch.testing.assert_close(cosine, torch.ones(1, 4, 6), rtol=0, atol=1e-6)
 
 
@@ -103,7 +121,11 @@ def test_every_match_is_the_best_of_all_sources(grid) -> None:
     kept = [some(3 * (n + 5), seed=s, share=0.4).nonzero().flatten() for s in (3, 4)]
     out = correspond(targets, everywhere(2, n), sources, kept)
     brute = distances(targets, sources)
-    assert out.source.dtype == torch.int64 and out.distance.dtype == torch.float32 and out.keep.dtype == torch.bool
+    assert (
+        out.source.dtype == torch.int64
+        and out.distance.dtype == torch.float32
+        and out.keep.dtype == torch.bool
+    )
     for b in range(2):
         best, at = brute[b][:, kept[b]].min(-1)
         assert torch.equal(out.source[b], kept[b][at])
@@ -125,14 +147,18 @@ def test_a_picture_matches_only_what_it_may() -> None:
 def test_a_picture_corresponds_to_itself(dtype) -> None:
     features = randn(1, 24, 8, seed=1, dtype=dtype)
     out = correspond(features, everywhere(1, 24), features, [all_of(features)])
-    assert torch.equal(out.source[0], torch.arange(24)) and torch.equal(out.distance, torch.zeros(1, 24))
+    assert torch.equal(out.source[0], torch.arange(24)) and torch.equal(
+        out.distance, torch.zeros(1, 24)
+    )
     assert not out.keep.any()  # a constant map of distances
 
 
 def test_a_permuted_copy_corresponds_by_that_permutation() -> None:
     features, to = randn(2, 24, 8, seed=1), order(24, seed=2)
     out = correspond(features[:1], everywhere(1, 24), features[:, to], [torch.arange(24)])
-    assert torch.equal(to[out.source[0]], torch.arange(24)) and torch.equal(out.distance, torch.zeros(1, 24))
+    assert torch.equal(to[out.source[0]], torch.arange(24)) and torch.equal(
+        out.distance, torch.zeros(1, 24)
+    )
     out = correspond(features[1:], everywhere(1, 24), features[:, to], [all_of(features)])
     assert torch.equal(out.source[0], 24 + to.argsort())
 
@@ -141,9 +167,14 @@ def test_a_shifted_window_corresponds_by_that_shift() -> None:
     """Windows of different sizes on one field, smoothed apart: token (y, x) finds (y + 2, x - 1) wherever no border is near."""
     field = randn(1, 6, 12, 14, seed=1)
     (y, x), (p, q) = (6, 9), (9, 11)
-    target, source = smooth(field[..., 3:3 + y, 1:1 + x]), smooth(field[..., 1:1 + p, 2:2 + q])
+    target, source = (
+        smooth(field[..., 3 : 3 + y, 1 : 1 + x]),
+        smooth(field[..., 1 : 1 + p, 2 : 2 + q]),
+    )
     tokens = [f.flatten(2).transpose(1, 2) for f in (target, source)]
-    found = correspond(tokens[0], everywhere(1, y * x), tokens[1], [torch.arange(p * q)]).source.view(y, x)
+    found = correspond(
+        tokens[0], everywhere(1, y * x), tokens[1], [torch.arange(p * q)]
+    ).source.view(y, x)
     at_y, at_x = torch.meshgrid(torch.arange(y), torch.arange(x), indexing="ij")
     want = (at_y + 2) * q + at_x - 1
     assert torch.equal(found[1:-1, 2:-1], want[1:-1, 2:-1])
@@ -151,8 +182,12 @@ def test_a_shifted_window_corresponds_by_that_shift() -> None:
 
 def test_similarity_is_symmetric() -> None:
     a, b = randn(1, 6, 8, seed=1), randn(1, 9, 8, seed=2)
-    there = torch.stack([correspond(a, everywhere(1, 6), b, [torch.tensor([q])]).distance[0] for q in range(9)], 1)
-    back = torch.stack([correspond(b, everywhere(1, 9), a, [torch.tensor([p])]).distance[0] for p in range(6)], 1)
+    there = torch.stack(
+        [correspond(a, everywhere(1, 6), b, [torch.tensor([q])]).distance[0] for q in range(9)], 1
+    )
+    back = torch.stack(
+        [correspond(b, everywhere(1, 9), a, [torch.tensor([p])]).distance[0] for p in range(6)], 1
+    )
     assert torch.equal(there, back.T)
     torch.testing.assert_close(there.double(), distances(a, b)[0], rtol=0, atol=1e-6)
 
@@ -172,8 +207,17 @@ def test_lengths_are_of_no_matter(reach) -> None:
 
 def test_distances_end_at_nothing_and_at_two() -> None:
     a = randn(1, 50, 7, seed=1)
-    same, opposite = (torch.stack([correspond(a[:, [p]], everywhere(1, 1), sign * 3 * a, [torch.tensor([p])]).distance[0, 0]
-                                   for p in range(50)]) for sign in (1, -1))
+    same, opposite = (
+        torch.stack(
+            [
+                correspond(a[:, [p]], everywhere(1, 1), sign * 3 * a, [torch.tensor([p])]).distance[
+                    0, 0
+                ]
+                for p in range(50)
+            ]
+        )
+        for sign in (1, -1)
+    )
     torch.testing.assert_close(same, torch.zeros(50), rtol=0, atol=1e-6)
     torch.testing.assert_close(opposite, torch.full((50,), 2.0), rtol=0, atol=1e-6)
     assert same.min() >= 0 and opposite.max() <= 2
@@ -184,7 +228,9 @@ def test_a_token_without_direction_is_at_distance_one() -> None:
     a[0, 2], b[0, 0] = 0, 0
     out = correspond(a, everywhere(1, 5), b, [torch.arange(6)])
     assert out.distance[0, 2] == 1 and out.distance.isfinite().all()
-    assert torch.equal(correspond(a, everywhere(1, 5), b, [torch.tensor([0])]).distance, torch.ones(1, 5))
+    assert torch.equal(
+        correspond(a, everywhere(1, 5), b, [torch.tensor([0])]).distance, torch.ones(1, 5)
+    )
 
 
 def test_matches_nearer_than_half_precision_tells_apart() -> None:
@@ -207,14 +253,22 @@ def test_chunks_of_any_size_give_the_same(chunk, monkeypatch) -> None:
     monkeypatch.setattr(correspondence, "CHUNK", chunk)
     out = correspond(targets, masks, sources, kept)
     assert torch.equal(out.source, once.source) and torch.equal(out.keep, once.keep)
-    assert torch.equal(out.distance, once.distance)  # bit for bit: a pair's distance is not the product's rounding
+    assert torch.equal(
+        out.distance, once.distance
+    )  # bit for bit: a pair's distance is not the product's rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_matched_in_single(dtype) -> None:
-    targets, sources = 100 * randn(2, 25, 40, seed=1, dtype=dtype), 100 * randn(2, 30, 40, seed=2, dtype=dtype)
+    targets, sources = (
+        100 * randn(2, 25, 40, seed=1, dtype=dtype),
+        100 * randn(2, 30, 40, seed=2, dtype=dtype),
+    )
     masks, kept = some(2, 25, seed=3), [all_of(sources), torch.arange(20)]
-    out, want = correspond(targets, masks, sources, kept), correspond(targets.float(), masks, sources.float(), kept)
+    out, want = (
+        correspond(targets, masks, sources, kept),
+        correspond(targets.float(), masks, sources.float(), kept),
+    )
     assert torch.equal(out.source, want.source) and torch.equal(out.keep, want.keep)
     assert out.distance.dtype == torch.float32 and torch.equal(out.distance, want.distance)
 
@@ -246,8 +300,10 @@ def test_the_gate_is_otsu_over_every_token_of_the_picture() -> None:
     for b in range(2):
         near = out.distance[b].double() < otsu_threshold(out.distance[b], axes=1)
         assert torch.equal(out.keep[b], near & masks[b])
-        alone = correspond(targets[b:b + 1], masks[b:b + 1], features, [all_of(features)])
-        assert torch.equal(alone.keep[0], out.keep[b]) and torch.equal(alone.distance[0], out.distance[b])
+        alone = correspond(targets[b : b + 1], masks[b : b + 1], features, [all_of(features)])
+        assert torch.equal(alone.keep[0], out.keep[b]) and torch.equal(
+            alone.distance[0], out.distance[b]
+        )
         assert 0 < out.keep[b].sum() < masks[b].sum()  # the gate turns some of the subject away
         within = out.distance[b][masks[b]].double()
         assert (within < otsu_threshold(within, axes=1)).sum() != out.keep[b].sum()
@@ -274,16 +330,22 @@ def test_the_gate_tells_apart_what_half_precision_does_not() -> None:
 @pytest.mark.parametrize("source", [0, 1, 2])
 def test_equal_distances_keep_nothing(source) -> None:
     axes = torch.eye(3)
-    out = correspond(axes[:1].expand(1, 7, 3), everywhere(1, 7), axes[None], [torch.tensor([source])])
+    out = correspond(
+        axes[:1].expand(1, 7, 3), everywhere(1, 7), axes[None], [torch.tensor([source])]
+    )
     assert not out.keep.any()
 
 
 def test_nothing_to_match_keeps_nothing() -> None:
     targets, sources = randn(2, 12, 8, seed=1), randn(2, 10, 8, seed=2)
     out = correspond(targets, everywhere(2, 12), sources, [torch.arange(0), torch.arange(20)])
-    assert torch.equal(out.distance[0], torch.full((12,), 2.0)) and torch.equal(out.source[0], torch.zeros(12, dtype=torch.int64))
+    assert torch.equal(out.distance[0], torch.full((12,), 2.0)) and torch.equal(
+        out.source[0], torch.zeros(12, dtype=torch.int64)
+    )
     assert not out.keep[0].any() and out.keep[1].any()
-    alone = correspond(targets[1:], everywhere(1, 12), sources, [torch.arange(20)])  # the empty one changes no neighbour
+    alone = correspond(
+        targets[1:], everywhere(1, 12), sources, [torch.arange(20)]
+    )  # the empty one changes no neighbour
     assert torch.equal(alone.source[0], out.source[1]) and torch.equal(alone.keep[0], out.keep[1])
 
 
@@ -296,4 +358,9 @@ def test_no_subject_keeps_nothing() -> None:
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_one_list_of_sources_per_picture(pictures) -> None:
     with pytest.raises(ValueError, match=f"2 pictures.*{pictures}"):
-        correspond(randn(2, 4, 3, seed=1), everywhere(2, 4), randn(1, 4, 3, seed=2), [torch.arange(4)] * pictures)
+        correspond(
+            randn(2, 4, 3, seed=1),
+            everywhere(2, 4),
+            randn(1, 4, 3, seed=2),
+            [torch.arange(4)] * pictures,
+        )

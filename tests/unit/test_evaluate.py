@@ -1,4 +1,5 @@
 """Laws of the evaluation: rows, processes that share the work, tables worked by hand, and which jobs there are."""
+
 from __future__ import annotations
 
 import csv
@@ -30,31 +31,62 @@ from hypothesis import strategies as st
 
 
 def test_a_row_of_ones_own():
-    row = Row.parse("story", "mine: weight=2, blocks=output 3-5, middle 0, align_keys=false, anchors=3, mask=none, cfg=6")
-    assert dict(row.inputs) == {"weight": 2.0, "blocks": "output 3-5, middle 0", "align_keys": False, "anchors": 3, "mask": "none",
-                                "cfg": 6.0}
-    assert type(row.get("anchors", 0)) is int and row.of(("weight", "anchors")) == {"weight": 2.0, "anchors": 3}
-    assert Row.parse("story", "as it comes") == Row.parse("story", "as it comes:") == Row("as it comes")
-    assert Row.parse("story", "a: weight=1, anchors=2").inputs == Row.parse("story", "b: anchors=2, weight=1.0").inputs
+    row = Row.parse(
+        "story",
+        "mine: weight=2, blocks=output 3-5, middle 0, align_keys=false, anchors=3, mask=none, cfg=6",
+    )
+    assert dict(row.inputs) == {
+        "weight": 2.0,
+        "blocks": "output 3-5, middle 0",
+        "align_keys": False,
+        "anchors": 3,
+        "mask": "none",
+        "cfg": 6.0,
+    }
+    assert type(row.get("anchors", 0)) is int and row.of(("weight", "anchors")) == {
+        "weight": 2.0,
+        "anchors": 3,
+    }
+    assert (
+        Row.parse("story", "as it comes")
+        == Row.parse("story", "as it comes:")
+        == Row("as it comes")
+    )
+    assert (
+        Row.parse("story", "a: weight=1, anchors=2").inputs
+        == Row.parse("story", "b: anchors=2, weight=1.0").inputs
+    )
 
 
 def test_a_personalized_row_names_its_nodes():
-    row = Row.parse("personalize", "x: weight=2, concept.weight=1, mask_steps=5, mask=true, inverted=yes, self=on")
+    row = Row.parse(
+        "personalize",
+        "x: weight=2, concept.weight=1, mask_steps=5, mask=true, inverted=yes, self=on",
+    )
     assert row.of(("weight", "mask_steps")) == {"weight": 2.0, "mask_steps": 5}
-    assert row.of({name for name in INPUTS["personalize"] if name.startswith("concept.")}, "concept.") == {"weight": 1.0}
+    assert row.of(
+        {name for name in INPUTS["personalize"] if name.startswith("concept.")}, "concept."
+    ) == {"weight": 1.0}
 
 
-@pytest.mark.parametrize("task, text, said", [
-    ("story", "x: wieght=2", "'x' sets wieght; known are strength"),
-    ("story", "x: weight=much", "'x' sets weight to 'much', which is not a number"),
-    ("story", "x: halves=none", "halves to 'none'; it is one of cond only, both"), ("story", "x: weight=nan", "weight to 'nan'"),
-    ("story", "x: anchors=2.5", "anchors to '2.5', which is not a whole number"),
-    ("story", "x: align_keys=perhaps", "align_keys to 'perhaps', .*true or false"),
-    ("story", "x: mask=true", "mask to 'true'; it is one of word, none"),
-    ("personalize", "x: self=no", "self to 'no'; it is one of on, off"),
-    ("story", "x: weight", "'weight' without a value"), ("story", "x: dropout=, weight=1", "dropout to ''"),
-    ("story", "x: weight=1, dropout", "weight to '1, dropout'"), ("story", ": weight=1", "needs a name"),
-    ("personalize", "x: dropout=1", "sets dropout; known are")])
+@pytest.mark.parametrize(
+    "task, text, said",
+    [
+        ("story", "x: wieght=2", "'x' sets wieght; known are strength"),
+        ("story", "x: weight=much", "'x' sets weight to 'much', which is not a number"),
+        ("story", "x: halves=none", "halves to 'none'; it is one of cond only, both"),
+        ("story", "x: weight=nan", "weight to 'nan'"),
+        ("story", "x: anchors=2.5", "anchors to '2.5', which is not a whole number"),
+        ("story", "x: align_keys=perhaps", "align_keys to 'perhaps', .*true or false"),
+        ("story", "x: mask=true", "mask to 'true'; it is one of word, none"),
+        ("personalize", "x: self=no", "self to 'no'; it is one of on, off"),
+        ("story", "x: weight", "'weight' without a value"),
+        ("story", "x: dropout=, weight=1", "dropout to ''"),
+        ("story", "x: weight=1, dropout", "weight to '1, dropout'"),
+        ("story", ": weight=1", "needs a name"),
+        ("personalize", "x: dropout=1", "sets dropout; known are"),
+    ],
+)
 def test_a_wrong_row_names_its_input(task, text, said):
     with pytest.raises(SystemExit, match=said):
         Row.parse(task, text)
@@ -63,7 +95,11 @@ def test_a_wrong_row_names_its_input(task, text, said):
 def test_every_table_begins_with_plain_and_names_its_rows_once():
     for table in TABLES.values():
         assert table.rows[0] == PLAIN[table.task], table.name
-        assert len({row.name for row in table.rows}) == len(table.rows) == len({row.inputs for row in table.rows}), table.name
+        assert (
+            len({row.name for row in table.rows})
+            == len(table.rows)
+            == len({row.inputs for row in table.rows})
+        ), table.name
 
 
 # processes -------------------------------------------------------------------------------------------------------------------
@@ -97,7 +133,9 @@ class Refuses:
 
 def test_a_refusal_in_a_process_is_told_in_its_words():
     with pytest.raises(WorkerError, match=r"(?s)^[01]:\nevaluate: there is no such file$"):
-        list(pooled([0, 1], partial(exec, "raise SystemExit('evaluate: there is no such file')"), 2))
+        list(
+            pooled([0, 1], partial(exec, "raise SystemExit('evaluate: there is no such file')"), 2)
+        )
 
 
 def test_nothing_to_do_makes_nothing():
@@ -111,8 +149,14 @@ def test_leaving_early_ends_the_processes(monkeypatch, capfd):
     next(found)
     children = workers.multiprocessing.active_children()
     found.close()
-    assert len(children) == 2 and not workers.multiprocessing.active_children() and capfd.readouterr().err == ""
-    assert sorted(child.exitcode for child in children) in ([0, 143], [-signal.SIGTERM, 0]), "143: it had begun to listen"
+    assert (
+        len(children) == 2
+        and not workers.multiprocessing.active_children()
+        and capfd.readouterr().err == ""
+    )
+    assert sorted(child.exitcode for child in children) in ([0, 143], [-signal.SIGTERM, 0]), (
+        "143: it had begun to listen"
+    )
 
 
 def test_children_have_one_thread_and_we_keep_ours(monkeypatch):
@@ -155,14 +199,24 @@ def test_a_run_that_ends_gives_the_signals_back(handlers):
 
 
 def values(identity, scene=(1.0, 1.0), kind=(1.0, 1.0), seconds=2.0):
-    return {"identity": identity, "scene": list(scene), "class": list(kind), "seconds": seconds, "unet_calls": 50}
+    return {
+        "identity": identity,
+        "scene": list(scene),
+        "class": list(kind),
+        "seconds": seconds,
+        "unet_calls": 50,
+    }
 
 
 def by_hand() -> Filled:
     table = Table("t", "By hand", "personalize", (Row("plain", (("self", "off"),)), Row("made")), 2)
-    found = {"plain": {0: [values([0.1, 0.2])], 1: [values([0.3, 0.2])]},
-             "made": {0: [values([0.5, 0.7], scene=(1.0, 0.0), kind=(0.0, 1.0)) | {"mask_iou": 0.5}],
-                      1: [values([0.8, 0.8], seconds=4.0) | {"mask_iou": 0.7}]}}
+    found = {
+        "plain": {0: [values([0.1, 0.2])], 1: [values([0.3, 0.2])]},
+        "made": {
+            0: [values([0.5, 0.7], scene=(1.0, 0.0), kind=(0.0, 1.0)) | {"mask_iou": 0.5}],
+            1: [values([0.8, 0.8], seconds=4.0) | {"mask_iou": 0.7}],
+        },
+    }
     return Filled(table, MINIATURE["personalize"], found, 0.1, 1.0)
 
 
@@ -171,19 +225,36 @@ def test_a_table_by_hand():
     lines = filled.markdown().splitlines()
     assert lines[0] == "**By hand**: 2 identities, 1 seed; floor 0.100, ceiling 1.000"
     assert lines[2] == "| | identity | s.e. | of the way | scene right | class right |"
-    assert lines[4:] == ["| plain | 0.200 | 0.050 | 0.00 | 1.00 | 1.00 |", "| made | 0.700 | 0.100 | 0.62 | 0.75 | 0.75 |"]
-    assert filled.scores["made"]["text"].mean == 0.5  # no picture of the first identity has both right
+    assert lines[4:] == [
+        "| plain | 0.200 | 0.050 | 0.00 | 1.00 | 1.00 |",
+        "| made | 0.700 | 0.100 | 0.62 | 0.75 | 0.75 |",
+    ]
+    assert (
+        filled.scores["made"]["text"].mean == 0.5
+    )  # no picture of the first identity has both right
     figures = filled.figures()
-    assert figures["identity.plain"] == pytest.approx(0.2) and figures["identity.made"] == pytest.approx(0.7)
-    assert figures["identity.floor"] == 0.1 and figures["identity.ceiling"] == 1.0 and figures["count.identities"] == 2
+    assert figures["identity.plain"] == pytest.approx(0.2) and figures[
+        "identity.made"
+    ] == pytest.approx(0.7)
+    assert (
+        figures["identity.floor"] == 0.1
+        and figures["identity.ceiling"] == 1.0
+        and figures["count.identities"] == 2
+    )
     assert figures["scene_accuracy.made"] == 0.75 and figures["seconds.made"] == 3.0
-    assert figures["error.identity.made"] == pytest.approx(0.1) and figures["mask.iou"] == pytest.approx(0.6)
+    assert figures["error.identity.made"] == pytest.approx(0.1) and figures[
+        "mask.iou"
+    ] == pytest.approx(0.6)
     assert filled.way("made") == pytest.approx(0.5 / 0.8)
 
 
 def test_csv_holds_every_number():
     plain, made = csv.DictReader(StringIO(by_hand().csv()))
-    assert plain["inputs"] == "self=off" and float(made["identity"]) == pytest.approx(0.7) and float(made["text"]) == 0.5
+    assert (
+        plain["inputs"] == "self=off"
+        and float(made["identity"]) == pytest.approx(0.7)
+        and float(made["text"]) == 0.5
+    )
     assert float(made["of_the_way"]) == pytest.approx(0.625) and made["identity_count"] == "2"
 
 
@@ -191,47 +262,107 @@ def test_identity_part_by_part_beside_the_known_answer():
     """Means over identities, the journal's own numbers; a ground without parts says nothing."""
     table = Table("t", "By hand", "personalize", (Row("plain", (("self", "off"),)), Row("made")), 2)
     hats = {"plain": ([0.0, 0.2], [0.3, 0.3]), "made": ([0.5, 0.7], [0.2, 0.4])}
-    found = {name: {i: [values([0.5, 0.5]) | {"hat": hat, "body": [0.25]}] for i, hat in enumerate(of)} for name, of in hats.items()}
-    known = [{"floor": 0.1, "ceiling": 0.9, "hat": [0.8], "body": [1.0]}, {"floor": 0.3, "ceiling": 0.7, "hat": [1.0], "body": [0.5]}]
+    found = {
+        name: {i: [values([0.5, 0.5]) | {"hat": hat, "body": [0.25]}] for i, hat in enumerate(of)}
+        for name, of in hats.items()
+    }
+    known = [
+        {"floor": 0.1, "ceiling": 0.9, "hat": [0.8], "body": [1.0]},
+        {"floor": 0.3, "ceiling": 0.7, "hat": [1.0], "body": [0.5]},
+    ]
     filled = bounded(table, measured(MINIATURE["personalize"], found), found, known)
     assert (filled.floor, filled.ceiling) == (pytest.approx(0.2), pytest.approx(0.8))
-    assert filled.by_part().splitlines()[2:] == ["| | body colour | hat |", "|---|---:|---:|", "| plain | 0.25 | 0.20 |",
-                                                 "| made | 0.25 | 0.45 |", "| ceiling | 0.75 | 0.90 |"]
+    assert filled.by_part().splitlines()[2:] == [
+        "| | body colour | hat |",
+        "|---|---:|---:|",
+        "| plain | 0.25 | 0.20 |",
+        "| made | 0.25 | 0.45 |",
+        "| ceiling | 0.75 | 0.90 |",
+    ]
     assert float(list(csv.DictReader(StringIO(filled.csv())))[1]["hat"]) == pytest.approx(0.45)
     assert not Filled(table, MINIATURE["story"], {}).by_part()
 
 
 def test_what_was_not_measured_is_absent():
     table = Table("t", "One set", "story", (Row("plain", (("node", "off"),)), Row("story")), 2)
-    told = {"consistency": 0.4, "scene": [1.0] * 4, "class": [1.0] * 4, "layout_spread": math.nan, "seconds": 1.0, "unet_calls": 88}
+    told = {
+        "consistency": 0.4,
+        "scene": [1.0] * 4,
+        "class": [1.0] * 4,
+        "layout_spread": math.nan,
+        "seconds": 1.0,
+        "unet_calls": 88,
+    }
     filled = Filled(table, MINIATURE["story"], {"story": {0: [told]}})
     figures = filled.figures()
-    assert "consistency.floor" not in figures and "layout_spread.story" not in figures and "error.consistency.story" not in figures
-    assert figures["unet_calls.story"] == 88 and "| story | 0.400 |  | 1.00 | 1.00 |  | 88 |" in filled.markdown()
-    assert "of the way" not in filled.markdown() and "**One set**: 1 set, 1 seed\n" in filled.markdown()
+    assert (
+        "consistency.floor" not in figures
+        and "layout_spread.story" not in figures
+        and "error.consistency.story" not in figures
+    )
+    assert (
+        figures["unet_calls.story"] == 88
+        and "| story | 0.400 |  | 1.00 | 1.00 |  | 88 |" in filled.markdown()
+    )
+    assert (
+        "of the way" not in filled.markdown()
+        and "**One set**: 1 set, 1 seed\n" in filled.markdown()
+    )
 
 
 def test_layouts_are_told_as_a_multiple_of_the_plain_ones():
     table = Table("t", "Two sets", "story", (Row("plain", (("node", "off"),)), Row("story")), 2)
+
     def told(spread, consistency):
-        return {"consistency": consistency, "scene": [1.0], "class": [1.0], "layout_spread": spread, "seconds": 1.0, "unet_calls": 50}
-    found = {"plain": {0: [told(0.1, 0.2)], 1: [told(0.3, 0.2)]}, "story": {0: [told(0.1, 0.6)], 1: [told(0.2, 0.6)]}}
-    assert "| story | 0.600 | 0.000 | 0.67 | 1.00 | 1.00 | 0.75 | 50 |" in Filled(table, MINIATURE["story"], found, 0.1, 0.8).markdown()
+        return {
+            "consistency": consistency,
+            "scene": [1.0],
+            "class": [1.0],
+            "layout_spread": spread,
+            "seconds": 1.0,
+            "unet_calls": 50,
+        }
+
+    found = {
+        "plain": {0: [told(0.1, 0.2)], 1: [told(0.3, 0.2)]},
+        "story": {0: [told(0.1, 0.6)], 1: [told(0.2, 0.6)]},
+    }
+    assert (
+        "| story | 0.600 | 0.000 | 0.67 | 1.00 | 1.00 | 0.75 | 50 |"
+        in Filled(table, MINIATURE["story"], found, 0.1, 0.8).markdown()
+    )
 
 
-@pytest.mark.parametrize("name, line, at", [
-    ("W_S 2", "W_S", 2.0), ("W_S 0.25, no mask", "W_S, no mask", 0.25), ("dropout 0", "dropout", 0.0), ("full", "full", None),
-    ("output_blend", "output_blend", None), ("two 2 things 3", "two 2 things", 3.0)])
+@pytest.mark.parametrize(
+    "name, line, at",
+    [
+        ("W_S 2", "W_S", 2.0),
+        ("W_S 0.25, no mask", "W_S, no mask", 0.25),
+        ("dropout 0", "dropout", 0.0),
+        ("full", "full", None),
+        ("output_blend", "output_blend", None),
+        ("two 2 things 3", "two 2 things", 3.0),
+    ],
+)
 def test_rows_that_differ_by_a_number_stand_on_one_line(name, line, at):
     assert family(name) == (line, at)
 
 
 def test_one_set_is_drawn_without_errors(tmp_path):
     """Of one identity there is no standard error: NaN, and a plot all the same."""
-    table = Table("t", "One", "personalize", (Row("plain", (("self", "off"),)), Row("W 1"), Row("W 2")), 2, axis="weight")
+    table = Table(
+        "t",
+        "One",
+        "personalize",
+        (Row("plain", (("self", "off"),)), Row("W 1"), Row("W 2")),
+        2,
+        axis="weight",
+    )
     found = {row.name: {0: [values([0.1 * i, 0.3])]} for i, row in enumerate(table.rows)}
     drawn = plots(tmp_path, Filled(table, MINIATURE["personalize"], found, 0.1, 1.0))
-    assert [path.name for path in drawn] == ["t_front.png", "t_curves.png"] and all(path.stat().st_size > 1000 for path in drawn)
+    assert [path.name for path in drawn] == ["t_front.png", "t_curves.png"] and all(
+        path.stat().st_size > 1000 for path in drawn
+    )
 
 
 # a run -----------------------------------------------------------------------------------------------------------------------
@@ -248,19 +379,33 @@ def test_without_arguments_it_measures_the_papers_tables(tmp_path):
     assert [(t.name, t.count, t.first) for t in tables] == [("table_2", 3, 7)]
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--variant", "x: weight=1"], "--variant needs --task"),
-    (["--task", "story", "--variant", "a: weight=1", "--variant", "a: weight=2"], "two rows are called a"),
-    (["--task", "story", "--variant", "plain: weight=1"], "two rows are called plain")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--variant", "x: weight=1"], "--variant needs --task"),
+        (
+            ["--task", "story", "--variant", "a: weight=1", "--variant", "a: weight=2"],
+            "two rows are called a",
+        ),
+        (["--task", "story", "--variant", "plain: weight=1"], "two rows are called plain"),
+    ],
+)
 def test_rows_that_do_not_fit_together(tmp_path, words, said):
     with pytest.raises(SystemExit, match=said):
         chosen(asked(tmp_path, *words))
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--task", "story", "--table", "pareto"], "--table does nothing here: --task"),
-    (["--task", "story", "--table", "pareto", "--variant", "a: weight=1"], "--table does nothing here: --variant"),
-    (["--task", "miniature", "--variant", "a: weight=1"], "--variant does nothing here")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--task", "story", "--table", "pareto"], "--table does nothing here: --task"),
+        (
+            ["--task", "story", "--table", "pareto", "--variant", "a: weight=1"],
+            "--table does nothing here: --variant",
+        ),
+        (["--task", "miniature", "--variant", "a: weight=1"], "--variant does nothing here"),
+    ],
+)
 def test_words_that_would_do_nothing(tmp_path, words, said, capsys):
     with pytest.raises(SystemExit):
         asked(tmp_path, *words)
@@ -268,7 +413,11 @@ def test_words_that_would_do_nothing(tmp_path, words, said, capsys):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    with alone(tmp_path), pytest.raises(SystemExit, match="another run measures into"), alone(tmp_path):
+    with (
+        alone(tmp_path),
+        pytest.raises(SystemExit, match="another run measures into"),
+        alone(tmp_path),
+    ):
         pass
     with alone(tmp_path):
         pass
@@ -276,14 +425,28 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 def test_a_table_compares_like_with_like(tmp_path):
     """A stop leaves the plain row with more identities than the others: only the shared ones count."""
-    setting, journal, table = Setting("h", 50, 4.0, "x"), Journal(tmp_path / "journal.jsonl"), TABLES["table_2"]
-    for row, case, value in ((table.rows[0], 0, 0.1), (table.rows[0], 1, 0.9), (table.rows[1], 0, 0.5)):
+    setting, journal, table = (
+        Setting("h", 50, 4.0, "x"),
+        Journal(tmp_path / "journal.jsonl"),
+        TABLES["table_2"],
+    )
+    for row, case, value in (
+        (table.rows[0], 0, 0.1),
+        (table.rows[0], 1, 0.9),
+        (table.rows[1], 0, 0.5),
+    ):
         journal.add(setting.of(Job("personalize", row, case, 0)), values([value, value]))
-    one, = fill([table], 1, journal, setting)
-    assert one.scores["plain"]["identity"].mean == pytest.approx(0.1) and one.scores["plain"]["identity"].count == 1
+    (one,) = fill([table], 1, journal, setting)
+    assert (
+        one.scores["plain"]["identity"].mean == pytest.approx(0.1)
+        and one.scores["plain"]["identity"].count == 1
+    )
 
 
-@pytest.mark.parametrize("words", [["--count", "1"], ["--seeds", "0"], ["--steps", "0"], ["--processes", "0"], ["--first", "-1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--count", "1"], ["--seeds", "0"], ["--steps", "0"], ["--processes", "0"], ["--first", "-1"]],
+)
 def test_numbers_that_make_no_run(tmp_path, words, capsys):
     with pytest.raises(SystemExit):
         asked(tmp_path, *words)
@@ -293,19 +456,29 @@ def test_numbers_that_make_no_run(tmp_path, words, capsys):
 @given(st.integers(2, 5), st.integers(1, 3), st.sets(st.sampled_from(sorted(TABLES)), min_size=1))
 def test_every_measurement_is_one_job(count, seeds, names):
     from pathlib import Path
-    tables = [Table(t.name, t.title, t.task, t.rows, count, 4) for t in (TABLES[name] for name in names)]
+
+    tables = [
+        Table(t.name, t.title, t.task, t.rows, count, 4) for t in (TABLES[name] for name in names)
+    ]
     setting = Setting("host", 50, 4.0, "")
     jobs = list(jobs_of(tables, seeds, setting, Path("p")))
     keys = [Journal.key(setting.of(job)) for job in jobs]
     assert len(set(keys)) == len(keys)
-    wanted = {Journal.key(setting.of(Job(t.task, row, case, seed))) for t in tables for row in (*t.rows, BOUNDS)
-              for case in range(4, 4 + count) for seed in range(seeds)}
+    wanted = {
+        Journal.key(setting.of(Job(t.task, row, case, seed)))
+        for t in tables
+        for row in (*t.rows, BOUNDS)
+        for case in range(4, 4 + count)
+        for seed in range(seeds)
+    }
     assert set(keys) == wanted
     for task in ("personalize", "story"):  # a case is not met again once it is left
         met = [job.case for job in jobs if job.task == task]
         assert met == sorted(met)
     assert {job.case for job in jobs if job.pictures} == set(range(4, 4 + min(SHOWN, count)))
-    assert len({job.pictures for job in jobs if job.pictures}) == sum(bool(job.pictures) for job in jobs)
+    assert len({job.pictures for job in jobs if job.pictures}) == sum(
+        bool(job.pictures) for job in jobs
+    )
 
 
 def test_pictures_of_other_settings_have_another_name():
@@ -317,6 +490,7 @@ def test_pictures_of_other_settings_have_another_name():
 
 class Pretended:
     """A ground that knows the answer at once, and is stopped by its third job if it is told so."""
+
     done: list[Job] = []
     stop_at = 99
 
@@ -332,32 +506,66 @@ class Pretended:
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, handlers):
     import evaluate
+
     monkeypatch.setattr(evaluate, "Miniature", Pretended)
     monkeypatch.setattr(Pretended, "done", [])
     monkeypatch.setattr(Pretended, "stop_at", 3)
-    words = asked(tmp_path, "--table", "table_2", "--count", "2", "--seeds", "1", "--processes", "1")
-    tables, setting, journal = chosen(words), Setting("nowhere", 50, 4.0, "x"), Journal(tmp_path / "journal.jsonl")
+    words = asked(
+        tmp_path, "--table", "table_2", "--count", "2", "--seeds", "1", "--processes", "1"
+    )
+    tables, setting, journal = (
+        chosen(words),
+        Setting("nowhere", 50, 4.0, "x"),
+        Journal(tmp_path / "journal.jsonl"),
+    )
     assert not measure(words, tables, journal, setting) and len(Pretended.done) == 3
-    partly, = fill(tables, 1, journal, setting)
+    (partly,) = fill(tables, 1, journal, setting)
     assert list(partly.found) == ["plain", "cross"] and partly.ceiling == 1.0
     monkeypatch.setattr(Pretended, "stop_at", 99)
     journal = Journal(tmp_path / "journal.jsonl")
     assert measure(words, tables, journal, setting) and len(Pretended.done) == 10
-    whole, = fill(tables, 1, journal, setting)
-    assert {len(seeds) for seeds in whole.found.values()} == {2} and whole.scores["full"]["identity"].mean == pytest.approx(0.05)
-    assert measure(words, tables, Journal(tmp_path / "journal.jsonl"), setting) and len(Pretended.done) == 10
+    (whole,) = fill(tables, 1, journal, setting)
+    assert {len(seeds) for seeds in whole.found.values()} == {2} and whole.scores["full"][
+        "identity"
+    ].mean == pytest.approx(0.05)
+    assert (
+        measure(words, tables, Journal(tmp_path / "journal.jsonl"), setting)
+        and len(Pretended.done) == 10
+    )
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 10
-    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["of"]["task"] == "personalize"
+    assert (
+        json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["of"]["task"]
+        == "personalize"
+    )
 
 
 def test_a_sheet_has_a_column_per_row_and_the_photo_first():
     from evaluation.sheets import CELL, GAP, HEAD, cut, sheet
     from PIL import Image
+
     strip = Image.new("RGB", (256, 128), "red")
     strip.paste("blue", (128, 0, 256, 128))
     photo, (left, right) = Image.new("RGB", (128, 128), "green"), cut(strip)
-    page = sheet(["photo", "a row with a long name"], [[[photo], [left, right]], [[photo], [right, left]]])
+    page = sheet(
+        ["photo", "a row with a long name"], [[[photo], [left, right]], [[photo], [right, left]]]
+    )
+
     def seen(column, line, case):
-        return page.getpixel((GAP + column * (CELL + GAP) + 9, HEAD + (2 * case + line) * (CELL + GAP) + case * GAP + 9))
+        return page.getpixel(
+            (
+                GAP + column * (CELL + GAP) + 9,
+                HEAD + (2 * case + line) * (CELL + GAP) + case * GAP + 9,
+            )
+        )
+
     red, blue, green, white = (255, 0, 0), (0, 0, 255), (0, 128, 0), (255, 255, 255)
-    assert [seen(c, n, case) for case in (0, 1) for c in (0, 1) for n in (0, 1)] == [green, white, red, blue, green, white, blue, red]
+    assert [seen(c, n, case) for case in (0, 1) for c in (0, 1) for n in (0, 1)] == [
+        green,
+        white,
+        red,
+        blue,
+        green,
+        white,
+        blue,
+        red,
+    ]

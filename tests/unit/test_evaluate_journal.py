@@ -1,4 +1,5 @@
 """Laws of the evaluation's journal: a run goes on where it was, and what decides a number decides its key."""
+
 from __future__ import annotations
 
 import math
@@ -17,7 +18,10 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
     with path.open("a") as file:
         file.write('{"of": {"case": 3}, "val')  # a kill in the middle of a line
     again = Journal(path)
-    assert again.get({"inputs": {"b": 2, "a": 1}, "case": 1})["identity"][0] == 0.5 and again.get({"case": 3}) is None
+    assert (
+        again.get({"inputs": {"b": 2, "a": 1}, "case": 1})["identity"][0] == 0.5
+        and again.get({"case": 3}) is None
+    )
     again.add({"case": 3}, {"identity": [1.0]})
     assert [Journal(path).get({"case": n})["identity"] for n in (2, 3)] == [[0.25], [1.0]]
     assert len(path.read_text().splitlines()) == 3
@@ -25,7 +29,9 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
 
 def test_a_measurement_is_on_the_disk_before_the_next_begins(tmp_path, monkeypatch):
     journal, flushed, sync = Journal(tmp_path / "journal.jsonl"), [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(journal.path.read_text()) or sync(number))
+    monkeypatch.setattr(
+        os, "fsync", lambda number: flushed.append(journal.path.read_text()) or sync(number)
+    )
     journal.add({"case": 1}, {"identity": [0.5]})
     assert flushed == [journal.path.read_text()] != [""]
 
@@ -41,12 +47,21 @@ def test_a_file_that_is_no_journal_is_named_and_left_alone(tmp_path, line):
 
 def test_what_decides_a_number_decides_the_key():
     setting, job = Setting("host", 50, 4.0, "abc"), Job("story", Row("a", (("weight", 1.0),)), 3, 0)
-    same = [Job("story", Row("other name", (("weight", 1.0),)), 3, 0), Job("story", job.row, 3, 0, "somewhere.png")]
+    same = [
+        Job("story", Row("other name", (("weight", 1.0),)), 3, 0),
+        Job("story", job.row, 3, 0, "somewhere.png"),
+    ]
     assert all(setting.of(other) == setting.of(job) for other in same)
-    others = [setting.of(Job("story", Row("a", (("weight", 2.0),)), 3, 0)), setting.of(Job("story", job.row, 4, 0)),
-              setting.of(Job("story", job.row, 3, 1)), setting.of(Job("personalize", job.row, 3, 0)),
-              setting.of(Job("story", BOUNDS, 3, 0)),
-              Setting("host", 25, 4.0, "abc").of(job), Setting("host", 50, 5.0, "abc").of(job), Setting("host", 50, 4.0, "abd").of(job)]
+    others = [
+        setting.of(Job("story", Row("a", (("weight", 2.0),)), 3, 0)),
+        setting.of(Job("story", job.row, 4, 0)),
+        setting.of(Job("story", job.row, 3, 1)),
+        setting.of(Job("personalize", job.row, 3, 0)),
+        setting.of(Job("story", BOUNDS, 3, 0)),
+        Setting("host", 25, 4.0, "abc").of(job),
+        Setting("host", 50, 5.0, "abc").of(job),
+        Setting("host", 50, 4.0, "abd").of(job),
+    ]
     assert len({Journal.key(of) for of in [*others, setting.of(job)]}) == len(others) + 1
 
 

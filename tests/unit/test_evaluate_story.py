@@ -1,4 +1,5 @@
 """Laws of measuring a story: similarity of two pictures, layout spread, sets, what a row sets at the node."""
+
 from __future__ import annotations
 
 import math
@@ -20,7 +21,16 @@ from kindred.miniature.reader import (
     pairwise_similarity,
     subject_boxes,
 )
-from kindred.miniature.world import CLASSES, HATS, PATTERNS, PLACES, SCENES, Identity, random_identity, render
+from kindred.miniature.world import (
+    CLASSES,
+    HATS,
+    PATTERNS,
+    PLACES,
+    SCENES,
+    Identity,
+    random_identity,
+    render,
+)
 from miniature_host import Studio
 
 COLOURS = (*HUES, "saturation", "value")
@@ -28,8 +38,10 @@ COLOURS = (*HUES, "saturation", "value")
 
 def certain(*identities: Identity, masks: torch.Tensor | None = None) -> Reading:
     """A reading without a doubt."""
-    rows = {kind: torch.eye(4)[[names.index(getattr(who, kind)) for who in identities]]
-            for kind, names in (("pattern", PATTERNS), ("hat", HATS))}
+    rows = {
+        kind: torch.eye(4)[[names.index(getattr(who, kind)) for who in identities]]
+        for kind, names in (("pattern", PATTERNS), ("hat", HATS))
+    }
     b = len(identities)
     rows |= {"class": torch.eye(5)[:1].expand(b, 5), "scene": torch.eye(8)[:1].expand(b, 8)}
     colours = {name: torch.tensor([getattr(who, name) for who in identities]) for name in COLOURS}
@@ -39,8 +51,14 @@ def certain(*identities: Identity, masks: torch.Tensor | None = None) -> Reading
 def unsure(b: int, seed: int, sharpness: float = 1.0) -> Reading:
     g = torch.Generator().manual_seed(seed)
     sizes = {"class": 5, "scene": 8, "pattern": 4, "hat": 4}
-    kinds = {kind: (sharpness * torch.randn(b, n, generator=g)).softmax(1) for kind, n in sizes.items()}
-    return Reading(kinds, {name: torch.rand(b, generator=g) for name in COLOURS}, torch.rand(b, 16, 16, generator=g))
+    kinds = {
+        kind: (sharpness * torch.randn(b, n, generator=g)).softmax(1) for kind, n in sizes.items()
+    }
+    return Reading(
+        kinds,
+        {name: torch.rand(b, generator=g) for name in COLOURS},
+        torch.rand(b, 16, 16, generator=g),
+    )
 
 
 # similarity ------------------------------------------------------------------------------------------------------------------
@@ -63,12 +81,16 @@ def test_a_reading_without_doubt_is_an_identity(seed):
 
 def test_a_sure_picture_is_itself_and_an_unsure_one_less():
     people = [random_identity(seed) for seed in range(40)]
-    assert pairwise_similarity(certain(*people), certain(*people)).diagonal().tolist() == pytest.approx([1.0] * 40)
+    assert pairwise_similarity(
+        certain(*people), certain(*people)
+    ).diagonal().tolist() == pytest.approx([1.0] * 40)
     for sharpness in (0, 1, 10, 1e6):
         seen = unsure(5, 0, sharpness)
         sure = {kind: seen.probabilities[kind].square().sum(1) for kind in ("pattern", "hat")}
         expected = 0.6 + 0.25 * sure["pattern"] + 0.15 * sure["hat"]
-        assert pairwise_similarity(seen, seen).diagonal().tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+        assert pairwise_similarity(seen, seen).diagonal().tolist() == pytest.approx(
+            expected.tolist(), abs=1e-6
+        )
     assert expected.tolist() == [1.0] * 5
 
 
@@ -76,7 +98,9 @@ def test_doubt_is_an_expectation():
     """Half stripes, half spots against stripes: half of the pattern's share; a hat half seen counts half, and by its hue."""
     who = Identity(0.0, 0.9, 0.9, 0.5, "stripes", "cone", 0.25)
     seen = certain(who)
-    half = Reading(seen.probabilities | {"pattern": torch.tensor([[0, 0.5, 0.5, 0]])}, seen.colours, seen.mask)
+    half = Reading(
+        seen.probabilities | {"pattern": torch.tensor([[0, 0.5, 0.5, 0]])}, seen.colours, seen.mask
+    )
     assert float(pairwise_similarity(half, seen)) == pytest.approx(1 - 0.25 / 2)
     assert float(pairwise_similarity(half, half)) == pytest.approx(1 - 0.25 / 2)
     torn, elsewhere = {"hat": torch.tensor([[0.5, 0.5, 0, 0]])}, {"hat_hue": torch.tensor([0.375])}
@@ -84,7 +108,9 @@ def test_doubt_is_an_expectation():
     assert float(pairwise_similarity(hat, seen)) == pytest.approx(0.85 + 0.15 * 0.5 * 0.5)
     assert float(pairwise_similarity(hat, hat)) == pytest.approx(0.85 + 0.15 * 0.5)
     bare = certain(Identity(0.0, 0.9, 0.9, 0.5, "stripes", "none", 0.8))
-    assert float(pairwise_similarity(hat, bare)) == pytest.approx(0.85 + 0.15 * 0.5)  # without a hat its hue means nothing
+    assert float(pairwise_similarity(hat, bare)) == pytest.approx(
+        0.85 + 0.15 * 0.5
+    )  # without a hat its hue means nothing
 
 
 @given(st.integers(0, 10_000), st.permutations(range(4)))
@@ -92,7 +118,9 @@ def test_consistency_is_the_mean_of_all_pairs_in_any_order(seed, order):
     people = [random_identity(seed + i) for i in range(4)]
     pairs = [identity_similarity(certain(people[i]), people[j]) for i in range(4) for j in range(i)]
     assert consistency(certain(*people)) == pytest.approx(sum(pairs) / 6, abs=1e-6)
-    assert consistency(certain(*(people[i] for i in order))) == pytest.approx(sum(pairs) / 6, abs=1e-6)
+    assert consistency(certain(*(people[i] for i in order))) == pytest.approx(
+        sum(pairs) / 6, abs=1e-6
+    )
 
 
 def test_one_picture_has_no_consistency():
@@ -107,27 +135,37 @@ def boxes_of(*boxes: tuple[int, int, int, int]) -> torch.Tensor:
     """(left, top, width, height) in cells -> boxes as read from masks of ones."""
     masks = torch.zeros(len(boxes), 16, 16)
     for mask, (x, y, w, h) in zip(masks, boxes):
-        mask[y:y + h, x:x + w] = 1
+        mask[y : y + h, x : x + w] = 1
     return subject_boxes(certain(*[random_identity(0)] * len(boxes), masks=masks))
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 7), st.integers(1, 7))
 def test_a_filled_rectangle_is_its_own_box(x, y, w, h):
-    assert boxes_of((x, y, w, h))[0].tolist() == pytest.approx([(x + w / 2) / 16, (y + h / 2) / 16, w / 16, h / 16], abs=1e-6)
+    assert boxes_of((x, y, w, h))[0].tolist() == pytest.approx(
+        [(x + w / 2) / 16, (y + h / 2) / 16, w / 16, h / 16], abs=1e-6
+    )
 
 
 def test_a_faint_background_moves_no_box():
     mask = torch.full((1, 16, 16), 0.4)
     mask[:, 2:6, 3:9] = 1
-    assert torch.equal(subject_boxes(certain(random_identity(0), masks=mask)), boxes_of((3, 2, 6, 4)))
+    assert torch.equal(
+        subject_boxes(certain(random_identity(0), masks=mask)), boxes_of((3, 2, 6, 4))
+    )
 
 
 def test_equal_boxes_have_no_spread_and_it_grows():
     assert layout_spread(boxes_of(*[(3, 2, 6, 4)] * 4)) == 0
-    spreads = [layout_spread(boxes_of((3, 2, 6, 4), (3 + d, 2, 6, 4), (3, 2, 6, 4))) for d in range(5)]
+    spreads = [
+        layout_spread(boxes_of((3, 2, 6, 4), (3 + d, 2, 6, 4), (3, 2, 6, 4))) for d in range(5)
+    ]
     assert spreads == sorted(spreads) and len(set(spreads)) == 5
-    assert layout_spread(boxes_of((0, 0, 4, 4), (2, 2, 4, 4))) == pytest.approx(1 / 16 / 2)  # two of four numbers, one cell each
-    assert layout_spread(boxes_of((4, 4, 4, 4), (3, 3, 6, 6))) == pytest.approx(1 / 16 / 2)  # sizes count like places
+    assert layout_spread(boxes_of((0, 0, 4, 4), (2, 2, 4, 4))) == pytest.approx(
+        1 / 16 / 2
+    )  # two of four numbers, one cell each
+    assert layout_spread(boxes_of((4, 4, 4, 4), (3, 3, 6, 6))) == pytest.approx(
+        1 / 16 / 2
+    )  # sizes count like places
 
 
 @given(st.permutations(range(4)))
@@ -152,13 +190,17 @@ def test_sets_are_drawn_by_their_number():
     assert [kind for kind, _ in sets] == [CLASSES[i % 5] for i in range(40)]
     assert all(len(set(scenes)) == 4 and set(scenes) <= set(SCENES) for _, scenes in sets)
     assert len({tuple(scenes) for _, scenes in sets}) > 30
-    assert min(sum(scene in scenes for _, scenes in sets) for scene in SCENES) >= 10  # of 20 on the average
+    assert (
+        min(sum(scene in scenes for _, scenes in sets) for scene in SCENES) >= 10
+    )  # of 20 on the average
 
 
 def test_the_floor_pairs_plain_pictures_of_different_sets():
     who, other = random_identity(1), random_identity(2)
     readings = [listed(certain(*[one] * 4)) for one in (who, other, other)]
-    assert floor_of(readings) == pytest.approx((2 * identity_similarity(certain(who), other) + 1) / 3, abs=1e-6)
+    assert floor_of(readings) == pytest.approx(
+        (2 * identity_similarity(certain(who), other) + 1) / 3, abs=1e-6
+    )
     assert math.isnan(floor_of(readings[:1]))
 
 
@@ -198,19 +240,40 @@ class Pretender:
     def sample(self, model, positive, count, seed, cfg):
         self.runs.append((model, count, seed, cfg))
         lines, kind = positive
-        scenes = [next(scene for scene, place in PLACES.items() if line.endswith(place)) for line in lines]
+        scenes = [
+            next(scene for scene, place in PLACES.items() if line.endswith(place)) for line in lines
+        ]
         who = [random_identity(900 * seed + (i if model == "plain" else 0)) for i in range(count)]
-        return torch.cat([self.picture(render(w, kind, scene, 70 * seed + i).image) for i, (w, scene) in enumerate(zip(who, scenes))])
+        return torch.cat(
+            [
+                self.picture(render(w, kind, scene, 70 * seed + i).image)
+                for i, (w, scene) in enumerate(zip(who, scenes))
+            ]
+        )
 
 
 @pytest.fixture(scope="module")
 def told():
     """A studio's runs, and what four sets gave, by row."""
     studio = Pretender(None, 50, 4.0)
-    rows = {name: Row.parse("story", f"{name}: {inputs}") for name, inputs in
-            {"plain": "node=off", "story": "", "no_mask": "mask=none", "mine": "weight=2, cfg=6, seed=3"}.items()}
-    found = {name: [Story(studio, Scenes(studio)).measure(row, number, 0)[0] for number in range(20, 24)] for name, row in rows.items()}
-    return studio.runs, found, [Scenes(studio).bounds(number)[0]["ceiling"] for number in range(20, 24)]
+    rows = {
+        name: Row.parse("story", f"{name}: {inputs}")
+        for name, inputs in {
+            "plain": "node=off",
+            "story": "",
+            "no_mask": "mask=none",
+            "mine": "weight=2, cfg=6, seed=3",
+        }.items()
+    }
+    found = {
+        name: [Story(studio, Scenes(studio)).measure(row, number, 0)[0] for number in range(20, 24)]
+        for name, row in rows.items()
+    }
+    return (
+        studio.runs,
+        found,
+        [Scenes(studio).bounds(number)[0]["ceiling"] for number in range(20, 24)],
+    )
 
 
 def mean(values, key):
@@ -219,12 +282,18 @@ def mean(values, key):
 
 def test_a_true_story_is_measured_as_one(told):
     _, found, ceilings = told
-    plain, made, ceiling = mean(found["plain"], "consistency"), mean(found["story"], "consistency"), sum(ceilings) / 4
+    plain, made, ceiling = (
+        mean(found["plain"], "consistency"),
+        mean(found["story"], "consistency"),
+        sum(ceilings) / 4,
+    )
     assert (made - plain) / (ceiling - plain) == pytest.approx(1, abs=0.15) and ceiling > 0.8
     assert plain < 0.4 and floor_of([values["reading"] for values in found["plain"]]) < 0.4
     for values in (*found["plain"], *found["story"]):
         assert values["scene"] == values["class"] == [1.0] * 4 and values["unet_calls"] == 7
-    assert mean(found["story"], "layout_spread") == pytest.approx(mean(found["plain"], "layout_spread"), rel=0.2)
+    assert mean(found["story"], "layout_spread") == pytest.approx(
+        mean(found["plain"], "layout_spread"), rel=0.2
+    )
 
 
 def test_rows_set_the_nodes_inputs(told):
@@ -241,7 +310,10 @@ def test_freeu_is_put_before_the_node_and_before_nobody():
     for text in ("a: freeu=yes", "b: freeu=yes, node=off", "c: freeu=no"):
         Story(studio, Scenes(studio)).measure(Row.parse("story", text), 20, 0)
     assert FREEU == {"b1": 1.1, "b2": 1.2, "s1": 0.6, "s2": 0.4}
-    assert studio.runs[:4] == [FREEU, {"seed": 20}, ("story", 4, 20, None), FREEU] and FREEU not in studio.runs[4:]
+    assert (
+        studio.runs[:4] == [FREEU, {"seed": 20}, ("story", 4, 20, None), FREEU]
+        and FREEU not in studio.runs[4:]
+    )
 
 
 def test_another_seed_is_another_noise_and_no_other_sets():

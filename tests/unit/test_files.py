@@ -1,4 +1,5 @@
 """Laws of models/files.py: whole or absent, on the disk before it has its name, and a full disk in words."""
+
 from __future__ import annotations
 
 import errno
@@ -25,16 +26,24 @@ def test_bytes_and_then_the_name_are_flushed(tmp_path, monkeypatch) -> None:
     told, sync, replace = [], os.fsync, os.replace
 
     def fsync(handle: int) -> None:
-        told.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"{os.fstat(handle).st_size} bytes")
+        told.append(
+            "folder"
+            if stat.S_ISDIR(os.fstat(handle).st_mode)
+            else f"{os.fstat(handle).st_size} bytes"
+        )
         sync(handle)
 
     def rename(source, target) -> None:
         told.append(f"{source.parent.name}/{source.name} -> {target.name}")
         replace(source, target)
+
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", rename)
     save(tmp_path / PLACE)
-    assert re.fullmatch(rf"\.{re.escape(PLACE)}\.{os.getpid()}\d{{8}}\.partial/file\.partial -> {re.escape(PLACE)}", told.pop(1))
+    assert re.fullmatch(
+        rf"\.{re.escape(PLACE)}\.{os.getpid()}\d{{8}}\.partial/file\.partial -> {re.escape(PLACE)}",
+        told.pop(1),
+    )
     assert told == ["3 bytes", "folder"]
 
 
@@ -44,7 +53,9 @@ def test_who_may_read_is_what_the_system_says_and_not_what_a_library_does(tmp_pa
     with whole(tmp_path / PLACE) as partial:
         save_file({"a": torch.zeros(2)}, partial)
     (tmp_path / "other").touch()
-    assert stat.S_IMODE((tmp_path / PLACE).stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / PLACE).stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "other").stat().st_mode
+    )
 
 
 def test_a_folder_that_cannot_be_flushed_is_no_fault(tmp_path, monkeypatch) -> None:
@@ -54,6 +65,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_fault(tmp_path, monkeypatch) -> N
         if os.path.isdir(name):
             raise PermissionError(errno.EACCES, "Windows")
         return opened(name, *given)
+
     monkeypatch.setattr(files.os, "open", refuse)
     save(tmp_path / PLACE)
     assert (tmp_path / PLACE).read_bytes() == b"new"
@@ -84,23 +96,35 @@ def test_a_full_disk_names_the_folder_and_what_was_needed(tmp_path, monkeypatch,
     def usage(folder):
         room.append([p.name for p in folder.iterdir()])
         return type("Usage", (), {"free": 1_200_000})
+
     monkeypatch.setattr(files.shutil, "disk_usage", usage)
-    with pytest.raises(OSError) as said, whole(path, [torch.zeros(1_000_000), torch.zeros(50_000, dtype=torch.float16)]) as partial:
+    with (
+        pytest.raises(OSError) as said,
+        whole(path, [torch.zeros(1_000_000), torch.zeros(50_000, dtype=torch.float16)]) as partial,
+    ):
         partial.write_bytes(b"half")
         full() if at == "write" else monkeypatch.setattr(os, at, full)
     monkeypatch.undo()
-    assert str(said.value) == (f"{PLACE} could not be written to {tmp_path}: No space left on device; it takes 4.1 MB and 1.2 MB are free "
-                               "there")
-    assert room == [[PLACE] * older] == [[p.name for p in tmp_path.iterdir()]], "the room is told after the half is gone"
+    assert str(said.value) == (
+        f"{PLACE} could not be written to {tmp_path}: No space left on device; it takes 4.1 MB and 1.2 MB are free "
+        "there"
+    )
+    assert room == [[PLACE] * older] == [[p.name for p in tmp_path.iterdir()]], (
+        "the room is told after the half is gone"
+    )
     assert not older or path.read_bytes() == b"older"
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path) -> None:
-    with pytest.raises(OSError, match=f"{PLACE} could not be written to .*gone: No such file or directory$"):
+    with pytest.raises(
+        OSError, match=f"{PLACE} could not be written to .*gone: No such file or directory$"
+    ):
         save(tmp_path / "gone" / PLACE)
 
 
-@pytest.mark.parametrize("stop", [RuntimeError("CUDA error"), KeyboardInterrupt(), ValueError("nothing to write")])
+@pytest.mark.parametrize(
+    "stop", [RuntimeError("CUDA error"), KeyboardInterrupt(), ValueError("nothing to write")]
+)
 def test_what_is_no_fault_of_the_disk_comes_through_and_leaves_nothing(tmp_path, stop) -> None:
     with pytest.raises(type(stop)) as said, whole(tmp_path / PLACE) as partial:
         partial.write_bytes(b"half")
@@ -110,27 +134,45 @@ def test_what_is_no_fault_of_the_disk_comes_through_and_leaves_nothing(tmp_path,
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOTDIR, errno.ESTALE])
 @pytest.mark.parametrize("reader", ["load_reference", "load_concept_encoder", "read_state"])
-def test_a_file_that_the_system_does_not_give_is_not_called_torn(tmp_path, monkeypatch, reader, code) -> None:
+def test_a_file_that_the_system_does_not_give_is_not_called_torn(
+    tmp_path, monkeypatch, reader, code
+) -> None:
     """For a training's state the advice would be to remove it."""
     from pathlib import Path
 
     from kindred.models.bank_file import load_reference
     from kindred.models.concept import load_concept_encoder
     from kindred.models.training import read_state
+
     path = tmp_path / PLACE
     path.write_bytes(b"whole")
 
     def refuse(*given, **more):
         raise OSError(code, os.strerror(code), str(path))
+
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(OSError, match=f"{PLACE} could not be read in .*: {os.strerror(code)}") as said:
-        {"load_reference": load_reference, "load_concept_encoder": load_concept_encoder, "read_state": read_state}[reader](path)
+    with pytest.raises(
+        OSError, match=f"{PLACE} could not be read in .*: {os.strerror(code)}"
+    ) as said:
+        {
+            "load_reference": load_reference,
+            "load_concept_encoder": load_concept_encoder,
+            "read_state": read_state,
+        }[reader](path)
     assert said.value.errno == code and "torn" not in str(said.value)
 
 
-@pytest.mark.parametrize("code, said", [
-    (errno.ENOSPC, "make room there"), (errno.EROFS, "choose a drawer"), (errno.EACCES, "let ComfyUI write there, or choose a drawer"),
-    (errno.ENOENT, "see that the folder is there"), (errno.EIO, "see that the folder is there"), (errno.ENAMETOOLONG, "shorter name")])
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (errno.ENOSPC, "make room there"),
+        (errno.EROFS, "choose a drawer"),
+        (errno.EACCES, "let ComfyUI write there, or choose a drawer"),
+        (errno.ENOENT, "see that the folder is there"),
+        (errno.EIO, "see that the folder is there"),
+        (errno.ENAMETOOLONG, "shorter name"),
+    ],
+)
 def test_the_remedy_is_that_of_the_fault(code, said) -> None:
     assert said in files.remedy(OSError(code, os.strerror(code)), "a drawer")
 

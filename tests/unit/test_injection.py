@@ -1,4 +1,5 @@
 """Laws of one attention call with references: who reads what, whatever the order and the split of the batch (I5, I7-I9, I13, I36, I40)."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -10,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
-from kindred.models.injection import AttnCall, BlockSite, References, Role, Run, TargetMask, gather_parts, is_resized, take_parts
+from kindred.models.injection import (
+    AttnCall,
+    BlockSite,
+    References,
+    Role,
+    Run,
+    TargetMask,
+    gather_parts,
+    is_resized,
+    take_parts,
+)
 from kindred.models.masks import token_map
 from kindred.models.recorder import Recorder
 from kindred.models.reference import Half, ReferencePrompt, SubjectTokens
@@ -32,14 +43,18 @@ def call(*roles: Role) -> AttnCall:
     return AttnCall(BLOCK, (2, 3), roles, (None,) * len(roles), (4, 6))
 
 
-def reference(seed: int, weight: float = 1.0, mode: WeightMode = WeightMode.LOGIT_BIAS, m: int = M) -> ReferenceTokens:
+def reference(
+    seed: int, weight: float = 1.0, mode: WeightMode = WeightMode.LOGIT_BIAS, m: int = M
+) -> ReferenceTokens:
     return ReferenceTokens(rand(1, m, C, seed=seed), rand(1, m, C, seed=seed + 1), weight, mode)
 
 
 class Reads:
     """An injection with fixed references."""
 
-    def __init__(self, by_role: dict[Role, ReferenceTokens] | None, query_mask: Tensor | None = None) -> None:
+    def __init__(
+        self, by_role: dict[Role, ReferenceTokens] | None, query_mask: Tensor | None = None
+    ) -> None:
         self.given = None if by_role is None else References(by_role, query_mask)
 
     node, wants = "a test", True
@@ -50,7 +65,9 @@ class Reads:
     def concerns(self, call: AttnCall) -> bool:
         return True
 
-    def references(self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor) -> list[References]:
+    def references(
+        self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor
+    ) -> list[References]:
         return [self.given] if self.given else []
 
 
@@ -60,12 +77,19 @@ class Counted:
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+    ) -> Tensor:
         self.rows.append(q.shape[0])
         return sdpa_attend(q, k, v, heads, mask)
 
 
-def attend(roles: tuple[Role, ...], *active: Reads, own: tuple[Tensor, ...] | None = None, kernel=sdpa_attend) -> Tensor:
+def attend(
+    roles: tuple[Role, ...],
+    *active: Reads,
+    own: tuple[Tensor, ...] | None = None,
+    kernel=sdpa_attend,
+) -> Tensor:
     run = Run(sites={BLOCK: BlockSite(nn.Identity(), 2)}, active=list(active))
     return run.attend(call(*roles), kernel, *(own or rows(roles)), HEADS)
 
@@ -84,25 +108,40 @@ def alone(role: Role, *references: ReferenceTokens) -> Tensor:
     q, k, v = part(role)
     keys = torch.cat((k, *(r.k.expand(B, -1, -1) for r in references)), 1)
     values = torch.cat((v, *(r.v.expand(B, -1, -1) for r in references)), 1)
-    bias = torch.cat([torch.zeros(N, dtype=torch.float64)] + [torch.full((r.k.shape[1],), r.weight, dtype=torch.float64).log()
-                                                              + (0 if r.log_mask is None else r.log_mask[0]) for r in references])
+    bias = torch.cat(
+        [torch.zeros(N, dtype=torch.float64)]
+        + [
+            torch.full((r.k.shape[1],), r.weight, dtype=torch.float64).log()
+            + (0 if r.log_mask is None else r.log_mask[0])
+            for r in references
+        ]
+    )
     return sdpa_attend(q, keys, values, HEADS, mask=bias[None])
 
 
 # who reads -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("active", [[], [Reads(None)], [Reads({})], [Reads({UNCOND: reference(50)})]])
+@pytest.mark.parametrize(
+    "active", [[], [Reads(None)], [Reads({})], [Reads({UNCOND: reference(50)})]]
+)
 def test_nobody_reads_is_the_plain_call(active) -> None:
     kernel, own = Counted(), rows((COND, OTHER))
-    assert torch.equal(attend((COND, OTHER), *active, own=own, kernel=kernel), sdpa_attend(*own, HEADS))
+    assert torch.equal(
+        attend((COND, OTHER), *active, own=own, kernel=kernel), sdpa_attend(*own, HEADS)
+    )
     assert kernel.rows == [2 * B]
 
 
-@pytest.mark.parametrize("roles", [(UNCOND, COND), (COND, UNCOND), (UNCOND, COND, OTHER), (COND, OTHER, UNCOND, COND)])
+@pytest.mark.parametrize(
+    "roles", [(UNCOND, COND), (COND, UNCOND), (UNCOND, COND, OTHER), (COND, OTHER, UNCOND, COND)]
+)
 def test_cond_only_leaves_the_other_rows_bit_for_bit(roles) -> None:
     own = rows(roles)
-    out, plain = (x.chunk(len(roles)) for x in (attend(roles, Reads({COND: reference(50)}), own=own), sdpa_attend(*own, HEADS)))
+    out, plain = (
+        x.chunk(len(roles))
+        for x in (attend(roles, Reads({COND: reference(50)}), own=own), sdpa_attend(*own, HEADS))
+    )
     for i, role in enumerate(roles):
         if role is COND:
             close(out[i], alone(COND, reference(50)))
@@ -150,7 +189,10 @@ def test_two_parts_of_one_role_read_alike() -> None:
 def test_other_parts_pass_through() -> None:
     """An extra pass of another node, with conds that we never saw, is the host's own."""
     own = rows((OTHER,))
-    assert torch.equal(attend((OTHER,), Reads({COND: reference(50), UNCOND: reference(60)}), own=own), sdpa_attend(*own, HEADS))
+    assert torch.equal(
+        attend((OTHER,), Reads({COND: reference(50), UNCOND: reference(60)}), own=own),
+        sdpa_attend(*own, HEADS),
+    )
 
 
 # several references --------------------------------------------------------------------------------------------------------
@@ -173,7 +215,9 @@ def test_equal_references_share_their_weight(count) -> None:
 def test_parts_that_read_different_injections() -> None:
     """Cond reads two, uncond one of them."""
     both, cond = reference(50, 2.0), reference(60)
-    out = attend((UNCOND, COND, OTHER), Reads({COND: both, UNCOND: both}), Reads({COND: cond})).chunk(3)
+    out = attend(
+        (UNCOND, COND, OTHER), Reads({COND: both, UNCOND: both}), Reads({COND: cond})
+    ).chunk(3)
     close(out[0], alone(UNCOND, both))
     close(out[1], alone(COND, both, cond))
     assert torch.equal(out[2], sdpa_attend(*part(OTHER), HEADS))
@@ -183,7 +227,10 @@ def test_parts_that_read_different_injections() -> None:
 def test_a_reference_of_one_self_changes_nothing(weight) -> None:
     """I5: the reference's tokens are the picture's own."""
     q, k, v = (x[:1] for x in part(COND))
-    run = Run(sites={BLOCK: BlockSite(nn.Identity(), 2)}, active=[Reads({COND: ReferenceTokens(k, v, weight)})])
+    run = Run(
+        sites={BLOCK: BlockSite(nn.Identity(), 2)},
+        active=[Reads({COND: ReferenceTokens(k, v, weight)})],
+    )
     close(run.attend(call(COND), sdpa_attend, q, k, v, HEADS), sdpa_attend(q, k, v, HEADS))
 
 
@@ -204,7 +251,9 @@ def test_only_masked_queries_look() -> None:
 def test_a_mask_of_ones_is_no_mask_and_one_of_zeros_no_reference(roles) -> None:
     own, read = rows(roles), {COND: reference(50, 2.0)}
     ones = torch.ones(len(roles), 1, N, dtype=torch.float64)
-    assert torch.equal(attend(roles, Reads(read, ones), own=own), attend(roles, Reads(read), own=own))
+    assert torch.equal(
+        attend(roles, Reads(read, ones), own=own), attend(roles, Reads(read), own=own)
+    )
     assert torch.equal(attend(roles, Reads(read, 0 * ones), own=own), sdpa_attend(*own, HEADS))
 
 
@@ -243,14 +292,19 @@ def test_parts_with_unlike_references_each_read_their_own(tokens) -> None:
     photo = replace(reference(50, 2.0, m=tokens), log_mask=rand(1, tokens, seed=7))
     nothing = reference(60, 2.0)
     for order in ((UNCOND, COND), (COND, UNCOND), (OTHER, COND, UNCOND)):
-        out = dict(zip(order, attend(order, Reads({COND: photo, UNCOND: nothing})).chunk(len(order))))
+        out = dict(
+            zip(order, attend(order, Reads({COND: photo, UNCOND: nothing})).chunk(len(order)))
+        )
         close(out[COND], alone(COND, photo))
         close(out[UNCOND], alone(UNCOND, nothing))
 
 
 def test_two_subjects_side_by_side_do_not_mix() -> None:
     """Two references with masks that do not touch: each region reads its own."""
-    left, right = torch.zeros(1, 1, N, dtype=torch.float64), torch.zeros(1, 1, N, dtype=torch.float64)
+    left, right = (
+        torch.zeros(1, 1, N, dtype=torch.float64),
+        torch.zeros(1, 1, N, dtype=torch.float64),
+    )
     left[..., :3], right[..., 3:] = 1, 1
     one, two = reference(50), reference(60)
     out = attend((COND,), Reads({COND: one}, left), Reads({COND: two}, right))
@@ -284,7 +338,9 @@ def test_queries_cut_into_tiles_each_read_the_whole_reference() -> None:
     k, v = (t.reshape(tiled.shape[0], -1, C) for t in (k, v))
     close(out[0], sdpa_attend(*(t.chunk(2)[0] for t in (tiled, k, v)), HEADS))
     ref = reference(50)
-    longer = (torch.cat((t.chunk(2)[1], r.expand(2 * B, -1, -1)), 1) for t, r in ((k, ref.k), (v, ref.v)))
+    longer = (
+        torch.cat((t.chunk(2)[1], r.expand(2 * B, -1, -1)), 1) for t, r in ((k, ref.k), (v, ref.v))
+    )
     close(out[1], sdpa_attend(tiled.chunk(2)[1], *longer, HEADS))
 
 
@@ -295,12 +351,15 @@ def test_take_parts_copies_only_what_it_must() -> None:
     x, c = rand(3 * B, N, C, seed=1), call(UNCOND, COND, COND)
     assert take_parts(c, x, [0, 1, 2]) is x
     assert take_parts(c, x, [1]).data_ptr() == x[B:].data_ptr()
-    assert torch.equal(take_parts(c, x, [0, 2]), torch.cat((x[:B], x[2 * B:])))
+    assert torch.equal(take_parts(c, x, [0, 2]), torch.cat((x[:B], x[2 * B :])))
 
 
 def test_gather_parts_shares_one_copy() -> None:
     shared, other = reference(50), reference(60)
-    assert gather_parts(References({COND: shared, UNCOND: shared}), call(UNCOND, COND), [0, 1], B) is shared
+    assert (
+        gather_parts(References({COND: shared, UNCOND: shared}), call(UNCOND, COND), [0, 1], B)
+        is shared
+    )
     apart = gather_parts(References({COND: shared, UNCOND: other}), call(UNCOND, COND), [0, 1], B)
     assert torch.equal(apart.k, torch.cat((other.k.expand(B, -1, -1), shared.k.expand(B, -1, -1))))
 
@@ -312,27 +371,52 @@ def test_rows_of_one_tensor_are_taken_where_they_are_what_is_read() -> None:
     found = References({UNCOND: first, COND: second}, by_row=both)
     assert gather_parts(found, call(UNCOND, COND), [0, 1], 1) is both
     close(gather_parts(found, call(COND, UNCOND), [0, 1], 1).k, torch.cat((second.k, first.k)))
-    close(gather_parts(replace(found, by_part={1: own}), call(UNCOND, COND), [0, 1], 1).k, torch.cat((first.k, own.k)))
+    close(
+        gather_parts(replace(found, by_part={1: own}), call(UNCOND, COND), [0, 1], 1).k,
+        torch.cat((first.k, own.k)),
+    )
 
 
 def test_conds_get_names_of_their_own() -> None:
     """The host gives the twin of an area prompt the same uuid; PerpNeg and DualCFG have kinds of their own."""
     twin = uuid4()
-    conds = {"positive": [{"uuid": twin}, {"uuid": twin, "area": (2, 3, 0, 1)}], "negative": [{"uuid": twin, "area": None}],
-             "middle": [{"uuid": twin}], "empty_negative_prompt": [{"uuid": twin}]}
+    conds = {
+        "positive": [{"uuid": twin}, {"uuid": twin, "area": (2, 3, 0, 1)}],
+        "negative": [{"uuid": twin, "area": None}],
+        "middle": [{"uuid": twin}],
+        "empty_negative_prompt": [{"uuid": twin}],
+    }
     run = Run(latent=(4, 6))
     run.read_conds(conds)
     entries = [e for kind in conds.values() for e in kind]
     assert len({e["uuid"] for e in entries}) == len(entries)
-    options = {"uuids": [e["uuid"] for e in entries] + [uuid4()], "block": ("output", 4), "block_index": 1,
-               "activations_shape": [12, 8, 5, 7]}
+    options = {
+        "uuids": [e["uuid"] for e in entries] + [uuid4()],
+        "block": ("output", 4),
+        "block_index": 1,
+        "activations_shape": [12, 8, 5, 7],
+    }
     seen = run.call(options)
-    assert seen.roles == (COND, COND, UNCOND, COND, UNCOND, OTHER) and seen.areas == (None, (2, 3, 0, 1), None, None, None, None)
+    assert seen.roles == (COND, COND, UNCOND, COND, UNCOND, OTHER) and seen.areas == (
+        None,
+        (2, 3, 0, 1),
+        None,
+        None,
+        None,
+        None,
+    )
     assert seen.block == ("output", 4, 1) and seen.grid == (5, 7) and seen.latent == (4, 6)
 
 
 def test_a_closed_run_holds_nothing() -> None:
-    run = Run([Recorder([BLOCK])], {BLOCK: BlockSite(nn.Identity(), 2)}, {1: (COND, None)}, (4, 6), [Reads(None)], call(COND))
+    run = Run(
+        [Recorder([BLOCK])],
+        {BLOCK: BlockSite(nn.Identity(), 2)},
+        {1: (COND, None)},
+        (4, 6),
+        [Reads(None)],
+        call(COND),
+    )
     run.close()
     assert not (run.watchers or run.sites or run.parts or run.active or run.pending)
 
@@ -343,8 +427,12 @@ def test_a_closed_run_holds_nothing() -> None:
 def test_tokens_are_recorded_by_half_and_block() -> None:
     recorder, n = Recorder([BLOCK]), rand(3 * B, N, C, seed=1)
     recorder.self_tokens(call(UNCOND, OTHER, COND), n)
-    recorder.self_tokens(AttnCall(("output", 1, 0), (2, 3), (UNCOND, OTHER, COND), (None,) * 3, (4, 6)), n)
-    assert torch.equal(recorder.of(Half.COND)[BLOCK], n[2 * B:]) and torch.equal(recorder.of(Half.UNCOND)[BLOCK], n[:B])
+    recorder.self_tokens(
+        AttnCall(("output", 1, 0), (2, 3), (UNCOND, OTHER, COND), (None,) * 3, (4, 6)), n
+    )
+    assert torch.equal(recorder.of(Half.COND)[BLOCK], n[2 * B :]) and torch.equal(
+        recorder.of(Half.UNCOND)[BLOCK], n[:B]
+    )
     assert list(recorder.of(Half.COND)) == [BLOCK]
 
 
@@ -362,11 +450,19 @@ def test_recording_twice_is_recording_once() -> None:
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 def test_the_word_map_is_the_same_when_the_host_repeats_the_text(repeats) -> None:
     """I13, and the part of the batch is the cond one."""
-    prompt = ReferencePrompt("", rand(1, 5, C, seed=3), subject=SubjectTokens(("red cat",), ((1, 2),)))
-    recorder, q, k = Recorder([], [BLOCK], prompt), rand(2 * B, N, C, seed=1), rand(2 * B, 5, C, seed=2)
+    prompt = ReferencePrompt(
+        "", rand(1, 5, C, seed=3), subject=SubjectTokens(("red cat",), ((1, 2),))
+    )
+    recorder, q, k = (
+        Recorder([], [BLOCK], prompt),
+        rand(2 * B, N, C, seed=1),
+        rand(2 * B, 5, C, seed=2),
+    )
     recorder.self_tokens(call(UNCOND, COND), q)
     recorder.cross(call(UNCOND, COND), q, k.repeat(1, repeats, 1), HEADS)
-    torch.testing.assert_close(recorder.word_map(), token_map(q[B:], k[B:], [(1, 2)], HEADS).unflatten(1, (2, 3)))
+    torch.testing.assert_close(
+        recorder.word_map(), token_map(q[B:], k[B:], [(1, 2)], HEADS).unflatten(1, (2, 3))
+    )
 
 
 def test_tokens_that_another_pack_appends_to_the_text_are_no_repeat() -> None:
@@ -374,7 +470,9 @@ def test_tokens_that_another_pack_appends_to_the_text_are_no_repeat() -> None:
     recorder, q, k = Recorder([], [BLOCK], prompt), rand(B, N, C, seed=1), rand(B, 8, C, seed=2)
     recorder.self_tokens(call(COND), q)
     recorder.cross(call(COND), q, k, HEADS)
-    torch.testing.assert_close(recorder.word_map(), token_map(q, k, [(4,)], HEADS).unflatten(1, (2, 3)))
+    torch.testing.assert_close(
+        recorder.word_map(), token_map(q, k, [(4,)], HEADS).unflatten(1, (2, 3))
+    )
 
 
 def test_the_uncond_half_has_no_word_map() -> None:
@@ -396,9 +494,19 @@ def test_maps_of_several_grids_meet_at_the_finest() -> None:
     assert found.shape == (1, 4, 6) and int(found.argmax()) == 3 * 6 + 5
 
 
-@pytest.mark.parametrize(("whole", "size", "same"), [
-    ((16, 16), (8, 8), True), ((16, 16), (20, 20), True), ((17, 9), (8, 4), True), ((13, 9), (16, 11), True),
-    ((16, 16), (16, 16), True), ((16, 16), (8, 16), False), ((16, 16), (16, 24), False), ((8, 8), (4, 8), False)])
+@pytest.mark.parametrize(
+    ("whole", "size", "same"),
+    [
+        ((16, 16), (8, 8), True),
+        ((16, 16), (20, 20), True),
+        ((17, 9), (8, 4), True),
+        ((13, 9), (16, 11), True),
+        ((16, 16), (16, 16), True),
+        ((16, 16), (8, 16), False),
+        ((16, 16), (16, 24), False),
+        ((8, 8), (4, 8), False),
+    ],
+)
 def test_a_resized_picture_keeps_the_ratio_of_its_sides_to_a_cell(whole, size, same):
     assert is_resized(whole, size) == same
 
@@ -408,8 +516,13 @@ def test_a_target_mask_is_cut_anew_for_every_size_that_the_sampler_asks_for():
     drawn = torch.zeros(1, 240, 240)
     drawn[:, :, :105] = 1
     target, x = TargetMask(drawn, "a test"), torch.zeros(1, 64, C)
-    at = {n: target(AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x).view(8, 8)[0] for n in (16, 15)}
+    at = {
+        n: target(AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x).view(8, 8)[0]
+        for n in (16, 15)
+    }
     for n, found in at.items():
-        alone = TargetMask(drawn, "a test")(AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x).view(8, 8)[0]
+        alone = TargetMask(drawn, "a test")(
+            AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x
+        ).view(8, 8)[0]
         assert torch.equal(found, alone)
     assert not torch.equal(at[16], at[15])

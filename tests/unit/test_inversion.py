@@ -26,7 +26,9 @@ ALPHAS = torch.cumprod(1 - BETAS, 0)  # abar of SD1.x, 2.x, SDXL
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def steps_of(count: int) -> list[int]:
@@ -81,11 +83,15 @@ def test_a_ddim_step_in_z_is_an_euler_step_in_x() -> None:
     abar = 1 / (1 + sigmas**2)
     x = 5 * randn(*SHAPE, seed=1)
     z = x * abar[-1].sqrt()
-    for low, high in reversed(list(pairwise(range(len(sigmas))))):  # Song et al. 2021, eq. 12 without noise
+    for low, high in reversed(
+        list(pairwise(range(len(sigmas))))
+    ):  # Song et al. 2021, eq. 12 without noise
         eps = curved(z, sigmas[high].expand(SHAPE[0]))
         predicted = (z - (1 - abar[high]).sqrt() * eps) / abar[high].sqrt()
         z = abar[low].sqrt() * predicted + (1 - abar[low]).sqrt() * eps
-    torch.testing.assert_close(ddim_sample(as_denoiser(curved), x, sigmas.flip(0)), z, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        ddim_sample(as_denoiser(curved), x, sigmas.flip(0)), z, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("label", ["target", "source"])
@@ -94,8 +100,12 @@ def test_constant_noise_makes_an_exact_round_trip(label) -> None:
     denoise = as_denoiser(lambda z, sigma: eps)
     latents = ddim_invert(denoise, x0, sigmas, label=label)
     assert latents.shape == (11, *SHAPE) and torch.equal(latents[0], x0)
-    torch.testing.assert_close(latents, x0 + sigmas.reshape(-1, 1, 1, 1, 1) * eps, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ddim_sample(denoise, latents[-1], sigmas.flip(0)), x0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        latents, x0 + sigmas.reshape(-1, 1, 1, 1, 1) * eps, rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(
+        ddim_sample(denoise, latents[-1], sigmas.flip(0)), x0, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("label", ["target", "source"])
@@ -106,17 +116,23 @@ def test_the_round_trip_error_falls_with_the_steps(label) -> None:
     errors = []
     for count in (10, 20, 50, 100, 250):
         sigmas = ladder(count)
-        back = ddim_sample(denoise, ddim_invert(denoise, x0, sigmas, label=label)[-1], sigmas.flip(0))
+        back = ddim_sample(
+            denoise, ddim_invert(denoise, x0, sigmas, label=label)[-1], sigmas.flip(0)
+        )
         errors.append((back - x0).square().mean().sqrt().item())
     assert errors[0] < 0.5 and all(low < high for high, low in pairwise(errors))
-    assert 0.35 < errors[3] / errors[2] < 0.65 and 0.3 < errors[4] / errors[3] < 0.5  # ~ 1/n: halved at 100, x 0.4 at 250
+    assert (
+        0.35 < errors[3] / errors[2] < 0.65 and 0.3 < errors[4] / errors[3] < 0.5
+    )  # ~ 1/n: halved at 100, x 0.4 at 250
 
 
 def test_sampling_starts_anywhere_and_may_stop_early() -> None:
     sigmas, x = ladder(10), 3 * randn(*SHAPE, seed=6)
     denoise = as_denoiser(curved)
     half = ddim_sample(denoise, x, sigmas[5:].flip(0))
-    torch.testing.assert_close(ddim_sample(denoise, half, sigmas[:6].flip(0)), ddim_sample(denoise, x, sigmas.flip(0)))
+    torch.testing.assert_close(
+        ddim_sample(denoise, half, sigmas[:6].flip(0)), ddim_sample(denoise, x, sigmas.flip(0))
+    )
 
 
 # I44: which point the noise is read at ------------------------------------------------------------------------------------
@@ -144,13 +160,17 @@ def test_source_label_is_euler_on_the_flipped_sigmas() -> None:
         path.append(x)
     latents = ddim_invert(as_denoiser(curved), path[0], sigmas, label="source")
     torch.testing.assert_close(latents, torch.stack(path), rtol=1e-11, atol=1e-11)
-    assert not torch.allclose(latents, ddim_invert(as_denoiser(curved), path[0], sigmas, label="target"))
+    assert not torch.allclose(
+        latents, ddim_invert(as_denoiser(curved), path[0], sigmas, label="target")
+    )
 
 
 @pytest.mark.parametrize("floor, asked", [(1e-4, 1e-4), (0.02, 0.02), (9.0, None)])
 def test_the_floor_is_asked_once_and_never_above_the_first_sigma(floor, asked) -> None:
     log, sigmas = [], ladder(5)
-    ddim_invert(as_denoiser(curved, log), randn(*SHAPE, seed=8), sigmas, label="source", sigma_floor=floor)
+    ddim_invert(
+        as_denoiser(curved, log), randn(*SHAPE, seed=8), sigmas, label="source", sigma_floor=floor
+    )
     assert [sigma for _, sigma in log] == [asked or sigmas[1].item(), *sigmas[1:-1].tolist()]
 
 
@@ -159,9 +179,16 @@ def test_one_pass_inverts_and_captures() -> None:
     log, seen, sigmas = [], [], ladder(10)
     denoise = as_denoiser(curved, log)
     latents = ddim_invert(
-        denoise, randn(*SHAPE, seed=9), sigmas, label="source", evaluate_last=True, on_step=lambda *step: seen.append(step)
+        denoise,
+        randn(*SHAPE, seed=9),
+        sigmas,
+        label="source",
+        evaluate_last=True,
+        on_step=lambda *step: seen.append(step),
     )
-    assert len(log) == len(seen) == 11 and [step[:2] for step in seen] == [(i, 11) for i in range(11)]
+    assert len(log) == len(seen) == 11 and [step[:2] for step in seen] == [
+        (i, 11) for i in range(11)
+    ]
     for i in range(1, 11):
         assert log[i][1] == sigmas[i].item() and torch.equal(seen[i][2], latents[i])
         assert torch.equal(seen[i][3], denoise(latents[i], sigmas[i].expand(SHAPE[0])))
@@ -169,7 +196,12 @@ def test_one_pass_inverts_and_captures() -> None:
 
 def test_target_calls_and_reports_once_a_step() -> None:
     log, seen, sigmas = [], [], ladder(10)
-    ddim_invert(as_denoiser(curved, log), randn(*SHAPE, seed=9), sigmas, on_step=lambda *step: seen.append(step))
+    ddim_invert(
+        as_denoiser(curved, log),
+        randn(*SHAPE, seed=9),
+        sigmas,
+        on_step=lambda *step: seen.append(step),
+    )
     assert [sigma for _, sigma in log] == sigmas[1:].tolist()
     assert [step[:2] for step in seen] == [(i, 10) for i in range(10)]
     assert all(torch.equal(asked, step[2]) for (asked, _), step in zip(log, seen, strict=True))
@@ -190,20 +222,34 @@ def test_the_ancestral_step_is_the_ddpm_posterior(source, target) -> None:
     share, spread = ancestral_step(source, target)
     assert x0 + share * (x - x0) == pytest.approx(mean / math.sqrt(abar_next), rel=1e-12)
     assert spread == pytest.approx(math.sqrt(variance / abar_next), rel=1e-12)
-    assert math.hypot(target * target / source, spread) == pytest.approx(target, rel=1e-12)  # sigma_down, sigma_up
+    assert math.hypot(target * target / source, spread) == pytest.approx(
+        target, rel=1e-12
+    )  # sigma_down, sigma_up
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_replay_gives_back_the_picture(dtype, atol) -> None:
     sigmas, x0 = ladder(20), randn(*SHAPE, seed=10, dtype=dtype)
     denoise = as_denoiser(curved)
-    latents, noise_maps = edit_friendly_invert(denoise, x0, sigmas, torch.Generator().manual_seed(0))
-    assert latents.shape == (21, *SHAPE) and noise_maps.shape == (20, *SHAPE) and latents.dtype == noise_maps.dtype == dtype
+    latents, noise_maps = edit_friendly_invert(
+        denoise, x0, sigmas, torch.Generator().manual_seed(0)
+    )
+    assert (
+        latents.shape == (21, *SHAPE)
+        and noise_maps.shape == (20, *SHAPE)
+        and latents.dtype == noise_maps.dtype == dtype
+    )
     for start in (None, 20, 12, 1):
-        back = edit_friendly_replay(denoise, latents[20 if start is None else start], sigmas, noise_maps, start=start)
+        back = edit_friendly_replay(
+            denoise, latents[20 if start is None else start], sigmas, noise_maps, start=start
+        )
         torch.testing.assert_close(back, x0, rtol=0, atol=atol)
-    assert torch.equal(edit_friendly_replay(denoise, latents[-1], sigmas, noise_maps), latents[0])  # the path itself, bit by bit
-    other = edit_friendly_replay(as_denoiser(lambda z, sigma: 0.9 * curved(z, sigma)), latents[-1], sigmas, noise_maps)
+    assert torch.equal(
+        edit_friendly_replay(denoise, latents[-1], sigmas, noise_maps), latents[0]
+    )  # the path itself, bit by bit
+    other = edit_friendly_replay(
+        as_denoiser(lambda z, sigma: 0.9 * curved(z, sigma)), latents[-1], sigmas, noise_maps
+    )
     assert (other - x0).abs().max() > 1e-2
 
 
@@ -212,18 +258,28 @@ def test_every_level_has_its_own_noise() -> None:
     oracle = lambda x, sigma: x0  # noqa: E731
     latents, noise_maps = edit_friendly_invert(oracle, x0, sigmas, torch.Generator().manual_seed(1))
     eps = ((latents[1:] - x0) / sigmas[1:].reshape(-1, 1, 1, 1, 1)).flatten(1)
-    torch.testing.assert_close(torch.corrcoef(eps), torch.eye(6, dtype=torch.float64), rtol=0, atol=0.06)
-    for i in range(1, 6):  # with independent eps and D = x_0 the maps' variance is (1 + share) / (1 - share)
+    torch.testing.assert_close(
+        torch.corrcoef(eps), torch.eye(6, dtype=torch.float64), rtol=0, atol=0.06
+    )
+    for i in range(
+        1, 6
+    ):  # with independent eps and D = x_0 the maps' variance is (1 + share) / (1 - share)
         share, spread = ancestral_step(sigmas[i + 1].item(), sigmas[i].item())
         assert noise_maps[i].var().item() == pytest.approx((1 + share) / (1 - share), rel=0.08)
-        reused = (latents[i + 1] - x0) / sigmas[i + 1] * sigmas[i]  # x_i - x_0, had eps been drawn once
-        assert ((reused - share * (latents[i + 1] - x0)) / spread - noise_maps[i]).abs().mean() > 0.5
+        reused = (
+            (latents[i + 1] - x0) / sigmas[i + 1] * sigmas[i]
+        )  # x_i - x_0, had eps been drawn once
+        assert (
+            (reused - share * (latents[i + 1] - x0)) / spread - noise_maps[i]
+        ).abs().mean() > 0.5
     assert noise_maps[0].abs().max() == 0  # the last step's remainder x_0 - D
 
 
 def test_the_last_map_is_the_remainder_in_units_of_its_sigma() -> None:
     sigmas, x0, denoise = ladder(6), randn(*SHAPE, seed=18), as_denoiser(curved)
-    latents, noise_maps = edit_friendly_invert(denoise, x0, sigmas, torch.Generator().manual_seed(1))
+    latents, noise_maps = edit_friendly_invert(
+        denoise, x0, sigmas, torch.Generator().manual_seed(1)
+    )
     remainder = (x0 - denoise(latents[1], sigmas[1].expand(SHAPE[0]))) / sigmas[1]
     torch.testing.assert_close(noise_maps[0], remainder, rtol=0, atol=1e-10)
 
@@ -241,7 +297,9 @@ def test_one_seed_gives_one_inversion_and_the_global_generator_is_left_alone() -
 def test_edit_friendly_asks_each_level_once_from_the_noise_down() -> None:
     log, seen, sigmas = [], [], ladder(5)
     x0, generator = randn(*SHAPE, seed=13), torch.Generator().manual_seed(3)
-    edit_friendly_invert(as_denoiser(curved, log), x0, sigmas, generator, on_step=lambda *step: seen.append(step))
+    edit_friendly_invert(
+        as_denoiser(curved, log), x0, sigmas, generator, on_step=lambda *step: seen.append(step)
+    )
     assert [sigma for _, sigma in log] == sigmas[1:].flip(0).tolist()
     assert [step[:2] for step in seen] == [(i, 5) for i in range(5)]
 
@@ -293,7 +351,9 @@ def test_constant_velocity_is_inverted_exactly(invert, noise) -> None:
     assert torch.equal(latents[0], x0)
     wanted = torch.stack([noise.mix(x0, eps, sigma) for sigma in sigmas.tolist()])
     torch.testing.assert_close(latents, wanted, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ddim_sample(denoise, latents[-1], sigmas.flip(0)), x0, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        ddim_sample(denoise, latents[-1], sigmas.flip(0)), x0, rtol=0, atol=1e-11
+    )
 
 
 def test_fireflow_is_of_second_order_and_euler_of_first() -> None:
@@ -327,7 +387,9 @@ def test_a_flows_round_trip_gets_better_with_the_steps() -> None:
 def test_fireflow_asks_at_the_floor_and_at_midpoints_alone() -> None:
     log, seen, sigmas = [], [], flow_ladder(5)
     denoise, x0 = flow_mixture(log)
-    latents = fireflow_invert(denoise, x0, sigmas, noise=Flow(), on_step=lambda *step: seen.append(step))
+    latents = fireflow_invert(
+        denoise, x0, sigmas, noise=Flow(), on_step=lambda *step: seen.append(step)
+    )
     assert latents.shape == (6, *SHAPE) and len(log) == 6
     middles = [(low + high) / 2 for low, high in pairwise(sigmas.tolist())]
     assert [sigma for _, sigma in log] == [Flow.floor, *middles]
@@ -340,7 +402,9 @@ def test_fireflow_asks_at_the_floor_and_at_midpoints_alone() -> None:
 def test_one_pass_by_euler_captures_at_the_points_of_a_flow() -> None:
     seen, sigmas = [], flow_ladder(5)
     denoise, x0 = flow_mixture()
-    latents = euler_invert(denoise, x0, sigmas, Flow(), evaluate_last=True, on_step=lambda *step: seen.append(step))
+    latents = euler_invert(
+        denoise, x0, sigmas, Flow(), evaluate_last=True, on_step=lambda *step: seen.append(step)
+    )
     assert [step[:2] for step in seen] == [(i, 6) for i in range(6)]
     for i in range(1, 6):
         assert torch.equal(seen[i][2], latents[i])
@@ -353,7 +417,9 @@ def test_the_end_of_a_flow_is_arrived_at_and_never_asked(invert) -> None:
     denoise, x0 = flow_mixture()
     blind = lambda x, sigma: denoise(x, sigma) / (sigma[0] < 1)  # noqa: E731
     latents = invert(blind, x0, flow_ladder(6), noise=Flow())
-    assert latents.isfinite().all() and torch.equal(latents, invert(denoise, x0, flow_ladder(6), noise=Flow()))
+    assert latents.isfinite().all() and torch.equal(
+        latents, invert(denoise, x0, flow_ladder(6), noise=Flow())
+    )
 
 
 def test_the_floor_of_a_short_first_step_is_that_step() -> None:
@@ -384,12 +450,16 @@ def test_an_edit_friendly_flow_gives_back_the_picture(noise) -> None:
     """Every level with noise of its own, from sigma 1 down; with another network the edit differs."""
     denoise, x0 = flow_mixture()
     sigmas = flow_ladder(8)
-    latents, maps = edit_friendly_invert(denoise, x0, sigmas, torch.Generator().manual_seed(0), noise=noise)
+    latents, maps = edit_friendly_invert(
+        denoise, x0, sigmas, torch.Generator().manual_seed(0), noise=noise
+    )
     assert latents.isfinite().all() and maps.isfinite().all()
     back = edit_friendly_replay(denoise, latents[-1], sigmas, maps, noise=noise)
     assert torch.equal(back, latents[0])
     torch.testing.assert_close(back, x0, rtol=0, atol=1e-12)
-    eps = torch.stack([noise.noise_of(latents[i], x0, sigmas[i].item()).flatten() for i in range(1, 9)])
+    eps = torch.stack(
+        [noise.noise_of(latents[i], x0, sigmas[i].item()).flatten() for i in range(1, 9)]
+    )
     assert (torch.corrcoef(eps) - torch.eye(8)).abs().max() < 0.35  # 144 values each
     other = lambda x, sigma: 0.9 * denoise(x, sigma)  # noqa: E731
     assert rms(edit_friendly_replay(other, latents[-1], sigmas, maps, noise=noise) - x0) > 1e-2
@@ -397,7 +467,10 @@ def test_an_edit_friendly_flow_gives_back_the_picture(noise) -> None:
 
 def test_a_flow_takes_no_target_label_and_no_sigma_above_one() -> None:
     denoise, x0 = flow_mixture(log := [])
-    with pytest.raises(ValueError, match="no x of sigma 0 looks like one of 0.4286. Read the velocity where the path stands"):
+    with pytest.raises(
+        ValueError,
+        match="no x of sigma 0 looks like one of 0.4286. Read the velocity where the path stands",
+    ):
         ddim_invert(denoise, x0, flow_ladder(5), noise=Flow())
     generator = torch.Generator()
     for invert in (
@@ -406,7 +479,10 @@ def test_a_flow_takes_no_target_label_and_no_sigma_above_one() -> None:
         lambda d, x, s, noise: forward_noise(x, s, generator, noise=noise),
         lambda d, x, s, noise: edit_friendly_invert(d, x, s, generator, noise=noise),
     ):
-        with pytest.raises(ValueError, match="a flow's sigmas go from 0 to 1; got 14.6. Take the SIGMAS of the model"):
+        with pytest.raises(
+            ValueError,
+            match="a flow's sigmas go from 0 to 1; got 14.6. Take the SIGMAS of the model",
+        ):
             invert(denoise, x0, torch.tensor([0.0, 0.5, 14.6]), noise=Flow())
     assert not log
 
@@ -416,9 +492,19 @@ def test_a_flow_takes_no_target_label_and_no_sigma_above_one() -> None:
 
 def trajectory(**changes: object) -> InversionTrajectory:
     sigmas = ladder(10).float()
-    latents = randn(1, *SHAPE, seed=14, dtype=torch.float32) + sigmas.reshape(-1, 1, 1, 1, 1) * randn(*SHAPE, seed=15).float()
-    fields = {"sigmas": sigmas, "latents": latents, "method": "ddim target", "prompt": "a photo of a cat"}
-    return InversionTrajectory(**{**fields, "model_key": "sd15", "schedule": "ddim_uniform", **changes})
+    latents = (
+        randn(1, *SHAPE, seed=14, dtype=torch.float32)
+        + sigmas.reshape(-1, 1, 1, 1, 1) * randn(*SHAPE, seed=15).float()
+    )
+    fields = {
+        "sigmas": sigmas,
+        "latents": latents,
+        "method": "ddim target",
+        "prompt": "a photo of a cat",
+    }
+    return InversionTrajectory(
+        **{**fields, "model_key": "sd15", "schedule": "ddim_uniform", **changes}
+    )
 
 
 def test_between_levels_the_path_is_exact_for_constant_noise() -> None:
@@ -437,7 +523,9 @@ def test_between_levels_the_path_is_the_inverting_euler_step() -> None:
     latents = ddim_invert(as_denoiser(curved), x0, sigmas, label="source")
     path = trajectory(sigmas=sigmas.float(), latents=latents.float())
     source, middle = sigmas[4], 0.3 * sigmas[4] + 0.7 * sigmas[5]
-    step = latents[4] + (middle - source) * curved(latents[4] / (1 + source**2) ** 0.5, source.expand(SHAPE[0]))
+    step = latents[4] + (middle - source) * curved(
+        latents[4] / (1 + source**2) ** 0.5, source.expand(SHAPE[0])
+    )
     torch.testing.assert_close(path.at(middle.item()).double(), step, rtol=0, atol=1e-5)
 
 
@@ -453,27 +541,37 @@ def test_between_the_levels_of_a_flow_the_path_is_straight_in_sigma() -> None:
         torch.testing.assert_close(path.at(sigma).double(), wanted, rtol=0, atol=1e-5)
     latents = euler_invert(denoise, x0, sigmas, noise)
     path, middle = trajectory(latents=latents.float(), **levels), (sigmas[3] + sigmas[4]).item() / 2
-    step = latents[3] + (middle - sigmas[3]) * (latents[3] - denoise(latents[3], sigmas[3].expand(2))) / sigmas[3]
+    step = (
+        latents[3]
+        + (middle - sigmas[3]) * (latents[3] - denoise(latents[3], sigmas[3].expand(2))) / sigmas[3]
+    )
     torch.testing.assert_close(path.at(middle).double(), step, rtol=0, atol=1e-5)
 
 
 def test_a_trajectory_is_a_diffusions_unless_it_says_otherwise() -> None:
     assert trajectory().noise == DIFFUSION
-    with pytest.raises(ValueError, match="Inversion trajectory: a flow's sigmas go from 0 to 1; got 8.39"):
+    with pytest.raises(
+        ValueError, match="Inversion trajectory: a flow's sigmas go from 0 to 1; got 8.39"
+    ):
         trajectory(noise=Flow())
 
 
 def test_a_stored_level_is_returned_as_it_is() -> None:
     path = trajectory()
     for i, sigma in enumerate(path.sigmas.tolist()):
-        assert torch.equal(path.at(sigma), path.latents[i]) and torch.equal(path.at(sigma * (1 + 1e-6)), path.latents[i])
+        assert torch.equal(path.at(sigma), path.latents[i]) and torch.equal(
+            path.at(sigma * (1 + 1e-6)), path.latents[i]
+        )
         assert path.nearest(sigma, 1e-6) == i
 
 
 def test_outside_of_the_range_is_refused() -> None:
     path = trajectory()
     for sigma in (path.sigmas[-1].item() * 1.01, -0.1, math.nan):
-        with pytest.raises(ValueError, match=f"sigma {sigma:.6g} lies outside of the inverted range 0 to {path.sigmas[-1]:.6g}"):
+        with pytest.raises(
+            ValueError,
+            match=f"sigma {sigma:.6g} lies outside of the inverted range 0 to {path.sigmas[-1]:.6g}",
+        ):
             path.at(sigma)
 
 
@@ -483,7 +581,11 @@ def test_nearest_measures_in_log_sigma() -> None:
     middle = math.sqrt(low * high)
     assert path.nearest(middle * 0.99, 10.0) == 3 and path.nearest(middle * 1.01, 10.0) == 4
     assert path.nearest(low * 1.009, 0.01) == 3 and path.nearest(low * 1.02, 0.01) is None
-    assert path.nearest(0.0, 0.01) == 0 and path.nearest(1e-9, 0.01) is None and path.nearest(-1.0, 10.0) is None
+    assert (
+        path.nearest(0.0, 0.01) == 0
+        and path.nearest(1e-9, 0.01) is None
+        and path.nearest(-1.0, 10.0) is None
+    )
 
 
 def broken(x: Tensor) -> Tensor:
@@ -498,10 +600,19 @@ def broken(x: Tensor) -> Tensor:
         (lambda p: {"latents": broken(p.latents)}, "1 of 1584 values of latents are not finite"),
         (lambda p: {"latents": p.latents[:-1]}, r"t\+1 = 11 sigmas; got \[10, 2, 3, 4, 6\]"),
         (lambda p: {"latents": p.latents[:, 0]}, r"got \[11, 3, 4, 6\]"),
-        (lambda p: {"latents": p.latents.double()}, "latents must be float32 on the CPU; got torch.float64 on cpu"),
+        (
+            lambda p: {"latents": p.latents.double()},
+            "latents must be float32 on the CPU; got torch.float64 on cpu",
+        ),
         (lambda p: {"sigmas": p.sigmas.flip(0)}, "the lowest sigma must be 0; got 8.39"),
-        (lambda p: {"sigmas": p.sigmas[[0, 2, 1, *range(3, 11)]]}, "must ascend; got 0.346.* before 0.04"),
-        (lambda p: {"sigmas": p.sigmas[[0, 1, 1, *range(3, 11)]]}, "must ascend; got 0.04.* before 0.04"),
+        (
+            lambda p: {"sigmas": p.sigmas[[0, 2, 1, *range(3, 11)]]},
+            "must ascend; got 0.346.* before 0.04",
+        ),
+        (
+            lambda p: {"sigmas": p.sigmas[[0, 1, 1, *range(3, 11)]]},
+            "must ascend; got 0.04.* before 0.04",
+        ),
         (lambda p: {"sigmas": p.sigmas[:1]}, r"\[t\+1\] with t >= 1; got \[1\]"),
         (lambda p: {"noise_maps": p.latents}, r"= \[10, 2, 3, 4, 6\]; got \[11, 2, 3, 4, 6\]"),
     ],
@@ -525,5 +636,8 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         ddim_invert(denoise, x0, sigmas, label="middle")
     with pytest.raises(ValueError, match=r"got \[6\] and \[3, 4, 6\]"):
         ddim_invert(denoise, x0[0], sigmas)
-    with pytest.raises(ValueError, match="5 steps need 5 noise maps and a start from 1 to 5; got 4 maps and start 9"):
+    with pytest.raises(
+        ValueError,
+        match="5 steps need 5 noise maps and a start from 1 to 5; got 4 maps and start 9",
+    ):
         edit_friendly_replay(denoise, x0, sigmas, randn(4, *SHAPE, seed=1), start=9)

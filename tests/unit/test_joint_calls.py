@@ -191,7 +191,11 @@ def test_by_sums_it_costs_the_tokens_it_reads_and_copies_nothing(sides, count) -
             FusedAttend(sdpa_attend), q, k, v, heads, slice(sides[0], sides[0] + p), tokens, KEPT
         )
     assert kept.flops / plain.flops == pytest.approx((m + count * f) / m, rel=0.01)
-    assert not kept.ops["cat"] and not kept.ops["clone"] and kept.largest <= q.numel() * q.element_size()
+    assert (
+        not kept.ops["cat"]
+        and not kept.ops["clone"]
+        and kept.largest <= q.numel() * q.element_size()
+    )
     assert not any(p in shape and m in shape for shape in kept.shapes)
 
 

@@ -27,7 +27,9 @@ GRIDS = [(64, 64), (64, 96), (13, 9), (61, 88)]  # latent grids: square, not squ
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -88,7 +90,9 @@ def test_repeated_text_sums_to_the_same_map(repeats) -> None:
 def test_one_sequence_serves_every_row_and_weights_serve_for_positions() -> None:
     q, k = randn(2, 6, H * D, seed=1), randn(2, 7, H * D, seed=2)
     assert torch.equal(token_map(q, k, [[3]], H), token_map(q, k, [[3], [3]], H))
-    assert torch.equal(token_map(q, k, token_weights([[3, 3], [5]], 7), H), token_map(q, k, [[3], [5]], H))
+    assert torch.equal(
+        token_map(q, k, token_weights([[3, 3], [5]], 7), H), token_map(q, k, [[3], [5]], H)
+    )
 
 
 def test_a_row_without_the_word_maps_to_nothing() -> None:
@@ -153,7 +157,9 @@ def test_a_map_that_is_constant_but_for_rounding_is_empty(value, threshold) -> N
 
 @pytest.mark.parametrize("scale, shift", [(2.0, 0.0), (0.25, 3.0), (1024.0, -7.0)])
 def test_masks_ignore_an_affine_change(scale, shift) -> None:
-    x = (rand(4, 16, 12, seed=5, dtype=torch.float64) * 2**20).round() / 2**20  # so that a * x + b is exact
+    x = (
+        rand(4, 16, 12, seed=5, dtype=torch.float64) * 2**20
+    ).round() / 2**20  # so that a * x + b is exact
     for threshold in ("otsu", 0.3):
         assert torch.equal(binarise(scale * x + shift, threshold), binarise(x, threshold))
 
@@ -188,7 +194,12 @@ def home(at: int, size: int, coarse: int) -> int:
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_a_planted_token_lands_at_its_place_in_every_layer(latent, level) -> None:
     source, grid = halves(latent, 2), halves(latent, level)
-    for y, x in {(0, 0), (source[0] - 1, source[1] - 1), (source[0] // 2, source[1] // 3), (0, source[1] - 1)}:
+    for y, x in {
+        (0, 0),
+        (source[0] - 1, source[1] - 1),
+        (source[0] // 2, source[1] // 3),
+        (0, source[1] - 1),
+    }:
         planted = torch.zeros(1, *source)
         planted[0, y, x] = 1.0
         out = resize_soft(planted, grid)
@@ -210,8 +221,12 @@ def test_rows_do_not_become_columns() -> None:
 def test_resizing_is_exact_where_nothing_changes() -> None:
     soft = rand(2, 5, 7, seed=8)
     assert torch.equal(resize_soft(soft, (5, 7)), soft)
-    torch.testing.assert_close(resize_soft(torch.full((1, 13, 9), 0.37), (7, 5)), torch.full((1, 7, 5), 0.37))
-    torch.testing.assert_close(resize_soft(torch.full((1, 7, 5), 0.37), (13, 9)), torch.full((1, 13, 9), 0.37))
+    torch.testing.assert_close(
+        resize_soft(torch.full((1, 13, 9), 0.37), (7, 5)), torch.full((1, 7, 5), 0.37)
+    )
+    torch.testing.assert_close(
+        resize_soft(torch.full((1, 7, 5), 0.37), (13, 9)), torch.full((1, 13, 9), 0.37)
+    )
 
 
 def test_shrinking_weighs_every_cell() -> None:
@@ -236,7 +251,10 @@ def test_a_drawn_mask_is_the_majority_of_each_cell() -> None:
     expected = torch.zeros(1, 2, 3, dtype=torch.bool)
     expected[0, 0, 0] = True  # the second cell holds 3 of 8 columns
     assert torch.equal(resize_user_mask(drawn, (2, 3)), expected)
-    assert resize_user_mask(torch.ones(2, 13, 9), (4, 3)).all() and not resize_user_mask(torch.zeros(2, 13, 9), (4, 3)).any()
+    assert (
+        resize_user_mask(torch.ones(2, 13, 9), (4, 3)).all()
+        and not resize_user_mask(torch.zeros(2, 13, 9), (4, 3)).any()
+    )
 
 
 def test_half_a_cell_is_outside() -> None:
@@ -272,7 +290,9 @@ def test_the_union_grows_until_tau_and_then_stays(tau, threshold) -> None:
 
 def test_the_order_of_a_union_is_irrelevant() -> None:
     masks = [rand(2, 4, 5, seed=i) > 0.7 for i in range(3)]
-    assert torch.equal(union(masks), union(masks[::-1])) and torch.equal(union(torch.stack(masks)), union(masks))
+    assert torch.equal(union(masks), union(masks[::-1])) and torch.equal(
+        union(torch.stack(masks)), union(masks)
+    )
     assert torch.equal(union(masks), masks[0] | masks[1] | masks[2])
 
 
@@ -289,7 +309,9 @@ def test_iou() -> None:
     a, b = torch.zeros(3, 4, 4, dtype=torch.bool), torch.zeros(3, 4, 4, dtype=torch.bool)
     a[0, :2], b[0, 1:3] = True, True
     a[1, 0, 0] = True
-    assert iou(a, b).tolist() == pytest.approx([1 / 3, 0.0, 1.0]) and torch.equal(iou(a, b), iou(b, a))
+    assert iou(a, b).tolist() == pytest.approx([1 / 3, 0.0, 1.0]) and torch.equal(
+        iou(a, b), iou(b, a)
+    )
 
 
 def test_the_global_generator_is_left_alone() -> None:

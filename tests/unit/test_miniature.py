@@ -1,4 +1,5 @@
 """The miniature's world, its reader's similarity and its shipped reader, without a host."""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +13,14 @@ from kindred.miniature import train
 from kindred.miniature.data import held_out
 from kindred.miniature.muon import orthogonalise
 from kindred.miniature.pack import CHECKPOINT
-from kindred.miniature.reader import Reading, floor_and_ceiling, hue_agreement, identity_similarity, load_reader, similarity_parts
+from kindred.miniature.reader import (
+    Reading,
+    floor_and_ceiling,
+    hue_agreement,
+    identity_similarity,
+    load_reader,
+    similarity_parts,
+)
 from kindred.miniature.train_reader import accuracy
 from kindred.miniature.world import (
     CLASSES,
@@ -53,13 +61,23 @@ def test_identity_and_scene_are_independent():
     a = render(RED_STRIPED_CAT, "dog", "night", 3)
     b = render(RED_STRIPED_CAT, "dog", "snow", 3)
     assert np.array_equal(a.mask, b.mask)
-    inside = a.mask & np.roll(a.mask, 2, 0) & np.roll(a.mask, -2, 0) & np.roll(a.mask, 2, 1) & np.roll(a.mask, -2, 1)
+    inside = (
+        a.mask
+        & np.roll(a.mask, 2, 0)
+        & np.roll(a.mask, -2, 0)
+        & np.roll(a.mask, 2, 1)
+        & np.roll(a.mask, -2, 1)
+    )
     assert np.abs(a.image[inside].astype(int) - b.image[inside]).mean() < 2
 
 
 def test_identities_are_spread_evenly():
     drawn = [random_identity(seed) for seed in range(2000)]
-    for values in ([who.hue for who in drawn], [who.second_hue for who in drawn], [who.hat_hue for who in drawn]):
+    for values in (
+        [who.hue for who in drawn],
+        [who.second_hue for who in drawn],
+        [who.hat_hue for who in drawn],
+    ):
         counts = np.histogram(values, 8, (0, 1))[0]
         assert counts.min() > 190 and counts.max() < 310
     for name, names in (("pattern", PATTERNS), ("hat", HATS)):
@@ -80,7 +98,10 @@ def test_captions_name_class_and_scene_only():
     drawn = [caption("fish", "city", seed) for seed in range(400)]
     assert set(drawn) <= known
     assert 0.05 < drawn.count("") / 400 < 0.16
-    assert prompt("cat", "beach") == "a photo of a cat on the beach" and prompt("cat") == "a photo of a cat"
+    assert (
+        prompt("cat", "beach") == "a photo of a cat on the beach"
+        and prompt("cat") == "a photo of a cat"
+    )
     assert {prompt(name, scene) for name in CLASSES for scene in (None, *SCENES)} <= known
 
 
@@ -90,22 +111,40 @@ def test_unknown_names_are_refused():
 
 
 def _reading(**changes) -> Reading:
-    colours = {"hue": 0.0, "saturation": 0.9, "value": 0.9, "second_hue": 0.5, "hat_hue": 0.25} | changes
+    colours = {
+        "hue": 0.0,
+        "saturation": 0.9,
+        "value": 0.9,
+        "second_hue": 0.5,
+        "hat_hue": 0.25,
+    } | changes
     probabilities = {
         "class": torch.eye(5)[:1],
         "scene": torch.eye(8)[:1],
         "pattern": torch.tensor([[0.0, 1.0, 0.0, 0.0]]),
         "hat": torch.tensor([[0.0, 1.0, 0.0, 0.0]]),
     }
-    return Reading(probabilities, {name: torch.tensor([float(value)]) for name, value in colours.items()}, torch.zeros(1, 16, 16))
+    return Reading(
+        probabilities,
+        {name: torch.tensor([float(value)]) for name, value in colours.items()},
+        torch.zeros(1, 16, 16),
+    )
 
 
 def test_similarity_by_hand():
     assert identity_similarity(_reading(), RED_STRIPED_CAT) == pytest.approx(1.0)
-    assert identity_similarity(_reading(hue=0.125), RED_STRIPED_CAT) == pytest.approx(1 - 0.35 / 2)  # half of the reach away
-    assert identity_similarity(_reading(hue=0.875), RED_STRIPED_CAT) == pytest.approx(1 - 0.35 / 2)  # the circle closes
-    assert identity_similarity(_reading(hue=0.5, second_hue=0.0), RED_STRIPED_CAT) == pytest.approx(0.25 + 0.15)
-    assert identity_similarity(_reading(saturation=0.7), RED_STRIPED_CAT) == pytest.approx(1 - 0.35 * 0.2, abs=1e-6)
+    assert identity_similarity(_reading(hue=0.125), RED_STRIPED_CAT) == pytest.approx(
+        1 - 0.35 / 2
+    )  # half of the reach away
+    assert identity_similarity(_reading(hue=0.875), RED_STRIPED_CAT) == pytest.approx(
+        1 - 0.35 / 2
+    )  # the circle closes
+    assert identity_similarity(_reading(hue=0.5, second_hue=0.0), RED_STRIPED_CAT) == pytest.approx(
+        0.25 + 0.15
+    )
+    assert identity_similarity(_reading(saturation=0.7), RED_STRIPED_CAT) == pytest.approx(
+        1 - 0.35 * 0.2, abs=1e-6
+    )
     assert similarity_parts(_reading(hat_hue=0.75), RED_STRIPED_CAT)["hat"] == 0
     bare = Identity(0.0, 0.9, 0.9, 0.5, "stripes", "none", 0.0)
     assert similarity_parts(_reading(), bare)["hat"] == 0
@@ -123,30 +162,44 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
         assert 0.6 < float(values.min()) and float(values.max()) < 1.3
 
 
-@pytest.mark.skipif(not reading_room.WEIGHTS.exists(), reason="no reader weights: python -m miniature.train pack writes them")
+@pytest.mark.skipif(
+    not reading_room.WEIGHTS.exists(),
+    reason="no reader weights: python -m miniature.train pack writes them",
+)
 def test_the_reader_reads_held_out_renderings():
     """The issue's bound, on a small set: 98 % of classes, scenes, patterns and hats, sharp and through the autoencoder."""
     reader, pictures = load_reader(), held_out(150, offset=5000)
     figures = accuracy(reader, pictures)
-    assert min(figures[name] for name in ("class", "scene", "pattern", "hat_presence")) >= 0.98, figures
+    assert min(figures[name] for name in ("class", "scene", "pattern", "hat_presence")) >= 0.98, (
+        figures
+    )
     assert figures["hue_error"] < 0.03 and figures["second_hue_error"] < 0.04, figures
     floor, ceiling = floor_and_ceiling(reader, count=24)
     assert floor < 0.35 and ceiling > 0.8
 
 
 def test_the_weights_are_small():
-    files = [file for file in CHECKPOINT.parent.parent.rglob("*.safetensors") if file.parent.name != "flow"]  # not in the archive
+    files = [
+        file
+        for file in CHECKPOINT.parent.parent.rglob("*.safetensors")
+        if file.parent.name != "flow"
+    ]  # not in the archive
     assert len(files) == 5 and sum(file.stat().st_size for file in files) <= 24 * 2**20
-    assert sum(file.stat().st_size for file in files if file.parent.name == "concept_encoders") <= 8e6
+    assert (
+        sum(file.stat().st_size for file in files if file.parent.name == "concept_encoders") <= 8e6
+    )
 
 
-def test_what_all_workers_need_is_there_before_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_all_workers_need_is_there_before_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Both would render it else, into one file; and a meeting of a killed process of the same number is nobody's."""
     meeting, seen = tmp_path / f"meeting-unet-{os.getpid()}", []
     meeting.write_text("of another time")
 
     def spawn(work: object, args: object, nprocs: int) -> None:
         seen.append((nprocs, len(list(tmp_path.glob("renderings-*-8.npz"))), meeting.exists()))
+
     monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
     train.main(["unet", "--folder", str(tmp_path), "--renderings", "8", "--workers", "2"])
     assert seen == [(2, 1, False)]

@@ -1,13 +1,30 @@
 """Laws of the drawings over a reference's pictures: nothing else is touched, cells stand where they are, equal parts look equal."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kindred.models.overlay import ALPHA, OUTLINE, draw_heat, draw_masks, draw_matches, heat_colours, oklch, place_colours
+from kindred.models.overlay import (
+    ALPHA,
+    OUTLINE,
+    draw_heat,
+    draw_masks,
+    draw_matches,
+    heat_colours,
+    oklch,
+    place_colours,
+)
 
-SIZES = [((48, 80), (6, 10)), ((64, 64), (16, 16)), ((37, 53), (5, 7)), ((9, 200), (3, 40)), ((3, 4), (6, 9)), ((5, 5), (1, 1))]
+SIZES = [
+    ((48, 80), (6, 10)),
+    ((64, 64), (16, 16)),
+    ((37, 53), (5, 7)),
+    ((9, 200), (3, 40)),
+    ((3, 4), (6, 9)),
+    ((5, 5), (1, 1)),
+]
 LAW = pytest.mark.parametrize
 
 
@@ -37,8 +54,11 @@ def drawings(images, grid, seed=5):
     b, n = len(images), grid[0] * grid[1]
     maps = numbers(b, *grid, seed=seed)
     subjects, source, keep = matches(b, n, seed)
-    return {"masks": (draw_masks, (images, maps > 0.5)), "heat": (draw_heat, (images, maps)),
-            "matches": (draw_matches, (images, grid, subjects, source, keep))}
+    return {
+        "masks": (draw_masks, (images, maps > 0.5)),
+        "heat": (draw_heat, (images, maps)),
+        "matches": (draw_matches, (images, grid, subjects, source, keep)),
+    }
 
 
 @LAW("size, grid", SIZES)
@@ -50,8 +70,12 @@ def test_a_drawing_is_a_picture_of_the_same_size_and_changes_no_input(kind, size
     out = draw(*told)
     assert out.shape == images.shape and out.dtype == images.dtype
     assert out.min() >= 0 and out.max() <= 1
-    assert torch.equal(out, images) == (kind == "heat" and grid == (1, 1))  # a map of one cell is constant
-    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(told, before))
+    assert torch.equal(out, images) == (
+        kind == "heat" and grid == (1, 1)
+    )  # a map of one cell is constant
+    assert all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(told, before)
+    )
     assert torch.equal(draw(*told), out)
 
 
@@ -78,7 +102,11 @@ def test_everything_in_the_mask_is_the_picture_and_nothing_in_it_is_grey(size, g
     images = pictures(2, size)
     assert torch.equal(draw_masks(images, torch.ones(2, *grid, dtype=torch.bool)), images)
     none = draw_masks(images, torch.zeros(2, *grid, dtype=torch.bool))
-    assert torch.equal(none[..., 0], none[..., 1]) and torch.equal(none[..., 0], none[..., 2]) and none.mean() < 0.6 * images.mean()
+    assert (
+        torch.equal(none[..., 0], none[..., 1])
+        and torch.equal(none[..., 0], none[..., 2])
+        and none.mean() < 0.6 * images.mean()
+    )
 
 
 @LAW("size, grid", SIZES[:4])
@@ -92,7 +120,9 @@ def test_a_masks_cells_are_untouched_and_a_line_runs_around_them(size, grid):
         assert torch.equal(out[inside], images[0][inside])
         line = (out == torch.tensor(OUTLINE)).all(-1)
         assert line.any() and not (line & inside).any()
-        touched = torch.nn.functional.max_pool2d(inside[None].float(), 3, 1, 1)[0] > 0  # the line leaves no gap
+        touched = (
+            torch.nn.functional.max_pool2d(inside[None].float(), 3, 1, 1)[0] > 0
+        )  # the line leaves no gap
         assert line[touched & ~inside].all()
         rest = out[~inside & ~line]
         assert torch.equal(rest[:, 0], rest[:, 1]) and torch.equal(rest[:, 0], rest[:, 2])
@@ -113,7 +143,9 @@ def test_a_constant_map_leaves_its_picture(value):
 @given(st.floats(1e-3, 1e3), st.floats(-10, 10))
 def test_heat_is_from_least_to_greatest_whatever_the_scale(scale, shift):
     images, maps = pictures(2, (24, 40)), numbers(2, 3, 5).double()
-    torch.testing.assert_close(draw_heat(images, maps * scale + shift), draw_heat(images, maps), rtol=0, atol=2e-2)
+    torch.testing.assert_close(
+        draw_heat(images, maps * scale + shift), draw_heat(images, maps), rtol=0, atol=2e-2
+    )
 
 
 def test_heat_reads_half_precision():
@@ -133,7 +165,9 @@ def test_one_hot_cell_is_the_lightest_place(size, grid):
         assert where.flatten()[out.sum(-1).argmax()] == k
         if grid[0] > 3:
             far = (where // grid[1] - k // grid[1]).abs() > 1
-            torch.testing.assert_close(out[far], torch.lerp(images[0][far], coldest, ALPHA), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                out[far], torch.lerp(images[0][far], coldest, ALPHA), rtol=0, atol=1e-6
+            )
 
 
 def test_hotter_is_lighter_all_along_the_ramp():
@@ -160,20 +194,37 @@ def test_the_permutation_of_tokens_permutes_their_colours():
     subjects, source, keep = matches(3, n)
     black, order = torch.zeros(3, *grid, 3), torch.randperm(n)
     once = draw_matches(black, grid, subjects, source, keep).flatten(1, 2)
-    moved = draw_matches(black, grid, torch.cat([subjects[:1], subjects[1:, order]]), torch.cat([source[:1], source[1:, order]]),
-                         torch.cat([keep[:1], keep[1:, order]])).flatten(1, 2)
-    assert torch.equal(moved[0], once[0]) and torch.equal(moved[1:], once[1:, order]) and not torch.equal(once[1:, order], once[1:])
+    moved = draw_matches(
+        black,
+        grid,
+        torch.cat([subjects[:1], subjects[1:, order]]),
+        torch.cat([source[:1], source[1:, order]]),
+        torch.cat([keep[:1], keep[1:, order]]),
+    ).flatten(1, 2)
+    assert (
+        torch.equal(moved[0], once[0])
+        and torch.equal(moved[1:], once[1:, order])
+        and not torch.equal(once[1:, order], once[1:])
+    )
 
 
 def test_a_kept_token_has_the_colour_of_its_source_and_no_other():
     grid, n = (5, 7), 35
-    subjects, source, keep = torch.ones(2, n, dtype=torch.bool), torch.arange(n).flip(0).expand(2, -1), torch.zeros(2, n, dtype=torch.bool)
+    subjects, source, keep = (
+        torch.ones(2, n, dtype=torch.bool),
+        torch.arange(n).flip(0).expand(2, -1),
+        torch.zeros(2, n, dtype=torch.bool),
+    )
     keep[1, ::2] = True
     out = draw_matches(torch.zeros(2, *grid, 3), grid, subjects, source, keep).flatten(1, 2)
     assert torch.equal(out[1, keep[1]], out[0].flip(0)[keep[1]])
-    torch.testing.assert_close(out[1, ~keep[1]], torch.full((17, 3), 0.5 * ALPHA), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        out[1, ~keep[1]], torch.full((17, 3), 0.5 * ALPHA), rtol=0, atol=1e-6
+    )
     assert len(out[0].unique(dim=0)) == n  # every place has a colour of its own
-    other = draw_matches(torch.zeros(2, *grid, 3), grid, subjects, source.where(keep, 10 ** 6), keep).flatten(1, 2)
+    other = draw_matches(
+        torch.zeros(2, *grid, 3), grid, subjects, source.where(keep, 10**6), keep
+    ).flatten(1, 2)
     assert torch.equal(other, out)  # what is not kept is not read
 
 
@@ -181,7 +232,12 @@ def test_colours_do_not_depend_on_the_pictures_beneath():
     """Grey is laid under them, or a red cat and a blue one could not match."""
     grid = (4, 6)
     everywhere = torch.ones(2, 24, dtype=torch.bool)
-    images = torch.stack([torch.tensor([0.7152, 0, 0]).expand(8, 12, 3), torch.tensor([0, 0.2126, 0]).expand(8, 12, 3)])
+    images = torch.stack(
+        [
+            torch.tensor([0.7152, 0, 0]).expand(8, 12, 3),
+            torch.tensor([0, 0.2126, 0]).expand(8, 12, 3),
+        ]
+    )
     out = draw_matches(images, grid, everywhere, torch.arange(24).expand(2, -1), everywhere)
     torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-6)
 
@@ -191,14 +247,22 @@ def test_outside_of_every_subject_is_dim_and_grey():
     subjects[:, 7:9] = True
     images = pictures(2, (8, 12))
     out = draw_matches(images, (4, 6), subjects, torch.arange(24).expand(2, -1), subjects)
-    outside = out[~subjects[0].view(1, 4, 6).repeat_interleave(2, 1).repeat_interleave(2, 2).expand(2, -1, -1)]
-    assert torch.equal(outside[:, 0], outside[:, 1]) and torch.equal(outside[:, 0], outside[:, 2]) and outside.max() < 0.5
+    outside = out[
+        ~subjects[0].view(1, 4, 6).repeat_interleave(2, 1).repeat_interleave(2, 2).expand(2, -1, -1)
+    ]
+    assert (
+        torch.equal(outside[:, 0], outside[:, 1])
+        and torch.equal(outside[:, 0], outside[:, 2])
+        and outside.max() < 0.5
+    )
     assert out[0, 2, 2].max() - out[0, 2, 2].min() > 0.1  # and the subject is not
 
 
 def test_no_subject_in_the_first_picture_is_no_failure():
     none = torch.zeros(2, 24, dtype=torch.bool)
-    out = draw_matches(pictures(2, (8, 12)), (4, 6), none, torch.zeros(2, 24, dtype=torch.int64), none)
+    out = draw_matches(
+        pictures(2, (8, 12)), (4, 6), none, torch.zeros(2, 24, dtype=torch.int64), none
+    )
     assert torch.equal(out[..., 0], out[..., 1])
 
 
@@ -225,7 +289,15 @@ def test_a_subject_of_one_row_column_or_cell_has_colours():
 
 def test_oklch_is_what_it_says():
     """White, black, grey, and the published coordinates of sRGB's own corners."""
-    given = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0.62796, 0.25768, 29.234], [0.86644, 0.29483, 142.495], [0.45201, 0.31321, 264.052]])
+    given = torch.tensor(
+        [
+            [1.0, 0, 0],
+            [0, 0, 0],
+            [0.62796, 0.25768, 29.234],
+            [0.86644, 0.29483, 142.495],
+            [0.45201, 0.31321, 264.052],
+        ]
+    )
     want = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
     torch.testing.assert_close(oklch(given), want, rtol=0, atol=5e-3)
 

@@ -1,4 +1,5 @@
 """Laws of a folder of pictures as training examples: every kind of file, one broken among many, a kill at any moment, several processes."""
+
 from __future__ import annotations
 
 import errno
@@ -26,7 +27,12 @@ class Vae:
         self.seen, self.stop_after = 0, stop_after
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        assert images.shape[1:] == (SIDE, SIDE, 3) and images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+        assert (
+            images.shape[1:] == (SIDE, SIDE, 3)
+            and images.dtype == torch.float32
+            and 0 <= images.min()
+            and images.max() <= 1
+        )
         if images.any():
             self.seen += len(images)
             if self.stop_after is not None and self.seen > self.stop_after:
@@ -34,8 +40,23 @@ class Vae:
         return torch.nn.functional.adaptive_avg_pool2d(images.movedim(-1, 1), 4)[:, :2] * 4 - 2
 
 
-def make(folder: Path, vae=None, cache: str = "cache", model: str = "model", prompt: str = "a photo", **how) -> list[str]:
-    return prepare(PictureFolder(folder, prompt), folder.parent / cache, SIDE, SMALL, model, vae or Vae(), **how)
+def make(
+    folder: Path,
+    vae=None,
+    cache: str = "cache",
+    model: str = "model",
+    prompt: str = "a photo",
+    **how,
+) -> list[str]:
+    return prepare(
+        PictureFolder(folder, prompt),
+        folder.parent / cache,
+        SIDE,
+        SMALL,
+        model,
+        vae or Vae(),
+        **how,
+    )
 
 
 def paint(file: Path, colour=(200, 40, 40), size=(20, 20), mode: str = "RGB", **how) -> Path:
@@ -64,10 +85,30 @@ def rows(examples) -> list[list[int]]:
 # one picture -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode, ending", [
-    ("1", "png"), ("L", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"), ("LA", "png"), ("I;16", "png"), ("CMYK", "tif"),
-    ("YCbCr", "tif"), ("LAB", "tif"), ("I", "tif"), ("F", "tif"), ("I;16", "tif"), ("CMYK", "jpg"), ("L", "jpg"), ("RGB", "webp"),
-    ("P", "gif"), ("RGB", "bmp"), ("1", "tif")])
+@pytest.mark.parametrize(
+    "mode, ending",
+    [
+        ("1", "png"),
+        ("L", "png"),
+        ("P", "png"),
+        ("RGB", "png"),
+        ("RGBA", "png"),
+        ("LA", "png"),
+        ("I;16", "png"),
+        ("CMYK", "tif"),
+        ("YCbCr", "tif"),
+        ("LAB", "tif"),
+        ("I", "tif"),
+        ("F", "tif"),
+        ("I;16", "tif"),
+        ("CMYK", "jpg"),
+        ("L", "jpg"),
+        ("RGB", "webp"),
+        ("P", "gif"),
+        ("RGB", "bmp"),
+        ("1", "tif"),
+    ],
+)
 def test_every_mode_is_the_same_picture(tmp_path, mode, ending) -> None:
     """Left half white, right half black, in whatever way a file says it."""
     image = Image.new("RGB", (16, 12), "black")
@@ -76,7 +117,10 @@ def test_every_mode_is_the_same_picture(tmp_path, mode, ending) -> None:
         image = Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) * 257))
     elif mode == "LAB":
         from PIL import ImageCms
-        image = ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+
+        image = ImageCms.profileToProfile(
+            image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        )
     elif mode == "I":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.int32) * 257)
     else:
@@ -94,7 +138,9 @@ def test_alpha_is_laid_over_white(tmp_path) -> None:
         Image.new(mode, (4, 4), colour).save(tmp_path / "x.png")
         assert read_picture(tmp_path / "x.png").getpixel((1, 1)) == (255, 255, 255)
     Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "x.png")
-    assert read_picture(tmp_path / "x.png").getpixel((1, 1)) == pytest.approx((255, 127, 127), abs=1)
+    assert read_picture(tmp_path / "x.png").getpixel((1, 1)) == pytest.approx(
+        (255, 127, 127), abs=1
+    )
     palette = Image.new("RGB", (4, 4), (0, 0, 255)).quantize(4)
     palette.save(tmp_path / "x.png", transparency=palette.getpixel((0, 0)))
     assert read_picture(tmp_path / "x.png").getpixel((1, 1)) == (255, 255, 255)
@@ -102,10 +148,19 @@ def test_alpha_is_laid_over_white(tmp_path) -> None:
     assert read_picture(tmp_path / "x.png").getpixel((1, 1)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("values, expected", [
-    (np.full((4, 4), 200, np.uint16), 1), (np.full((4, 4), 32768, np.uint16), 128), (np.full((4, 4), 0.5, np.float32), 128),
-    (np.full((4, 4), 128.0, np.float32), 128), (np.full((4, 4), 128, np.int32), 128), (np.full((4, 4), 32768, np.int32), 128),
-    (np.full((4, 4), np.nan, np.float32), 0), (np.full((4, 4), -5.0, np.float32), 0)])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.full((4, 4), 200, np.uint16), 1),
+        (np.full((4, 4), 32768, np.uint16), 128),
+        (np.full((4, 4), 0.5, np.float32), 128),
+        (np.full((4, 4), 128.0, np.float32), 128),
+        (np.full((4, 4), 128, np.int32), 128),
+        (np.full((4, 4), 32768, np.int32), 128),
+        (np.full((4, 4), np.nan, np.float32), 0),
+        (np.full((4, 4), -5.0, np.float32), 0),
+    ],
+)
 def test_how_bright_a_wide_picture_is(tmp_path, values, expected) -> None:
     """Sixteen bits are sixteen bits however dark the picture; floats up to 1 are shares of white."""
     Image.fromarray(values).save(tmp_path / "x.tif")
@@ -118,7 +173,11 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path) -> None:
     exif[0x0112] = 6  # a quarter turn clockwise to view it
     image.save(tmp_path / "x.jpg", exif=exif, quality=95)
     read = read_picture(tmp_path / "x.jpg")
-    assert read.size == (10, 20) and min(read.getpixel((5, 2))) > 240 and max(read.getpixel((5, 17))) < 15
+    assert (
+        read.size == (10, 20)
+        and min(read.getpixel((5, 2))) > 240
+        and max(read.getpixel((5, 17))) < 15
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 2), (640, 20), (100, 300)])
@@ -137,19 +196,40 @@ def test_what_is_written_is_what_was_painted(folder) -> None:
     vae = Vae()
     assert make(folder, vae) == [] and vae.seen == 10
     train, held = load_examples(folder.parent / "cache", 0)
-    assert held is None and rows(train) == [list(t) for t in tones(10)] and list(train.prompts) == ["a photo"] * 10
-    assert train.latents.dtype == torch.float16 and train.pixels.dtype == torch.uint8 and train.latents.shape == (10, 2, 4, 4)
+    assert (
+        held is None
+        and rows(train) == [list(t) for t in tones(10)]
+        and list(train.prompts) == ["a photo"] * 10
+    )
+    assert (
+        train.latents.dtype == torch.float16
+        and train.pixels.dtype == torch.uint8
+        and train.latents.shape == (10, 2, 4, 4)
+    )
     assert list(train.subjects) == list(range(10))
     image = torch.tensor(tones(10)[3]) / 255
-    torch.testing.assert_close(train.latents[3].float(), (image[:2] * 4 - 2)[:, None, None].expand(2, 4, 4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        train.latents[3].float(),
+        (image[:2] * 4 - 2)[:, None, None].expand(2, 4, 4),
+        rtol=0,
+        atol=2e-3,
+    )
 
 
 def broken_files(folder: Path) -> list[Path]:
     whole = paint(folder / "whole.jpg", (5, 5, 5), (64, 64)).read_bytes()
     png = paint(folder / "whole.png", (6, 6, 6), (64, 64)).read_bytes()
-    contents = {"00 empty.png": b"", "4 cut.jpg": whole[:len(whole) // 2], "cut.png": png[:len(png) - 30], "text.jpg": b"<html>404</html>",
-                "wrong.png": png[:40] + b"\xff" * 30 + png[70:], "head.gif": b"GIF89a", "z.webp": b"RIFF\x10\0\0\0WEBPVP8 ",
-                "tiff.tif": b"II*\0\xff\xff\xff\xff", "bmp.bmp": b"BM" + b"\xff" * 60}
+    contents = {
+        "00 empty.png": b"",
+        "4 cut.jpg": whole[: len(whole) // 2],
+        "cut.png": png[: len(png) - 30],
+        "text.jpg": b"<html>404</html>",
+        "wrong.png": png[:40] + b"\xff" * 30 + png[70:],
+        "head.gif": b"GIF89a",
+        "z.webp": b"RIFF\x10\0\0\0WEBPVP8 ",
+        "tiff.tif": b"II*\0\xff\xff\xff\xff",
+        "bmp.bmp": b"BM" + b"\xff" * 60,
+    }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     return [folder / name for name in contents]
@@ -160,8 +240,12 @@ def test_broken_files_are_named_skipped_and_counted(folder) -> None:
     (folder / "notes.md").write_text("no picture")
     assert sorted(make(folder)) == sorted(map(str, broken))
     train, _ = load_examples(folder.parent / "cache", 0)
-    assert rows(train) == [list(t) for t in tones(10)] + [[5, 5, 5], [6, 6, 6]] and list(train.subjects) == list(range(12))
-    assert (train.latents.float().flatten(2).std(2) < 1e-2).all() and len({tuple(r.flatten().tolist()) for r in train.latents}) == 12
+    assert rows(train) == [list(t) for t in tones(10)] + [[5, 5, 5], [6, 6, 6]] and list(
+        train.subjects
+    ) == list(range(12))
+    assert (train.latents.float().flatten(2).std(2) < 1e-2).all() and len(
+        {tuple(r.flatten().tolist()) for r in train.latents}
+    ) == 12
     vae = Vae()
     assert sorted(make(folder, vae)) == sorted(map(str, broken)) and vae.seen == 0
 
@@ -175,8 +259,10 @@ def test_a_bomb_is_a_broken_file(folder, monkeypatch) -> None:
 @pytest.mark.parametrize("problem", [OSError(5, "Input/output error"), MemoryError()])
 def test_a_disk_or_memory_that_fails_is_no_broken_picture(folder, monkeypatch, problem) -> None:
     """Named so, a picture would be left out of every later run."""
+
     def fails(file: Path) -> None:
         raise problem
+
     with monkeypatch.context() as patched, pytest.raises(type(problem)):
         patched.setattr(pictures, "read_picture", fails)
         make(folder)
@@ -190,6 +276,7 @@ def test_a_decoder_may_raise_anything(folder, monkeypatch) -> None:
         if file.name == "4.png":
             raise EOFError
         return read(file)
+
     monkeypatch.setattr(pictures, "read_picture", odd)
     assert make(folder) == [str(folder / "4.png")]
 
@@ -204,7 +291,9 @@ def test_folders_with_nothing_to_train_on(tmp_path) -> None:
     for name in ("a.png", "b.jpg"):
         (tmp_path / "empty" / name).write_bytes(b"no")
     for _ in range(2):
-        with pytest.raises(NoPictures, match="None of the 2 files in .*empty can be read; the first is .*a.png"):
+        with pytest.raises(
+            NoPictures, match="None of the 2 files in .*empty can be read; the first is .*a.png"
+        ):
             make(tmp_path / "empty")
     paint(tmp_path / "empty" / "a.png")
     assert make(tmp_path / "empty") == [str(tmp_path / "empty" / "b.jpg")]
@@ -216,10 +305,19 @@ def test_captions_and_subjects(tmp_path) -> None:
         paint(root / name)
     (root / "ann" / "1.txt").write_text("  a photo of Ann\n", "utf-8")
     (root / "alone.txt").write_bytes("\ufeffein Foto, schön".encode())
-    (root / "other.txt").write_bytes(b"caf\xe9")  # another encoding: one letter is lost, not the run
+    (root / "other.txt").write_bytes(
+        b"caf\xe9"
+    )  # another encoding: one letter is lost, not the run
     make(root, prompt="somebody")
     train, _ = load_examples(tmp_path / "cache", 0)
-    assert list(train.prompts) == ["ein Foto, schön", "caf\ufffd", "a photo of Ann", "somebody", "somebody", "somebody"]
+    assert list(train.prompts) == [
+        "ein Foto, schön",
+        "caf\ufffd",
+        "a photo of Ann",
+        "somebody",
+        "somebody",
+        "somebody",
+    ]
     assert list(train.subjects) == [0, 1, 2, 2, 3, 4]
     assert dict(train.groups) == {0: [0], 1: [1], 2: [2, 3], 3: [4], 4: [5]}
 
@@ -250,7 +348,9 @@ def test_what_changed_is_encoded(folder, change) -> None:
         (folder / "9.png").unlink()
         expected.pop()
     make(folder, vae, model="other" if change == "model" else "model")
-    assert vae.seen == len(expected) and rows(load_examples(folder.parent / "cache", 0)[0]) == [list(t) for t in expected]
+    assert vae.seen == len(expected) and rows(load_examples(folder.parent / "cache", 0)[0]) == [
+        list(t) for t in expected
+    ]
 
 
 def test_other_captions_need_no_encoding(folder) -> None:
@@ -260,7 +360,10 @@ def test_other_captions_need_no_encoding(folder) -> None:
     vae = Vae()
     make(folder, vae, prompt="all others")
     train, _ = load_examples(folder.parent / "cache", 0)
-    assert vae.seen == 0 and list(train.prompts) == ["all others"] * 2 + ["the third"] + ["all others"] * 9
+    assert (
+        vae.seen == 0
+        and list(train.prompts) == ["all others"] * 2 + ["the third"] + ["all others"] * 9
+    )
     assert rows(train) == [list(t) for t in tones(10)] + [[5, 5, 5], [6, 6, 6]]
 
 
@@ -273,7 +376,10 @@ def test_an_interrupted_reading_goes_on(folder, monkeypatch) -> None:
     vae = Vae()
     make(folder, vae)
     assert 0 < vae.seen < 12
-    assert rows(load_examples(folder.parent / "cache", 0)[0]) == [list(t) for t in tones(10)] + [[5, 5, 5], [6, 6, 6]]
+    assert rows(load_examples(folder.parent / "cache", 0)[0]) == [list(t) for t in tones(10)] + [
+        [5, 5, 5],
+        [6, 6, 6],
+    ]
 
 
 class Stops:
@@ -298,7 +404,17 @@ class Stops:
 @pytest.mark.parametrize("moment", range(12))
 def test_a_kill_while_rows_close_up_loses_none(moment) -> None:
     """Rows 0 and 3 are broken; killed before any of the writes and begun again, each row is its own picture."""
-    done = np.array([pictures.BROKEN, pictures.DONE, pictures.DONE, pictures.BROKEN, pictures.DONE, pictures.DONE], np.uint8)
+    done = np.array(
+        [
+            pictures.BROKEN,
+            pictures.DONE,
+            pictures.DONE,
+            pictures.BROKEN,
+            pictures.DONE,
+            pictures.DONE,
+        ],
+        np.uint8,
+    )
     arrays = {"latents": np.arange(6.0), "pixels": np.arange(6), "done": done}
     with pytest.raises(KeyboardInterrupt):
         left = [moment]
@@ -318,8 +434,10 @@ def test_a_torn_note_is_no_note(folder, name) -> None:
 
 def test_a_full_disk_is_told_before_anything_is_read(folder, monkeypatch) -> None:
     """A write into a hole of a mapped file would end the process without a word."""
+
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     vae = Vae()
     with pytest.raises(OSError, match="No space left"):
@@ -348,6 +466,7 @@ def together(folder: Path, processes: int, cache: str) -> tuple[list, Vae]:
         except BaseException as problem:  # the test reports it
             told[rank] = problem
             barrier.abort()
+
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(processes)]
     for thread in threads:
         thread.start()
@@ -365,7 +484,9 @@ def test_several_processes_write_what_one_writes(folder, processes) -> None:
     one, many = folder.parent / "one", folder.parent / "many"
     for name in ("latents.npy", "pixels.npy"):
         assert np.array_equal(np.load(one / name)[:12], np.load(many / name)[:12])
-    assert json.loads((one / "index.json").read_text()) == json.loads((many / "index.json").read_text())
+    assert json.loads((one / "index.json").read_text()) == json.loads(
+        (many / "index.json").read_text()
+    )
     told, vae = together(folder, processes, "many")
     assert [sorted(t) for t in told] == [broken] * processes and vae.seen == 0
 
@@ -384,5 +505,7 @@ def test_held_out_subjects_are_never_trained_on(tmp_path) -> None:
         assert not set(train.subjects) & set(held.subjects) and len(held.groups) == held_out
         assert {held.partner(i, d) for i in range(3) for d in (0.0, 0.6)} == {0, 1, 2}
     for held_out in (3, 4, 100):
-        with pytest.raises(NoPictures, match=f"3 subjects are too few to hold {held_out} of them out"):
+        with pytest.raises(
+            NoPictures, match=f"3 subjects are too few to hold {held_out} of them out"
+        ):
             load_examples(tmp_path / "cache", held_out)

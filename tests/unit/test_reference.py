@@ -1,4 +1,5 @@
 """Laws of the reference bank: which blocks, which tokens at which step, which latent at which sigma."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -26,21 +27,44 @@ from kindred.models.reference import (
     thinned,
 )
 
-SD15 = tuple([("input", i, 0) for i in (1, 2, 4, 5, 7, 8)] + [("middle", 0, 0)] + [("output", i, 0) for i in range(3, 12)])
-SDXL = tuple([("input", i, d) for i in (4, 5) for d in range(2)] + [("input", i, d) for i in (7, 8) for d in range(10)]
-             + [("middle", 0, d) for d in range(10)] + [("output", i, d) for i in range(3) for d in range(10)]
-             + [("output", i, d) for i in range(3, 6) for d in range(2)])
+SD15 = tuple(
+    [("input", i, 0) for i in (1, 2, 4, 5, 7, 8)]
+    + [("middle", 0, 0)]
+    + [("output", i, 0) for i in range(3, 12)]
+)
+SDXL = tuple(
+    [("input", i, d) for i in (4, 5) for d in range(2)]
+    + [("input", i, d) for i in (7, 8) for d in range(10)]
+    + [("middle", 0, d) for d in range(10)]
+    + [("output", i, d) for i in range(3) for d in range(10)]
+    + [("output", i, d) for i in range(3, 6) for d in range(2)]
+)
 SIGMAS = torch.tensor([0.0, 0.5, 2.0, 9.0])
 R, Y, X = 2, 4, 6
-BLOCKS = {("input", 1, 0): ((4, 6), 3), ("middle", 0, 0): ((2, 3), 5), ("middle", 0, 1): ((2, 3), 5)}  # block -> grid, channels
+BLOCKS = {
+    ("input", 1, 0): ((4, 6), 3),
+    ("middle", 0, 0): ((2, 3), 5),
+    ("middle", 0, 1): ((2, 3), 5),
+}  # block -> grid, channels
 
 
 def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def trajectory(noise_maps: Tensor | None = None, sigmas: Tensor = SIGMAS, noise: Noise = DIFFUSION) -> InversionTrajectory:
-    return InversionTrajectory(sigmas, rand(4, R, 4, Y, X, seed=1), "ddim", "a cat", "SD15 0", "normal, 3 steps", noise_maps, noise)
+def trajectory(
+    noise_maps: Tensor | None = None, sigmas: Tensor = SIGMAS, noise: Noise = DIFFUSION
+) -> InversionTrajectory:
+    return InversionTrajectory(
+        sigmas,
+        rand(4, R, 4, Y, X, seed=1),
+        "ddim",
+        "a cat",
+        "SD15 0",
+        "normal, 3 steps",
+        noise_maps,
+        noise,
+    )
 
 
 def masks() -> dict[tuple[int, int], Tensor]:
@@ -56,28 +80,48 @@ def masks() -> dict[tuple[int, int], Tensor]:
 def tokens(half: Half, step: int) -> dict:
     """[r n c] per block, as a Ref-UNet pass would leave them; every step and half different."""
     start = 100 * step + (10 if half is Half.UNCOND else 0)
-    return {b: rand(R, y * x, c, seed=start + i) for i, (b, ((y, x), c)) in enumerate(BLOCKS.items())}
+    return {
+        b: rand(R, y * x, c, seed=start + i) for i, (b, ((y, x), c)) in enumerate(BLOCKS.items())
+    }
 
 
-def bank(halves: tuple[Half, ...] = (Half.COND, Half.UNCOND), precision: torch.dtype | None = None,
-         noise_maps: Tensor | None = None) -> ReferenceBank:
+def bank(
+    halves: tuple[Half, ...] = (Half.COND, Half.UNCOND),
+    precision: torch.dtype | None = None,
+    noise_maps: Tensor | None = None,
+) -> ReferenceBank:
     builder = BankBuilder(precision)
     for step in (2, 0, 1):  # a pass may run either way
         for half in halves:
             builder.add(half, step, tokens(half, step))
     prompts = {half: ReferencePrompt("a cat", torch.zeros(1, 77, 8)) for half in halves}
-    return builder.finish({b: grid for b, (grid, _) in BLOCKS.items()}, masks(), trajectory(noise_maps), prompts, "SD15 0", None)
+    return builder.finish(
+        {b: grid for b, (grid, _) in BLOCKS.items()},
+        masks(),
+        trajectory(noise_maps),
+        prompts,
+        "SD15 0",
+        None,
+    )
 
 
 # which blocks -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wanted", "count"), [("all", 16), ("encoder", 6), ("middle", 1), ("decoder", 9), ("masactrl", 6)])
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [("all", 16), ("encoder", 6), ("middle", 1), ("decoder", 9), ("masactrl", 6)],
+)
 def test_presets_of_sd15(wanted, count) -> None:
     chosen = select_blocks(wanted, SD15, "Node")
     assert len(chosen) == count
-    stages = {"all": {"input", "middle", "output"}, "encoder": {"input"}, "middle": {"middle"}, "decoder": {"output"},
-              "masactrl": {"output"}}
+    stages = {
+        "all": {"input", "middle", "output"},
+        "encoder": {"input"},
+        "middle": {"middle"},
+        "decoder": {"output"},
+        "masactrl": {"output"},
+    }
     assert {b[0] for b in chosen} == stages[wanted]
 
 
@@ -91,15 +135,24 @@ def test_presets_of_sdxl() -> None:
     assert {name: len(select_blocks(name, SDXL, "Node")) for name in counts} == counts
 
 
-@pytest.mark.parametrize(("wanted", "chosen"), [
-    ("input 4", [("input", 4, 0)]),
-    ("output 3-5, middle 0", [("middle", 0, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)]),
-    ("middle 0, output 3 - 5", [("middle", 0, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)]),
-    (" OUTPUT 11 ,, Input1,", [("input", 1, 0), ("output", 11, 0)]),
-    ("output 3-4, output 4", [("output", 3, 0), ("output", 4, 0)]),
-    ("middle, input 8", [("input", 8, 0), ("middle", 0, 0)]),
-    ("output 9-99", [("output", 9, 0), ("output", 10, 0), ("output", 11, 0)]),
-])
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        ("input 4", [("input", 4, 0)]),
+        (
+            "output 3-5, middle 0",
+            [("middle", 0, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)],
+        ),
+        (
+            "middle 0, output 3 - 5",
+            [("middle", 0, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)],
+        ),
+        (" OUTPUT 11 ,, Input1,", [("input", 1, 0), ("output", 11, 0)]),
+        ("output 3-4, output 4", [("output", 3, 0), ("output", 4, 0)]),
+        ("middle, input 8", [("input", 8, 0), ("middle", 0, 0)]),
+        ("output 9-99", [("output", 9, 0), ("output", 10, 0), ("output", 11, 0)]),
+    ],
+)
 def test_lists_come_in_the_order_of_the_unet(wanted, chosen) -> None:
     assert list(select_blocks(wanted, SD15, "Node")) == chosen
 
@@ -137,7 +190,9 @@ def test_no_block_at_all_is_refused(wanted) -> None:
 
 def test_gather_takes_the_flat_positions() -> None:
     x = rand(2, 5, 3, seed=1)
-    torch.testing.assert_close(gather(x, torch.tensor([4, 7])), torch.stack([x[0, 4], x[1, 2]]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        gather(x, torch.tensor([4, 7])), torch.stack([x[0, 4], x[1, 2]]), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("half", list(Half))
@@ -175,8 +230,13 @@ def test_the_builder_keeps_copies_and_lets_go_of_full_tokens() -> None:
     builder.add(Half.COND, 0, given)
     for t in given.values():
         t.zero_()  # the host reuses its buffers
-    b = builder.finish({k: grid for k, (grid, _) in BLOCKS.items()}, masks(), trajectory(), {}, "SD15 0", None)
-    assert all(torch.equal(t, b.keep(first)[k]) for k, t in b.tokens(Half.COND, 0, torch.device("cpu"), torch.float32).items())
+    b = builder.finish(
+        {k: grid for k, (grid, _) in BLOCKS.items()}, masks(), trajectory(), {}, "SD15 0", None
+    )
+    assert all(
+        torch.equal(t, b.keep(first)[k])
+        for k, t in b.tokens(Half.COND, 0, torch.device("cpu"), torch.float32).items()
+    )
     assert not builder._steps
 
 
@@ -191,9 +251,13 @@ def test_an_empty_mask_leaves_no_tokens() -> None:
     builder = BankBuilder()
     builder.add(Half.COND, 0, tokens(Half.COND, 0))
     none = {grid: torch.zeros_like(m) for grid, m in masks().items()}
-    b = builder.finish({k: grid for k, (grid, _) in BLOCKS.items()}, none, trajectory(), {}, "SD15 0", None)
+    b = builder.finish(
+        {k: grid for k, (grid, _) in BLOCKS.items()}, none, trajectory(), {}, "SD15 0", None
+    )
     read = b.tokens(Half.COND, 0, torch.device("cpu"), torch.float32)
-    assert {k: tuple(t.shape) for k, t in read.items()} == {k: (0, c) for k, (_, c) in BLOCKS.items()} and b.bytes == 0
+    assert {k: tuple(t.shape) for k, t in read.items()} == {
+        k: (0, c) for k, (_, c) in BLOCKS.items()
+    } and b.bytes == 0
 
 
 def test_a_bank_is_of_this_version_and_frozen() -> None:
@@ -206,8 +270,21 @@ def test_a_bank_is_of_this_version_and_frozen() -> None:
 # which step, which latent -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sigma", "step"), [(0.5, 0), (2.0, 1), (9.0, 2), (2.0005, 1), (8.996, 2), (2.01, None), (1.99, None),
-                                             (0.0, None), (20.0, None), (0.1, None)])
+@pytest.mark.parametrize(
+    ("sigma", "step"),
+    [
+        (0.5, 0),
+        (2.0, 1),
+        (9.0, 2),
+        (2.0005, 1),
+        (8.996, 2),
+        (2.01, None),
+        (1.99, None),
+        (0.0, None),
+        (20.0, None),
+        (0.1, None),
+    ],
+)
 def test_a_step_is_found_by_its_sigma(sigma, step) -> None:
     """Row i of the features belongs to sigmas[i + 1]; between the stored ones the answer is live."""
     assert bank().step_of(sigma) == step
@@ -247,7 +324,9 @@ def test_edit_friendly_levels_have_noise_of_their_own(sigma, level) -> None:
     """A mean of two independent noises has too little of it: the nearest level's noise at the sigma asked for."""
     latents = trajectory().latents
     eps = (latents[level] - latents[0]) / SIGMAS[level]
-    torch.testing.assert_close(bank(noise_maps=rand(3, R, 4, Y, X, seed=5)).latent_at(sigma), latents[0] + sigma * eps)
+    torch.testing.assert_close(
+        bank(noise_maps=rand(3, R, 4, Y, X, seed=5)).latent_at(sigma), latents[0] + sigma * eps
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
@@ -269,12 +348,18 @@ def test_edit_friendly_levels_of_a_flow_have_noise_of_their_own(sigma, level) ->
     path = trajectory(rand(3, R, 4, Y, X, seed=5), torch.tensor([0.0, 0.2, 0.5, 0.9]), noise)
     x0, latent = path.latents[0], path.latents[level]
     wanted = noise.mix(x0, noise.noise_of(latent, x0, path.sigmas[level].item()), sigma)
-    torch.testing.assert_close(replace(bank(), trajectory=path).latent_at(sigma), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        replace(bank(), trajectory=path).latent_at(sigma), wanted, rtol=0, atol=1e-5
+    )
 
 
 def test_which_half_reads_which() -> None:
     read = {h: tuple(h.source(half) for half in (Half.COND, Half.UNCOND)) for h in Halves}
-    assert read == {Halves.COND: (Half.COND, None), Halves.BOTH: (Half.COND, Half.UNCOND), Halves.SHARED: (Half.COND, Half.COND)}
+    assert read == {
+        Halves.COND: (Half.COND, None),
+        Halves.BOTH: (Half.COND, Half.UNCOND),
+        Halves.SHARED: (Half.COND, Half.COND),
+    }
 
 
 # what is held of a token --------------------------------------------------------------------------------------------------
@@ -286,7 +371,11 @@ def test_thinned_positions_are_spread_evenly(count, share) -> None:
     """Any stretch of them keeps its share to within three; stripes of a subject are not told apart from one another."""
     positions = torch.arange(count) * 3 + 1
     left = thinned(positions, share)
-    assert len(left) == max(round(count * share), 1) and set(left.tolist()) <= set(positions.tolist()) and (left.diff() > 0).all()
+    assert (
+        len(left) == max(round(count * share), 1)
+        and set(left.tolist()) <= set(positions.tolist())
+        and (left.diff() > 0).all()
+    )
     hit = torch.isin(positions, left).float()
     for length in (8, 32, 128):
         if length <= count:
@@ -301,21 +390,34 @@ def test_all_positions_are_all_of_them() -> None:
     assert thinned(positions, 1.0) is positions and len(thinned(positions[:0], 0.5)) == 0
 
 
-def built(known: bool = False, share: float = 1.0, keeps: Keeps = Keeps.HIDDEN, project=None) -> ReferenceBank:
+def built(
+    known: bool = False, share: float = 1.0, keeps: Keeps = Keeps.HIDDEN, project=None
+) -> ReferenceBank:
     builder = BankBuilder(None, masks() if known else None, share, keeps)
     grids = {b: grid for b, (grid, _) in BLOCKS.items()}
     for step in range(3):
         builder.add(Half.COND, step, tokens(Half.COND, step), 3, grids)
-    return builder.finish(grids, masks(), trajectory(None), {Half.COND: ReferencePrompt("a cat", torch.zeros(1, 77, 8))}, "SD15 0", None,
-                          project)
+    return builder.finish(
+        grids,
+        masks(),
+        trajectory(None),
+        {Half.COND: ReferencePrompt("a cat", torch.zeros(1, 77, 8))},
+        "SD15 0",
+        None,
+        project,
+    )
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_masks_that_are_known_before_give_the_bank_of_those_found_after(share) -> None:
     before, after = built(True, share), built(False, share)
-    assert before.layers == after.layers and torch.equal(before.features[Half.COND], after.features[Half.COND])
+    assert before.layers == after.layers and torch.equal(
+        before.features[Half.COND], after.features[Half.COND]
+    )
     if share < 1:
-        assert before.bytes < built().bytes and all(loud > 1 for grid, loud in before.loudness.items() if masks()[grid].sum() > 1)
+        assert before.bytes < built().bytes and all(
+            loud > 1 for grid, loud in before.loudness.items() if masks()[grid].sum() > 1
+        )
 
 
 def test_keys_and_values_lie_side_by_side() -> None:
@@ -323,14 +425,21 @@ def test_keys_and_values_lie_side_by_side() -> None:
     attn = {b: torch.nn.Module() for b in BLOCKS}
     for i, (b, (_, c)) in enumerate(BLOCKS.items()):
         torch.manual_seed(i)
-        attn[b].to_k, attn[b].to_v = torch.nn.Linear(c, c + 1, bias=False), torch.nn.Linear(c, c + 1, bias=False)
+        attn[b].to_k, attn[b].to_v = (
+            torch.nn.Linear(c, c + 1, bias=False),
+            torch.nn.Linear(c, c + 1, bias=False),
+        )
 
     def project(block, kept):
         return torch.cat(keys_values(attn[block], kept.float()), -1).detach()
+
     hidden, held = built(), built(keeps=Keeps.KEYS_VALUES, project=project)
     for step in range(3):
         of = [b.tokens(Half.COND, step, torch.device("cpu"), torch.float32) for b in (hidden, held)]
         for block, attention in attn.items():
-            for made, kept in zip(keys_values(attention, of[0][block][None]), keys_values(attention, of[1][block][None])):
+            for made, kept in zip(
+                keys_values(attention, of[0][block][None]),
+                keys_values(attention, of[1][block][None]),
+            ):
                 assert torch.allclose(made[0], kept[0], atol=1e-5) and made.shape == kept.shape
     assert built(keeps=Keeps.AUTO, project=project).bytes == held.bytes

@@ -1,4 +1,5 @@
 """Laws of what a reference's weight does, and of the dial that turns it: method invariants I3-I5, I9, I10."""
+
 from __future__ import annotations
 
 from math import log
@@ -41,7 +42,10 @@ def test_weight_one_is_plain_concat_without_a_mask(own, ref, mode) -> None:
     k_ref, v_ref = ref
     attend = Recorder()
     out = reference_attention(attend, q, k, v, k_ref, v_ref, H, weight=1.0, mode=mode)
-    keys, values = torch.cat((k, k_ref.expand(B, -1, -1)), 1), torch.cat((v, v_ref.expand(B, -1, -1)), 1)
+    keys, values = (
+        torch.cat((k, k_ref.expand(B, -1, -1)), 1),
+        torch.cat((v, v_ref.expand(B, -1, -1)), 1),
+    )
     torch.testing.assert_close(out, read(probabilities(q, keys), values), **TIGHT)
     assert len(attend.calls) == 1 and attend.calls[0][3] is None
 
@@ -66,7 +70,9 @@ def test_post_softmax_scales_the_probabilities_only(own, ref, weight) -> None:
     k_ref, v_ref = (x.expand(B, -1, -1) for x in ref)
     p = probabilities(q, torch.cat((k, k_ref), 1))
     p = torch.cat((p[..., :N], weight * p[..., N:]), -1)
-    out = reference_attention(sdpa_attend, q, k, v, *ref, H, weight=weight, mode=WeightMode.POST_SOFTMAX)
+    out = reference_attention(
+        sdpa_attend, q, k, v, *ref, H, weight=weight, mode=WeightMode.POST_SOFTMAX
+    )
     torch.testing.assert_close(out, read(p, torch.cat((v, v_ref), 1)), **TIGHT)
 
 
@@ -74,7 +80,9 @@ def test_post_softmax_scales_the_probabilities_only(own, ref, weight) -> None:
 def test_key_scale_scales_the_logits(own, ref, weight) -> None:
     q, k, v = own
     k_ref, v_ref = (x.expand(B, -1, -1) for x in ref)
-    out = reference_attention(sdpa_attend, q, k, v, *ref, H, weight=weight, mode=WeightMode.KEY_SCALE)
+    out = reference_attention(
+        sdpa_attend, q, k, v, *ref, H, weight=weight, mode=WeightMode.KEY_SCALE
+    )
     p = probabilities(q, torch.cat((k, weight * k_ref), 1))
     torch.testing.assert_close(out, read(p, torch.cat((v, v_ref), 1)), **TIGHT)
 
@@ -83,7 +91,9 @@ def test_key_scale_scales_the_logits(own, ref, weight) -> None:
 def test_output_blend_is_a_lerp(own, ref, weight) -> None:
     full = reference_attention(sdpa_attend, *own, *ref, H, weight=1.0, mode=WeightMode.OUTPUT_BLEND)
     plain = sdpa_attend(*own, H)
-    out = reference_attention(sdpa_attend, *own, *ref, H, weight=weight, mode=WeightMode.OUTPUT_BLEND)
+    out = reference_attention(
+        sdpa_attend, *own, *ref, H, weight=weight, mode=WeightMode.OUTPUT_BLEND
+    )
     torch.testing.assert_close(out, (1 - weight) * plain + weight * full, **TIGHT)
 
 
@@ -91,7 +101,10 @@ def test_output_blend_is_a_lerp(own, ref, weight) -> None:
 def test_an_identical_reference(own, weight) -> None:
     q, k, v = own
     plain = sdpa_attend(q, k, v, H)
-    out = {mode: reference_attention(sdpa_attend, q, k, v, k, v, H, weight=weight, mode=mode) for mode in MODES}
+    out = {
+        mode: reference_attention(sdpa_attend, q, k, v, k, v, H, weight=weight, mode=mode)
+        for mode in MODES
+    }
     torch.testing.assert_close(out[WeightMode.LOGIT_BIAS], plain, **TIGHT)
     torch.testing.assert_close(out[WeightMode.OUTPUT_BLEND], plain, **TIGHT)
     torch.testing.assert_close(out[WeightMode.POST_SOFTMAX], plain * (1 + weight) / 2, **TIGHT)
@@ -104,10 +117,14 @@ def test_an_identical_reference(own, weight) -> None:
 @pytest.mark.parametrize("count", [2, 5])
 def test_equal_references_share_one_weight(own, ref, count) -> None:
     one = attend_with_references(sdpa_attend, *own, [ReferenceTokens(*ref, 1.6)], H)
-    many = attend_with_references(sdpa_attend, *own, [ReferenceTokens(*ref, 1.6 / count)] * count, H)
+    many = attend_with_references(
+        sdpa_attend, *own, [ReferenceTokens(*ref, 1.6 / count)] * count, H
+    )
     torch.testing.assert_close(many, one, **TIGHT)
     shares = torch.full((M,), -log(count))
-    by_mask = attend_with_references(sdpa_attend, *own, [ReferenceTokens(*ref, 1.6, log_mask=shares.double())] * count, H)
+    by_mask = attend_with_references(
+        sdpa_attend, *own, [ReferenceTokens(*ref, 1.6, log_mask=shares.double())] * count, H
+    )
     torch.testing.assert_close(by_mask, one, rtol=0.0, atol=1e-6)
 
 
@@ -120,13 +137,17 @@ def test_logit_bias_stays_in_the_convex_hull(own, ref, weight) -> None:
     torch.testing.assert_close(mass, torch.ones_like(mass), **TIGHT)
     out = attend_with_references(sdpa_attend, q, k, v, refs, H)
     rows = torch.cat((v, *(r.v.expand(B, -1, -1) for r in refs)), 1)
-    assert (out <= rows.amax(1, keepdim=True) + 1e-12).all() and (out >= rows.amin(1, keepdim=True) - 1e-12).all()
+    assert (out <= rows.amax(1, keepdim=True) + 1e-12).all() and (
+        out >= rows.amin(1, keepdim=True) - 1e-12
+    ).all()
 
 
 def test_a_heavy_weight_tends_to_the_reference_alone(own, ref) -> None:
     out = reference_attention(sdpa_attend, *own, *ref, H, weight=1e14, mode=WeightMode.LOGIT_BIAS)
     alone = sdpa_attend(own[0], *(x.expand(B, -1, -1) for x in ref), H)
     torch.testing.assert_close(out, alone, rtol=0.0, atol=1e-10)
+
+
 # weights in tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -135,13 +156,17 @@ def test_a_weight_per_row_equals_floats_row_by_row(own, ref, mode) -> None:
     weight = torch.tensor([0.3, 1.9], dtype=torch.float64)
     out = reference_attention(sdpa_attend, *own, *ref, H, weight=weight, mode=mode)
     for i in range(B):
-        row = reference_attention(sdpa_attend, *(x[i : i + 1] for x in own), *ref, H, weight=weight[i].item(), mode=mode)
+        row = reference_attention(
+            sdpa_attend, *(x[i : i + 1] for x in own), *ref, H, weight=weight[i].item(), mode=mode
+        )
         torch.testing.assert_close(out[i : i + 1], row, **TIGHT)
 
 
 @pytest.mark.parametrize("mode", [WeightMode.LOGIT_BIAS, WeightMode.OUTPUT_BLEND])
 def test_a_tensor_weight_of_zero_reaches_the_plain_result(own, ref, mode) -> None:
-    out = reference_attention(sdpa_attend, *own, *ref, H, weight=torch.zeros((), dtype=torch.float64), mode=mode)
+    out = reference_attention(
+        sdpa_attend, *own, *ref, H, weight=torch.zeros((), dtype=torch.float64), mode=mode
+    )
     torch.testing.assert_close(out, sdpa_attend(*own, H), **TIGHT)
 
 
@@ -168,8 +193,19 @@ def test_half_the_dial_is_half_of_what_the_softmax_gives(own, odds):
 
     def heard(strength):
         weight = dial(strength, "a node", odds)
-        return reference_attention(sdpa_attend, q, 0 * k, 0 * v, ref, ref + 1, H, weight=weight, mode=WeightMode.LOGIT_BIAS,
-                                   log_mask=log_mask)
+        return reference_attention(
+            sdpa_attend,
+            q,
+            0 * k,
+            0 * v,
+            ref,
+            ref + 1,
+            H,
+            weight=weight,
+            mode=WeightMode.LOGIT_BIAS,
+            log_mask=log_mask,
+        )
+
     for strength in (0.25, 0.5, 0.75):
         torch.testing.assert_close(heard(strength), strength * heard(1.0), **TIGHT)
 
@@ -184,5 +220,7 @@ def test_a_page_that_promises_an_even_dial_names_what_it_was_measured_on(node):
 
 @pytest.mark.parametrize("strength", [-0.01, 1.01, float("nan"), float("inf")])
 def test_the_dial_has_two_ends(strength):
-    with pytest.raises(ValueError, match=f"a node: strength is {strength}. Give a number from 0 .* to 1"):
+    with pytest.raises(
+        ValueError, match=f"a node: strength is {strength}. Give a number from 0 .* to 1"
+    ):
         dial(strength, "a node")

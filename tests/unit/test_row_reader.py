@@ -1,4 +1,5 @@
 """Laws of a bank's rows on their way to a device: the next one is copied behind the step that computes."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -24,7 +25,9 @@ class Copies:
         self.inside = False
 
     def Stream(self, device):
-        return SimpleNamespace(record_event=lambda: f"event {sum(d.startswith('copy') for d in self.done)}")
+        return SimpleNamespace(
+            record_event=lambda: f"event {sum(d.startswith('copy') for d in self.done)}"
+        )
 
     def stream(self, stream):
         cuda = self
@@ -35,6 +38,7 @@ class Copies:
 
             def __exit__(self, *error):
                 cuda.inside = False
+
         return Within()
 
     def current_stream(self, device):
@@ -48,13 +52,20 @@ def cuda(monkeypatch) -> Copies:
         monkeypatch.setattr(torch.cuda, name, getattr(seen, name))
 
     def to(self, device, non_blocking=False):
-        assert seen.inside and non_blocking and str(device) == "cuda:0"  # beside the computing stream, and nobody waits
+        assert (
+            seen.inside and non_blocking and str(device) == "cuda:0"
+        )  # beside the computing stream, and nobody waits
         seen.done.append(f"copy {self[0].item():.0f}")
         return self.clone()
+
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: seen.done.append(f"held {self[0].item():.0f}"))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda self, stream: seen.done.append(f"held {self[0].item():.0f}"),
+    )
     return seen
 
 
@@ -63,14 +74,30 @@ def test_each_row_is_copied_once_and_the_next_one_ahead(cuda) -> None:
     reader = RowReader(torch.device("cuda:0"))
     for i in (3, 2, 1, 0):
         assert torch.equal(reader(ROWS, i), ROWS[i])
-    assert cuda.done == ["copy 9", "wait for event 1", "held 9", "copy 6", "wait for event 2", "held 6", "copy 3", "wait for event 3",
-                         "held 3", "copy 0", "wait for event 4", "held 0"]
+    assert cuda.done == [
+        "copy 9",
+        "wait for event 1",
+        "held 9",
+        "copy 6",
+        "wait for event 2",
+        "held 6",
+        "copy 3",
+        "wait for event 3",
+        "held 3",
+        "copy 0",
+        "wait for event 4",
+        "held 0",
+    ]
 
 
 def test_a_wrong_guess_is_dropped_and_the_right_row_read(cuda) -> None:
     reader = RowReader(torch.device("cuda:0"))
     reader(ROWS, 3)
-    assert torch.equal(reader(ROWS, 0), ROWS[0]) and torch.equal(reader(ROWS, 3), ROWS[3]) and len(reader._ahead) == 1
+    assert (
+        torch.equal(reader(ROWS, 0), ROWS[0])
+        and torch.equal(reader(ROWS, 3), ROWS[3])
+        and len(reader._ahead) == 1
+    )
 
 
 def test_where_no_memory_can_be_pinned_rows_come_all_the_same(cuda, monkeypatch) -> None:
@@ -79,15 +106,22 @@ def test_where_no_memory_can_be_pinned_rows_come_all_the_same(cuda, monkeypatch)
     def full(self):
         tried.append(self)
         raise RuntimeError("CUDA error: out of memory")
+
     monkeypatch.setattr(torch.Tensor, "pin_memory", full)
-    for reader in (RowReader(torch.device("cuda:0")), RowReader(torch.device("cuda:0"), pins=False)):
+    for reader in (
+        RowReader(torch.device("cuda:0")),
+        RowReader(torch.device("cuda:0"), pins=False),
+    ):
         for i in (3, 2, 1):
             assert torch.equal(reader(ROWS, i), ROWS[i])
     assert len(tried) == 1
 
 
 def test_two_banks_do_not_take_each_others_rows(cuda) -> None:
-    reader, others = RowReader(torch.device("cuda:0")), [torch.full((3,), float(i)) for i in range(4)]
+    reader, others = (
+        RowReader(torch.device("cuda:0")),
+        [torch.full((3,), float(i)) for i in range(4)],
+    )
     for i in (3, 2, 1, 0):
         assert torch.equal(reader(ROWS, i), ROWS[i]) and torch.equal(reader(others, i), others[i])
     assert sum(d.startswith("copy") for d in cuda.done) == 8

@@ -1,4 +1,5 @@
 """Laws of ConsiStory's shared attention in one call of the UNet (arXiv 2402.03286, eq. 2-4; I19-I24, I26, I27, I32, I36, I37)."""
+
 from __future__ import annotations
 
 import logging
@@ -23,7 +24,11 @@ BLOCK, MAP, OUT = ("output", 1, 0), ("middle", 0, 0), ("input", 1, 0)
 LAYOUT = Layout({BLOCK: 1, MAP: 2, OUT: 1}, frozenset({BLOCK, OUT}), 1, 1)
 SIGMAS, TIMES = (10.0, 5.0, 2.0, 1.0, 0.5, 0.2), (900.0, 800.0, 500.0, 261.0, 100.0, 20.0)
 CAT = SubjectTokens(("cat",), ((2,),))
-COND, UNCOND, OTHER = Part(Role.COND, None, TEXT, subject=CAT), Part(Role.UNCOND, None, TEXT), Part()
+COND, UNCOND, OTHER = (
+    Part(Role.COND, None, TEXT, subject=CAT),
+    Part(Role.UNCOND, None, TEXT),
+    Part(),
+)
 AREA = Part(Role.COND, (4, 6, 0, 0), TEXT, subject=CAT)
 
 
@@ -33,7 +38,9 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 def spots(pictures: int, seed: int = 3, grid: tuple[int, int] = LATENT) -> Tensor:
     """Masks as a user draws them, [b y x]."""
-    return (torch.rand((pictures, *grid), generator=torch.Generator().manual_seed(seed)) < 0.4).float()
+    return (
+        torch.rand((pictures, *grid), generator=torch.Generator().manual_seed(seed)) < 0.4
+    ).float()
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -44,13 +51,34 @@ def told(pictures: int = 3, masks: Tensor | None = None, sigma: float = 1.0, **c
     """A story at a step; without masks it finds them itself."""
     given = {"anchors": 0, "inject": (0.0, 0.0), "blend_until": 5.0, **changed}
     settings = StorySettings(frozenset({BLOCK}), (MAP,), **given)
-    story = Story(settings, Schedule(SIGMAS, TIMES, settings), LAYOUT, pictures, LATENT, torch.device("cpu"), user_masks=masks)
+    story = Story(
+        settings,
+        Schedule(SIGMAS, TIMES, settings),
+        LAYOUT,
+        pictures,
+        LATENT,
+        torch.device("cpu"),
+        user_masks=masks,
+    )
     story.begin_step(sigma)
     return story
 
 
-def call(*parts: Part, block: tuple[str, int, int] = BLOCK, grid: tuple[int, int] = GRID, cross: bool = False) -> AttnCall:
-    return AttnCall(block, grid, tuple(p.role for p in parts), tuple(p.area for p in parts), LATENT, cross, texts=parts)
+def call(
+    *parts: Part,
+    block: tuple[str, int, int] = BLOCK,
+    grid: tuple[int, int] = GRID,
+    cross: bool = False,
+) -> AttnCall:
+    return AttnCall(
+        block,
+        grid,
+        tuple(p.role for p in parts),
+        tuple(p.area for p in parts),
+        LATENT,
+        cross,
+        texts=parts,
+    )
 
 
 def own(pictures: int, parts: int, seed: int = 40) -> list[Tensor]:
@@ -75,16 +103,26 @@ def dense(story: Story, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 drop = dropped(s.seed, j, story.schedule.step(story.sigma), GRID, s.dropout)
                 seen[i, j] = s.weight * (story.masks(GRID)[j].flatten() & ~drop)
     heads = [x.unflatten(-1, (HEADS, -1)) for x in (q, k.flatten(0, 1), v.flatten(0, 1))]
-    logits = torch.einsum("bnhd,mhd->bhnm", heads[0], heads[1]) / (C // HEADS) ** 0.5 + seen.flatten(1).log()[:, None, None]
+    logits = (
+        torch.einsum("bnhd,mhd->bhnm", heads[0], heads[1]) / (C // HEADS) ** 0.5
+        + seen.flatten(1).log()[:, None, None]
+    )
     return torch.einsum("bhnm,mhd->bnhd", logits.softmax(-1), heads[2]).flatten(2)
 
 
-def look(story: Story, *parts: Part, seed: int = 60, text: Tensor | None = None, sigma: float = 2.0) -> None:
+def look(
+    story: Story, *parts: Part, seed: int = 60, text: Tensor | None = None, sigma: float = 2.0
+) -> None:
     """A step before: the cross-attention that tells where the words are."""
     story.begin_step(sigma)
     rows = story.pictures * len(parts)
     text = rand(rows, TEXT, C, seed=seed + 1) if text is None else text
-    story.cross(call(*parts, block=MAP, grid=(2, 3), cross=True), 4 * rand(rows, 6, C, seed=seed), text, HEADS)
+    story.cross(
+        call(*parts, block=MAP, grid=(2, 3), cross=True),
+        4 * rand(rows, 6, C, seed=seed),
+        text,
+        HEADS,
+    )
 
 
 # shared attention ----------------------------------------------------------------------------------------------------------
@@ -97,22 +135,34 @@ def test_it_is_the_masked_attention_over_all_pictures(anchors, weight) -> None:
     out, plain = attend(story, (UNCOND, COND), qkv).chunk(2), sdpa_attend(*qkv, HEADS).chunk(2)
     for half, was, x in zip(out, plain, zip(*(t.chunk(2) for t in qkv))):
         close(half, dense(story, *x))
-        assert [bool((half[i] - was[i]).abs().max() > 1e-3) for i in range(4)] == [anchors != 1 or i > 0 for i in range(4)]
+        assert [bool((half[i] - was[i]).abs().max() > 1e-3) for i in range(4)] == [
+            anchors != 1 or i > 0 for i in range(4)
+        ]
 
 
 def test_every_step_and_seed_drops_others() -> None:
     qkv = own(3, 1)
-    outs = [attend(told(3, spots(3), sigma, seed=seed), (COND,), qkv) for sigma, seed in ((1.0, 0), (0.5, 0), (1.0, 1))]
+    outs = [
+        attend(told(3, spots(3), sigma, seed=seed), (COND,), qkv)
+        for sigma, seed in ((1.0, 0), (0.5, 0), (1.0, 1))
+    ]
     assert all((a - b).abs().max() > 1e-3 for a, b in permutations(outs, 2))
-    assert torch.equal(attend(told(3, spots(3), 0.7, seed=0), (COND,), qkv), outs[0])  # of the same step
+    assert torch.equal(
+        attend(told(3, spots(3), 0.7, seed=0), (COND,), qkv), outs[0]
+    )  # of the same step
 
 
-@pytest.mark.parametrize("parts", [(UNCOND, COND), (COND, UNCOND, OTHER), (COND, AREA, UNCOND), (OTHER, COND, COND)])
+@pytest.mark.parametrize(
+    "parts", [(UNCOND, COND), (COND, UNCOND, OTHER), (COND, AREA, UNCOND), (OTHER, COND, COND)]
+)
 @pytest.mark.parametrize("halves", [Halves.BOTH, Halves.COND])
 def test_parts_that_do_not_share_keep_every_bit(parts, halves) -> None:
     """Areas hold other places, other nodes' passes are not ours, and the uncond half shares only where it is to."""
     story, qkv = told(3, spots(3), halves=halves), own(3, len(parts))
-    out, plain = attend(story, parts, qkv).chunk(len(parts)), sdpa_attend(*qkv, HEADS).chunk(len(parts))
+    out, plain = (
+        attend(story, parts, qkv).chunk(len(parts)),
+        sdpa_attend(*qkv, HEADS).chunk(len(parts)),
+    )
     for i, part in enumerate(parts):
         if part is COND or (part is UNCOND and halves is Halves.BOTH):
             close(out[i], dense(story, *(t.chunk(len(parts))[i] for t in qkv)))
@@ -120,10 +170,27 @@ def test_parts_that_do_not_share_keep_every_bit(parts, halves) -> None:
             assert torch.equal(out[i], plain[i])
 
 
-@pytest.mark.parametrize("story", [
-    told(1, spots(1)), told(3, spots(3), dropout=1.0), told(3, spots(3), weight=0.0), told(3, 0 * spots(3)), told(3, sigma=10.0),
-    told(1, spots(1), anchors=1), told(3, spots(3) * torch.tensor([1.0, 0, 0])[:, None, None], anchors=1, dropout=1.0)],
-    ids=["one picture", "all dropped", "weight 0", "empty masks", "no masks yet", "one anchor", "an anchor that is all dropped"])
+@pytest.mark.parametrize(
+    "story",
+    [
+        told(1, spots(1)),
+        told(3, spots(3), dropout=1.0),
+        told(3, spots(3), weight=0.0),
+        told(3, 0 * spots(3)),
+        told(3, sigma=10.0),
+        told(1, spots(1), anchors=1),
+        told(3, spots(3) * torch.tensor([1.0, 0, 0])[:, None, None], anchors=1, dropout=1.0),
+    ],
+    ids=[
+        "one picture",
+        "all dropped",
+        "weight 0",
+        "empty masks",
+        "no masks yet",
+        "one anchor",
+        "an anchor that is all dropped",
+    ],
+)
 def test_nothing_to_read_is_the_hosts_own_call(story) -> None:
     """I19, I20, I21 and Q11: bit for bit, in one call of the kernel; nor does it ask for a plain pass."""
     rows, qkv = [], own(story.pictures, 2)
@@ -131,6 +198,7 @@ def test_nothing_to_read_is_the_hosts_own_call(story) -> None:
     def kernel(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
         rows.append((len(q), k.shape[1], mask))
         return sdpa_attend(q, k, v, heads, mask)
+
     assert torch.equal(attend(story, (UNCOND, COND), qkv, kernel), sdpa_attend(*qkv, HEADS))
     assert rows == [(2 * story.pictures, N, None)]
     story.begin_step(5.0)
@@ -144,10 +212,15 @@ def test_weight_one_needs_no_mask_and_no_token_that_nobody_reads() -> None:
     def kernel(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
         shapes.append((len(q), k.shape[1], None if mask is None else mask.shape[-2]))
         return sdpa_attend(q, k, v, heads, mask)
+
     story = told(5, spots(5), anchors=2)
     lengths = [len(i) for i in story.kept(GRID)]
     attend(story, (UNCOND, COND), own(5, 2), kernel)
-    assert shapes == [(2, N + lengths[1], None), (2, N + lengths[0], None), (6, N + sum(lengths), None)]
+    assert shapes == [
+        (2, N + lengths[1], None),
+        (2, N + lengths[0], None),
+        (6, N + sum(lengths), None),
+    ]
     shapes.clear()
     attend(told(5, spots(5), anchors=2, weight=2.0), (UNCOND, COND), own(5, 2), kernel)
     assert shapes == [(2, N + lengths[1], 1), (2, N + lengths[0], 1), (6, N + sum(lengths), 1)]
@@ -163,7 +236,10 @@ def test_no_dropout_keeps_the_whole_mask() -> None:
 def test_only_pictures_with_something_to_read_change() -> None:
     """One anchor's mask is empty: it still reads the other's, which in turn reads nobody."""
     masks, qkv = spots(3) * torch.tensor([1.0, 0, 1])[:, None, None], own(3, 1)
-    out, plain = attend(told(3, masks, anchors=2, dropout=0.0), (COND,), qkv), sdpa_attend(*qkv, HEADS)
+    out, plain = (
+        attend(told(3, masks, anchors=2, dropout=0.0), (COND,), qkv),
+        sdpa_attend(*qkv, HEADS),
+    )
     assert torch.equal(out[0], plain[0])
     close(out, dense(told(3, masks, anchors=2, dropout=0.0), *qkv))
     assert all((out[i] - plain[i]).abs().max() > 1e-3 for i in (1, 2))
@@ -178,8 +254,15 @@ def test_the_order_of_the_pictures_changes_nothing(monkeypatch, dropout) -> None
     masks, qkv = spots(3), own(3, 1)
     out = attend(told(3, masks, dropout=dropout), (COND,), qkv)
     for order in permutations(range(3)):
-        monkeypatch.setattr(story_module, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest))
-        close(attend(told(3, masks[list(order)], dropout=dropout), (COND,), [t[list(order)] for t in qkv]), out[list(order)])
+        monkeypatch.setattr(
+            story_module, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest)
+        )
+        close(
+            attend(
+                told(3, masks[list(order)], dropout=dropout), (COND,), [t[list(order)] for t in qkv]
+            ),
+            out[list(order)],
+        )
 
 
 def test_anchors_and_extras_do_not_depend_on_extras() -> None:
@@ -197,7 +280,9 @@ def test_anchors_and_extras_do_not_depend_on_extras() -> None:
 def test_equal_pictures_that_see_all_of_one_another_stay_plain() -> None:
     """I26: all keys stand there equally often; with a part of them it differs."""
     qkv = [t.expand(3, -1, -1) for t in own(1, 1)]
-    close(attend(told(3, torch.ones(1, *LATENT), dropout=0.0), (COND,), qkv), sdpa_attend(*qkv, HEADS))
+    close(
+        attend(told(3, torch.ones(1, *LATENT), dropout=0.0), (COND,), qkv), sdpa_attend(*qkv, HEADS)
+    )
     out = attend(told(3, spots(1), dropout=0.0), (COND,), qkv)
     assert (out - sdpa_attend(*qkv, HEADS)).abs().max() > 1e-3
 
@@ -205,14 +290,26 @@ def test_equal_pictures_that_see_all_of_one_another_stay_plain() -> None:
 def test_cond_and_uncond_in_one_call_or_in_two() -> None:
     """I36: masks, attention and blending; in either order."""
     qkv, split = own(3, 1), {}
-    both = {part.role: [rand(3, N, C, seed=10 * i + len(part.role.value)) for i in range(3)] for part in (COND, UNCOND)}
-    steps = {"together": [(UNCOND, COND)], "swapped": [(COND, UNCOND)], "apart": [(COND,), (UNCOND,)], "late": [(UNCOND,), (COND,)]}
+    both = {
+        part.role: [rand(3, N, C, seed=10 * i + len(part.role.value)) for i in range(3)]
+        for part in (COND, UNCOND)
+    }
+    steps = {
+        "together": [(UNCOND, COND)],
+        "swapped": [(COND, UNCOND)],
+        "apart": [(COND,), (UNCOND,)],
+        "late": [(UNCOND,), (COND,)],
+    }
     for name, calls in steps.items():
         story = told(3, sigma=10.0)
         text, image = rand(3, TEXT, C, seed=1), rand(3, 6, C, seed=2)
         for parts in calls:
-            story.cross(call(*parts, block=MAP, grid=(2, 3), cross=True), image.repeat(len(parts), 1, 1) * 4,
-                        torch.cat([text if p is COND else -text for p in parts]), HEADS)
+            story.cross(
+                call(*parts, block=MAP, grid=(2, 3), cross=True),
+                image.repeat(len(parts), 1, 1) * 4,
+                torch.cat([text if p is COND else -text for p in parts]),
+                HEADS,
+            )
         story.begin_step(5.0)
         out = {}
         for parts in calls:
@@ -220,7 +317,11 @@ def test_cond_and_uncond_in_one_call_or_in_two() -> None:
             n = torch.cat([both[p.role][0] for p in parts])
             story.vanilla = {BLOCK: torch.cat([both[p.role][1] for p in parts])}
             q = story.self_tokens(call(*parts), n)
-            mixed = attend(story, parts, [q, torch.cat([qkv[1]] * len(parts)), torch.cat([qkv[2]] * len(parts))])
+            mixed = attend(
+                story,
+                parts,
+                [q, torch.cat([qkv[1]] * len(parts)), torch.cat([qkv[2]] * len(parts))],
+            )
             out |= dict(zip((p.role for p in parts), mixed.chunk(len(parts))))
         split[name] = out
     for name, out in split.items():
@@ -232,34 +333,52 @@ def test_cond_and_uncond_in_one_call_or_in_two() -> None:
 # query blending ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blend, nus", [((0.9, 0.818), (0.9, 0.818)), ((1.0, 0.25), (1.0, 0.25)), ((0.0, 1.0), (0.0, 0.0))])
+@pytest.mark.parametrize(
+    "blend, nus",
+    [((0.9, 0.818), (0.9, 0.818)), ((1.0, 0.25), (1.0, 0.25)), ((0.0, 1.0), (0.0, 0.0))],
+)
 def test_queries_are_mixed_with_the_plain_passs(blend, nus) -> None:
     """I27, eq. 4: nu 0 keeps them, nu 1 takes the plain pass's, exactly; only in parts that share."""
     parts, n, vanilla = (UNCOND, OTHER, COND, AREA), rand(12, N, C, seed=1), rand(12, N, C, seed=2)
     for sigma, nu in zip(SIGMAS, (*nus, 0, 0)):
         story = told(3, spots(3), sigma, blend=blend)
         assert story.wants_vanilla(parts) == bool(nu)
-        assert story.self_tokens(call(*parts), n) is n  # in the plain pass, and where there was none
+        assert (
+            story.self_tokens(call(*parts), n) is n
+        )  # in the plain pass, and where there was none
         story.vanilla = {BLOCK: vanilla}
         mixed = story.self_tokens(call(*parts), n).chunk(4)
         for i in range(4):
             x, v = n.chunk(4)[i], vanilla.chunk(4)[i]
-            assert torch.equal(mixed[i], {0: x, 1: v}.get(nu, torch.lerp(x, v, nu)) if i in (0, 2) else x)
+            assert torch.equal(
+                mixed[i], {0: x, 1: v}.get(nu, torch.lerp(x, v, nu)) if i in (0, 2) else x
+            )
         assert torch.equal(story.self_tokens(call(UNCOND, COND), n), torch.lerp(n, vanilla, nu))
         assert story.self_tokens(call(*parts, block=OUT), n) is n
 
 
 def test_a_plain_pass_is_asked_for_where_it_changes_something() -> None:
     story = told(3, spots(3), 5.0)
-    assert story.wants_vanilla((UNCOND, COND)) and story.wants_vanilla((COND,)) and story.wants_vanilla((UNCOND,))
-    assert not story.wants_vanilla((OTHER, AREA)) and not told(3, spots(3), 2.0).wants_vanilla((COND,))
+    assert (
+        story.wants_vanilla((UNCOND, COND))
+        and story.wants_vanilla((COND,))
+        and story.wants_vanilla((UNCOND,))
+    )
+    assert not story.wants_vanilla((OTHER, AREA)) and not told(3, spots(3), 2.0).wants_vanilla(
+        (COND,)
+    )
     assert not told(3, spots(3), 5.0, halves=Halves.COND).wants_vanilla((UNCOND,))
-    assert not told(3, spots(3), 5.0, dropout=1.0).wants_vanilla((COND,)) and not told(3, None, 10.0).wants_vanilla((COND,))
+    assert not told(3, spots(3), 5.0, dropout=1.0).wants_vanilla((COND,)) and not told(
+        3, None, 10.0
+    ).wants_vanilla((COND,))
 
 
 def test_the_plain_pass_leaves_the_tokens_of_the_shared_blocks() -> None:
     watcher, n = QueryRecorder(frozenset({BLOCK})), rand(3, N, C, seed=1)
-    assert watcher.self_tokens(call(COND), n) is n and watcher.self_tokens(call(COND, block=OUT), 2 * n) is not n
+    assert (
+        watcher.self_tokens(call(COND), n) is n
+        and watcher.self_tokens(call(COND, block=OUT), 2 * n) is not n
+    )
     assert list(watcher.tokens) == [BLOCK] and watcher.tokens[BLOCK] is n
 
 
@@ -268,16 +387,30 @@ def test_the_plain_pass_leaves_the_tokens_of_the_shared_blocks() -> None:
 
 def test_masks_come_from_the_word_in_the_cond_half() -> None:
     """Eq. 7: of the steps before, never of this one; each picture's row has positions of its own."""
-    subject = SubjectTokens(("cat",), ((2,), (1, 3)))  # two rows for four pictures: the host repeats them
-    part, q, k = replace(COND, subject=subject), 4 * rand(16, 6, C, seed=1), rand(16, TEXT, C, seed=2)
-    story, cross = told(4, None, 10.0), call(UNCOND, AREA, part, OTHER, block=MAP, grid=(2, 3), cross=True)
+    subject = SubjectTokens(
+        ("cat",), ((2,), (1, 3))
+    )  # two rows for four pictures: the host repeats them
+    part, q, k = (
+        replace(COND, subject=subject),
+        4 * rand(16, 6, C, seed=1),
+        rand(16, TEXT, C, seed=2),
+    )
+    story, cross = (
+        told(4, None, 10.0),
+        call(UNCOND, AREA, part, OTHER, block=MAP, grid=(2, 3), cross=True),
+    )
     story.cross(cross, q, k, HEADS)
     story.cross(replace(cross, block=BLOCK), 9 * q, k, HEADS)  # not a block that is asked
     assert story.masks(GRID) is None and story.kept(GRID)[0].numel() == 0
-    wanted = token_map(q[8:12], k[8:12], [(2,), (1, 3), (2,), (1, 3)], HEADS).unflatten(1, (1, 2, 3))
+    wanted = token_map(q[8:12], k[8:12], [(2,), (1, 3), (2,), (1, 3)], HEADS).unflatten(
+        1, (1, 2, 3)
+    )
     for sigma in (5.0, 2.0):
         story.begin_step(sigma)
-        assert torch.equal(story.masks(GRID), subject_masks(wanted, GRID)) and story.masks(GRID).flatten(1).any(1).all()
+        assert (
+            torch.equal(story.masks(GRID), subject_masks(wanted, GRID))
+            and story.masks(GRID).flatten(1).any(1).all()
+        )
         story.cross(cross, q, k, HEADS)
     story = told(4, None, 10.0, threshold=0.7)
     story.cross(cross, q, k, HEADS)
@@ -290,13 +423,22 @@ def test_several_words_are_located_apart_and_united() -> None:
     where = {"cat": ((2,),), "dog": ((1,), (3,), (1,)), "hat": ((4,),)}
     found = {}
     for words in [*permutations(where), *((w,) for w in where)]:
-        subject = SubjectTokens(words, ((2, 1, 4),), tuple(where[w] for w in words) if len(words) > 1 else ())
+        subject = SubjectTokens(
+            words, ((2, 1, 4),), tuple(where[w] for w in words) if len(words) > 1 else ()
+        )
         story = told(3, None, 2.0)
-        look(story, replace(COND, subject=subject if len(words) > 1 else SubjectTokens(words, where[words[0]])))
+        look(
+            story,
+            replace(
+                COND, subject=subject if len(words) > 1 else SubjectTokens(words, where[words[0]])
+            ),
+        )
         story.begin_step(1.0)
         found[words] = story.masks(GRID)
     united = torch.stack([found[w,] for w in where]).any(0)
-    assert all(torch.equal(found[words], united) for words in permutations(where)) and not torch.equal(found["cat",], united)
+    assert all(
+        torch.equal(found[words], united) for words in permutations(where)
+    ) and not torch.equal(found["cat",], united)
 
 
 @pytest.mark.parametrize("repeats, appended", [(1, 0), (2, 0), (3, 0), (1, 3), (2, 4)])
@@ -308,7 +450,10 @@ def test_repeated_text_is_the_same_text_and_appended_keys_are_none(repeats, appe
     look(story, COND, text=keys)
     found = story.maps.at(2.0)
     positions = [2 + TEXT * i for i in range(repeats)]
-    torch.testing.assert_close(found, token_map(4 * rand(3, 6, C, seed=60), keys, [positions], HEADS).unflatten(1, (1, 2, 3)))
+    torch.testing.assert_close(
+        found,
+        token_map(4 * rand(3, 6, C, seed=60), keys, [positions], HEADS).unflatten(1, (1, 2, 3)),
+    )
 
 
 def test_prompts_of_unlike_lengths_with_the_word_at_one_place() -> None:
@@ -335,8 +480,18 @@ def test_two_prompts_of_the_cond_half_in_one_call_or_in_two() -> None:
         torch.testing.assert_close(other, found[0])
 
 
-@pytest.mark.parametrize("parts", [(replace(COND, subject=None),), (replace(COND, text=None),), (replace(COND, text=TEXT + 1),), (UNCOND,),
-                                   (replace(UNCOND, subject=CAT),), (AREA,), (OTHER,)])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (replace(COND, subject=None),),
+        (replace(COND, text=None),),
+        (replace(COND, text=TEXT + 1),),
+        (UNCOND,),
+        (replace(UNCOND, subject=CAT),),
+        (AREA,),
+        (OTHER,),
+    ],
+)
 def test_prompts_that_do_not_tell(parts) -> None:
     """No word, no text, another pack's shorter keys, and the parts that are not whole pictures of the cond half."""
     story = told()
@@ -364,8 +519,12 @@ def test_wired_masks_leave_the_words_unused() -> None:
     story, qkv = told(3, spots(1), 5.0), own(3, 1)
     look(story, COND, sigma=5.0)
     story.begin_step(2.0)
-    assert story.maps.sigmas == [] and torch.equal(story.masks(GRID), spots(1).bool().expand(3, -1, -1))
-    assert torch.equal(attend(story, (COND,), qkv), attend(told(3, spots(1).expand(3, -1, -1), 2.0), (COND,), qkv))
+    assert story.maps.sigmas == [] and torch.equal(
+        story.masks(GRID), spots(1).bool().expand(3, -1, -1)
+    )
+    assert torch.equal(
+        attend(story, (COND,), qkv), attend(told(3, spots(1).expand(3, -1, -1), 2.0), (COND,), qkv)
+    )
 
 
 def test_a_word_that_lights_up_nowhere_is_told_once(caplog) -> None:
@@ -396,5 +555,12 @@ def test_pictures_that_are_split_or_cut_are_refused_with_both_numbers() -> None:
         run.attend(call(COND, grid=(3, 8)), sdpa_attend, q, k, v, HEADS)
     for rows, tokens, words in ((2, 6, r"\b2 pictures .*\b4\b"), (4, 3, r"\b3 tokens .*\b2x3\b")):
         with pytest.raises(ValueError, match=words):
-            told(4).cross(call(COND, block=MAP, grid=(2, 3), cross=True), rand(rows, tokens, C, seed=1), rand(rows, TEXT, C, seed=2), HEADS)
-    assert torch.equal(attend(story, (AREA, OTHER), own(2, 2)), sdpa_attend(*own(2, 2), HEADS))  # nothing of ours
+            told(4).cross(
+                call(COND, block=MAP, grid=(2, 3), cross=True),
+                rand(rows, tokens, C, seed=1),
+                rand(rows, TEXT, C, seed=2),
+                HEADS,
+            )
+    assert torch.equal(
+        attend(story, (AREA, OTHER), own(2, 2)), sdpa_attend(*own(2, 2), HEADS)
+    )  # nothing of ours

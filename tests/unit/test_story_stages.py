@@ -1,4 +1,5 @@
 """Laws of a whole ConsiStory run on a UNet in small: stages and feature injection (eq. 5-6; I19, I20, I22-I24, I26-I29, I36, I37)."""
+
 from __future__ import annotations
 
 import logging
@@ -8,7 +9,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_unet import (
-    COARSE, COND, ENCODER, FINE, GRID, MIDDLE, NOISE, SIGMAS, TEXTS, UNCOND, C, Studio, attn, close, differs, made, rand, spots, told,
+    COARSE,
+    COND,
+    ENCODER,
+    FINE,
+    GRID,
+    MIDDLE,
+    NOISE,
+    SIGMAS,
+    TEXTS,
+    UNCOND,
+    C,
+    Studio,
+    attn,
+    close,
+    differs,
+    made,
+    rand,
+    spots,
+    told,
 )
 from torch import Tensor
 
@@ -25,7 +44,14 @@ from kindred.models.story import Story
 # whole runs ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("story", [{"weight": 0.0, "injection": 0.0}, {"dropout": 1.0, "injection": 0.0}, {"masks": torch.zeros(1, *GRID)}])
+@pytest.mark.parametrize(
+    "story",
+    [
+        {"weight": 0.0, "injection": 0.0},
+        {"dropout": 1.0, "injection": 0.0},
+        {"masks": torch.zeros(1, *GRID)},
+    ],
+)
 def test_a_story_that_shares_nothing_is_no_story(story) -> None:
     """I20, I21, I28: bit for bit; and the parts of it each do something."""
     assert torch.equal(made([0, 1, 2], told(3, **story)), made([0, 1, 2], None))
@@ -38,8 +64,13 @@ def test_one_picture_stays_plain() -> None:
 
 def test_each_part_of_a_story_changes_all_that_read() -> None:
     rows, outs = [0, 1, 2], {}
-    for name, changed in {"all": {}, "no blending": {"blend": (0.0, 0.0)}, "no injection": {"injection": 0.0},
-                          "no sharing": {"weight": 0.0}, "cond only": {"halves": Halves.COND}}.items():
+    for name, changed in {
+        "all": {},
+        "no blending": {"blend": (0.0, 0.0)},
+        "no injection": {"injection": 0.0},
+        "no sharing": {"weight": 0.0},
+        "cond only": {"halves": Halves.COND},
+    }.items():
         outs[name] = made(rows, told(3, **changed))
     outs["plain"] = made(rows, None)
     for a in outs:
@@ -49,7 +80,9 @@ def test_each_part_of_a_story_changes_all_that_read() -> None:
 def test_the_order_of_the_pictures_changes_nothing(monkeypatch) -> None:
     """I22: all read all, injection is from a snapshot, dropout goes with its picture."""
     order, out = [2, 0, 3, 1], made([0, 1, 2, 3], told(4, anchors=0))
-    monkeypatch.setattr(story_module, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest))
+    monkeypatch.setattr(
+        story_module, "dropped", lambda seed, i, *rest: dropped(seed, order[i], *rest)
+    )
     close(made(order, told(4, anchors=0)), out[order])
 
 
@@ -63,7 +96,9 @@ def test_equal_pictures_stay_plain() -> None:
     """I26, I29: whole masks and no dropout; each finds itself in the others."""
     rows = [0, 0, 0]
     close(made(rows, told(3, masks=torch.ones(1, *GRID), dropout=0.0, anchors=0)), made(rows, None))
-    assert differs(made(rows, told(3, masks=torch.eye(4, 6)[None], dropout=0.0, anchors=0)), made(rows, None))
+    assert differs(
+        made(rows, told(3, masks=torch.eye(4, 6)[None], dropout=0.0, anchors=0)), made(rows, None)
+    )
 
 
 @pytest.mark.parametrize("calls", [((COND, UNCOND),), ((UNCOND,), (COND,)), ((COND,), (UNCOND,))])
@@ -75,15 +110,23 @@ def test_cond_and_uncond_in_one_call_or_in_two(calls) -> None:
 def test_every_level_asked_twice_and_runs_in_a_row() -> None:
     """I37, I39."""
     out = made([0, 1, 2], told(3))
-    assert torch.equal(made([0, 1, 2], told(3), times=2), out) and torch.equal(made([0, 1, 2], told(3)), out)
+    assert torch.equal(made([0, 1, 2], told(3), times=2), out) and torch.equal(
+        made([0, 1, 2], told(3)), out
+    )
 
 
 @pytest.mark.parametrize("official", [False, True])
 def test_what_the_first_stage_answered_need_not_be_asked_again(official) -> None:
     """The calls are those of the schedule, plain ones in the blend's window only."""
-    runs = [Studio(NOISE[:3], TEXTS[:3], told(3, official=official), replay=replay) for replay in (True, False)]
+    runs = [
+        Studio(NOISE[:3], TEXTS[:3], told(3, official=official), replay=replay)
+        for replay in (True, False)
+    ]
     close(runs[0].sample(), runs[1].sample())
-    first = [10.0, 6.0, 6.0, 4.0, 2.5, 1.5] + [0.8, 0.3] * official  # no plain pass while no mask is known
+    first = [10.0, 6.0, 6.0, 4.0, 2.5, 1.5] + [
+        0.8,
+        0.3,
+    ] * official  # no plain pass while no mask is known
     assert runs[0].asked == first + [6.0, 6.0, 4.0, 2.5, 1.5, 0.8, 0.3]
     one = Studio(NOISE[:3], TEXTS[:3], told(3, injection=0.0))
     one.sample()
@@ -93,14 +136,23 @@ def test_what_the_first_stage_answered_need_not_be_asked_again(official) -> None
 # stages --------------------------------------------------------------------------------------------------------------------
 
 
-def at(story: Story, sigma: float, h: Tensor | None = None, parts: tuple[Part, ...] = (UNCOND, COND)) -> Story:
+def at(
+    story: Story, sigma: float, h: Tensor | None = None, parts: tuple[Part, ...] = (UNCOND, COND)
+) -> Story:
     story.begin_step(sigma)
     if h is not None:
         story.output_block(1, h, parts)
     return story
 
 
-@pytest.mark.parametrize("parts, mine", [((UNCOND, COND), 1), ((COND, UNCOND), 0), ((Part(), replace(COND, area=(4, 6, 0, 0)), COND), 2)])
+@pytest.mark.parametrize(
+    "parts, mine",
+    [
+        ((UNCOND, COND), 1),
+        ((COND, UNCOND), 0),
+        ((Part(), replace(COND, area=(4, 6, 0, 0)), COND), 2),
+    ],
+)
 def test_features_are_read_once_from_the_cond_half(parts, mine) -> None:
     """Of the tap alone, at the level nearest t = 261, smoothed, in float32; a copy."""
     story, h = told(3, masks=spots(3)), rand(3 * len(parts), C, *GRID, seed=1)
@@ -120,7 +172,9 @@ def test_features_are_read_once_from_the_cond_half(parts, mine) -> None:
     assert torch.equal(story.features, wanted) and story.tapped == 1.5
 
 
-@pytest.mark.parametrize("sigma, tapped", [(1.5 * (1 + 1e-6), True), (1.49, True), (0.2, True), (1.6, False)])
+@pytest.mark.parametrize(
+    "sigma, tapped", [(1.5 * (1 + 1e-6), True), (1.49, True), (0.2, True), (1.6, False)]
+)
 def test_samplers_that_ask_between_the_levels(sigma, tapped) -> None:
     """The first level at or below the one nearest t = 261."""
     story = at(told(3, masks=spots(3)), sigma, rand(6, C, *GRID, seed=1))
@@ -144,7 +198,13 @@ def injected(h: Tensor, x: Tensor, masks: Tensor, anchors: int, alpha: float) ->
     """Eq. 5, 6, 8, 9 and the gate, token by token. h [b c y x], x [b n c] of the cond half."""
     d, b, found = F.normalize(smooth(h.float()).double().flatten(2).mT, dim=-1), len(x), x.clone()
     for i in range(b):
-        sources = [(j, q) for j in range(anchors or b) if j != i for q in range(24) if masks[j].flatten()[q]]
+        sources = [
+            (j, q)
+            for j in range(anchors or b)
+            if j != i
+            for q in range(24)
+            if masks[j].flatten()[q]
+        ]
         if not sources:
             continue
         distances = torch.stack([1 - d[i] @ d[j, q] for j, q in sources], 1)
@@ -161,7 +221,10 @@ def injected(h: Tensor, x: Tensor, masks: Tensor, anchors: int, alpha: float) ->
 def test_injection_mixes_in_the_best_match_of_another_picture(anchors, alpha) -> None:
     """Cond half alone, from a snapshot (Q1), in the window, in the feature layers; other tokens keep their bits (I28)."""
     h, masks, out = rand(4, C, *GRID, seed=1), spots(4), rand(8, 24, C, seed=2)
-    story, wanted = matched(4, h, masks, anchors=anchors, injection=alpha), injected(h, out[4:], masks, anchors, alpha)
+    story, wanted = (
+        matched(4, h, masks, anchors=anchors, injection=alpha),
+        injected(h, out[4:], masks, anchors, alpha),
+    )
     assert story.stage == 2 and story.features is None and not torch.equal(wanted, out[4:])
     for sigma in (6.0, 4.0, 2.5):
         story.begin_step(sigma)
@@ -174,7 +237,10 @@ def test_injection_mixes_in_the_best_match_of_another_picture(anchors, alpha) ->
             assert kept.any() and torch.equal(mixed[4:][kept], out[4:][kept])
         area, other = replace(COND, area=(4, 6, 0, 0)), Part()
         assert torch.equal(story.self_output(attn(parts=(area, COND)), out), mixed)
-        close(story.self_output(attn(parts=(COND, COND)), out.chunk(2)[1].repeat(2, 1, 1)), mixed[4:].repeat(2, 1, 1))
+        close(
+            story.self_output(attn(parts=(COND, COND)), out.chunk(2)[1].repeat(2, 1, 1)),
+            mixed[4:].repeat(2, 1, 1),
+        )
         for parts in ((UNCOND, area), (UNCOND, other)):
             assert story.self_output(attn(parts=parts), out) is out
         assert story.self_output(attn(COARSE), out) is out
@@ -185,7 +251,9 @@ def test_injection_mixes_in_the_best_match_of_another_picture(anchors, alpha) ->
 
 def test_nothing_is_injected_without_targets_or_before_the_second_stage() -> None:
     h, out = rand(3, C, *GRID, seed=1), rand(6, 24, C, seed=2)
-    alike = matched(3, h[:1].expand(3, -1, -1, -1), torch.ones(1, *GRID))  # all at one distance: the gate keeps none
+    alike = matched(
+        3, h[:1].expand(3, -1, -1, -1), torch.ones(1, *GRID)
+    )  # all at one distance: the gate keeps none
     for story in (matched(3, h, 0 * spots(3)), alike, told(3, masks=spots(3))):
         story.begin_step(4.0)
         assert story.self_output(attn(), out) is out
@@ -201,7 +269,9 @@ def test_the_second_stage_starts_from_what_came_before_the_injection() -> None:
             assert story.first_stage_ends == (sigma <= 1.5 and not official)
         wanted = story.maps.mean(last, inclusive=True)
         seen = []
-        story.masks = lambda grid: seen.append(story._soft) or spots(3).bool()  # what the match looks at
+        story.masks = lambda grid: (
+            seen.append(story._soft) or spots(3).bool()
+        )  # what the match looks at
         story.begin_second_stage()
         assert torch.equal(seen[0], wanted) and story.maps.sigmas == [10.0] and story.stage == 2
 
@@ -209,14 +279,19 @@ def test_the_second_stage_starts_from_what_came_before_the_injection() -> None:
 def test_a_run_that_cannot_compare_goes_on_without_injection(caplog) -> None:
     caplog.set_level(logging.WARNING)
     out, recorder = rand(6, 24, C, seed=2), AnchorRecorder()
-    for story in (told(3, masks=spots(3)), at(told(3, recorder=recorder), 1.5, rand(6, C, *GRID, seed=1))):
+    for story in (
+        told(3, masks=spots(3)),
+        at(told(3, recorder=recorder), 1.5, rand(6, C, *GRID, seed=1)),
+    ):
         story.begin_second_stage()
         story.begin_step(4.0)
         assert story.targets is None and story.self_output(attn(), out) is out
     assert len(caplog.records) == 2 and "no features are injected" in caplog.text
     for block in (FINE, COARSE):
         with pytest.raises(ValueError, match=r"\b2 pictures .*\b3\b"):
-            story.self_tokens(attn(block, grid=GRID if block == FINE else (2, 3)), rand(4, 24, C, seed=1))
+            story.self_tokens(
+                attn(block, grid=GRID if block == FINE else (2, 3)), rand(4, 24, C, seed=1)
+            )
     story = matched(3, rand(3, C, *GRID, seed=1), spots(3))
     story.begin_step(4.0)
     with pytest.raises(ValueError, match=r"\b12 tokens .*\b4x6\b"):
@@ -233,4 +308,8 @@ def test_a_model_that_answers_without_its_attention_is_told_once(caplog) -> None
     for sigma in (6.0, 4.0):
         story.begin_step(sigma)
         story.end_step()
-    assert len(caplog.messages) == 1 and "at sigma 6 the model answered without" in caplog.text and "behind this node" in caplog.text
+    assert (
+        len(caplog.messages) == 1
+        and "at sigma 6 the model answered without" in caplog.text
+        and "behind this node" in caplog.text
+    )

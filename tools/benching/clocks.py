@@ -1,4 +1,5 @@
 """How long a job takes and how much memory it needs at once: the process' own time on a CPU, the device's events on CUDA."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,6 +22,7 @@ class Reading:
 
 class Clock(Protocol):
     """Times one job after another."""
+
     name: str
 
     def measure(self, job: Callable[[], Made]) -> tuple[Made, Reading]: ...
@@ -28,6 +30,7 @@ class Clock(Protocol):
 
 class CpuClock:
     """This process' time on the CPU: others that run beside it are not in it, though they do cost it caches and clock rate."""
+
     name = "process time"
 
     def measure(self, job: Callable[[], Made]) -> tuple[Made, Reading]:
@@ -38,6 +41,7 @@ class CpuClock:
 
 class CudaClock:
     """Events on the current stream around the whole job, so that waits of the device for the host count; and the allocator's peak."""
+
     name = "CUDA events"
 
     def __init__(self, cuda: Any) -> None:
@@ -60,9 +64,11 @@ def clock_of(device: str, torch: Any) -> Clock:
     if device == "cpu":
         return CpuClock()
     if not torch.cuda.is_available():
-        raise RuntimeError(f"--device cuda, but torch {torch.__version__} sees no CUDA device (it was built for CUDA "
-                           f"{torch.version.cuda or 'none'}). Give a Python whose torch has CUDA with --host and --python, on a machine "
-                           "with an NVIDIA GPU, or leave out --device.")
+        raise RuntimeError(
+            f"--device cuda, but torch {torch.__version__} sees no CUDA device (it was built for CUDA "
+            f"{torch.version.cuda or 'none'}). Give a Python whose torch has CUDA with --host and --python, on a machine "
+            "with an NVIDIA GPU, or leave out --device."
+        )
     return CudaClock(torch.cuda)
 
 
@@ -86,9 +92,17 @@ def forget_peak(clear: Path = Path("/proc/self/clear_refs")) -> bool:
 def peak_of_process(status: Path = Path("/proc/self/status")) -> int:
     """Bytes of main memory this process held at once. RuntimeError where the system does not tell."""
     if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text("utf-8").splitlines()
+            if line.startswith("VmHWM")
+        )
     try:
         import resource
     except ImportError as error:
-        raise RuntimeError("--memory: this system does not tell a process' peak. Measure on Linux or macOS, or leave it out.") from error
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        raise RuntimeError(
+            "--memory: this system does not tell a process' peak. Measure on Linux or macOS, or leave it out."
+        ) from error
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -1,4 +1,5 @@
 """What rounds without a clock tell: operations counted exactly, waits for a CUDA device, a process' peak memory."""
+
 from __future__ import annotations
 
 import traceback
@@ -16,12 +17,17 @@ def first_wait(job: Callable[[], Any], unet: Any, cuda: Any) -> str | None:
 
     unet: the module; cuda: torch.cuda. Other errors go through.
     """
+
     def strict(*_: Any) -> None:
         cuda.set_sync_debug_mode("error")
 
     def lenient(*_: Any) -> None:
         cuda.set_sync_debug_mode("default")
-    hooks = [unet.register_forward_pre_hook(strict), unet.register_forward_hook(lenient, always_call=True)]
+
+    hooks = [
+        unet.register_forward_pre_hook(strict),
+        unet.register_forward_hook(lenient, always_call=True),
+    ]
     try:
         job()
     except RuntimeError as error:
@@ -38,7 +44,11 @@ def first_wait(job: Callable[[], Any], unet: Any, cuda: Any) -> str | None:
 def place(error: BaseException, root: Path = ROOT) -> str:
     """file:line of the pack nearest to where an error was raised, else of whoever raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if root in Path(f.filename).parents and (root / "tools") not in Path(f.filename).parents]
+    ours = [
+        f
+        for f in frames
+        if root in Path(f.filename).parents and (root / "tools") not in Path(f.filename).parents
+    ]
     frame = (ours or frames)[-1]
     file = Path(frame.filename)
     return f"{file.relative_to(root).as_posix() if ours else file.name}:{frame.lineno}"
@@ -47,6 +57,12 @@ def place(error: BaseException, root: Path = ROOT) -> str:
 def counted(job: Callable[[], Any]) -> dict[str, int]:
     """One run of a job, counted: flops, ops (without views), waits for the device, bytes of the largest allocation."""
     from counting import Counting
+
     with Counting() as counts:
         job()
-    return {"flops": counts.flops, "ops": counts.ops.total(), "waits": counts.syncs.total(), "largest": counts.largest}
+    return {
+        "flops": counts.flops,
+        "ops": counts.ops.total(),
+        "waits": counts.syncs.total(),
+        "largest": counts.largest,
+    }

@@ -1,4 +1,5 @@
 """The table, the figures for other programs, and the block of a page that the program rewrites by itself."""
+
 from __future__ import annotations
 
 import json
@@ -14,31 +15,65 @@ from benching.rounds import LIMIT, Row
 from checkout import version
 
 DEFAULT_ATTENTION = "pytorch"
-NOT_TOLD = ("--host", "--json", "--update", "--block")  # of a command: where things lie changes no figure
+NOT_TOLD = (
+    "--host",
+    "--json",
+    "--update",
+    "--block",
+)  # of a command: where things lie changes no figure
 Run = dict[str, Any]  # what one setting gave, as it stands in the JSON
 
 
-def run_of(setting: Setting, software: Mapping[str, str], rounds: int, clock: str, rows: Sequence[Row], stopped: bool = False,
-           probed: Mapping[str, Mapping[str, Any]] | None = None) -> Run:
+def run_of(
+    setting: Setting,
+    software: Mapping[str, str],
+    rounds: int,
+    clock: str,
+    rows: Sequence[Row],
+    stopped: bool = False,
+    probed: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Run:
     """probed: by case, "plain_b1" too, what the rounds without a clock told: flops, ops, waits, peak, first_wait."""
     probed = probed or {}
     cases = []
     for row in rows:
         name, plain = name_of((row.case, row.pictures)), f"{PLAIN}_b{row.pictures}"
-        told = asdict(row) | {"rejected": row.rejected, "target": target(setting.device, setting.family, (row.case, row.pictures)),
-                              "memory": row.memory}
+        told = asdict(row) | {
+            "rejected": row.rejected,
+            "target": target(setting.device, setting.family, (row.case, row.pictures)),
+            "memory": row.memory,
+        }
         mine, theirs = probed.get(name, {}), probed.get(plain, {})
         if "peak" in mine and "peak" in theirs:
-            told |= {"peak": mine["peak"], "plain_peak": theirs["peak"], "memory": mine["peak"] / theirs["peak"]}
-        whole = len(CASES[row.case].calls) == 1 or setting.steps == 50  # else a part counts more than it does in fifty steps
+            told |= {
+                "peak": mine["peak"],
+                "plain_peak": theirs["peak"],
+                "memory": mine["peak"] / theirs["peak"],
+            }
+        whole = (
+            len(CASES[row.case].calls) == 1 or setting.steps == 50
+        )  # else a part counts more than it does in fifty steps
         if "flops" in mine and "flops" in theirs and whole:
-            told["counts"] = {"flops": mine["flops"] / theirs["flops"], **{
-                f"{what}_per_step": (mine[what] - theirs[what]) / row.plain_calls for what in ("ops", "waits")},
-                "largest": mine["largest"], "plain_largest": theirs["largest"]}
+            told["counts"] = {
+                "flops": mine["flops"] / theirs["flops"],
+                **{
+                    f"{what}_per_step": (mine[what] - theirs[what]) / row.plain_calls
+                    for what in ("ops", "waits")
+                },
+                "largest": mine["largest"],
+                "plain_largest": theirs["largest"],
+            }
         if "first_wait" in mine and "first_wait" in theirs:
             told |= {"first_wait": mine["first_wait"], "plain_first_wait": theirs["first_wait"]}
         cases.append(told)
-    return {"settings": asdict(setting), "software": dict(software), "clock": clock, "rounds": rounds, "stopped": stopped, "cases": cases}
+    return {
+        "settings": asdict(setting),
+        "software": dict(software),
+        "clock": clock,
+        "rounds": rounds,
+        "stopped": stopped,
+        "cases": cases,
+    }
 
 
 def figures(runs: Sequence[Run]) -> dict[str, float]:
@@ -49,7 +84,11 @@ def figures(runs: Sequence[Run]) -> dict[str, float]:
         end = "" if attention == DEFAULT_ATTENTION else f".{attention}"
         for c in run["cases"]:
             name = f"{family}.{name_of((c['case'], c['pictures']))}{end}"
-            found |= {f"time.{name}": c["ratio"]["median"], f"time_at_50.{name}": c["at_50"], f"unet_calls.{name}": c["calls"]}
+            found |= {
+                f"time.{name}": c["ratio"]["median"],
+                f"time_at_50.{name}": c["at_50"],
+                f"unet_calls.{name}": c["calls"],
+            }
             if c["memory"]:
                 found[f"memory.{name}"] = c["memory"]
             if "counts" in c:
@@ -58,7 +97,14 @@ def figures(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def report(runs: Sequence[Run], command: str) -> dict[str, Any]:
-    return {"command": "bench", "version": version(), "seed": 1, "figures": figures(runs), "line": command, "runs": list(runs)}
+    return {
+        "command": "bench",
+        "version": version(),
+        "seed": 1,
+        "figures": figures(runs),
+        "line": command,
+        "runs": list(runs),
+    }
 
 
 def command_of(arguments: Sequence[str]) -> str:
@@ -76,34 +122,64 @@ def command_of(arguments: Sequence[str]) -> str:
 
 def headline(run: Run) -> str:
     s, soft = run["settings"], run["software"]
-    return (f"{s['family']}, {s['latent'] * 8} x {s['latent'] * 8} pixels, {s['steps']} steps with CFG, {s['dtype']}, subject on "
-            f"{s['subject']:.0%} of the picture, {run['clock']}, {run['rounds']} round{'s' * (run['rounds'] != 1)} after one that is "
-            f"thrown away{', stopped by hand' * run['stopped']}. {soft['machine']}, "
-            f"{s['threads']} thread{'s' * (s['threads'] != 1)}; "
-            f"ComfyUI {soft['host']} with {s['attention']} attention, torch {soft['torch']}.")
+    return (
+        f"{s['family']}, {s['latent'] * 8} x {s['latent'] * 8} pixels, {s['steps']} steps with CFG, {s['dtype']}, subject on "
+        f"{s['subject']:.0%} of the picture, {run['clock']}, {run['rounds']} round{'s' * (run['rounds'] != 1)} after one that is "
+        f"thrown away{', stopped by hand' * run['stopped']}. {soft['machine']}, "
+        f"{s['threads']} thread{'s' * (s['threads'] != 1)}; "
+        f"ComfyUI {soft['host']} with {s['attention']} attention, torch {soft['torch']}."
+    )
 
 
 def markdown(run: Run) -> str:
     """One run as a table, its setting above, what is wrong with it below."""
     cases = run["cases"]
     columns: dict[str, Any] = {
-        "case": lambda c: c["case"], "pictures": lambda c: c["pictures"],
+        "case": lambda c: c["case"],
+        "pictures": lambda c: c["pictures"],
         "times plain": lambda c: f"{c['ratio']['median']:.3f}" + " (rejected)" * c["rejected"],
-        "least": lambda c: f"{c['ratio']['least']:.3f}", "most": lambda c: f"{c['ratio']['most']:.3f}",
-        "at 50 steps": lambda c: f"{c['at_50']:.3f}", "target": lambda c: f"{c['target']:.2f}" if c["target"] else "",
-        "UNet calls (plain)": lambda c: f"{c['calls']} ({c['plain_calls']})", "rows (plain)": lambda c: f"{c['rows']} ({c['plain_rows']})"}
+        "least": lambda c: f"{c['ratio']['least']:.3f}",
+        "most": lambda c: f"{c['ratio']['most']:.3f}",
+        "at 50 steps": lambda c: f"{c['at_50']:.3f}",
+        "target": lambda c: f"{c['target']:.2f}" if c["target"] else "",
+        "UNet calls (plain)": lambda c: f"{c['calls']} ({c['plain_calls']})",
+        "rows (plain)": lambda c: f"{c['rows']} ({c['plain_rows']})",
+    }
     if any(c["memory"] for c in cases):
         columns[f"peak memory, target {MEMORY_TARGET}"] = lambda c: (
-            f"{c['memory']:.3f} ({c['peak'] / 1e9:.2f} GB, {(c['peak'] - c['plain_peak']) / 1e9:+.2f})" if c["memory"] else "")
+            f"{c['memory']:.3f} ({c['peak'] / 1e9:.2f} GB, {(c['peak'] - c['plain_peak']) / 1e9:+.2f})"
+            if c["memory"]
+            else ""
+        )
     if any("counts" in c for c in cases):
-        columns |= {title: lambda c, what=what, form=form: format(c["counts"][what], form) if "counts" in c else ""
-                    for title, what, form in (
-            ("FLOPs", "flops", ".3f"), ("ops per step", "ops_per_step", "+.0f"), ("waits per step", "waits_per_step", "+.1f"))}
+        columns |= {
+            title: lambda c, what=what, form=form: (
+                format(c["counts"][what], form) if "counts" in c else ""
+            )
+            for title, what, form in (
+                ("FLOPs", "flops", ".3f"),
+                ("ops per step", "ops_per_step", "+.0f"),
+                ("waits per step", "waits_per_step", "+.1f"),
+            )
+        }
     if any("first_wait" in c for c in cases):
-        columns["first wait inside a UNet call"] = lambda c: c.get("first_wait", "") or ("none" if "first_wait" in c else "")
-    lines = [" | ".join(columns), " | ".join(["---", *["---:"] * (len(columns) - 1)]),
-             *(" | ".join(str(tell(c)) for tell in columns.values()) for c in cases)]
-    return "\n".join([headline(run), "", *(f"| {line} |" for line in lines), *[""] * bool(remarks(run)), *remarks(run)])
+        columns["first wait inside a UNet call"] = lambda c: (
+            c.get("first_wait", "") or ("none" if "first_wait" in c else "")
+        )
+    lines = [
+        " | ".join(columns),
+        " | ".join(["---", *["---:"] * (len(columns) - 1)]),
+        *(" | ".join(str(tell(c)) for tell in columns.values()) for c in cases),
+    ]
+    return "\n".join(
+        [
+            headline(run),
+            "",
+            *(f"| {line} |" for line in lines),
+            *[""] * bool(remarks(run)),
+            *remarks(run),
+        ]
+    )
 
 
 def remarks(run: Run) -> list[str]:
@@ -111,14 +187,22 @@ def remarks(run: Run) -> list[str]:
     told, cases = [], run["cases"]
     for n in sorted({c["pictures"] for c in cases if c["rejected"]}):
         spread = next(c["plain_spread"] for c in cases if c["pictures"] == n)
-        told.append(f"Rejected: with {n} picture{'s' * (n > 1)} the plain sampler's own times spread over {spread:.0%} of their median, "
-                    f"more than {LIMIT:.0%}: something else used this machine. Measure again when it is quiet, with more --rounds.")
+        told.append(
+            f"Rejected: with {n} picture{'s' * (n > 1)} the plain sampler's own times spread over {spread:.0%} of their median, "
+            f"more than {LIMIT:.0%}: something else used this machine. Measure again when it is quiet, with more --rounds."
+        )
     if run["rounds"] == 1:
         told.append("One round has no spread: give --rounds 5 for a table to rely on.")
-    told += [f"{c['case']} with {c['pictures']} made NaN or infinite values: its time may not be that of a real run."
-             for c in cases if not c["finite"]]
+    told += [
+        f"{c['case']} with {c['pictures']} made NaN or infinite values: its time may not be that of a real run."
+        for c in cases
+        if not c["finite"]
+    ]
     waits = sorted({c["plain_first_wait"] for c in cases if c.get("plain_first_wait")})
-    told += [f"The plain UNet call waits for the device itself, at {w}: what our cases do behind it cannot be seen." for w in waits]
+    told += [
+        f"The plain UNet call waits for the device itself, at {w}: what our cases do behind it cannot be seen."
+        for w in waits
+    ]
     return told
 
 
@@ -138,14 +222,19 @@ def updated(page: str, name: str, text: str) -> str:
     """The page with the text between its two markers; ValueError names the blocks it has where this one is not among them."""
     first, last = markers(name)
     if page.count(first) != 1 or page.count(last) != 1 or page.index(last) < page.index(first):
-        raise ValueError(f"it has no block {name!r} to rewrite: write the two lines\n{first}\n{last}\nwhere the table belongs, or name "
-                         "another with --block.")
+        raise ValueError(
+            f"it has no block {name!r} to rewrite: write the two lines\n{first}\n{last}\nwhere the table belongs, or name "
+            "another with --block."
+        )
     head, tail = page.split(first)[0], page.split(last)[1]
     return f"{head}{first}\n\n{text}\n\n{last}{tail}"
 
 
 def markers(name: str) -> tuple[str, str]:
-    return f"<!-- bench {name}: written by dev.py bench --update -->", f"<!-- end of bench {name} -->"
+    return (
+        f"<!-- bench {name}: written by dev.py bench --update -->",
+        f"<!-- end of bench {name} -->",
+    )
 
 
 def write_page(path: Path, name: str, text: str) -> None:

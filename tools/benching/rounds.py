@@ -1,4 +1,5 @@
 """Interleaved rounds, and what they say: A B C A B C, the first thrown away, each ratio within its own round."""
+
 from __future__ import annotations
 
 import statistics
@@ -13,6 +14,7 @@ LIMIT = 0.15  # plain's own spread above which its ratios say nothing
 @dataclass(frozen=True)
 class Lap:
     """One run of a job: seconds, UNet calls and rows of each of its parts."""
+
     seconds: tuple[float, ...]
     calls: tuple[int, ...]
     rows: int = 0  # of all calls together
@@ -31,6 +33,7 @@ Round = Mapping[Key, Lap]
 @dataclass(frozen=True)
 class Played:
     """The rounds that were finished; stopped: by hand, before all were."""
+
     rounds: tuple[Round, ...]
     stopped: bool = False
 
@@ -54,6 +57,7 @@ def play(jobs: Mapping[Key, Job], rounds: int, tell: Callable[[int, Key], None])
 @dataclass(frozen=True)
 class Spread:
     """What several rounds gave."""
+
     median: float
     least: float
     most: float
@@ -73,6 +77,7 @@ class Spread:
 @dataclass(frozen=True)
 class Row:
     """One case of the table, beside plain with as many pictures."""
+
     case: str
     pictures: int
     ratio: Spread
@@ -107,11 +112,24 @@ def row_of(rounds: Sequence[Round], key: Key) -> Row:
     steps = sum(plain[0].calls)
     fifty = CASES[key[0]].calls
 
-    def stretched(lap: Lap) -> float:  # each part's seconds per call, times its calls at fifty steps
+    def stretched(
+        lap: Lap,
+    ) -> float:  # each part's seconds per call, times its calls at fifty steps
         return sum(s * at_50 / calls for s, at_50, calls in zip(lap.seconds, fifty, lap.calls))
+
     own = Spread.of([lap.total for lap in plain])
     peaks = [[lap.peak for lap in laps if lap.peak] for laps in (mine, plain)]
-    return Row(*key, Spread.of([a.total / b.total for a, b in zip(mine, plain)]),
-               Spread.of([stretched(a) / (b.total * 50 / steps) for a, b in zip(mine, plain)]).median,
-               Spread.of([lap.total for lap in mine]).median, own.median, own.relative, sum(mine[0].calls), steps, mine[0].rows,
-               plain[0].rows, all(lap.finite for lap in mine), *(max(p, default=None) for p in peaks))
+    return Row(
+        *key,
+        Spread.of([a.total / b.total for a, b in zip(mine, plain)]),
+        Spread.of([stretched(a) / (b.total * 50 / steps) for a, b in zip(mine, plain)]).median,
+        Spread.of([lap.total for lap in mine]).median,
+        own.median,
+        own.relative,
+        sum(mine[0].calls),
+        steps,
+        mine[0].rows,
+        plain[0].rows,
+        all(lap.finite for lap in mine),
+        *(max(p, default=None) for p in peaks),
+    )

@@ -1,61 +1,212 @@
 """The papers' tables and figures, as rows that this program measures."""
+
 from __future__ import annotations
 
 from .rows import rows_of
 from .tables import Table
 
 PLAIN_PHOTO, PLAIN_STORY = "self=off", "node=off"
-TABLE_2 = {"plain": PLAIN_PHOTO, "cross": "self=off, concept.strength=1", "self": "", "full": "concept.strength=1"}
+TABLE_2 = {
+    "plain": PLAIN_PHOTO,
+    "cross": "self=off, concept.strength=1",
+    "self": "",
+    "full": "concept.strength=1",
+}
 W_S, W_C, DROPOUTS = (0.25, 0.5, 1, 2, 4), (0.25, 0.5, 1, 2, 4), (0, 0.15, 0.5, 0.7)
 
 
 def self_weight(w: float) -> str:
-    return "" if w == 1 else f"weight={w}"  # the node's default: the same row as Table 2's, measured once
+    return (
+        "" if w == 1 else f"weight={w}"
+    )  # the node's default: the same row as Table 2's, measured once
 
 
-FIGURE_6 = ({"plain": PLAIN_PHOTO} | {f"W_S {w}": self_weight(w) for w in W_S}
-            | {f"W_S {w}, no mask": f"{self_weight(w)}, mask=none".removeprefix(", ") for w in W_S[2:]}
-            | {f"W_C {w}": TABLE_2["cross"] if w == 1 else f"self=off, concept.weight={w}" for w in W_C})
-PARETO = {"plain": PLAIN_STORY} | {f"dropout {p}": "" if p == 0.5 else f"dropout={p}" for p in DROPOUTS}
-ABLATION = {"plain": PLAIN_STORY, "story": "", "no_sharing": "weight=0", "no_variation": "dropout=0, query_blend=0",
-            "no_injection": "feature_injection=0", "no_mask": "mask=none", "no_dropout": "dropout=0", "no_blend": "query_blend=0"}
+FIGURE_6 = (
+    {"plain": PLAIN_PHOTO}
+    | {f"W_S {w}": self_weight(w) for w in W_S}
+    | {f"W_S {w}, no mask": f"{self_weight(w)}, mask=none".removeprefix(", ") for w in W_S[2:]}
+    | {f"W_C {w}": TABLE_2["cross"] if w == 1 else f"self=off, concept.weight={w}" for w in W_C}
+)
+PARETO = {"plain": PLAIN_STORY} | {
+    f"dropout {p}": "" if p == 0.5 else f"dropout={p}" for p in DROPOUTS
+}
+ABLATION = {
+    "plain": PLAIN_STORY,
+    "story": "",
+    "no_sharing": "weight=0",
+    "no_variation": "dropout=0, query_blend=0",
+    "no_injection": "feature_injection=0",
+    "no_mask": "mask=none",
+    "no_dropout": "dropout=0",
+    "no_blend": "query_blend=0",
+}
 
 # what the nodes' defaults were chosen by, on other identities and sets than those that the papers' tables report
-SELF = {"plain": PLAIN_PHOTO, "as it comes": "", "W_S 0.5": "weight=0.5", "W_S 2": "weight=2",
-        "post softmax 0.5": "weight_mode=post softmax, weight=0.5", "post softmax 2": "weight_mode=post softmax, weight=2",
-        "key scale 0.5": "weight_mode=key scale, weight=0.5", "key scale 2": "weight_mode=key scale, weight=2",
-        "output blend 0.5": "weight_mode=output blend, weight=0.5", "decoder": "blocks=decoder", "encoder": "blocks=encoder",
-        "both halves": "halves=both", "shared halves": "halves=shared", "true mask": "mask=true", "no mask": "mask=none",
-        "threshold 0.3": "mask_threshold=value, mask_value=0.3", "1 mask step": "mask_steps=1", "5 mask steps": "mask_steps=5",
-        "inverted first": "inverted=yes"}
-FULL = {"plain": PLAIN_PHOTO, "as it comes": "concept.strength=1", "from the first step": "concept.start_percent=0",
-        "as the paper": "concept.start_percent=0, concept.halves=cond only", "start 0.1": "concept.start_percent=0.1",
-        "start 0.3": "concept.start_percent=0.3", "start 0.45": "concept.start_percent=0.45", "cond only": "concept.halves=cond only",
-        "shared halves": "concept.halves=shared", "W_C 0.5": "concept.weight=0.5", "W_C 2": "concept.weight=2",
-        "W_S 0.5": "concept.strength=1, weight=0.5", "W_S 2": "concept.strength=1, weight=2", "add": "concept.merge=add",
-        "self decoder": "concept.strength=1, blocks=decoder", "inverted first": "concept.strength=1, inverted=yes"}
-DIALS = {"plain": PLAIN_PHOTO, **{f"self {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)}, "self 1": "",
-         **{f"concept {s}": f"self=off, concept.strength={s}" for s in (0.25, 0.5, 0.75)}, "concept 1": TABLE_2["cross"]}
-STORY_DIAL = {"plain": PLAIN_STORY, **{f"strength {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)}, "strength 1": ""}
-STORIES = {"plain": PLAIN_STORY, "as it comes": "", "both halves": "halves=both", "all read all": "anchors=0, halves=both",
-           "all read all, cond only": "anchors=0", "1 anchor": "anchors=1", "all layers": "blocks=all", "W 0.5": "weight=0.5",
-           "W 2": "weight=2", "dropout 0": "dropout=0", "no blending": "query_blend=0", "blending to 0.3": "blend_end_percent=0.3",
-           "injection to 0.6": "injection_end_percent=0.6", "injection from 0": "injection_start_percent=0",
-           "injection 1": "feature_injection=1", "official order": "order=official"}
+SELF = {
+    "plain": PLAIN_PHOTO,
+    "as it comes": "",
+    "W_S 0.5": "weight=0.5",
+    "W_S 2": "weight=2",
+    "post softmax 0.5": "weight_mode=post softmax, weight=0.5",
+    "post softmax 2": "weight_mode=post softmax, weight=2",
+    "key scale 0.5": "weight_mode=key scale, weight=0.5",
+    "key scale 2": "weight_mode=key scale, weight=2",
+    "output blend 0.5": "weight_mode=output blend, weight=0.5",
+    "decoder": "blocks=decoder",
+    "encoder": "blocks=encoder",
+    "both halves": "halves=both",
+    "shared halves": "halves=shared",
+    "true mask": "mask=true",
+    "no mask": "mask=none",
+    "threshold 0.3": "mask_threshold=value, mask_value=0.3",
+    "1 mask step": "mask_steps=1",
+    "5 mask steps": "mask_steps=5",
+    "inverted first": "inverted=yes",
+}
+FULL = {
+    "plain": PLAIN_PHOTO,
+    "as it comes": "concept.strength=1",
+    "from the first step": "concept.start_percent=0",
+    "as the paper": "concept.start_percent=0, concept.halves=cond only",
+    "start 0.1": "concept.start_percent=0.1",
+    "start 0.3": "concept.start_percent=0.3",
+    "start 0.45": "concept.start_percent=0.45",
+    "cond only": "concept.halves=cond only",
+    "shared halves": "concept.halves=shared",
+    "W_C 0.5": "concept.weight=0.5",
+    "W_C 2": "concept.weight=2",
+    "W_S 0.5": "concept.strength=1, weight=0.5",
+    "W_S 2": "concept.strength=1, weight=2",
+    "add": "concept.merge=add",
+    "self decoder": "concept.strength=1, blocks=decoder",
+    "inverted first": "concept.strength=1, inverted=yes",
+}
+DIALS = {
+    "plain": PLAIN_PHOTO,
+    **{f"self {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)},
+    "self 1": "",
+    **{f"concept {s}": f"self=off, concept.strength={s}" for s in (0.25, 0.5, 0.75)},
+    "concept 1": TABLE_2["cross"],
+}
+STORY_DIAL = {
+    "plain": PLAIN_STORY,
+    **{f"strength {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)},
+    "strength 1": "",
+}
+STORIES = {
+    "plain": PLAIN_STORY,
+    "as it comes": "",
+    "both halves": "halves=both",
+    "all read all": "anchors=0, halves=both",
+    "all read all, cond only": "anchors=0",
+    "1 anchor": "anchors=1",
+    "all layers": "blocks=all",
+    "W 0.5": "weight=0.5",
+    "W 2": "weight=2",
+    "dropout 0": "dropout=0",
+    "no blending": "query_blend=0",
+    "blending to 0.3": "blend_end_percent=0.3",
+    "injection to 0.6": "injection_end_percent=0.6",
+    "injection from 0": "injection_start_percent=0",
+    "injection 1": "feature_injection=1",
+    "official order": "order=official",
+}
 # what paper B samples with, on the sets of the papers' tables
-SAMPLED = {"plain": PLAIN_STORY, "plain with FreeU": f"{PLAIN_STORY}, freeu=yes", "story": "", "story with FreeU": "freeu=yes"}
+SAMPLED = {
+    "plain": PLAIN_STORY,
+    "plain with FreeU": f"{PLAIN_STORY}, freeu=yes",
+    "story": "",
+    "story with FreeU": "freeu=yes",
+}
 
-PHOTO, TOLD, CHOSEN_ON = "personalize", "story", 1000  # the first identity or set that settings are chosen on
-TABLES = {table.name: table for table in (
-    Table("table_2", "Paper A, Table 2: what each injection adds", PHOTO, rows_of(PHOTO, TABLE_2), 12),
-    Table("figure_6", "Paper A, Fig. 6: weights, with and without the mask", PHOTO, rows_of(PHOTO, FIGURE_6), 5, axis="weight"),
-    Table("ablation", "Paper B, section 5.4: a story less one of its parts", TOLD, rows_of(TOLD, ABLATION), 5),
-    Table("pareto", "Paper B, Fig. 8: likeness against text, by dropout", TOLD, rows_of(TOLD, PARETO), 5, axis="dropout"),
-    Table("freeu", "Paper B, appendix B: stories with FreeU, as the paper samples", TOLD, rows_of(TOLD, SAMPLED), 20),
-    Table("settings_self", "Settings of Masked Self-Attn Inject and its reference", PHOTO, rows_of(PHOTO, SELF), 6, CHOSEN_ON),
-    Table("settings_full", "Settings of both injections together", PHOTO, rows_of(PHOTO, FULL), 6, CHOSEN_ON),
-    Table("settings_story", "Settings of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORIES), 5, CHOSEN_ON),
-    Table("dials", "The strength of the two inject nodes", PHOTO, rows_of(PHOTO, DIALS), 6, CHOSEN_ON, "strength"),
-    Table("dial_story", "The strength of ConsiStory Shared Attention", TOLD, rows_of(TOLD, STORY_DIAL), 5, CHOSEN_ON, "strength"))}
+PHOTO, TOLD, CHOSEN_ON = (
+    "personalize",
+    "story",
+    1000,
+)  # the first identity or set that settings are chosen on
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "table_2",
+            "Paper A, Table 2: what each injection adds",
+            PHOTO,
+            rows_of(PHOTO, TABLE_2),
+            12,
+        ),
+        Table(
+            "figure_6",
+            "Paper A, Fig. 6: weights, with and without the mask",
+            PHOTO,
+            rows_of(PHOTO, FIGURE_6),
+            5,
+            axis="weight",
+        ),
+        Table(
+            "ablation",
+            "Paper B, section 5.4: a story less one of its parts",
+            TOLD,
+            rows_of(TOLD, ABLATION),
+            5,
+        ),
+        Table(
+            "pareto",
+            "Paper B, Fig. 8: likeness against text, by dropout",
+            TOLD,
+            rows_of(TOLD, PARETO),
+            5,
+            axis="dropout",
+        ),
+        Table(
+            "freeu",
+            "Paper B, appendix B: stories with FreeU, as the paper samples",
+            TOLD,
+            rows_of(TOLD, SAMPLED),
+            20,
+        ),
+        Table(
+            "settings_self",
+            "Settings of Masked Self-Attn Inject and its reference",
+            PHOTO,
+            rows_of(PHOTO, SELF),
+            6,
+            CHOSEN_ON,
+        ),
+        Table(
+            "settings_full",
+            "Settings of both injections together",
+            PHOTO,
+            rows_of(PHOTO, FULL),
+            6,
+            CHOSEN_ON,
+        ),
+        Table(
+            "settings_story",
+            "Settings of ConsiStory Shared Attention",
+            TOLD,
+            rows_of(TOLD, STORIES),
+            5,
+            CHOSEN_ON,
+        ),
+        Table(
+            "dials",
+            "The strength of the two inject nodes",
+            PHOTO,
+            rows_of(PHOTO, DIALS),
+            6,
+            CHOSEN_ON,
+            "strength",
+        ),
+        Table(
+            "dial_story",
+            "The strength of ConsiStory Shared Attention",
+            TOLD,
+            rows_of(TOLD, STORY_DIAL),
+            5,
+            CHOSEN_ON,
+            "strength",
+        ),
+    )
+}
 DEFAULT = ("table_2", "figure_6", "ablation", "pareto")  # what a run without arguments measures
 PLAIN = {"personalize": TABLES["table_2"].rows[0], "story": TABLES["ablation"].rows[0]}

@@ -1,4 +1,5 @@
 """Where jobs are measured: the miniature in the host of a process."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,12 +9,15 @@ from typing import Any
 from .rows import Row
 
 SHOWN = 2  # cases of a table whose pictures are kept, for its sheet
-BOUNDS = Row("floor and ceiling", (("bounds", True),))  # no row of a table: what the judge gives where the answer is known
+BOUNDS = Row(
+    "floor and ceiling", (("bounds", True),)
+)  # no row of a table: what the judge gives where the answer is known
 
 
 @dataclass(frozen=True)
 class Job:
     """One row on one case with one seed."""
+
     task: str
     row: Row
     case: int
@@ -27,6 +31,7 @@ class Job:
 @dataclass(frozen=True)
 class Setting:
     """What every job of a run has in common."""
+
     host: Path
     steps: int
     cfg: float
@@ -34,8 +39,18 @@ class Setting:
 
     def of(self, job: Job) -> dict[str, Any]:
         """Everything that decides a job's numbers: its key in the journal."""
-        told = {"ground": "miniature", "task": job.task, "inputs": dict(job.row.inputs), "case": job.case, "code": self.code}
-        return told if job.row == BOUNDS else told | {"seed": job.seed, "steps": self.steps, "cfg": self.cfg}
+        told = {
+            "ground": "miniature",
+            "task": job.task,
+            "inputs": dict(job.row.inputs),
+            "case": job.case,
+            "code": self.code,
+        }
+        return (
+            told
+            if job.row == BOUNDS
+            else told | {"seed": job.seed, "steps": self.steps, "cfg": self.cfg}
+        )
 
 
 class Miniature:
@@ -44,12 +59,17 @@ class Miniature:
     def __init__(self, setting: Setting) -> None:
         import torch
         from miniature_host import Studio
+
         torch.set_num_threads(1)  # the numbers do not depend on how many processes share the work
         studio = Studio(setting.host, setting.steps, setting.cfg)
         from .personalize import Identities, Personalize
         from .story import Scenes, Story
+
         identities, scenes = Identities(studio), Scenes(studio)
-        self.tasks = {"personalize": Personalize(studio, identities), "story": Story(studio, scenes)}
+        self.tasks = {
+            "personalize": Personalize(studio, identities),
+            "story": Story(studio, scenes),
+        }
         self.bounds = {"personalize": identities.bounds, "story": scenes.bounds}
 
     def __call__(self, job: Job) -> dict[str, Any]:
@@ -66,6 +86,7 @@ def keep(images: Any, path: Path) -> None:
     """Pictures [b y x 3] side by side as one .png."""
     from kindred.models.files import whole
     from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     strip = images.mul(255).round().byte().permute(1, 0, 2, 3).flatten(1, 2).cpu().numpy()
     with whole(path) as partial:

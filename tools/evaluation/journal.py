@@ -1,4 +1,5 @@
 """What was measured, one line per measurement, so that a stopped run goes on where it was and nothing is measured twice."""
+
 from __future__ import annotations
 
 import hashlib
@@ -12,8 +13,16 @@ from typing import Any
 from checkout import ROOT
 
 # what decides a picture or its score: the pack, the miniature and the programs that drive them
-DECIDES = ("nodes/**/*.py", "models/*.py", "miniature/*.py", "miniature/weights/**/*.safetensors", "tools/miniature_host.py",
-           "tools/boot.py", "tools/pictures.py", *(f"tools/evaluation/{name}.py" for name in ("personalize", "story", "real", "judges")))
+DECIDES = (
+    "nodes/**/*.py",
+    "models/*.py",
+    "miniature/*.py",
+    "miniature/weights/**/*.safetensors",
+    "tools/miniature_host.py",
+    "tools/boot.py",
+    "tools/pictures.py",
+    *(f"tools/evaluation/{name}.py" for name in ("personalize", "story", "real", "judges")),
+)
 
 
 def fingerprint(host: Path) -> str:
@@ -22,7 +31,9 @@ def fingerprint(host: Path) -> str:
     if (release := host / "comfyui_version.py").is_file():
         told.update(release.read_bytes())
     for path in sorted({path for pattern in DECIDES for path in ROOT.glob(pattern)}):
-        told.update(f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        told.update(
+            f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
     return told.hexdigest()[:12]
 
 
@@ -41,7 +52,9 @@ class Journal:
                 entry = json.loads(line)
                 self.found[self.key(entry["of"])] = entry["values"]
             except (ValueError, KeyError, TypeError):
-                raise SystemExit(f"evaluate: line {number} of {path} is no measurement. Take it out, or give another --out.") from None
+                raise SystemExit(
+                    f"evaluate: line {number} of {path} is no measurement. Take it out, or give another --out."
+                ) from None
         if lines[-1]:
             with path.open("rb+") as file:
                 file.truncate(path.stat().st_size - len(lines[-1]))

@@ -3,6 +3,7 @@
 Nothing is downloaded. CLIP and DINOv2 run in the host's own classes, so call `boot` first; faces need the optional package
 facenet-pytorch. Every error of a file is a ValueError that names the file and what to do.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 
 NAME = "evaluate"
 HEAD_WIDTH = 768  # of CLIP ViT-L/14's common space, which LAION's head reads
-SPACES = {512: "ViT-B", 768: "ViT-L", 1024: "ViT-H", 1280: "ViT-bigG"}  # common spaces by their width
+SPACES = {
+    512: "ViT-B",
+    768: "ViT-L",
+    1024: "ViT-H",
+    1280: "ViT-bigG",
+}  # common spaces by their width
 LEAST_FACE = 20  # pixels; MTCNN's own default, and it fails on a picture without room for one
 FACE = 160  # pixels of a side that FaceNet reads
 
@@ -27,6 +33,7 @@ FACE = 160  # pixels of a side that FaceNet reads
 @dataclass(frozen=True)
 class Column:
     """What a judge measures: the key of its values, the table's head, which way is better (None: neither), and what it is."""
+
     name: str
     title: str
     higher: bool | None
@@ -36,12 +43,14 @@ class Column:
 @dataclass(frozen=True)
 class Asked:
     """What pictures were made from: a prompt per picture, and photos of the subject [Y X 3] in 0..1, of any sizes; () without any."""
+
     prompts: tuple[str, ...]
     references: tuple[Tensor, ...] = ()
 
 
 class Judge(Protocol):
     """Says of pictures [b Y X 3] in 0..1 one number per picture and column; NaN where there is nothing to measure."""
+
     columns: Sequence[Column]
 
     def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]: ...
@@ -59,35 +68,52 @@ class Clip:
 
     def __init__(self, vision: Any, clip: Any = None, head: AestheticHead | None = None) -> None:
         from kindred.nodes.host.judging import text_towers, tower_title
+
         self.clip, self.head, self.title = clip, head, tower_title(vision)
         if vision.model_type != "clip_vision_model":
-            raise ValueError(f"{NAME}: {self.title} is no CLIP and shares no space with texts. Give a CLIP Vision, such as ViT-L/14's; "
-                             "a DINO has its own judge.")
+            raise ValueError(
+                f"{NAME}: {self.title} is no CLIP and shares no space with texts. Give a CLIP Vision, such as ViT-L/14's; "
+                "a DINO has its own judge."
+            )
         self.width = vision.config.get("projection_dim", vision.config["hidden_size"])
         if clip is not None and self.width not in (towers := text_towers(clip)):
-            raise ValueError(f"{NAME}: {self.title} gives pictures as {space(self.width)}, but the text encoder gives texts as "
-                             f"{' or '.join(map(space, towers)) or 'no vector at all'}. Give the two halves of one CLIP.")
+            raise ValueError(
+                f"{NAME}: {self.title} gives pictures as {space(self.width)}, but the text encoder gives texts as "
+                f"{' or '.join(map(space, towers)) or 'no vector at all'}. Give the two halves of one CLIP."
+            )
         if head is not None and self.width != head.width:
-            raise ValueError(f"{NAME}: the aesthetic head reads {space(head.width)}, but {self.title} gives {space(self.width)}. Give the "
-                             "CLIP Vision of ViT-L/14, which the head was trained on, or leave the head out.")
+            raise ValueError(
+                f"{NAME}: the aesthetic head reads {space(head.width)}, but {self.title} gives {space(self.width)}. Give the "
+                "CLIP Vision of ViT-L/14, which the head was trained on, or leave the head out."
+            )
         every = [
             Column("text", "CLIP text", True, "raw cosine with the picture's own prompt"),
             Column("image", "CLIP image", True, "mean cosine with the photos"),
-            Column("consistency", "CLIP consistency", True, "mean cosine with the other pictures of its batch"),
-            Column("aesthetic", "aesthetic", True, "LAION's improved aesthetic predictor, 1 to 10")]
+            Column(
+                "consistency",
+                "CLIP consistency",
+                True,
+                "mean cosine with the other pictures of its batch",
+            ),
+            Column("aesthetic", "aesthetic", True, "LAION's improved aesthetic predictor, 1 to 10"),
+        ]
         given = {"text": clip is not None, "aesthetic": head is not None}
-        self.columns = tuple(replace(c, told=f"{c.told} ({self.title})") for c in every if given.get(c.name, True))
+        self.columns = tuple(
+            replace(c, told=f"{c.told} ({self.title})") for c in every if given.get(c.name, True)
+        )
         self.embed = partial(embedded, vision)
         self.photos, self.texts = Kept(self.embed), Kept(self.read)
 
     def read(self, texts: Sequence[str]) -> Tensor:
         from kindred.nodes.host import text_embeddings
+
         return text_embeddings(self.clip, self.width, texts, NAME)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]:
         """Raises ValueError for pictures or photos that are none or not finite, and where prompts and pictures differ in count."""
         from kindred.models.metrics import paired_cosines
+
         images, photos = pictures_of(images, asked)
         own = self.embed(images)
         image, consistency = similarities(own, self.photos(photos))
@@ -104,12 +130,21 @@ class Dino:
 
     def __init__(self, vision: Any) -> None:
         from kindred.nodes.host import tower_title
+
         title = tower_title(vision)
         if not vision.model_type.startswith("dino"):
-            raise ValueError(f"{NAME}: {title} is no DINO. Give a DINOv2 that the host's Load CLIP Vision reads, large or giant.")
-        self.columns = (Column("dino", "DINO", True, f"mean cosine with the photos ({title})"),
-                        Column("dino_consistency", "DINO consistency", True,
-                               f"mean cosine with the other pictures of its batch ({title})"))
+            raise ValueError(
+                f"{NAME}: {title} is no DINO. Give a DINOv2 that the host's Load CLIP Vision reads, large or giant."
+            )
+        self.columns = (
+            Column("dino", "DINO", True, f"mean cosine with the photos ({title})"),
+            Column(
+                "dino_consistency",
+                "DINO consistency",
+                True,
+                f"mean cosine with the other pictures of its batch ({title})",
+            ),
+        )
         self.embed = partial(embedded, vision)
         self.photos = Kept(self.embed)
 
@@ -129,12 +164,35 @@ class Faces:
     """
 
     columns = (
-        Column("face_cosine", "face cosine", True, "mean cosine with the photos' faces, where both have one"),
-        Column("face_distance", "face distance", False, "mean distance d from the photos' faces, 0 to 2; below about 1.1 one person"),
-        Column("face_2_minus_d", "face 2 - d", True, "2 - d: the reading of the paper's identity score that is higher for better"),
-        Column("face_found", "faces found", None, "share of pictures with a face; the others are in none of the face scores"))
+        Column(
+            "face_cosine",
+            "face cosine",
+            True,
+            "mean cosine with the photos' faces, where both have one",
+        ),
+        Column(
+            "face_distance",
+            "face distance",
+            False,
+            "mean distance d from the photos' faces, 0 to 2; below about 1.1 one person",
+        ),
+        Column(
+            "face_2_minus_d",
+            "face 2 - d",
+            True,
+            "2 - d: the reading of the paper's identity score that is higher for better",
+        ),
+        Column(
+            "face_found",
+            "faces found",
+            None,
+            "share of pictures with a face; the others are in none of the face scores",
+        ),
+    )
 
-    def __init__(self, detect: Callable[[Tensor], Tensor | None], embed: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, detect: Callable[[Tensor], Tensor | None], embed: Callable[[Tensor], Tensor]
+    ) -> None:
         self.detect, self.embed, self.photos = detect, embed, Kept(self.faces)
 
     def faces(self, pictures: Sequence[Tensor]) -> list[Tensor | None]:
@@ -143,7 +201,9 @@ class Faces:
         seen = [crop for crop in crops if crop is not None]
         rows = self.embed(torch.stack(seen)) if seen else ()
         if not all(row.isfinite().all() for row in rows):
-            raise ValueError(f"{NAME}: the face embedder gave NaN or infinite values. Check its file of weights.")
+            raise ValueError(
+                f"{NAME}: the face embedder gave NaN or infinite values. Check its file of weights."
+            )
         rows = iter(rows)
         return [None if crop is None else next(rows) for crop in crops]
 
@@ -151,10 +211,15 @@ class Faces:
     def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]:
         """Raises ValueError as Clip does."""
         from kindred.models.metrics import face_identity
+
         images, photos = pictures_of(images, asked)
         found = face_identity(self.faces(images), self.photos(photos))
-        return {"face_cosine": list(found.cosine), "face_distance": list(found.distance), "face_2_minus_d": list(found.closeness),
-                "face_found": [float(seen) for seen in found.found]}
+        return {
+            "face_cosine": list(found.cosine),
+            "face_distance": list(found.distance),
+            "face_2_minus_d": list(found.closeness),
+            "face_found": [float(seen) for seen in found.found],
+        }
 
 
 class Kept:
@@ -174,28 +239,42 @@ class Kept:
 
 def content(one: Tensor | str) -> Any:
     """What tells one text or picture from another, whatever object holds it."""
-    return one if isinstance(one, str) else (tuple(one.shape), hashlib.blake2b(one.contiguous().numpy().tobytes()).digest())
+    return (
+        one
+        if isinstance(one, str)
+        else (tuple(one.shape), hashlib.blake2b(one.contiguous().numpy().tobytes()).digest())
+    )
 
 
 def pictures_of(images: Tensor, asked: Asked) -> tuple[Tensor, list[Tensor]]:
     """Pictures [b Y X 3] and photos [Y X 3], float32 in 0..1 on the CPU; ValueError for what is none, or where a prompt is missing."""
     from kindred.nodes.host import pictures_in
+
     images = pictures_in(images, NAME, "the pictures")
     if len(asked.prompts) != len(images):
-        raise ValueError(f"{NAME}: {len(images)} pictures come with {len(asked.prompts)} prompts; each has its own.")
-    return images, [pictures_in(photo[None], NAME, f"photo {i}")[0] for i, photo in enumerate(asked.references, 1)]
+        raise ValueError(
+            f"{NAME}: {len(images)} pictures come with {len(asked.prompts)} prompts; each has its own."
+        )
+    return images, [
+        pictures_in(photo[None], NAME, f"photo {i}")[0]
+        for i, photo in enumerate(asked.references, 1)
+    ]
 
 
 def embedded(vision: Any, pictures: Sequence[Tensor]) -> Tensor:
     """Pictures [Y X 3] in 0..1 -> [b c], through the host's CLIP_VISION."""
     from kindred.nodes.host import picture_embeddings
+
     return picture_embeddings(vision, pictures, NAME)
 
 
 def similarities(own: Tensor, photos: Sequence[Tensor]) -> tuple[list[float], list[float]]:
     """Pictures [b c] and photos [c] -> each picture's mean cosine with the photos, and with the others; NaN where there are none."""
     from kindred.models.metrics import cosine_similarity, mean_with_others
-    known = cosine_similarity(own, torch.stack(photos)).mean(1).tolist() if photos else [nan] * len(own)
+
+    known = (
+        cosine_similarity(own, torch.stack(photos)).mean(1).tolist() if photos else [nan] * len(own)
+    )
     others = mean_with_others(cosine_similarity(own, own)).tolist() if len(own) > 1 else [nan]
     return known, others
 
@@ -218,8 +297,15 @@ class AestheticHead(nn.Module):
         super().__init__()
         self.width = width
         self.layers = nn.Sequential(
-            nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
-            nn.Linear(64, 16), nn.Linear(16, 1))
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
         self.eval()
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -233,30 +319,49 @@ class AestheticHead(nn.Module):
 def load_vision(path: Path | str) -> Any:
     """A CLIP Vision or DINO through the host's own loader. ValueError: no such file, no such model, or weights are missing in it."""
     import comfy.clip_vision
+
     remedy = "Give a file that the host's Load CLIP Vision reads, such as CLIP ViT-L/14's or DINOv2 large."
     names = set(weights_in(path, remedy))
     try:
         vision = comfy.clip_vision.load(str(path))
-    except (RuntimeError, KeyError, UnboundLocalError) as error:  # the host's, for towers it knows half of
-        raise ValueError(f"{NAME}: {path} is no picture tower that ComfyUI can load ({why(error)}). {remedy}") from error
+    except (
+        RuntimeError,
+        KeyError,
+        UnboundLocalError,
+    ) as error:  # the host's, for towers it knows half of
+        raise ValueError(
+            f"{NAME}: {path} is no picture tower that ComfyUI can load ({why(error)}). {remedy}"
+        ) from error
     if vision is None:
         raise ValueError(f"{NAME}: {path} holds no picture tower. {remedy}")
     # the host only warns of what is missing, and leaves those weights as the memory was; OpenCLIP names all of them otherwise
-    missing = [] if any(name.startswith("visual.") for name in names) else [name for name in vision.model.state_dict() if name not in names]
+    missing = (
+        []
+        if any(name.startswith("visual.") for name in names)
+        else [name for name in vision.model.state_dict() if name not in names]
+    )
     if missing:
-        raise ValueError(f"{NAME}: {path} lacks {len(missing)} weights of its picture tower, such as {missing[0]}. {remedy}")
+        raise ValueError(
+            f"{NAME}: {path} lacks {len(missing)} weights of its picture tower, such as {missing[0]}. {remedy}"
+        )
     return vision
 
 
 def load_text(path: Path | str) -> Any:
     """A CLIP's text encoder as the host's CLIP. ValueError: no such file, no such model, or it cannot meet pictures in one space."""
     import comfy.sd
+
     remedy = "Give the whole text encoder of the same CLIP, such as clip_l.safetensors."
     names = set(weights_in(path, remedy))
-    if not names & {"text_model.encoder.layers.0.mlp.fc1.weight", "transformer.resblocks.0.ln_1.weight"}:
+    if not names & {
+        "text_model.encoder.layers.0.mlp.fc1.weight",
+        "transformer.resblocks.0.ln_1.weight",
+    }:
         raise ValueError(f"{NAME}: {path} holds no text encoder of CLIP. {remedy}")
     if not names & {"text_projection.weight", "text_projection"}:
-        raise ValueError(f"{NAME}: {path} holds no text projection, so its texts cannot be compared with pictures. {remedy}")
+        raise ValueError(
+            f"{NAME}: {path} holds no text projection, so its texts cannot be compared with pictures. {remedy}"
+        )
     return comfy.sd.load_clip([str(path)])
 
 
@@ -268,9 +373,13 @@ def load_head(path: Path | str) -> AestheticHead:
         head = AestheticHead()
     first = weights.get("layers.0.weight")
     if first is None or first.ndim != 2:
-        raise ValueError(f"{NAME}: {path} is no aesthetic head of this kind: it has no layers.0.weight. {remedy}")
+        raise ValueError(
+            f"{NAME}: {path} is no aesthetic head of this kind: it has no layers.0.weight. {remedy}"
+        )
     if first.shape[1] != HEAD_WIDTH:
-        raise ValueError(f"{NAME}: the aesthetic head in {path} reads {space(first.shape[1])}, not {space(HEAD_WIDTH)}. {remedy}")
+        raise ValueError(
+            f"{NAME}: the aesthetic head in {path} reads {space(first.shape[1])}, not {space(HEAD_WIDTH)}. {remedy}"
+        )
     return filled(head, weights, path, remedy)
 
 
@@ -284,18 +393,30 @@ def load_faces(weights: Path | str | None, device: str = "cpu") -> Faces:
     try:
         from facenet_pytorch import MTCNN, InceptionResnetV1
     except ImportError as error:
-        raise ValueError(f"{NAME}: faces need the package facenet-pytorch, which cannot be imported ({error}). Install it beside "
-                         f"ComfyUI: {install}. Or leave the face scores out.") from error
+        raise ValueError(
+            f"{NAME}: faces need the package facenet-pytorch, which cannot be imported ({error}). Install it beside "
+            f"ComfyUI: {install}. Or leave the face scores out."
+        ) from error
     remedy = "Give a FaceNet of facenet-pytorch's releases, such as 20180402-114759-vggface2.pt."
     if weights is None:
-        raise ValueError(f"{NAME}: faces need a file with FaceNet's weights. {remedy} Or leave the face scores out.")
-    found = {name: value for name, value in weights_in(weights, remedy).items() if not name.startswith("logits.")}  # names of people
+        raise ValueError(
+            f"{NAME}: faces need a file with FaceNet's weights. {remedy} Or leave the face scores out."
+        )
+    found = {
+        name: value
+        for name, value in weights_in(weights, remedy).items()
+        if not name.startswith("logits.")
+    }  # names of people
     with torch.random.fork_rng(devices=[]):
-        finder, net = MTCNN(image_size=FACE, min_face_size=LEAST_FACE, device=torch.device(device)), InceptionResnetV1()
+        finder, net = (
+            MTCNN(image_size=FACE, min_face_size=LEAST_FACE, device=torch.device(device)),
+            InceptionResnetV1(),
+        )
     net = filled(net, found, weights, remedy).eval().to(device)
 
     def detect(picture: Tensor) -> Tensor | None:
         from PIL import Image
+
         if min(picture.shape[:2]) < LEAST_FACE:
             return None
         return finder(Image.fromarray(picture.mul(255).round().byte().numpy()))
@@ -306,13 +427,18 @@ def load_faces(weights: Path | str | None, device: str = "cpu") -> Faces:
 def weights_in(path: Path | str, remedy: str) -> Mapping[str, Tensor]:
     """The tensors of a file by name, read without running anything in it. ValueError where there is no such file or it holds none."""
     import comfy.utils
+
     if not Path(path).is_file():
         raise ValueError(f"{NAME}: there is no file {path}. {remedy}")
     try:
         found = comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:  # pickle, zip and safetensors have each their own
-        raise ValueError(f"{NAME}: {path} is no file of weights ({why(error)}). {remedy}") from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(
+            f"{NAME}: {path} is no file of weights ({why(error)}). {remedy}"
+        ) from error
+    if not isinstance(found, Mapping) or not all(
+        isinstance(value, Tensor) for value in found.values()
+    ):
         raise ValueError(f"{NAME}: {path} holds something else than named weights. {remedy}")
     return found
 
@@ -322,9 +448,13 @@ def filled(module: nn.Module, weights: Mapping[str, Tensor], path: Path | str, r
     try:
         module.load_state_dict(dict(weights))
     except RuntimeError as error:
-        raise ValueError(f"{NAME}: the weights in {path} are not those of {type(module).__name__} ({why(error)}). {remedy}") from error
+        raise ValueError(
+            f"{NAME}: the weights in {path} are not those of {type(module).__name__} ({why(error)}). {remedy}"
+        ) from error
     if not all(value.isfinite().all() for value in module.state_dict().values()):
-        raise ValueError(f"{NAME}: {path} holds NaN or infinite weights: the file is broken. {remedy}")
+        raise ValueError(
+            f"{NAME}: {path} holds NaN or infinite weights: the file is broken. {remedy}"
+        )
     return module.requires_grad_(False)
 
 

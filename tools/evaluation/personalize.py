@@ -1,4 +1,5 @@
 """Paper A: a subject known from one photo, asked for elsewhere. On the miniature the subjects are held-out identities."""
+
 from __future__ import annotations
 
 import time
@@ -18,6 +19,7 @@ SEEDS = 1000  # more than anybody takes: between the noise of two batches of one
 @dataclass(frozen=True)
 class Subject:
     """Whom a photo shows, what is asked for, and how the pictures are judged."""
+
     photo: Any  # IMAGE [1 y x 3]
     word: str
     coarse: str  # prompt of the photo
@@ -32,7 +34,9 @@ class Personalize:
     def __init__(self, studio: Studio, subjects: Callable[[int], Subject]) -> None:
         self.studio, self.subjects = studio, subjects
         self.last: tuple[int, Subject] | None = None
-        self.banks: dict[tuple[Any, ...], tuple[Any, float]] = {}  # references by how they are read, and the seconds it took
+        self.banks: dict[
+            tuple[Any, ...], tuple[Any, float]
+        ] = {}  # references by how they are read, and the seconds it took
         self.read = 0.0  # seconds spent on reading references so far
 
     def subject(self, number: int) -> Subject:
@@ -47,12 +51,20 @@ class Personalize:
         model, told = self.injected(row, subject)
         with studio.counted() as calls:
             for first in range(0, len(subject.prompts), studio.batch):
-                part = subject.prompts[first:first + studio.batch]
-                lines, noise = studio.prompts(part, subject.word), number + APART * (seed + SEEDS * first)
+                part = subject.prompts[first : first + studio.batch]
+                lines, noise = (
+                    studio.prompts(part, subject.word),
+                    number + APART * (seed + SEEDS * first),
+                )
                 made.append(studio.sample(model, lines, len(part), noise, row.get("cfg", None)))
         images = studio.torch.cat(made)
-        seconds = (time.monotonic() - start - (self.read - read)) / len(images)  # the concept encoder's part is in it
-        return told | subject.judge(images) | {"seconds": seconds, "unet_calls": len(calls) // len(made)}, images
+        seconds = (time.monotonic() - start - (self.read - read)) / len(
+            images
+        )  # the concept encoder's part is in it
+        return told | subject.judge(images) | {
+            "seconds": seconds,
+            "unet_calls": len(calls) // len(made),
+        }, images
 
     def injected(self, row: Row, subject: Subject) -> tuple[Any, dict[str, Any]]:
         """The model with what the row injects, and what is known of the reference."""
@@ -61,29 +73,57 @@ class Personalize:
             bank, told["seconds_reference"] = self.reference(row, subject)
             if row.get("mask", "word") == "word" and subject.mask is not None:
                 told["mask_iou"] = overlap(bank, subject.mask)
-            model = studio.run("KindredMaskedSelfAttnInject", model=model, reference=bank, **row.of(INJECT))[0]
+            model = studio.run(
+                "KindredMaskedSelfAttnInject", model=model, reference=bank, **row.of(INJECT)
+            )[0]
         if concept := row.of(CONCEPT, "concept."):
-            model = studio.run("KindredCrossAttnDetailInject", model=model, concept_encoder=studio.encoder,
-                               image=subject.photo, **concept)[0]
+            model = studio.run(
+                "KindredCrossAttnDetailInject",
+                model=model,
+                concept_encoder=studio.encoder,
+                image=subject.photo,
+                **concept,
+            )[0]
         return model, told
 
     def reference(self, row: Row, subject: Subject) -> tuple[Any, float]:
         """The photo as this row reads it (a negative too, where a row wants its half), and the seconds that it took."""
-        both, inverted, mask = row.get("halves", "") == "both", row.get("inverted", "no") == "yes", row.get("mask", "word")
+        both, inverted, mask = (
+            row.get("halves", "") == "both",
+            row.get("inverted", "no") == "yes",
+            row.get("mask", "word"),
+        )
         key = (tuple(sorted(row.of(CAPTURE).items())), both, inverted, mask)
         if key not in self.banks:
             studio, start = self.studio, time.monotonic()
-            latent, coarse = studio.encode(subject.photo), studio.prompts([subject.coarse], subject.word)
-            shared = {"model": studio.model, "positive": coarse, "steps": studio.steps, "scheduler": "ddim_uniform"}
+            latent, coarse = (
+                studio.encode(subject.photo),
+                studio.prompts([subject.coarse], subject.word),
+            )
+            shared = {
+                "model": studio.model,
+                "positive": coarse,
+                "steps": studio.steps,
+                "scheduler": "ddim_uniform",
+            }
             inputs: dict[str, Any] = {"negative": studio.empty()} if both else {}
             if inverted:
-                inputs["inversion"] = studio.run("KindredDDIMInvert", latent=latent, check=False, **shared)[0]
+                inputs["inversion"] = studio.run(
+                    "KindredDDIMInvert", latent=latent, check=False, **shared
+                )[0]
             else:
                 inputs["latent"] = latent
             if mask != "word":
-                drawn = studio.torch.from_numpy(subject.mask) if mask == "true" else studio.torch.ones(subject.photo.shape[1:3])
+                drawn = (
+                    studio.torch.from_numpy(subject.mask)
+                    if mask == "true"
+                    else studio.torch.ones(subject.photo.shape[1:3])
+                )
                 inputs["mask"] = drawn.float()[None]
-            bank, seconds = studio.run("KindredRefUNetCapture", **shared, **inputs, **row.of(CAPTURE))[0], time.monotonic() - start
+            bank, seconds = (
+                studio.run("KindredRefUNetCapture", **shared, **inputs, **row.of(CAPTURE))[0],
+                time.monotonic() - start,
+            )
             self.banks[key], self.read = (bank, seconds), self.read + seconds
         return self.banks[key]
 
@@ -96,10 +136,12 @@ class Identities:
 
     def __init__(self, studio: Studio) -> None:
         from kindred.miniature.reader import load_reader
+
         self.studio, self.reader = studio, load_reader()
 
     def __call__(self, number: int) -> Subject:
         from kindred.miniature.world import CLASSES, SCENES, held_out_identity, prompt, render
+
         identity, kind = held_out_identity(number), CLASSES[number % len(CLASSES)]
         photographed, *asked = (SCENES[(number + k) % len(SCENES)] for k in (0, 3, 6))
         photo = render(identity, kind, photographed, 5000 + number)
@@ -107,32 +149,50 @@ class Identities:
         def judge(images: Any) -> dict[str, Any]:
             reading = self.reader.read(images)
             return judged(reading, identity) | {
-                "scene": [float(read == scene) for read, scene in zip(reading.names("scene"), asked, strict=True)],
-                "class": [float(read == kind) for read in reading.names("class")]}
+                "scene": [
+                    float(read == scene)
+                    for read, scene in zip(reading.names("scene"), asked, strict=True)
+                ],
+                "class": [float(read == kind) for read in reading.names("class")],
+            }
+
         prompts = tuple(prompt(kind, scene) for scene in asked)
-        return Subject(self.studio.picture(photo.image), kind, prompt(kind), prompts, judge, photo.mask)
+        return Subject(
+            self.studio.picture(photo.image), kind, prompt(kind), prompts, judge, photo.mask
+        )
 
     def bounds(self, number: int) -> tuple[dict[str, Any], Any]:
         """What the judge gives this identity rendered in another pose, and what it gives the next one; and the photo."""
         from kindred.miniature.world import CLASSES, SCENES, held_out_identity, render
+
         one, other = held_out_identity(number), held_out_identity(number + 1)
-        shown = render(one, CLASSES[number % len(CLASSES)], SCENES[number % len(SCENES)], 7919 + number)
+        shown = render(
+            one, CLASSES[number % len(CLASSES)], SCENES[number % len(SCENES)], 7919 + number
+        )
         reading = self.reader.read(self.studio.autoencode(self.studio.picture(shown.image)))
         found = judged(reading, one)
-        return {"ceiling": found.pop("identity")[0], "floor": judged(reading, other)["identity"][0]} | found, self(number).photo
+        return {
+            "ceiling": found.pop("identity")[0],
+            "floor": judged(reading, other)["identity"][0],
+        } | found, self(number).photo
 
 
 def judged(reading: Any, identity: Any) -> dict[str, list[float]]:
     """Identity similarity of every picture, and the parts that it is the weighted mean of."""
     from kindred.miniature.reader import SHARES, similarity_parts
+
     parts = [similarity_parts(reading, identity, i) for i in range(len(reading))]
     return {"identity": [sum(SHARES[name] * part[name] for name in SHARES) for part in parts]} | {
-        name: [part[name] for part in parts] for name in SHARES}
+        name: [part[name] for part in parts] for name in SHARES
+    }
 
 
 def overlap(bank: Any, mask: Any) -> float:
     """IoU of the found mask with the renderer's, at the latent's grid."""
     import torch
     from kindred.models.masks import iou, resize_user_mask
+
     grid = tuple(bank.trajectory.latents.shape[-2:])
-    return float(iou(bank.masks[grid], resize_user_mask(torch.from_numpy(mask).float()[None], grid)))
+    return float(
+        iou(bank.masks[grid], resize_user_mask(torch.from_numpy(mask).float()[None], grid))
+    )

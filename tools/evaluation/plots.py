@@ -1,4 +1,5 @@
 """Pictures of the tables, without a display and the same bytes every time: identity against text, and strength curves."""
+
 from __future__ import annotations
 
 import math
@@ -25,7 +26,16 @@ from .labels import LEADER, RIM, leaders, placed, spread
 PAPER, INK, GREY, FAINT = "#ffffff", "#1c2530", "#66717e", "#dfe3e8"  # as nodes/drawing.py
 # no two nearer than 0.09 in OKLab to any colour-blind eye (searched for; test_plots holds them to it)
 COLOURS = (INK, "#1b4fc4", "#d63a0c", "#068a6b", "#b070cc", "#f0a012", "#7db8f0")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # eight: with seven colours no pair returns before 56 series
+MARKERS = (
+    "o",
+    "s",
+    "^",
+    "D",
+    "v",
+    "P",
+    "X",
+    "*",
+)  # eight: with seven colours no pair returns before 56 series
 DPI, WIDTH, HEIGHT = 200, 1600, 1100  # twice 800 x 550
 HEIGHTS = (HEIGHT, 1400, 1800, 2400)  # the first in which every label finds a place
 MARGIN, GAP = 36.0, 14.0  # pixels
@@ -34,17 +44,50 @@ STEPS = (1, 2, 2.5, 5, 10)
 LONGEST = 44  # characters of a label
 HALO = withStroke(linewidth=2.4, foreground=PAPER)  # words stay readable over lines
 # matplotlib's own settings whatever the person's matplotlibrc says, and the house's
-OWN = ("axes", "agg", "errorbar", "figure", "font", "grid", "lines", "markers", "mathtext", "patch", "path", "text", "xtick", "ytick")
+OWN = (
+    "axes",
+    "agg",
+    "errorbar",
+    "figure",
+    "font",
+    "grid",
+    "lines",
+    "markers",
+    "mathtext",
+    "patch",
+    "path",
+    "text",
+    "xtick",
+    "ytick",
+)
 LOOK = {key: rcParamsDefault[key] for key in rcParamsDefault if key.split(".")[0] in OWN} | {
-    "font.family": ["DejaVu Sans"], "mathtext.fontset": "dejavusans", "font.size": WORDS, "axes.edgecolor": GREY, "text.color": INK,
-    "axes.labelcolor": INK, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": False, "grid.color": FAINT, "grid.linewidth": 0.5, "axes.axisbelow": True, "lines.solid_capstyle": "round"}
+    "font.family": ["DejaVu Sans"],
+    "mathtext.fontset": "dejavusans",
+    "font.size": WORDS,
+    "axes.edgecolor": GREY,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.solid_capstyle": "round",
+}
 
 
 @dataclass(frozen=True)
 class Point:
     """One row of a table; the errors are standard errors of the means."""
+
     label: str
     x: float
     y: float
@@ -55,14 +98,23 @@ class Point:
 @dataclass(frozen=True)
 class Axis:
     """What is measured along an axis, and between which scores it makes sense."""
+
     title: str
     floor: float | None = None
     ceiling: float | None = None
 
     def marks(self, logarithmic: bool = False) -> list[tuple[str, float]]:
         """The floor and the ceiling that are known and can be drawn, with their labels."""
-        found = [(name, v) for name, v in (("floor", self.floor), ("ceiling", self.ceiling)) if v is not None and math.isfinite(v)]
-        return [(f"{name} {v:.2f}" if 0.1 <= abs(v) < 10 else f"{name} {v:.3g}", v) for name, v in found if v > 0 or not logarithmic]
+        found = [
+            (name, v)
+            for name, v in (("floor", self.floor), ("ceiling", self.ceiling))
+            if v is not None and math.isfinite(v)
+        ]
+        return [
+            (f"{name} {v:.2f}" if 0.1 <= abs(v) < 10 else f"{name} {v:.3g}", v)
+            for name, v in found
+            if v > 0 or not logarithmic
+        ]
 
 
 @dataclass(frozen=True)
@@ -73,22 +125,43 @@ class Style:
     @property
     def ink(self) -> str:
         """The colour for words: a little darker."""
-        mixed = (round(0.68 * int(self.colour[n:n + 2], 16) + 0.32 * int(INK[n:n + 2], 16)) for n in (1, 3, 5))
+        mixed = (
+            round(0.68 * int(self.colour[n : n + 2], 16) + 0.32 * int(INK[n : n + 2], 16))
+            for n in (1, 3, 5)
+        )
         return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
 @dataclass
 class Page:
     """A figure whose words are laid out in pixels from its lower left corner."""
+
     figure: Figure
     canvas: FigureCanvasAgg
     axes: Axes
     free: float = 0.0  # where the words beside the axes begin, or the paper ends
 
-    def write(self, text: str, size: float = SMALL, colour: str = INK, turned: bool = False, bold: bool = False) -> Text:
+    def write(
+        self,
+        text: str,
+        size: float = SMALL,
+        colour: str = INK,
+        turned: bool = False,
+        bold: bool = False,
+    ) -> Text:
         """A text that is nowhere yet: `put` gives it its place."""
-        return self.figure.text(0, 0, text, fontsize=size, color=colour, rotation=90 * turned, fontweight="bold" if bold else "normal",
-                                transform=IdentityTransform(), zorder=9, path_effects=[HALO])
+        return self.figure.text(
+            0,
+            0,
+            text,
+            fontsize=size,
+            color=colour,
+            rotation=90 * turned,
+            fontweight="bold" if bold else "normal",
+            transform=IdentityTransform(),
+            zorder=9,
+            path_effects=[HALO],
+        )
 
     def box(self, text: Text) -> Bbox:
         return text.get_window_extent(self.canvas.get_renderer())
@@ -99,20 +172,37 @@ class Page:
         text.set_position((x + left - box.x0, y + bottom - box.y0))
         return self.box(text)
 
-    def paragraph(self, text: str, room: float, size: float = WORDS, turned: bool = False, bold: bool = False) -> Text:
+    def paragraph(
+        self, text: str, room: float, size: float = WORDS, turned: bool = False, bold: bool = False
+    ) -> Text:
         """A text broken into lines of at most `room` pixels, where it has spaces."""
         made = ""
         for word in text.split():
-            probe = self.write(said(f"{made.rsplit(chr(10), 1)[-1]} {word}".strip()), size, bold=bold)
+            probe = self.write(
+                said(f"{made.rsplit(chr(10), 1)[-1]} {word}".strip()), size, bold=bold
+            )
             made += ("\n" if self.box(probe).width > room else " ") * bool(made) + word
             probe.remove()
         return self.write(said(made), size, turned=turned, bold=bold)
 
     def line(self, xs: Sequence[float], ys: Sequence[float], colour: str, marker: str = "") -> None:
         """A thin line to a label, under everything; with a marker at its first place a strong one, for the key."""
-        self.figure.add_artist(Line2D(xs, ys, color=colour, linewidth=1.2 if marker else 0.6, alpha=1.0 if marker else 0.6, marker=marker,
-                                      markersize=6, markevery=[0], markeredgecolor=PAPER, markeredgewidth=0.6,
-                                      transform=IdentityTransform(), zorder=-1))
+        self.figure.add_artist(
+            Line2D(
+                xs,
+                ys,
+                color=colour,
+                linewidth=1.2 if marker else 0.6,
+                alpha=1.0 if marker else 0.6,
+                marker=marker,
+                markersize=6,
+                markevery=[0],
+                markeredgecolor=PAPER,
+                markeredgewidth=0.6,
+                transform=IdentityTransform(),
+                zorder=-1,
+            )
+        )
 
 
 def said(text: str) -> str:
@@ -122,11 +212,14 @@ def said(text: str) -> str:
 
 
 def cut(text: str) -> str:
-    return text if len(text) <= LONGEST else text[:LONGEST - 1].rstrip() + "\u2026"
+    return text if len(text) <= LONGEST else text[: LONGEST - 1].rstrip() + "\u2026"
 
 
 def styles(series: Mapping[str, object]) -> dict[str, Style]:
-    return {name: Style(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(series)}
+    return {
+        name: Style(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)])
+        for n, name in enumerate(series)
+    }
 
 
 def error(value: float) -> float:
@@ -135,7 +228,11 @@ def error(value: float) -> float:
 
 
 def finite(points: Sequence[Point], logarithmic: bool = False) -> list[Point]:
-    return [p for p in points if math.isfinite(p.x) and math.isfinite(p.y) and (p.x > 0 or not logarithmic)]
+    return [
+        p
+        for p in points
+        if math.isfinite(p.x) and math.isfinite(p.y) and (p.x > 0 or not logarithmic)
+    ]
 
 
 def limits(values: Sequence[float], before: float, after: float) -> tuple[float, float]:
@@ -148,8 +245,18 @@ def limits(values: Sequence[float], before: float, after: float) -> tuple[float,
 # the paper -----------------------------------------------------------------------------------------------------------------
 
 
-def page(title: str, key: Mapping[str, Style], x: Axis, y: Axis, xs: tuple[float, float], ys: tuple[float, float], height: int,
-         ticks: Sequence[float] | None, logarithmic: bool, ends: Sequence[tuple[str, float, float, Style]]) -> Page:
+def page(
+    title: str,
+    key: Mapping[str, Style],
+    x: Axis,
+    y: Axis,
+    xs: tuple[float, float],
+    ys: tuple[float, float],
+    height: int,
+    ticks: Sequence[float] | None,
+    logarithmic: bool,
+    ends: Sequence[tuple[str, float, float, Style]],
+) -> Page:
     """Title, key, axes with their titles, floor and ceiling, and labels at the ends of lines (label, x, y, style)."""
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
     made = Page(figure, FigureCanvasAgg(figure), figure.add_axes((0.1, 0.1, 0.8, 0.8)))
@@ -183,11 +290,29 @@ def page(title: str, key: Mapping[str, Style], x: Axis, y: Axis, xs: tuple[float
     left = MARGIN + made.box(upward).width + GAP
     for _ in range(2):  # the ticks' words depend on the axes' size, and that on them
         frame(axes, left, bottom, right, top, height)
-        words = [axis.get_tightbbox(made.canvas.get_renderer()) for axis in (axes.xaxis, axes.yaxis)]
-        left += max(0.0, MARGIN + made.box(upward).width + GAP - min((box.x0 for box in words if box), default=math.inf))
-        bottom += max(0.0, MARGIN + made.box(across).height + GAP - min((box.y0 for box in words if box), default=math.inf))
+        words = [
+            axis.get_tightbbox(made.canvas.get_renderer()) for axis in (axes.xaxis, axes.yaxis)
+        ]
+        left += max(
+            0.0,
+            MARGIN
+            + made.box(upward).width
+            + GAP
+            - min((box.x0 for box in words if box), default=math.inf),
+        )
+        bottom += max(
+            0.0,
+            MARGIN
+            + made.box(across).height
+            + GAP
+            - min((box.y0 for box in words if box), default=math.inf),
+        )
     frame(axes, left, bottom, right, top, height)
-    made.put(across, min((left + right - made.box(across).width) / 2, WIDTH - MARGIN - made.box(across).width), MARGIN)
+    made.put(
+        across,
+        min((left + right - made.box(across).width) / 2, WIDTH - MARGIN - made.box(across).width),
+        MARGIN,
+    )
     made.put(upward, MARGIN, (bottom + top - made.box(upward).height) / 2)
     if ticks is not None:
         thin(made, ticks)
@@ -196,10 +321,17 @@ def page(title: str, key: Mapping[str, Style], x: Axis, y: Axis, xs: tuple[float
         axes.axhline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
     for name, value in crossing:
         axes.axvline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
-    beside_of(made, beside, [(p, q, style.colour) for _, p, q, style in ends] + [(math.nan, value, GREY) for _, value in y.marks()])
+    beside_of(
+        made,
+        beside,
+        [(p, q, style.colour) for _, p, q, style in ends]
+        + [(math.nan, value, GREY) for _, value in y.marks()],
+    )
     places = [axes.transData.transform((value, ys[0]))[0] for _, value in crossing]
     widths = [made.box(text).width + GAP for text in above]
-    starts = spread([place - width / 2 for place, width in zip(places, widths)], widths, MARGIN, WIDTH - MARGIN)
+    starts = spread(
+        [place - width / 2 for place, width in zip(places, widths)], widths, MARGIN, WIDTH - MARGIN
+    )
     for text, start, place in zip(above, starts, places):
         box = made.put(text, start + GAP / 2, top + GAP)
         made.line([place, min(max(place, box.x0), box.x1)], [top, top + GAP - 3], GREY)
@@ -207,7 +339,9 @@ def page(title: str, key: Mapping[str, Style], x: Axis, y: Axis, xs: tuple[float
 
 
 def frame(axes: Axes, left: float, bottom: float, right: float, top: float, height: int) -> None:
-    axes.set_position((left / WIDTH, bottom / height, (right - left) / WIDTH, (top - bottom) / height))
+    axes.set_position(
+        (left / WIDTH, bottom / height, (right - left) / WIDTH, (top - bottom) / height)
+    )
 
 
 def legend(made: Page, key: Mapping[str, Style], top: float) -> float:
@@ -219,7 +353,9 @@ def legend(made: Page, key: Mapping[str, Style], top: float) -> float:
         if left > MARGIN and left + 54 + box.width > WIDTH - MARGIN:
             left, top = MARGIN, low - GAP / 2
         box = made.put(text, left + 54, top - box.height)
-        made.line([left + 22, left, left + 44], [(box.y0 + box.y1) / 2] * 3, style.colour, style.marker)
+        made.line(
+            [left + 22, left, left + 44], [(box.y0 + box.y1) / 2] * 3, style.colour, style.marker
+        )
         left, low = box.x1 + 3 * GAP, min(low, box.y0)
     return low - 1.5 * GAP if key else top
 
@@ -229,7 +365,10 @@ def thin(made: Page, ticks: Sequence[float]) -> None:
     end, words = -math.inf, []
     for tick in ticks:
         text = made.write(f"{tick:g}", WORDS)
-        width, middle = made.box(text).width, made.axes.transData.transform((tick, made.axes.get_ylim()[0]))[0]
+        width, middle = (
+            made.box(text).width,
+            made.axes.transData.transform((tick, made.axes.get_ylim()[0]))[0],
+        )
         fits = middle - width / 2 > end + 8
         words.append(text.get_text() if fits else "")
         end = middle + width / 2 if fits else end
@@ -237,28 +376,42 @@ def thin(made: Page, ticks: Sequence[float]) -> None:
     made.axes.xaxis.set_major_formatter(FixedFormatter(words))
 
 
-def beside_of(made: Page, texts: Sequence[Text], places: Sequence[tuple[float, float, str]]) -> None:
+def beside_of(
+    made: Page, texts: Sequence[Text], places: Sequence[tuple[float, float, str]]
+) -> None:
     """Labels right of the axes, as near to their lines' ends (x or nan for the frame, y, colour) as they go without touching."""
     frame_box = made.axes.get_window_extent()
-    ends = [made.axes.transData.transform((made.axes.get_xlim()[1] if math.isnan(p) else p, q)) for p, q, _ in places]
+    ends = [
+        made.axes.transData.transform((made.axes.get_xlim()[1] if math.isnan(p) else p, q))
+        for p, q, _ in places
+    ]
     heights = [made.box(text).height + 5 for text in texts]
-    starts = spread([y - height / 2 for (_, y), height in zip(ends, heights)], heights, frame_box.y0 - 3 * GAP, frame_box.y1 + GAP)
+    starts = spread(
+        [y - height / 2 for (_, y), height in zip(ends, heights)],
+        heights,
+        frame_box.y0 - 3 * GAP,
+        frame_box.y1 + GAP,
+    )
     for text, start, height, (x, y), (p, _, colour) in zip(texts, starts, heights, ends, places):
         made.put(text, frame_box.x1 + 1.6 * GAP, start + 2.5)
         xs, ys = [x, frame_box.x1, frame_box.x1 + 1.3 * GAP], [y, y, start + height / 2]
-        made.line(xs[math.isnan(p):], ys[math.isnan(p):], colour)
+        made.line(xs[math.isnan(p) :], ys[math.isnan(p) :], colour)
 
 
 # labels beside points ------------------------------------------------------------------------------------------------------
 
 
-def label(made: Page, series: Mapping[str, Sequence[Point]], look: Mapping[str, Style], x: Axis, y: Axis) -> bool:
+def label(
+    made: Page, series: Mapping[str, Sequence[Point]], look: Mapping[str, Style], x: Axis, y: Axis
+) -> bool:
     """Write every point's label beside it -> whether all found a place."""
     rows = [(point, look[name]) for name, points in series.items() for point in points]
     if not rows:
         return True
     at, box = made.axes.transData.transform, made.axes.get_window_extent()
-    ends = [((a.x, a.y), (b.x, b.y)) for points in series.values() for a, b in zip(points, points[1:])]
+    ends = [
+        ((a.x, a.y), (b.x, b.y)) for points in series.values() for a, b in zip(points, points[1:])
+    ]
     for p, _ in rows:
         dx, dy = error(p.x_error), error(p.y_error)
         ends += [((p.x - dx, p.y), (p.x + dx, p.y)), ((p.x, p.y - dy), (p.x, p.y + dy))]
@@ -269,7 +422,9 @@ def label(made: Page, series: Mapping[str, Sequence[Point]], look: Mapping[str, 
     sizes = np.array([(made.box(text).width + 4, made.box(text).height + 4) for text in texts])
     room = np.array([box.x0 + 4, box.y0 + 4, made.free, box.y1 - 4])
     done = True
-    for text, spot, anchor, (point, style) in zip(texts, placed(anchors, sizes, room, lines), anchors, rows):
+    for text, spot, anchor, (point, style) in zip(
+        texts, placed(anchors, sizes, room, lines), anchors, rows
+    ):
         if spot is None or not point.label:
             text.remove()
             done = done and not point.label
@@ -286,8 +441,14 @@ def label(made: Page, series: Mapping[str, Sequence[Point]], look: Mapping[str, 
 
 def values_of(points: Iterator[Point], axis: Axis, along: str) -> list[float]:
     """Everything an axis has to show: points with their errors, floor and ceiling."""
-    found = [value for p in points for value in (getattr(p, along) - error(getattr(p, f"{along}_error")),
-                                                 getattr(p, along) + error(getattr(p, f"{along}_error")))]
+    found = [
+        value
+        for p in points
+        for value in (
+            getattr(p, along) - error(getattr(p, f"{along}_error")),
+            getattr(p, along) + error(getattr(p, f"{along}_error")),
+        )
+    ]
     return found + [value for _, value in axis.marks()]
 
 
@@ -295,7 +456,11 @@ def values_of(points: Iterator[Point], axis: Axis, along: str) -> list[float]:
 def front_figure(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: Axis) -> Figure:
     """The picture that `front` writes."""
     shown, look = {name: finite(points) for name, points in series.items()}, styles(series)
-    key = {name: look[name] for name, points in shown.items() if points and {point.label for point in points} != {name}}
+    key = {
+        name: look[name]
+        for name, points in shown.items()
+        if points and {point.label for point in points} != {name}
+    }
     xs = limits(values_of(chain.from_iterable(shown.values()), x, "x"), 0.06, 0.07)
     ys = limits(values_of(chain.from_iterable(shown.values()), y, "y"), 0.06, 0.06)
     for height in HEIGHTS:
@@ -303,36 +468,90 @@ def front_figure(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: 
         for name, points in shown.items():
             style = look[name]
             across, up = [point.x for point in points], [point.y for point in points]
-            made.axes.errorbar(across, up, [error(p.y_error) for p in points], [error(p.x_error) for p in points], fmt="none",
-                               ecolor=style.colour, elinewidth=0.8, alpha=0.45, zorder=2)
+            made.axes.errorbar(
+                across,
+                up,
+                [error(p.y_error) for p in points],
+                [error(p.x_error) for p in points],
+                fmt="none",
+                ecolor=style.colour,
+                elinewidth=0.8,
+                alpha=0.45,
+                zorder=2,
+            )
             made.axes.plot(across, up, color=style.colour, linewidth=0.9, alpha=0.5, zorder=2.5)
-            made.axes.plot(across, up, linestyle="none", marker=style.marker, color=style.colour, markersize=6, markeredgecolor=PAPER,
-                           markeredgewidth=0.6, zorder=3, clip_on=False, gid=name)
+            made.axes.plot(
+                across,
+                up,
+                linestyle="none",
+                marker=style.marker,
+                color=style.colour,
+                markersize=6,
+                markeredgecolor=PAPER,
+                markeredgewidth=0.6,
+                zorder=3,
+                clip_on=False,
+                gid=name,
+            )
         if label(made, shown, look, x, y):
             break
     return made.figure
 
 
 @rc_context(LOOK)
-def curves_figure(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: Axis, logarithmic: bool = False) -> Figure:
+def curves_figure(
+    title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: Axis, logarithmic: bool = False
+) -> Figure:
     """The picture that `curves` writes."""
-    shown = {name: sorted(finite(points, logarithmic), key=lambda p: p.x) for name, points in series.items()}
+    shown = {
+        name: sorted(finite(points, logarithmic), key=lambda p: p.x)
+        for name, points in series.items()
+    }
     look, every = styles(series), [point for points in shown.values() for point in points]
     ticks = sorted({point.x for point in every})
     around = [value for _, value in x.marks(logarithmic)]
     xs = limits([math.log2(v) if logarithmic else v for v in (*ticks, *around)], 0.03, 0.02)
     ys = limits(values_of(iter(every), y, "y"), 0.06, 0.06)
-    ends = [(name, points[-1].x, points[-1].y, look[name]) for name, points in shown.items() if points]
+    ends = [
+        (name, points[-1].x, points[-1].y, look[name]) for name, points in shown.items() if points
+    ]
     height = max(HEIGHT, 400 + 34 * len(ends))
-    made = page(title, {}, x, y, (2.0**xs[0], 2.0**xs[1]) if logarithmic else xs, ys, height, ticks, logarithmic, ends)
+    made = page(
+        title,
+        {},
+        x,
+        y,
+        (2.0 ** xs[0], 2.0 ** xs[1]) if logarithmic else xs,
+        ys,
+        height,
+        ticks,
+        logarithmic,
+        ends,
+    )
     for name, points in shown.items():
         style, across = look[name], [point.x for point in points]
-        low, high = ([point.y + sign * error(point.y_error) for point in points] for sign in (-1, 1))
-        made.axes.fill_between(across, low, high, color=style.colour, alpha=0.13, linewidth=0, zorder=2)
+        low, high = (
+            [point.y + sign * error(point.y_error) for point in points] for sign in (-1, 1)
+        )
+        made.axes.fill_between(
+            across, low, high, color=style.colour, alpha=0.13, linewidth=0, zorder=2
+        )
         if len(points) == 1:  # a band of no width shows no error
-            made.axes.vlines(across, low, high, color=style.colour, linewidth=0.8, alpha=0.45, zorder=2)
-        made.axes.plot(across, [point.y for point in points], color=style.colour, linewidth=1.4, marker=style.marker, markersize=6,
-                       markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3, gid=name)
+            made.axes.vlines(
+                across, low, high, color=style.colour, linewidth=0.8, alpha=0.45, zorder=2
+            )
+        made.axes.plot(
+            across,
+            [point.y for point in points],
+            color=style.colour,
+            linewidth=1.4,
+            marker=style.marker,
+            markersize=6,
+            markeredgecolor=PAPER,
+            markeredgewidth=0.6,
+            zorder=3,
+            gid=name,
+        )
     return made.figure
 
 
@@ -353,7 +572,14 @@ def front(path: Path, title: str, series: Mapping[str, Sequence[Point]], x: Axis
     save(front_figure(title, series, x, y), path)
 
 
-def curves(path: Path, title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: Axis, logarithmic: bool = False) -> None:
+def curves(
+    path: Path,
+    title: str,
+    series: Mapping[str, Sequence[Point]],
+    x: Axis,
+    y: Axis,
+    logarithmic: bool = False,
+) -> None:
     """Strength curves: lines with bands of one standard error, named at their ends, ticks at what was measured.
 
     The points' own labels are not shown. Points that are not finite are left out, on a logarithmic axis also those at or below zero. An

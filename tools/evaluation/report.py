@@ -1,4 +1,5 @@
 """The folder of an evaluation: tables as markdown and CSV, figures as JSON, plots, and sheets of the first pictures."""
+
 from __future__ import annotations
 
 import json
@@ -12,8 +13,13 @@ from .plots import Axis, Point, curves, front
 from .tables import Filled
 
 
-def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pictures: Mapping[str, Any],
-          notes: Mapping[str, str]) -> list[Path]:
+def write(
+    folder: Path,
+    filled: Sequence[Filled],
+    report: Mapping[str, Any],
+    pictures: Mapping[str, Any],
+    notes: Mapping[str, str],
+) -> list[Path]:
     """Everything into `folder`; returns what was written. `pictures` and `notes`: the sheet and the words below a table, by its name."""
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
@@ -21,6 +27,7 @@ def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pic
     def put(name: str, text: str) -> None:
         made.append(folder / name)
         made[-1].write_text(text, "utf-8")
+
     parts = []
     for one in filled:
         name = one.table.name
@@ -31,19 +38,37 @@ def write(folder: Path, filled: Sequence[Filled], report: Mapping[str, Any], pic
             pictures[name].save(drawn[-1], quality=90)
         made += drawn
         words = filter(None, (one.by_part(), one.judged_by(), notes.get(name, "")))
-        parts += [f"## {one.table.title}", one.markdown(), *words, *(f"![{path.stem}]({path.name})" for path in drawn)]
+        parts += [
+            f"## {one.table.title}",
+            one.markdown(),
+            *words,
+            *(f"![{path.stem}]({path.name})" for path in drawn),
+        ]
     put("report.json", json.dumps(dict(report), indent=2) + "\n")
-    stopped = [] if report["complete"] else ["**Stopped before its end**: every table shows the cases that all of its rows have."]
+    stopped = (
+        []
+        if report["complete"]
+        else ["**Stopped before its end**: every table shows the cases that all of its rows have."]
+    )
     head = f"`{report['command']}`, version {report['version']}, code {report['code']}"
-    put("report.md", "\n\n".join(["# Evaluation", head, *stopped, *parts,
-                                  "## What a picture took", time_table(filled)]) + "\n")
+    put(
+        "report.md",
+        "\n\n".join(
+            ["# Evaluation", head, *stopped, *parts, "## What a picture took", time_table(filled)]
+        )
+        + "\n",
+    )
     return made
 
 
 def time_table(filled: Sequence[Filled]) -> str:
     """Seconds per picture: the one thing that another run measures otherwise."""
     lines = ["| table | row | seconds per picture |", "|---|---|---:|"]
-    lines += [f"| {one.table.name} | {row} | {scores['seconds'].mean:.1f} |" for one in filled for row, scores in one.scores.items()]
+    lines += [
+        f"| {one.table.name} | {row} | {scores['seconds'].mean:.1f} |"
+        for one in filled
+        for row, scores in one.scores.items()
+    ]
     return "\n".join(lines)
 
 
@@ -58,16 +83,29 @@ def plots(folder: Path, one: Filled) -> list[Path]:
             continue
         text, identity = one.scores[row.name]["text"], one.scores[row.name][key]
         line, number = family(row.name) if one.table.axis else (row.name, None)
-        series.setdefault(line, []).append(Point(row.name, text.mean, identity.mean, text.error, identity.error))
+        series.setdefault(line, []).append(
+            Point(row.name, text.mean, identity.mean, text.error, identity.error)
+        )
         if number is not None:
             for what, score in ((title, identity), ("as asked", text)):
-                lines.setdefault(f"{line}: {what}", []).append(Point(row.name, number, score.mean, 0.0, score.error))
+                lines.setdefault(f"{line}: {what}", []).append(
+                    Point(row.name, number, score.mean, 0.0, score.error)
+                )
     made = [folder / f"{one.table.name}_front.png"]
-    height = Axis(title, *(None if math.isnan(bound) else bound for bound in (one.floor, one.ceiling)))
+    height = Axis(
+        title, *(None if math.isnan(bound) else bound for bound in (one.floor, one.ceiling))
+    )
     front(made[0], one.table.title, series, Axis(one.ground.text_title), height)
     if any(len(points) > 1 for points in lines.values()):
         made.append(folder / f"{one.table.name}_curves.png")
-        curves(made[1], one.table.title, lines, Axis(one.table.axis), Axis(f"{title}, and share as asked"), one.table.axis == "weight")
+        curves(
+            made[1],
+            one.table.title,
+            lines,
+            Axis(one.table.axis),
+            Axis(f"{title}, and share as asked"),
+            one.table.axis == "weight",
+        )
     return made
 
 

@@ -1,4 +1,5 @@
 """Rows of the tables: a name and the nodes' inputs that it sets, as a person writes them on the command line."""
+
 from __future__ import annotations
 
 import math
@@ -7,20 +8,63 @@ from dataclasses import dataclass
 from typing import Any
 
 Kind = type | tuple[str, ...]  # of a value, or its choices as the nodes name them
-HALVES, MODES = ("cond only", "both", "shared"), ("logit bias", "post softmax", "key scale", "output blend")
+HALVES, MODES = (
+    ("cond only", "both", "shared"),
+    ("logit bias", "post softmax", "key scale", "output blend"),
+)
 WINDOW: dict[str, Kind] = {"start_percent": float, "end_percent": float}
-CAPTURE: dict[str, Kind] = {"mask_threshold": ("otsu", "value"), "mask_value": float, "mask_steps": int, "mask_blocks": str,
-                            "precision": ("as computed", "float16"), "keeps": ("automatic", "hidden states", "keys and values"),
-                            "token_share": float}
-INJECT: dict[str, Kind] = {"strength": float, "weight": float, "weight_mode": MODES, "blocks": str, "halves": HALVES} | WINDOW
-CONCEPT: dict[str, Kind] = {f"concept.{name}": kind for name, kind in ({"merge": ("as trained", "concat", "add")} | INJECT).items()}
+CAPTURE: dict[str, Kind] = {
+    "mask_threshold": ("otsu", "value"),
+    "mask_value": float,
+    "mask_steps": int,
+    "mask_blocks": str,
+    "precision": ("as computed", "float16"),
+    "keeps": ("automatic", "hidden states", "keys and values"),
+    "token_share": float,
+}
+INJECT: dict[str, Kind] = {
+    "strength": float,
+    "weight": float,
+    "weight_mode": MODES,
+    "blocks": str,
+    "halves": HALVES,
+} | WINDOW
+CONCEPT: dict[str, Kind] = {
+    f"concept.{name}": kind
+    for name, kind in ({"merge": ("as trained", "concat", "add")} | INJECT).items()
+}
 STORY: dict[str, Kind] = {
-    "strength": float, "anchors": int, "seed": int, "weight": float, "dropout": float, "query_blend": float, "feature_injection": float,
-    "query_blend_end": float, "blend_end_percent": float, "injection_start_percent": float, "injection_end_percent": float,
-    "blocks": str, "mask_blocks": str, "halves": HALVES[:2], "order": ("fast", "official"), "align_keys": bool}
+    "strength": float,
+    "anchors": int,
+    "seed": int,
+    "weight": float,
+    "dropout": float,
+    "query_blend": float,
+    "feature_injection": float,
+    "query_blend_end": float,
+    "blend_end_percent": float,
+    "injection_start_percent": float,
+    "injection_end_percent": float,
+    "blocks": str,
+    "mask_blocks": str,
+    "halves": HALVES[:2],
+    "order": ("fast", "official"),
+    "align_keys": bool,
+}
 OWN = {  # what no node has: how a row is made
-    "personalize": {"self": ("on", "off"), "mask": ("word", "true", "none"), "inverted": ("no", "yes"), "cfg": float},
-    "story": {"node": ("on", "off"), "mask": ("word", "none"), "freeu": ("no", "yes"), "cfg": float}}
+    "personalize": {
+        "self": ("on", "off"),
+        "mask": ("word", "true", "none"),
+        "inverted": ("no", "yes"),
+        "cfg": float,
+    },
+    "story": {
+        "node": ("on", "off"),
+        "mask": ("word", "none"),
+        "freeu": ("no", "yes"),
+        "cfg": float,
+    },
+}
 INPUTS = {"personalize": CAPTURE | INJECT | CONCEPT, "story": STORY}
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -28,6 +72,7 @@ KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 @dataclass(frozen=True)
 class Row:
     """A name and inputs; two rows of the same inputs are measured once."""
+
     name: str
     inputs: tuple[tuple[str, Any], ...] = ()  # sorted
 
@@ -37,7 +82,7 @@ class Row:
         name, _, rest = (part.strip() for part in text.partition(":"))
         refused = f"evaluate: row {name!r} "
         if not name:
-            raise SystemExit(f"{refused}needs a name, as in \"strong: weight=2\".")
+            raise SystemExit(f'{refused}needs a name, as in "strong: weight=2".')
         pairs: dict[str, str] = {}
         for piece in rest.split(","):
             key, equals, value = (part.strip() for part in piece.partition("="))
@@ -50,7 +95,14 @@ class Row:
         every = INPUTS[task] | OWN[task]
         if unknown := sorted(pairs.keys() - every.keys()):
             raise SystemExit(f"{refused}sets {', '.join(unknown)}; known are {', '.join(every)}.")
-        return Row(name, tuple(sorted((key, typed(refused, key, value, every[key])) for key, value in pairs.items())))
+        return Row(
+            name,
+            tuple(
+                sorted(
+                    (key, typed(refused, key, value, every[key])) for key, value in pairs.items()
+                )
+            ),
+        )
 
     def get(self, name: str, default: Any) -> Any:
         return dict(self.inputs).get(name, default)
@@ -75,7 +127,9 @@ def typed(refused: str, name: str, value: str, kind: Kind) -> Any:
             return kind(value)
         raise ValueError(value)
     except ValueError:
-        raise SystemExit(f"{refused}sets {name} to {value!r}, which is not {KIND_NAMES[kind]}.") from None
+        raise SystemExit(
+            f"{refused}sets {name} to {value!r}, which is not {KIND_NAMES[kind]}."
+        ) from None
 
 
 def rows_of(task: str, texts: Mapping[str, str]) -> tuple[Row, ...]:

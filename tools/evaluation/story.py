@@ -1,4 +1,5 @@
 """Paper B: prompts of one subject, sampled as one batch; how far the pictures show one. On the miniature a class in four scenes."""
+
 from __future__ import annotations
 
 import math
@@ -17,12 +18,18 @@ if TYPE_CHECKING:
     from miniature_host import Studio
 
 PICTURES = 4  # of a set of the miniature
-FREEU = {"b1": 1.1, "b2": 1.2, "s1": 0.6, "s2": 0.4}  # paper B, appendix B; constant factors, so the host's FreeU and not its V2
+FREEU = {
+    "b1": 1.1,
+    "b2": 1.2,
+    "s1": 0.6,
+    "s2": 0.4,
+}  # paper B, appendix B; constant factors, so the host's FreeU and not its V2
 
 
 @dataclass(frozen=True)
 class StorySet:
     """Prompts of one subject, and how the pictures are judged."""
+
     word: str
     prompts: tuple[str, ...]
     judge: Callable[[Any], dict[str, Any]]  # pictures [b y x 3] -> values
@@ -37,12 +44,22 @@ class Story:
     def measure(self, row: Row, number: int, seed: int) -> tuple[dict[str, Any], Any]:
         """Values of the set, per picture where they are of pictures, and its pictures [b y x 3]."""
         told, studio, start = self.sets(number), self.studio, time.monotonic()
-        model, lines, count = studio.model, studio.prompts(told.prompts, told.word), len(told.prompts)
+        model, lines, count = (
+            studio.model,
+            studio.prompts(told.prompts, told.word),
+            len(told.prompts),
+        )
         if row.get("freeu", "no") == "yes":
             model = studio.freeu(model, **FREEU)
         if row.get("node", "on") == "on":
-            masks = {"masks": studio.torch.ones(count, studio.size, studio.size)} if row.get("mask", "word") == "none" else {}
-            model = studio.run("KindredConsiStory", model=model, **{"seed": number} | row.of(STORY) | masks)[0]
+            masks = (
+                {"masks": studio.torch.ones(count, studio.size, studio.size)}
+                if row.get("mask", "word") == "none"
+                else {}
+            )
+            model = studio.run(
+                "KindredConsiStory", model=model, **{"seed": number} | row.of(STORY) | masks
+            )[0]
         with studio.counted() as calls:
             images = studio.sample(model, lines, count, number + APART * seed, row.get("cfg", None))
         seconds = (time.monotonic() - start) / count
@@ -56,7 +73,10 @@ def story_set(number: int) -> tuple[str, list[str]]:
     """Class and scenes of a set."""
     import numpy as np
     from kindred.miniature.world import CLASSES, SCENES
-    drawn = np.random.default_rng([number, 5]).permutation(len(SCENES))[:PICTURES]  # the world's own seeds are [seed, 1..4]
+
+    drawn = np.random.default_rng([number, 5]).permutation(len(SCENES))[
+        :PICTURES
+    ]  # the world's own seeds are [seed, 1..4]
     return CLASSES[number % len(CLASSES)], [SCENES[i] for i in drawn]
 
 
@@ -65,41 +85,71 @@ class Scenes:
 
     def __init__(self, studio: Studio) -> None:
         from kindred.miniature.reader import load_reader
+
         self.studio, self.reader = studio, load_reader()
 
     def __call__(self, number: int) -> StorySet:
         from kindred.miniature.world import prompt
+
         kind, scenes = story_set(number)
 
         def judge(images: Any) -> dict[str, Any]:
             from kindred.miniature.reader import consistency, layout_spread, subject_boxes
+
             reading = self.reader.read(images)
-            return {"consistency": consistency(reading), "layout_spread": layout_spread(subject_boxes(reading)),
-                    "scene": [float(read == asked) for read, asked in zip(reading.names("scene"), scenes, strict=True)],
-                    "class": [float(read == kind) for read in reading.names("class")], "reading": listed(reading)}
+            return {
+                "consistency": consistency(reading),
+                "layout_spread": layout_spread(subject_boxes(reading)),
+                "scene": [
+                    float(read == asked)
+                    for read, asked in zip(reading.names("scene"), scenes, strict=True)
+                ],
+                "class": [float(read == kind) for read in reading.names("class")],
+                "reading": listed(reading),
+            }
+
         return StorySet(kind, tuple(prompt(kind, scene) for scene in scenes), judge)
 
     def bounds(self, number: int) -> tuple[dict[str, Any], Any]:
         """One held-out identity rendered in the set's scenes, through the autoencoder; the pictures."""
         from kindred.miniature.reader import consistency
         from kindred.miniature.world import held_out_identity, render
+
         kind, scenes = story_set(number)
-        rendered = [render(held_out_identity(number), kind, scene, 6000 + PICTURES * number + i) for i, scene in enumerate(scenes)]
-        images = self.studio.autoencode(self.studio.torch.cat([self.studio.picture(r.image) for r in rendered]))
+        rendered = [
+            render(held_out_identity(number), kind, scene, 6000 + PICTURES * number + i)
+            for i, scene in enumerate(scenes)
+        ]
+        images = self.studio.autoencode(
+            self.studio.torch.cat([self.studio.picture(r.image) for r in rendered])
+        )
         return {"ceiling": consistency(self.reader.read(images))}, images
 
 
 def listed(reading: Reading) -> dict[str, dict[str, list[Any]]]:
     """The parts of a reading that tell an identity, as lists: the floor pairs plain pictures of different sets."""
-    return {"probabilities": {kind: reading.probabilities[kind].tolist() for kind in ("pattern", "hat")},
-            "colours": {name: values.tolist() for name, values in reading.colours.items()}}
+    return {
+        "probabilities": {
+            kind: reading.probabilities[kind].tolist() for kind in ("pattern", "hat")
+        },
+        "colours": {name: values.tolist() for name, values in reading.colours.items()},
+    }
 
 
 def floor_of(readings: Sequence[Mapping[str, Mapping[str, Sequence[Any]]]]) -> float:
     """Mean similarity of plain pictures of different sets; NaN for one set alone."""
     import torch
     from kindred.miniature.reader import Reading, pairwise_similarity
-    made = [Reading(*({name: torch.tensor(values) for name, values in reading[part].items()} for part in ("probabilities", "colours")),
-                    mask=torch.zeros(PICTURES, 1, 1)) for reading in readings]
+
+    made = [
+        Reading(
+            *(
+                {name: torch.tensor(values) for name, values in reading[part].items()}
+                for part in ("probabilities", "colours")
+            ),
+            mask=torch.zeros(PICTURES, 1, 1),
+        )
+        for reading in readings
+    ]
     found = [float(pairwise_similarity(a, b).mean()) for a, b in combinations(made, 2)]
     return statistics.fmean(found) if found else math.nan

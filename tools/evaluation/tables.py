@@ -1,4 +1,5 @@
 """Tables from measurements: means and standard errors over identities or sets, beside the floor and the ceiling."""
+
 from __future__ import annotations
 
 import csv
@@ -19,6 +20,7 @@ Values = Mapping[str, Any]
 @dataclass(frozen=True)
 class Column:
     """One measured quantity of a table."""
+
     key: str  # of the values
     title: str
     figure: str = ""  # its name in the flat figures; none: not among them
@@ -30,6 +32,7 @@ class Column:
 @dataclass(frozen=True)
 class Ground:
     """What a task is measured by."""
+
     task: str
     columns: tuple[Column, ...]
     identity: str  # the column that has a floor and a ceiling
@@ -40,31 +43,58 @@ class Ground:
 
 
 MINIATURE = {
-    "personalize": Ground("personalize", (
-        Column("identity", "identity", "identity", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
-        Column("class", "class right", "class_accuracy")), "identity", ("scene", "class"), ("identity", "identities"),
-        parts=(Column("body", "body colour"), Column("second_hue", "second hue"), Column("pattern", "pattern"), Column("hat", "hat"))),
-    "story": Ground("story", (
-        Column("consistency", "consistency", "consistency", 3, error=True), Column("scene", "scene right", "scene_accuracy"),
-        Column("class", "class right", "class_accuracy"), Column("layout_spread", "layout spread", "layout_spread", to_plain=True),
-        Column("unet_calls", "UNet calls", digits=0)), "consistency", ("scene", "class"), ("set", "sets"))}
+    "personalize": Ground(
+        "personalize",
+        (
+            Column("identity", "identity", "identity", 3, error=True),
+            Column("scene", "scene right", "scene_accuracy"),
+            Column("class", "class right", "class_accuracy"),
+        ),
+        "identity",
+        ("scene", "class"),
+        ("identity", "identities"),
+        parts=(
+            Column("body", "body colour"),
+            Column("second_hue", "second hue"),
+            Column("pattern", "pattern"),
+            Column("hat", "hat"),
+        ),
+    ),
+    "story": Ground(
+        "story",
+        (
+            Column("consistency", "consistency", "consistency", 3, error=True),
+            Column("scene", "scene right", "scene_accuracy"),
+            Column("class", "class right", "class_accuracy"),
+            Column("layout_spread", "layout spread", "layout_spread", to_plain=True),
+            Column("unet_calls", "UNet calls", digits=0),
+        ),
+        "consistency",
+        ("scene", "class"),
+        ("set", "sets"),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows that are compared, on which cases; the first row is the plain one."""
+
     name: str
     title: str
     task: str
     rows: tuple[Row, ...]
     count: int
     first: int = 0
-    axis: str = ""  # what the number in a row's name is, where rows differ by one and are drawn as curves
+    axis: str = (
+        ""  # what the number in a row's name is, where rows differ by one and are drawn as curves
+    )
 
 
 @dataclass
 class Filled:
     """A table with what was measured so far."""
+
     table: Table
     ground: Ground
     found: dict[str, dict[int, list[Values]]]  # by row and case: a measurement per seed
@@ -74,18 +104,41 @@ class Filled:
     scores: dict[str, dict[str, Mean]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scores = {name: {column.key: self.score(name, column.key) for column in (*self.ground.columns, *self.ground.parts)}
-                       | {"text": self.text(name), "seconds": self.score(name, "seconds")} for name in self.found}
+        self.scores = {
+            name: {
+                column.key: self.score(name, column.key)
+                for column in (*self.ground.columns, *self.ground.parts)
+            }
+            | {"text": self.text(name), "seconds": self.score(name, "seconds")}
+            for name in self.found
+        }
 
     def score(self, row: str, key: str) -> Mean:
         from kindred.models.metrics import Mean
-        return Mean.over([[v for values in seeds for v in listed(values.get(key, math.nan))] for seeds in self.found[row].values()])
+
+        return Mean.over(
+            [
+                [v for values in seeds for v in listed(values.get(key, math.nan))]
+                for seeds in self.found[row].values()
+            ]
+        )
 
     def text(self, row: str) -> Mean:
         """How far pictures are as asked: the other axis of the front."""
         from kindred.models.metrics import Mean
-        return Mean.over([[min(parts) for values in seeds for parts in zip(*(values.get(key, ()) for key in self.ground.text), strict=True)]
-                           for seeds in self.found[row].values()])
+
+        return Mean.over(
+            [
+                [
+                    min(parts)
+                    for values in seeds
+                    for parts in zip(
+                        *(values.get(key, ()) for key in self.ground.text), strict=True
+                    )
+                ]
+                for seeds in self.found[row].values()
+            ]
+        )
 
     @property
     def plain(self) -> str:
@@ -98,7 +151,11 @@ class Filled:
     def way(self, row: str) -> float:
         """The share of the way from plain to the ceiling that a row goes; NaN where one of them is not known."""
         from kindred.models.metrics import share_of_the_way
-        plain, value = (self.scores[name][self.ground.identity].mean if name in self.scores else math.nan for name in (self.plain, row))
+
+        plain, value = (
+            self.scores[name][self.ground.identity].mean if name in self.scores else math.nan
+            for name in (self.plain, row)
+        )
         return share_of_the_way(value, plain, self.ceiling)
 
     def cells(self, row: str) -> Iterator[str]:
@@ -106,7 +163,9 @@ class Filled:
         for column in self.ground.columns:
             mean = scores[column.key].mean
             if column.to_plain:
-                mean /= (self.scores[self.plain][column.key].mean if self.plain in self.scores else 0) or math.nan
+                mean /= (
+                    self.scores[self.plain][column.key].mean if self.plain in self.scores else 0
+                ) or math.nan
             yield told(mean, column.digits)
             if column.error:
                 yield told(scores[column.key].error, column.digits)
@@ -123,55 +182,123 @@ class Filled:
     def markdown(self) -> str:
         """The table with a line above it that says what it is of."""
         cases = max((len(seeds) for seeds in self.found.values()), default=0)
-        seeds = max((len(values) for seeds in self.found.values() for values in seeds.values()), default=0)
+        seeds = max(
+            (len(values) for seeds in self.found.values() for values in seeds.values()), default=0
+        )
         bounds = f"; floor {self.floor:.3f}, ceiling {self.ceiling:.3f}" if self.bounded else ""
-        lines = [f"**{self.table.title}**: {cases} {self.ground.units[cases != 1]}, {seeds} seed{'s' * (seeds > 1)}{bounds}", "",
-                 "| | " + " | ".join(self.titles()) + " |", "|---|" + "---:|" * len(list(self.titles()))]
-        lines += [f"| {row.name} | {' | '.join(self.cells(row.name))} |" for row in self.table.rows if row.name in self.found]
+        lines = [
+            f"**{self.table.title}**: {cases} {self.ground.units[cases != 1]}, {seeds} seed{'s' * (seeds > 1)}{bounds}",
+            "",
+            "| | " + " | ".join(self.titles()) + " |",
+            "|---|" + "---:|" * len(list(self.titles())),
+        ]
+        lines += [
+            f"| {row.name} | {' | '.join(self.cells(row.name))} |"
+            for row in self.table.rows
+            if row.name in self.found
+        ]
         return "\n".join(lines)
 
     def by_part(self) -> str:
         """What identity is made of, row by row, and what of it the known answer shows; empty where it has no parts."""
         if not self.ground.parts:
             return ""
-        lines = ["What it is made of:", "", "| | " + " | ".join(part.title for part in self.ground.parts) + " |",
-                 "|---|" + "---:|" * len(self.ground.parts)]
-        known = {name: [scores[part.key].mean for part in self.ground.parts] for name, scores in self.scores.items()}
-        known["ceiling"] = [self.parts_ceiling.get(part.key, math.nan) for part in self.ground.parts]
-        lines += [f"| {name} | {' | '.join(told(value, 2) for value in values)} |" for name, values in known.items()]
+        lines = [
+            "What it is made of:",
+            "",
+            "| | " + " | ".join(part.title for part in self.ground.parts) + " |",
+            "|---|" + "---:|" * len(self.ground.parts),
+        ]
+        known = {
+            name: [scores[part.key].mean for part in self.ground.parts]
+            for name, scores in self.scores.items()
+        }
+        known["ceiling"] = [
+            self.parts_ceiling.get(part.key, math.nan) for part in self.ground.parts
+        ]
+        lines += [
+            f"| {name} | {' | '.join(told(value, 2) for value in values)} |"
+            for name, values in known.items()
+        ]
         return "\n".join(lines)
 
     def judged_by(self) -> str:
         """What each column is and which file of the user's it comes from; empty on the miniature, which has one judge."""
-        said = {name: by for seeds in self.found.values() for made in seeds.values() for values in made
-                for name, by in values.get("judged_by", {}).items()}
-        return "\n".join(f"- {column.title}: {said[column.key]}" for column in self.ground.columns if column.key in said)
+        said = {
+            name: by
+            for seeds in self.found.values()
+            for made in seeds.values()
+            for values in made
+            for name, by in values.get("judged_by", {}).items()
+        }
+        return "\n".join(
+            f"- {column.title}: {said[column.key]}"
+            for column in self.ground.columns
+            if column.key in said
+        )
 
     def csv(self) -> str:
         """Every mean and standard error at full precision."""
         out = StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        keys = list(dict.fromkeys([*(column.key for column in (*self.ground.columns, *self.ground.parts)), "text", "seconds"]))
-        writer.writerow(["row", "inputs", "of_the_way", *(f"{key}{part}" for key in keys for part in ("", "_error", "_count"))])
+        keys = list(
+            dict.fromkeys(
+                [
+                    *(column.key for column in (*self.ground.columns, *self.ground.parts)),
+                    "text",
+                    "seconds",
+                ]
+            )
+        )
+        writer.writerow(
+            [
+                "row",
+                "inputs",
+                "of_the_way",
+                *(f"{key}{part}" for key in keys for part in ("", "_error", "_count")),
+            ]
+        )
         for row in self.table.rows:
             if row.name in self.found:
                 scores = [self.scores[row.name][key] for key in keys]
-                writer.writerow([row.name, " ".join(f"{name}={value}" for name, value in row.inputs), self.way(row.name),
-                                 *(number for s in scores for number in (s.mean, s.error, s.count))])
+                writer.writerow(
+                    [
+                        row.name,
+                        " ".join(f"{name}={value}" for name, value in row.inputs),
+                        self.way(row.name),
+                        *(number for s in scores for number in (s.mean, s.error, s.count)),
+                    ]
+                )
         return out.getvalue()
 
     def figures(self) -> dict[str, float]:
         """Flat names and numbers; what could not be measured is absent."""
-        identity = next(column.figure for column in self.ground.columns if column.key == self.ground.identity)
-        made = {f"{identity}.floor": self.floor, f"{identity}.ceiling": self.ceiling,
-                f"count.{self.ground.units[1]}": max((len(seeds) for seeds in self.found.values()), default=0)}
+        identity = next(
+            column.figure for column in self.ground.columns if column.key == self.ground.identity
+        )
+        made = {
+            f"{identity}.floor": self.floor,
+            f"{identity}.ceiling": self.ceiling,
+            f"count.{self.ground.units[1]}": max(
+                (len(seeds) for seeds in self.found.values()), default=0
+            ),
+        }
         for row, scores in self.scores.items():
-            made |= {f"{column.figure}.{row}": scores[column.key].mean for column in self.ground.columns if column.figure}
-            made |= {f"error.{identity}.{row}": scores[self.ground.identity].error, f"seconds.{row}": scores["seconds"].mean}
+            made |= {
+                f"{column.figure}.{row}": scores[column.key].mean
+                for column in self.ground.columns
+                if column.figure
+            }
+            made |= {
+                f"error.{identity}.{row}": scores[self.ground.identity].error,
+                f"seconds.{row}": scores["seconds"].mean,
+            }
             if "unet_calls" in scores:
                 made[f"unet_calls.{row}"] = scores["unet_calls"].mean
             if not math.isnan(overlap := self.score(row, "mask_iou").mean):
-                made.setdefault("mask.iou", overlap)  # of the first row that finds the subject by its word
+                made.setdefault(
+                    "mask.iou", overlap
+                )  # of the first row that finds the subject by its word
             if not math.isnan(reading := self.score(row, "seconds_reference").mean):
                 made.setdefault("seconds.inversion", reading)
                 made.setdefault("seconds.sampling", scores["seconds"].mean)

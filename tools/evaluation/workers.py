@@ -1,4 +1,5 @@
 """Several processes that each measure with one thread: on small networks two of them do more than two threads of one."""
+
 from __future__ import annotations
 
 import math
@@ -27,7 +28,9 @@ class WorkerError(RuntimeError):
     """A job failed or its process ended; the message holds the worker's own traceback."""
 
 
-def pooled(jobs: Iterable[Job], make: Callable[[], Callable[[Job], Any]], processes: int) -> Iterator[tuple[Job, Any]]:
+def pooled(
+    jobs: Iterable[Job], make: Callable[[], Callable[[Job], Any]], processes: int
+) -> Iterator[tuple[Job, Any]]:
     """Every job with what `make()(job)` gives, as they get done. With one process everything runs in this one.
 
     Jobs are begun in their order. `make` is called once per process and, like jobs and results, must be picklable where there are
@@ -88,7 +91,9 @@ def one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def finished(busy: dict[Connection, Job], workers: dict[Connection, Any]) -> tuple[Connection, tuple[Job, Any]]:
+def finished(
+    busy: dict[Connection, Job], workers: dict[Connection, Any]
+) -> tuple[Connection, tuple[Job, Any]]:
     """Wait for the next job to be done -> its worker's connection, and the job with its result."""
     ready = wait(list(busy))[0]
     job = busy.pop(ready)
@@ -97,8 +102,14 @@ def finished(busy: dict[Connection, Job], workers: dict[Connection, Any]) -> tup
     except (EOFError, OSError):
         workers[ready].join()
         code = workers[ready].exitcode
-        why = " It was killed: memory may have run out, so give fewer --processes." if code is not None and code < 0 else ""
-        raise WorkerError(f"A process that measures ended with code {code} at {job}.{why}") from None
+        why = (
+            " It was killed: memory may have run out, so give fewer --processes."
+            if code is not None and code < 0
+            else ""
+        )
+        raise WorkerError(
+            f"A process that measures ended with code {code} at {job}.{why}"
+        ) from None
     if not worked:
         raise WorkerError(f"{job}:\n{result}")
     return ready, (job, result)
@@ -106,10 +117,14 @@ def finished(busy: dict[Connection, Job], workers: dict[Connection, Any]) -> tup
 
 def serve(connection: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
     """A worker's life: jobs in, results out, until it is ended or the connection closes."""
+
     def end(*_: object) -> None:
         raise Ended
+
     settle()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends us
     try:
         signal.signal(signal.SIGTERM, end)
         answer(connection, make)
@@ -144,6 +159,7 @@ def stoppable() -> Iterator[None]:
         since, last = time.monotonic() - last, time.monotonic()
         if since > 2:
             raise KeyboardInterrupt
+
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

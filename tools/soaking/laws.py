@@ -1,4 +1,5 @@
 """What a soak's readings say: does memory stay flat, does anything get slower, do the same seeds give the same pictures."""
+
 from __future__ import annotations
 
 import statistics
@@ -6,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-Late = tuple[Sequence["Reading"], Sequence["Reading"]]  # of the old server and of a fresh one, in turns
+Late = tuple[
+    Sequence["Reading"], Sequence["Reading"]
+]  # of the old server and of a fresh one, in turns
 WARM_UP = 0.1  # share of the rounds, at least one: libraries load, the allocator finds its size
 
 
 @dataclass(frozen=True)
 class Reading:
     """One prompt: its kind, the round it was sent in, the round whose seeds it had, what it cost and what the server held afterwards."""
+
     kind: str
     round: int
     number: int
@@ -33,6 +37,7 @@ class Law:
 @dataclass(frozen=True)
 class Memory:
     """Medians over the first, middle and last third of what came after the warm-up, in bytes; growth is of the greater of the two."""
+
     thirds: tuple[float, float, float]
     slope: float  # bytes for each hundred prompts: Theil and Sen's, which single peaks do not move
 
@@ -46,7 +51,9 @@ def after_warm_up(readings: Sequence[Reading]) -> list[Reading]:
     return [r for r in readings if r.round >= max(1, round(WARM_UP * rounds))]
 
 
-def thirds(readings: Sequence[Reading]) -> tuple[Sequence[Reading], Sequence[Reading], Sequence[Reading]]:
+def thirds(
+    readings: Sequence[Reading],
+) -> tuple[Sequence[Reading], Sequence[Reading], Sequence[Reading]]:
     n = len(readings) // 3
     return readings[:n], readings[n:-n], readings[-n:]
 
@@ -66,7 +73,10 @@ def slowdown(readings: Sequence[Reading]) -> dict[str, tuple[float, float, float
     for kind in dict.fromkeys(r.kind for r in readings if r.digest):
         pairs = []
         for size in {r.size for r in readings}:
-            early, late = ([r.worked for r in part if (r.kind, r.size) == (kind, size)] for part in (first, last))
+            early, late = (
+                [r.worked for r in part if (r.kind, r.size) == (kind, size)]
+                for part in (first, last)
+            )
             if early and late:
                 pairs.append((statistics.median(early), statistics.median(late)))
         if pairs:
@@ -75,7 +85,9 @@ def slowdown(readings: Sequence[Reading]) -> dict[str, tuple[float, float, float
     return found
 
 
-def beside_fresh(old: Iterable[Reading], fresh: Iterable[Reading]) -> dict[str, tuple[float, float, float]]:
+def beside_fresh(
+    old: Iterable[Reading], fresh: Iterable[Reading]
+) -> dict[str, tuple[float, float, float]]:
     """Kind -> median seconds of work in the fresh server and in the old one in the same minutes, and their ratio."""
     sides = [[r for r in side if r.digest] for side in (fresh, old)]
     found = {}
@@ -98,24 +110,55 @@ def unlike(readings: Iterable[Reading], kinds: Iterable[str] | None = None) -> l
     return sorted({kind for (kind, _), digests in seen.items() if len(digests) > 1})
 
 
-def judged(readings: Sequence[Reading], fresh: Sequence[Reading], late: Late | None, flat: float, slower: float) -> list[Law]:
+def judged(
+    readings: Sequence[Reading],
+    fresh: Sequence[Reading],
+    late: Late | None,
+    flat: float,
+    slower: float,
+) -> list[Law]:
     """Every law. fresh: what a new server gave for the first round's seeds; late: (old, new server) in turns at the end, where asked."""
     held = memory(readings)
     mb = [value / 1e6 for value in held.thirds]
-    laws = [Law("memory is flat", held.growth <= flat, f"{mb[0]:.0f}, {mb[1]:.0f}, {mb[2]:.0f} MB in thirds after the warm-up: "
-                f"{100 * held.growth:+.2f} %, allowed {100 * flat:g} %; {held.slope / 1e6:+.2f} MB for each 100 prompts")]
+    laws = [
+        Law(
+            "memory is flat",
+            held.growth <= flat,
+            f"{mb[0]:.0f}, {mb[1]:.0f}, {mb[2]:.0f} MB in thirds after the warm-up: "
+            f"{100 * held.growth:+.2f} %, allowed {100 * flat:g} %; {held.slope / 1e6:+.2f} MB for each 100 prompts",
+        )
+    ]
     ends = [r for r in readings if r.number == 0]
     others = unlike(ends)
-    laws.append(Law("the same seeds, the same pictures", not others, told(ends, others, "in the first round and the last")))
+    laws.append(
+        Law(
+            "the same seeds, the same pictures",
+            not others,
+            told(ends, others, "in the first round and the last"),
+        )
+    )
     others = unlike([*ends, *fresh], {r.kind for r in fresh})
-    laws.append(Law("a fresh server draws the same", not others, told(fresh, others, "beside the first round")))
+    laws.append(
+        Law(
+            "a fresh server draws the same",
+            not others,
+            told(fresh, others, "beside the first round"),
+        )
+    )
     if late:
         since, beside = typical(slowdown(readings)), typical(beside_fresh(*late))
-        laws.append(Law("nothing gets slower", min(since, beside) <= slower,  # a busy machine is in the first alone
-                        f"the last third works {since:.3f} times as long as the first, the old server {beside:.3f} times as long as a "
-                        f"fresh one in the same minutes; allowed {slower:g} of either"))
+        laws.append(
+            Law(
+                "nothing gets slower",
+                min(since, beside) <= slower,  # a busy machine is in the first alone
+                f"the last third works {since:.3f} times as long as the first, the old server {beside:.3f} times as long as a "
+                f"fresh one in the same minutes; allowed {slower:g} of either",
+            )
+        )
     return laws
 
 
 def told(readings: Iterable[Reading], others: Sequence[str], where: str) -> str:
-    return f"{len({r.kind for r in readings if r.digest})} kinds {where}" + (f"; others: {', '.join(others)}" if others else "")
+    return f"{len({r.kind for r in readings if r.digest})} kinds {where}" + (
+        f"; others: {', '.join(others)}" if others else ""
+    )

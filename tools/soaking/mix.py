@@ -1,4 +1,5 @@
 """What a soak sends: rounds of every kind of prompt, none of which the host can answer from its cache."""
+
 from __future__ import annotations
 
 import copy
@@ -20,6 +21,7 @@ STORY_LINES = ("cat on the beach", "cat in the snow", "cat in the forest")
 @dataclass(frozen=True)
 class Turn:
     """One prompt's place in the soak. number: the round whose seeds and size it has; saved: what earlier prompts wrote, by kind."""
+
     number: int
     steps: int
     saved: dict[str, str]
@@ -46,7 +48,10 @@ def shown(graph: Graph, node: str) -> Graph:
 def plain(turn: Turn) -> Graph:
     """No node of ours."""
     graph = story.plain(read("story"))
-    graph[story.PROMPTS] = {"class_type": "CLIPTextEncode", "inputs": {"clip": [story.LOADER, 1], "text": "a photo of a dog in a meadow"}}
+    graph[story.PROMPTS] = {
+        "class_type": "CLIPTextEncode",
+        "inputs": {"clip": [story.LOADER, 1], "text": "a photo of a dog in a meadow"},
+    }
     graph[story.SAMPLER]["inputs"] |= {"seed": turn.seed, "steps": turn.steps}
     graph[story.SIZE]["inputs"] |= turn.size | {"batch_size": 1}
     return shown(graph, story.PICTURES)
@@ -74,9 +79,14 @@ def both(turn: Turn) -> Graph:
 def everything(turn: Turn) -> Graph:
     """Both injections and a story of two pictures on one model."""
     graph = both(turn)
-    graph[demo.PROMPTS]["inputs"]["prompts"] = "a photo of a cat on the beach\na photo of a cat in the snow"
+    graph[demo.PROMPTS]["inputs"]["prompts"] = (
+        "a photo of a cat on the beach\na photo of a cat in the snow"
+    )
     graph[demo.SIZE]["inputs"]["batch_size"] = 2
-    how = read("story")[story.STORY]["inputs"] | {"model": graph[demo.SAMPLER]["inputs"]["model"], "seed": turn.number}
+    how = read("story")[story.STORY]["inputs"] | {
+        "model": graph[demo.SAMPLER]["inputs"]["model"],
+        "seed": turn.number,
+    }
     graph["story"] = {"class_type": "KindredConsiStory", "inputs": how}
     graph[demo.SAMPLER]["inputs"]["model"] = ["story", 0]
     return graph
@@ -92,7 +102,11 @@ def own(turn: Turn) -> Graph:
 
 def cross(turn: Turn) -> Graph:
     """The concept encoder alone."""
-    graph = {key: node for key, node in both(turn).items() if key not in (demo.INJECT, demo.CAPTURE, demo.COARSE, "4", "14")}
+    graph = {
+        key: node
+        for key, node in both(turn).items()
+        if key not in (demo.INJECT, demo.CAPTURE, demo.COARSE, "4", "14")
+    }
     graph[demo.CONCEPT]["inputs"]["model"] = [demo.LOADER, 0]
     return graph
 
@@ -107,13 +121,20 @@ def live(turn: Turn) -> Graph:
 def saves(turn: Turn) -> Graph:
     """A reference used and saved."""
     graph = own(turn)
-    graph["save"] = {"class_type": "KindredSaveReference", "inputs": {"reference": [demo.CAPTURE, 0], "filename_prefix": "kindred/soak"}}
+    graph["save"] = {
+        "class_type": "KindredSaveReference",
+        "inputs": {"reference": [demo.CAPTURE, 0], "filename_prefix": "kindred/soak"},
+    }
     return graph
 
 
 def loads(turn: Turn) -> Graph:
     """The reference that was saved last."""
-    graph = {key: node for key, node in own(turn).items() if key not in (demo.CAPTURE, demo.COARSE, demo.PHOTO, demo.SCALED, "4", "14")}
+    graph = {
+        key: node
+        for key, node in own(turn).items()
+        if key not in (demo.CAPTURE, demo.COARSE, demo.PHOTO, demo.SCALED, "4", "14")
+    }
     graph["load"] = {"class_type": "KindredLoadReference", "inputs": {"file": turn.saved["saves"]}}
     graph[demo.INJECT]["inputs"]["reference"] = ["load", 0]
     return graph
@@ -122,8 +143,15 @@ def loads(turn: Turn) -> Graph:
 def scored(turn: Turn) -> Graph:
     """Both injections, and what the judge says of them."""
     graph = both(turn)
-    graph["score"] = {"class_type": "KindredConsistencyScore", "inputs": {
-        "images": ["12", 0], "judge": "auto", "prompts": [demo.PROMPTS, 2], "reference": [demo.SCALED, 0]}}
+    graph["score"] = {
+        "class_type": "KindredConsistencyScore",
+        "inputs": {
+            "images": ["12", 0],
+            "judge": "auto",
+            "prompts": [demo.PROMPTS, 2],
+            "reference": [demo.SCALED, 0],
+        },
+    }
     return graph
 
 
@@ -131,9 +159,19 @@ def inverted(turn: Turn) -> Graph:
     """DDIM Invert first, its path replayed for the capture."""
     graph = own(turn)
     told = graph[demo.CAPTURE]["inputs"]
-    graph["invert"] = {"class_type": "KindredDDIMInvert", "inputs": {
-        "model": told["model"], "latent": told.pop("latent"), "positive": told["positive"], "steps": turn.steps,
-        "scheduler": "ddim_uniform", "method": "ddim", "seed": turn.seed, "check": True}}
+    graph["invert"] = {
+        "class_type": "KindredDDIMInvert",
+        "inputs": {
+            "model": told["model"],
+            "latent": told.pop("latent"),
+            "positive": told["positive"],
+            "steps": turn.steps,
+            "scheduler": "ddim_uniform",
+            "method": "ddim",
+            "seed": turn.seed,
+            "check": True,
+        },
+    }
     told["inversion"] = ["invert", 0]
     return graph
 
@@ -160,7 +198,9 @@ def anchored(turn: Turn) -> Graph:
 
 def extra_picture(turn: Turn, reference: list[Any]) -> Graph:
     """One more picture of anchors; its nodes carry names of their own."""
-    graph = {key: node for key, node in told(turn).items() if key not in (story.LOADER, story.NEGATIVE)}
+    graph = {
+        key: node for key, node in told(turn).items() if key not in (story.LOADER, story.NEGATIVE)
+    }
     graph[story.PROMPTS]["inputs"]["prompts"] = STORY_LINES[2]
     graph[story.STORY]["inputs"]["reference"] = reference
     names = {key: key if key == PICTURES else f"extra {key}" for key in graph}
@@ -170,15 +210,19 @@ def extra_picture(turn: Turn, reference: list[Any]) -> Graph:
             kept = node["inputs"].pop("reference")
         else:
             kept = None
-        node["inputs"] = {name: [names.get(value[0], value[0]), value[1]] if isinstance(value, list) else value
-                          for name, value in node["inputs"].items()} | ({"reference": kept} if kept else {})
+        node["inputs"] = {
+            name: [names.get(value[0], value[0]), value[1]] if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+        } | ({"reference": kept} if kept else {})
     return renamed
 
 
 def more(turn: Turn) -> Graph:
     """One more picture of the anchors that were saved last."""
     alone = {key: node for key, node in told(turn).items() if key in (story.LOADER, story.NEGATIVE)}
-    load = {"load": {"class_type": "KindredLoadReference", "inputs": {"file": turn.saved["anchored"]}}}
+    load = {
+        "load": {"class_type": "KindredLoadReference", "inputs": {"file": turn.saved["anchored"]}}
+    }
     return alone | load | extra_picture(turn, ["load", 0])
 
 
@@ -208,11 +252,29 @@ def stopped(turn: Turn) -> Graph:
 
 
 MIX: dict[str, Callable[[Turn], Graph]] = {
-    "plain": plain, "own": own, "told": told, "cross": cross, "saves": saves, "anchored": anchored, "live": live, "more": more,
-    "both": both, "everything": everything, "loads": loads, "scored": scored, "inverted": inverted, "fails": fails, "stopped": stopped,
-    "check": check}
+    "plain": plain,
+    "own": own,
+    "told": told,
+    "cross": cross,
+    "saves": saves,
+    "anchored": anchored,
+    "live": live,
+    "more": more,
+    "both": both,
+    "everything": everything,
+    "loads": loads,
+    "scored": scored,
+    "inverted": inverted,
+    "fails": fails,
+    "stopped": stopped,
+    "check": check,
+}
 ENDS = {"fails": "failed", "stopped": "interrupted"}  # the others give pictures
-NEEDS = {"loads": "saves", "more": "anchored", "fails": "anchored"}  # kinds that read what another one saved
+NEEDS = {
+    "loads": "saves",
+    "more": "anchored",
+    "fails": "anchored",
+}  # kinds that read what another one saved
 SAVERS = {"saves": "save", "anchored": story.SAVE}  # the node that says what was written
 
 
