@@ -33,7 +33,7 @@ def make(host: Path, path: Path) -> float:
     )
     studio = Studio(host, sampler["steps"], sampler["cfg"])
     from kindred.miniature.world import prompt
-    from kindred.models.bank_file import save_reference
+    from kindred.models.reference.file import save_reference
 
     settings = {name: value for name, value in story.items() if not isinstance(value, list)}
     model = studio.run("KindredConsiStory", model=studio.model, **settings)[0]

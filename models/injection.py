@@ -16,16 +16,31 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from .attention import Attend
-from .masks import resize_user_mask
+from .attention.attend import Attend
+from .attention.parts import Merge as Merge
+from .attention.parts import (
+    References,
+    attend_group,
+    attend_sharing,
+    beside_others,
+    reader,
+    take_parts,
+)
+from .attention.parts import gather_parts as gather_parts
+from .attention.sharing import Sharing
 from .network.backbone import Backbone, turned
 from .network.call import Joint, Pass
-from .reading import Merge as Merge
-from .reading import References, attend_group, attend_sharing, beside_others, reader, take_parts
-from .reading import gather_parts as gather_parts
-from .reference import BlockId, Grid, Half, SubjectTokens, block_name, keys_values, select_blocks
-from .sharing import Sharing
-from .tracing import Places, Traced, trace
+from .network.traced import Places, Traced, trace
+from .reference.bank import (
+    BlockId,
+    Grid,
+    Half,
+    SubjectTokens,
+    block_name,
+    keys_values,
+    select_blocks,
+)
+from .subject.masks import resize_user_mask
 
 SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
 REPEATS = "kindred_repeats"  # and how many times each row's text stands in it

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import resize_soft, says_something
+from .subject.masks import resize_soft, says_something
 
 OUTLINE = (1.0, 0.8, 0.1)  # around a mask, on the grey side of its edge
 DIMMED = 0.45  # how bright the grey around the subject is

@@ -12,10 +12,10 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.attention import CONCEPT_ODDS, ReferenceTokens, WeightMode, dial
-from ..models.concept import KeysValues, check_layers, load_concept_encoder
+from ..models.attention.attend import CONCEPT_ODDS, ReferenceTokens, WeightMode, dial
+from ..models.concept.encoder import KeysValues, check_layers, load_concept_encoder
 from ..models.injection import AttnCall, BlockSite, Merge, References, Role, TargetMask
-from ..models.reference import BlockId, Half, Halves, select_blocks
+from ..models.reference.bank import BlockId, Half, Halves, select_blocks
 from . import host
 
 LOAD, INJECT = "Concept Encoder Load", "Cross-Attn Detail Inject"

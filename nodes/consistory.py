@@ -11,15 +11,9 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.anchors import NODE as SAMPLER
-from ..models.anchors import AnchorRecorder, passes_over
-from ..models.attention import STORY_ODDS, dial
-from ..models.consistory import Schedule, StorySettings, dropped
-from ..models.correspondence import smooth
+from ..models.attention.attend import STORY_ODDS, dial
 from ..models.injection import Asker, BlockSite, Role, grid_of, map_blocks, map_divisor
-from ..models.masks import resize_user_mask
-from ..models.recorder import Recorder
-from ..models.reference import (
+from ..models.reference.bank import (
     BlockId,
     Half,
     Halves,
@@ -28,8 +22,14 @@ from ..models.reference import (
     select_blocks,
     split_row,
 )
-from ..models.story import NODE as STORY
-from ..models.story import AnchorSource, Layout, Story
+from ..models.reference.recorder import Recorder
+from ..models.story.anchors import NODE as SAMPLER
+from ..models.story.anchors import AnchorRecorder, passes_over
+from ..models.story.plan import Schedule, StorySettings, dropped
+from ..models.story.story import NODE as STORY
+from ..models.story.story import AnchorSource, Layout, Story
+from ..models.subject.correspondence import smooth
+from ..models.subject.masks import resize_user_mask
 from . import host
 
 FAST, OFFICIAL = "fast", "official"

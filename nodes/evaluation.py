@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..miniature.reader import Reading, load_reader, pairwise_similarity
 from ..miniature.world import CLASSES, SCENES
-from ..models.masks import resize_user_mask
 from ..models.metrics import cosine_similarity, mean_of_pairs, mean_with_others, paired_cosines
+from ..models.subject.masks import resize_user_mask
 from . import host
 from .drawing import Card, Line, as_image, as_pictures, comparison, score_card
 

@@ -10,10 +10,10 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..models import inversion as method
-from ..models.inversion import InversionTrajectory, require_below_top
 from ..models.metrics import psnr
-from ..models.noise import Noise
+from ..models.noise import inversion as method
+from ..models.noise.inversion import InversionTrajectory, require_below_top
+from ..models.noise.path import Noise
 from . import host
 
 NODE = "DDIM Invert"

@@ -6,9 +6,9 @@ import logging
 
 from comfy_api.v0_0_2 import io, ui
 
-from ..models.bank_file import load_reference, save_reference
 from ..models.files import remedy
-from ..models.reference import ReferenceBank
+from ..models.reference.bank import ReferenceBank
+from ..models.reference.file import load_reference, save_reference
 from . import host
 
 SAVE, LOAD = "Save Reference", "Load Reference"

@@ -9,10 +9,10 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..models.correspondence import correspond
 from ..models.injection import grid_of
 from ..models.overlay import draw_heat, draw_masks, draw_matches
-from ..models.reference import ReferenceBank
+from ..models.reference.bank import ReferenceBank
+from ..models.subject.correspondence import correspond
 from . import host
 
 NODE = "Reference Preview"

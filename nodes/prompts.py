@@ -11,8 +11,8 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.injection import REPEATS, SUBJECT
-from ..models.reference import SubjectTokens
-from ..models.words import positions_of, subjects_in
+from ..models.reference.bank import SubjectTokens
+from ..models.subject.words import positions_of, subjects_in
 from . import host
 from .host import TEXT, Prompt
 

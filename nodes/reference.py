@@ -12,8 +12,8 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..models import inversion as method
-from ..models.attention import SELF_ODDS, ReferenceTokens, WeightMode, dial
+from ..models.attention.attend import SELF_ODDS, ReferenceTokens, WeightMode, dial
+from ..models.attention.joint import TextShare
 from ..models.injection import (
     AttnCall,
     BlockSite,
@@ -23,13 +23,11 @@ from ..models.injection import (
     grid_of,
     map_blocks,
 )
-from ..models.inversion import InversionTrajectory
-from ..models.joint import TextShare
-from ..models.masks import Threshold, resize_user_mask, union_of_first
-from ..models.noise import Noise
+from ..models.noise import inversion as method
+from ..models.noise.inversion import InversionTrajectory
+from ..models.noise.path import Noise
 from ..models.overlay import draw_masks
-from ..models.recorder import Recorder
-from ..models.reference import (
+from ..models.reference.bank import (
     BankBuilder,
     BlockId,
     Grid,
@@ -43,6 +41,8 @@ from ..models.reference import (
     select_blocks,
     thinned,
 )
+from ..models.reference.recorder import Recorder
+from ..models.subject.masks import Threshold, resize_user_mask, union_of_first
 from . import host
 
 CAPTURE, INJECT = "Ref-UNet Feature Capture", "Masked Self-Attn Inject"

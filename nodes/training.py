@@ -1,4 +1,4 @@
-"""Concept Encoder Train: the loop of models/training.py in the canvas (paper A, arXiv 2403.11284, sections 2.3 and 3.1)."""
+"""Concept Encoder Train: the loop of models/concept/training.py in the canvas (paper A, arXiv 2403.11284, sections 2.3 and 3.1)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..models.concept import ConceptConfig, ConceptEncoder, Preprocessing, check_layers
+from ..models.concept.encoder import ConceptConfig, ConceptEncoder, Preprocessing, check_layers
+from ..models.concept.training import Examples, OneProcess, Trainer, TrainSettings, read_state
 from ..models.files import remedy
 from ..models.identity import tell_key
 from ..models.injection import Merge
-from ..models.training import Examples, OneProcess, Trainer, TrainSettings, read_state
 from . import host
 from .drawing import as_image, typeface
 

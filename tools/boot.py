@@ -33,6 +33,7 @@ def boot(host: Path, cpu: bool = True, pack: bool = True) -> ModuleType:
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # noqa: F401  reads sys.argv now
+
         import nodes
     finally:
         sys.argv = argv

@@ -16,7 +16,7 @@ def version() -> str:
 
 
 def as_kindred() -> None:
-    """`from kindred.models.masks import ...` works afterwards. Nothing of the pack is run, not even its __init__.py.
+    """`from kindred.models.subject.masks import ...` works afterwards. Nothing of the pack is run, not even its __init__.py.
 
     The root itself must not be on sys.path: its folder `nodes` would shadow the host's nodes.py.
     """

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from kindred.models.concept import Preprocessing
-    from kindred.models.training import Examples
+    from kindred.models.concept.encoder import Preprocessing
+    from kindred.models.concept.training import Examples
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 CHUNK = 16
@@ -267,7 +267,7 @@ def read_chunk(
 
 def load_examples(cache: Path, held_out: int) -> tuple[Examples, Examples | None]:
     """What `prepare` wrote -> training examples and those of the last `held_out` subjects, mapped and not read."""
-    from kindred.models.training import Examples
+    from kindred.models.concept.training import Examples
 
     known = json.loads((cache / "index.json").read_text("utf-8"))
     n, subjects = len(known["prompts"]), known["subjects"]

@@ -44,7 +44,7 @@ VALIDATION_DRAWS = 8  # micro-steps of the validation loss, always the same ones
 
 
 class Accelerated:
-    """The Engine of models/training.py on accelerate."""
+    """The Engine of models/concept/training.py on accelerate."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.device = accelerator, accelerator.device
@@ -157,7 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     from checkout import as_kindred
 
     as_kindred()
-    from kindred.models.training import TrainSettings
+    from kindred.models.concept.training import TrainSettings
 
     for setting in fields(TrainSettings):
         kind = {"int": int, "float": float, "float | None": float, "str": str}[setting.type]
@@ -252,16 +252,16 @@ class Training:
         import comfy.clip_vision
         import comfy.sd
         import folder_paths
-        from kindred.models.concept import (
+        from kindred.models.concept.encoder import (
             ConceptConfig,
             ConceptEncoder,
             Preprocessing,
             check_layers,
             load_concept_encoder,
         )
+        from kindred.models.concept.training import Trainer, TrainSettings, read_state
         from kindred.models.identity import tell_key
         from kindred.models.injection import Merge
-        from kindred.models.training import Trainer, TrainSettings, read_state
         from kindred.nodes import host
 
         self.given, self.accelerator, self.quiet, self.host = given, accelerator, quiet, host
@@ -483,7 +483,7 @@ class Training:
         """Eq. (10) on pictures kept out, always with the same noise, with the concept and without; and what they look like."""
         from dataclasses import replace
 
-        from kindred.models.training import Trainer, draw
+        from kindred.models.concept.training import Trainer, draw
 
         trainer, s = self.trainer, self.trainer.settings
         clean = replace(s, drop_text=0.0, drop_image=0.0, drop_both=0.0, seed=s.seed + 1)
@@ -512,9 +512,10 @@ class Training:
 
     def pictures(self, count: int = 4, steps: int = 20, cfg: float = 4.0) -> None:
         """validation-STEP.png: what the tower saw, the plain picture, the picture with the concept; a column per kept-out subject."""
-        import nodes
         import numpy as np
         from PIL import Image
+
+        import nodes
 
         managed = self.host.ManagedEncoder.of(self.trainer.kept(**self.facts), self.name)
         firsts = [rows[0] for rows in self.validation.groups.values()][:count]

@@ -13,6 +13,7 @@ from canvas import Browser, Canvas
 from checkout import ROOT
 from client import HostServer
 from PIL import Image
+
 from workflows import CANVAS, api_form
 
 THUMBNAIL, HELP_WIDTH, GAP = 480, 640, 8

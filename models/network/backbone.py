@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..reference import BlockId, Grid
+from ..reference.bank import BlockId, Grid
 
 ALONE = "self"  # the stage of a block whose call holds the picture's tokens and no text: a softmax of their own
 CROSS = "cross"  # the stage of a call in which the picture of the block before it reads the text

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..reference import BlockId, Grid
+from ..reference.bank import BlockId, Grid
 from .backbone import CROSS, Backbone
 
 

@@ -67,7 +67,7 @@ from .references import (
 )
 from .run import Injection, SamplerRun, inject, injected, install, sample
 from .sites import require_sites
-from .tokens import Prompt, Reader, rows_of_tokens, plain, readers_of
+from .tokens import Prompt, Reader, plain, readers_of, rows_of_tokens
 
 __all__ = [
     "CONCEPTS",

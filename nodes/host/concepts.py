@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.concept import ConceptEncoder, KeysValues
+from ...models.concept.encoder import ConceptEncoder, KeysValues
 from .learning import progress
 
 CONCEPTS = "concept_encoders"  # their folder beside checkpoints and loras

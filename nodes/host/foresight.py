@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...models.story import Story
+from ...models.story.story import Story
 from .model import KEY
 
 # Their n-th question is at the n-th sigma, and what they draw they draw from their seed: comfy/k_diffusion/sampling.py

@@ -23,7 +23,7 @@ from ...models.identity import (
     explain,
     held_as,
 )
-from ...models.reference import BANK_VERSION, ReferenceBank, block_name
+from ...models.reference.bank import BANK_VERSION, ReferenceBank, block_name
 from .model import (
     attention_sites,
     closure,

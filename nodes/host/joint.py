@@ -12,12 +12,12 @@ import torch
 from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch
 from torch import Tensor
 
-from ...models.attention import FusedAttend
+from ...models.attention.attend import FusedAttend
+from ...models.attention.joint import attend_rows
 from ...models.injection import PassEnds, Run
-from ...models.joint import attend_rows
 from ...models.network.backbone import ALONE, CROSS
 from ...models.network.call import Pass
-from ...models.reference import BlockId
+from ...models.reference.bank import BlockId
 from .model import KEY
 from .networks.shapes import joined, plain
 from .page import warn

@@ -19,10 +19,10 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.attention import product_attend
-from ...models.concept import KeysValues
+from ...models.attention.attend import product_attend
+from ...models.concept.encoder import KeysValues
+from ...models.concept.training import Learning, checkpointed
 from ...models.injection import Merge, Part, Role, Run
-from ...models.training import Learning, checkpointed
 from .model import Conditioning, attention_sites, computes_in, network
 from .run import install
 
@@ -81,7 +81,7 @@ def progress(total: int) -> Callable[[int, Any], None]:
 
 
 class FrozenUNet:
-    """The Denoiser of models/training.py: the host's model, loaded, with nothing to learn but what it is given to read.
+    """The Denoiser of models/concept/training.py: the host's model, loaded, with nothing to learn but what it is given to read.
 
     prompts: CONDITIONING by text. Use outside of inference_mode, with weights that were loaded outside of it.
     """

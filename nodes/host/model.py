@@ -20,8 +20,8 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ...models.injection import BlockSite, grid_of
-from ...models.noise import DIFFUSION, Diffusion, Flow
-from ...models.reference import BlockId, ReferenceBank
+from ...models.noise.path import DIFFUSION, Diffusion, Flow
+from ...models.reference.bank import BlockId, ReferenceBank
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 TEXT = "kindred_text"  # what Subject Prompts leaves inside CONDITIONING, beside SUBJECT and REPEATS

@@ -8,8 +8,9 @@ import uuid
 from pathlib import Path
 
 import folder_paths
-import nodes
 from torch import Tensor
+
+import nodes
 
 
 def example_name(picture: Path) -> str:

@@ -13,8 +13,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.injection import SUBJECT, Run
-from ...models.recorder import Recorder
-from ...models.reference import BlockId, Half, ReferenceBank, ReferencePrompt
+from ...models.reference.bank import BlockId, Half, ReferenceBank, ReferencePrompt
+from ...models.reference.recorder import Recorder
 from .latents import framed, unframed
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
 from .networks import recognise
@@ -111,7 +111,7 @@ Loop = Callable[
 
 
 class _ReferenceSampler(comfy.samplers.Sampler):
-    """Hands a loop of models/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns.
+    """Hands a loop of models/noise/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns.
 
     recorder: what it saw last stands for the answer of a pass that ends before there is one.
     """

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import comfy.model_patcher
 import comfy.model_sampling
-import nodes
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch, optimized_attention
@@ -18,10 +17,12 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from ...models.attention import FusedAttend
+import nodes
+
+from ...models.attention.attend import FusedAttend
 from ...models.injection import ActiveInjection, Asker, AttnCall, PassEnds, Run
-from ...models.reference import BlockId, Half, ReferenceBank, RowReader, block_name
-from ...models.story import QueryRecorder, Story
+from ...models.reference.bank import BlockId, Half, ReferenceBank, RowReader, block_name
+from ...models.story.story import QueryRecorder, Story
 from .foreign import hands_on, told_once
 from .foresight import Foreseen, foresee
 from .joint import joint_override, joint_pass
@@ -29,7 +30,6 @@ from .model import KEY, Conditioning, log, network
 from .page import warn
 from .sites import require_backbone, sites_of
 from .stages import Stages, answering, begin_keyframes
-
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
 

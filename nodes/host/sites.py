@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...models.injection import BlockSite
 from ...models.network.backbone import Backbone
-from ...models.reference import BlockId
+from ...models.reference.bank import BlockId
 from .model import attention_sites, network, require_unet
 from .networks import require_network
 

@@ -10,8 +10,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...models.consistory import SLACK
-from ...models.story import NODE, Story
+from ...models.story.plan import SLACK
+from ...models.story.story import NODE, Story
 from .model import KEY, log
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...models.words import Piece, byte_level
+from ...models.subject.words import Piece, byte_level
 
 CLIP = frozenset("lgh")  # the keys of CLIP's own text encoders
 OTHERS = frozenset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from client import Client
+
 from workflows import CANVAS, names
 
 EMPTY = {

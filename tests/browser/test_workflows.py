@@ -6,6 +6,7 @@ import json
 from itertools import combinations
 
 import pytest
+
 from workflows import CANVAS, api_form, arrange, cleaned, draw, names
 
 STEPS = 10  # a divisor of 1000: ddim_uniform then has as many steps as asked for

@@ -24,15 +24,14 @@ from boot import boot  # noqa: E402
 NODES = boot(Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from studio import bank_of, fresh_encoder, of_bank  # noqa: E402
-
 from kindred.models import bank_file, concept, training  # noqa: E402
-from kindred.models.bank_file import load_reference  # noqa: E402
-from kindred.models.concept import load_concept_encoder  # noqa: E402
-from kindred.models.training import read_state  # noqa: E402
+from kindred.models.concept.encoder import load_concept_encoder  # noqa: E402
+from kindred.models.concept.training import read_state  # noqa: E402
+from kindred.models.reference.file import load_reference  # noqa: E402
 from kindred.nodes import host  # noqa: E402
 from kindred.nodes import training as training_node  # noqa: E402
 from kindred.nodes.library import SaveReference  # noqa: E402
+from studio import bank_of, fresh_encoder, of_bank  # noqa: E402
 
 TOWER = {
     "hidden_size": 32,
@@ -227,7 +226,6 @@ def encoder(moment: str) -> dict[str, object]:
 def trained(moment: str, suffix: str) -> dict[str, object]:
     """Concept Encoder Train saves every step; the second save of that file is the last. Then the same is queued again."""
     import numpy as np
-
     from kindred.miniature.world import CLASSES, SCENES, random_identity, render
 
     training_node.SMALL_TOWER = TOWER

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkout import ROOT
+from kindred.miniature.world import held_out_identity, render
 from PIL import Image
 from safetensors.torch import save_file
-
-from kindred.miniature.world import held_out_identity, render
 
 HOST = os.environ.get("KINDRED_HOST")
 WEIGHTS = ROOT / "miniature" / "weights"

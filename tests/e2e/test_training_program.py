@@ -18,10 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkout import ROOT
-from PIL import Image
-
 from kindred.miniature.album import write_album
-from kindred.models.concept import load_concept_encoder
+from kindred.models.concept.encoder import load_concept_encoder
+from PIL import Image
 
 HOST = os.environ.get("KINDRED_HOST")
 PROGRAM = str(ROOT / "tools" / "train_concept_encoder.py")

@@ -13,6 +13,7 @@ import pytest
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from evaluation.story import FREEU
 from workflow_notes import NOTES
+
 from workflows import CANVAS, api_form, names
 
 QUIET = {"DO_NOT_TRACK": "1", "COMFY_CLI_NO_REMOTE_REFRESH": "1", "PYTHONUTF8": "1"}

@@ -177,6 +177,7 @@ def with_lora(bypass: bool) -> Tensor:
 def with_control(node: Callable[..., Any], s: Setting) -> Tensor:
     """A ControlNet that adds the same to every call's middle block."""
     import comfy.controlnet
+
     import nodes
 
     class Control(comfy.controlnet.ControlBase):

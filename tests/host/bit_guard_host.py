@@ -40,6 +40,7 @@ def boot(host: Path, tree: Path) -> None:
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # noqa: F401  reads sys.argv now
     import comfy.utils
+
     import nodes
 
     for name in ("input", "output", "temp", "user"):

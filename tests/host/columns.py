@@ -15,6 +15,9 @@ from typing import Any
 
 import comfy.samplers
 import torch
+from kindred.models.injection import SUBJECT
+from kindred.models.reference.bank import ReferenceBank, SubjectTokens
+from kindred.nodes.consistory import AnchorSampler, ConsiStory
 from matrix import (
     FIRST,
     NOTHING,
@@ -42,10 +45,6 @@ from studio import (
     subject,
 )
 from torch import Tensor
-
-from kindred.models.injection import SUBJECT
-from kindred.models.reference import ReferenceBank, SubjectTokens
-from kindred.nodes.consistory import AnchorSampler, ConsiStory
 
 MODEL = random_model("tiny")
 UNTOUCHED = of_model(MODEL)

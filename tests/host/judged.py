@@ -11,10 +11,9 @@ import comfy.sdxl_clip
 import comfy.supported_models_base
 import torch
 from kindred.miniature.world import held_out_identity, render
+from kindred.nodes.evaluation import ComparisonGrid
 from studio import TOWER
 from torch import Tensor
-
-from kindred.nodes.evaluation import ComparisonGrid
 
 SCENES = ("beach", "snow", "forest", "night")
 

@@ -126,8 +126,9 @@ def told(who: Sequence[int], tokens: int, seed: int, mark: Marks | None = None) 
 
 def conditioning(s: Setting, who: Sequence[int], mark: Marks | None = None) -> tuple[list, list]:
     """Positive and negative, as the host's conditioning nodes make them."""
-    import nodes
     from networks import random_prompt
+
+    import nodes
 
     positive, other = told(who, s.tokens[0], 50, mark), random_prompt("tiny", 6, s.tokens[0])
     negative = random_prompt("tiny", 2, s.tokens[1])

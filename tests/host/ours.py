@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from kindred.models.injection import Run
 from matrix import seed_all, states
 from networks import random_model
 from studio import (
@@ -27,8 +28,6 @@ from studio import (
     story,
 )
 from torch import Tensor
-
-from kindred.models.injection import Run
 
 MODEL = random_model("tiny")
 FELT, TIGHT = (

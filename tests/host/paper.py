@@ -11,18 +11,17 @@ import comfy.model_management
 import pytest
 import torch
 from counting import Counting
-from networks import build_model
-from studio import coarse, negative, pictures, prompt
-from torch import Tensor
-
 from kindred.models.injection import grid_of
-from kindred.models.inversion import InversionTrajectory
-from kindred.models.masks import resize_user_mask
-from kindred.models.reference import Half, Keeps, Layer, ReferenceBank
+from kindred.models.noise.inversion import InversionTrajectory
+from kindred.models.reference.bank import Half, Keeps, Layer, ReferenceBank
+from kindred.models.subject.masks import resize_user_mask
 from kindred.nodes import host
 from kindred.nodes.host import identity
 from kindred.nodes.host import model as host_model
 from kindred.nodes.host.run import SamplerRun
+from networks import build_model
+from studio import coarse, negative, pictures, prompt
+from torch import Tensor
 
 META = torch.device("meta")
 SIDE = {"sd15": 64, "sdxl": 128}  # latent cells: 512 and 1024 pixels

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import PatcherInjection, WrappersMP
+from kindred.nodes.host import attention_sites
 from networks import random_model
 from torch import Tensor
-
-from kindred.nodes.host import attention_sites
 
 BLOCKS = tuple(attention_sites(random_model("tiny").model.diffusion_model))
 ODD = frozenset({"middle"})  # stages whose head width the fast kernel does not know

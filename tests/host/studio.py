@@ -15,20 +15,20 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import nodes
 import torch
-from networks import random_model, random_prompt
-from torch import Tensor
-
-from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing
+from kindred.models.concept.encoder import ConceptConfig, ConceptEncoder, Preprocessing
 from kindred.models.injection import Merge
-from kindred.models.inversion import InversionTrajectory
-from kindred.models.reference import ReferenceBank, SubjectTokens
+from kindred.models.noise.inversion import InversionTrajectory
+from kindred.models.reference.bank import ReferenceBank, SubjectTokens
 from kindred.nodes.concept import CrossAttnDetailInject
 from kindred.nodes.consistory import AnchorSampler, ConsiStory
 from kindred.nodes.host import ManagedEncoder, cross_layers
 from kindred.nodes.inversion import DDIMInvert
 from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
+from networks import random_model, random_prompt
+from torch import Tensor
+
+import nodes
 
 STEPS, SIZE, SCHEDULER = 3, (8, 8), "ddim_uniform"
 TOWER = {

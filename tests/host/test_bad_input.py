@@ -10,6 +10,8 @@ import comfy.model_management
 import comfy.model_sampling
 import pytest
 import torch
+from kindred.models.reference.bank import BANK_VERSION
+from kindred.nodes.host import model_key
 from networks import build_model, random_model
 from studio import (
     STEPS,
@@ -25,9 +27,6 @@ from studio import (
     prompt,
     sample,
 )
-
-from kindred.models.reference import BANK_VERSION
-from kindred.nodes.host import model_key
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

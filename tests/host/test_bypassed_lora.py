@@ -8,11 +8,10 @@ import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection
 from comfy_extras.nodes_train import LoraModelLoader
+from kindred.nodes.host import model_key
 from networks import build_model
 from studio import capture, differs, inject, plain, sample
 from torch import Tensor
-
-from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
 LAYERS = [

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from judged import grid, noise
-from PIL import Image
-from torch import Tensor
-
 from kindred.nodes import drawing
 from kindred.nodes.evaluation import ComparisonGrid
+from PIL import Image
+from torch import Tensor
 
 LAW = pytest.mark.parametrize
 NAN = float("nan")

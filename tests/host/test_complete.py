@@ -6,10 +6,11 @@ That each input and output has a tooltip, and each node aliases to be found by, 
 import json
 import re
 
-import nodes
 import pytest
 import schemas
 from archive import ROOT
+
+import nodes
 
 PICTURE = re.compile(r"!\[[^\]]+\]\((images/[^)\s]+)\)")
 NODES = schemas.object_info(nodes.NODE_CLASS_MAPPINGS)

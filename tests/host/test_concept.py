@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kindred.models.attention.attend import CONCEPT_ODDS, WeightMode, dial
+from kindred.models.injection import Merge
+from kindred.models.reference.bank import Halves
+from kindred.nodes.host import KEY
 from networks import build_model, random_model
 from studio import (
     SIZE,
@@ -23,11 +27,6 @@ from studio import (
     sample,
     subject,
 )
-
-from kindred.models.attention import CONCEPT_ODDS, WeightMode, dial
-from kindred.models.injection import Merge
-from kindred.models.reference import Halves
-from kindred.nodes.host import KEY
 
 TIGHT = 1e-4  # float32 through a few UNet calls, relative to the picture's spread
 FELT = 1e-2  # an effect that cannot be rounding

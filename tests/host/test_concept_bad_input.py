@@ -12,6 +12,10 @@ import comfy.clip_vision
 import folder_paths
 import pytest
 import torch
+from kindred.models.concept.encoder import ConceptEncoder
+from kindred.models.reference.bank import Half
+from kindred.nodes.concept import ConceptEncoderLoad
+from kindred.nodes.host import CONCEPTS, KEY, ManagedEncoder, concept_files
 from networks import random_model
 from studio import (
     TOWER,
@@ -24,11 +28,6 @@ from studio import (
     sample,
     subject,
 )
-
-from kindred.models.concept import ConceptEncoder
-from kindred.models.reference import Half
-from kindred.nodes.concept import ConceptEncoderLoad
-from kindred.nodes.host import CONCEPTS, KEY, ManagedEncoder, concept_files
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 from kindred.miniature.pack import CHECKPOINT
+from kindred.nodes.prompts import SubjectPrompts
 from networks import random_model
 from studio import concept, counted, differs, encoder_of, negative, plain, prompt, sample, subject
-
-from kindred.nodes.prompts import SubjectPrompts
 
 EXACT = 1e-5
 TIGHT = 1e-4  # float32 through a few UNet calls, relative to the picture's spread

@@ -11,6 +11,11 @@ import comfy.utils
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from kindred.models.attention.attend import WeightMode
+from kindred.models.injection import Merge, Part, Role, Run
+from kindred.models.reference.bank import Half, Halves
+from kindred.nodes.concept import ActiveConcept, ConceptInjection
+from kindred.nodes.host import KEY, attention_sites, install
 from networks import build_model, random_model
 from studio import (
     SIZE,
@@ -29,12 +34,6 @@ from studio import (
     subject,
 )
 from torch.utils.flop_counter import FlopCounterMode
-
-from kindred.models.attention import WeightMode
-from kindred.models.injection import Merge, Part, Role, Run
-from kindred.models.reference import Half, Halves
-from kindred.nodes.concept import ActiveConcept, ConceptInjection
-from kindred.nodes.host import KEY, attention_sites, install
 
 TIGHT, FELT = 1e-4, 1e-2
 MODEL = random_model("tiny")
@@ -151,9 +150,8 @@ def test_whoever_keeps_the_options_keeps_no_tokens(kept):
 
 
 def test_an_encoder_that_nobody_wires_any_more_is_let_go(host):
-    from studio import fresh_encoder
-
     from kindred.nodes.host import ManagedEncoder
+    from studio import fresh_encoder
 
     managed = ManagedEncoder.of(fresh_encoder(), "gone")
     gone = weakref.ref(managed.encoder)
@@ -472,9 +470,8 @@ def test_257_concept_tokens_cost_a_fiftieth_at_most(family, latent, layers, boun
 @LAW("merge", ["concat", "add"])
 def test_at_the_real_size_of_sd15(merge):
     """Random weights and a small tower: two steps, plain where it should be, different where not."""
-    from studio import fresh_encoder
-
     from kindred.nodes.host import ManagedEncoder
+    from studio import fresh_encoder
 
     model = build_model("sd15")
     managed = ManagedEncoder.of(fresh_encoder("sd15", merge=merge, model=model), "sd15")

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import latent_preview
-import nodes
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,7 @@ from kindred.miniature.measure import overlap
 from kindred.miniature.reader import MASK_GRID, load_reader
 from kindred.miniature.registration import MiniatureLatent
 from kindred.miniature.world import CLASSES, SCENES, prompt
+from kindred.models.injection import Run
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.prompts import SubjectPrompts
 from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
@@ -33,7 +33,7 @@ from matrix import seed_all, states
 from studio import ConsiStory, differs, of_model
 from torch import Tensor
 
-from kindred.models.injection import Run
+import nodes
 
 pytestmark = pytest.mark.skipif(
     not WEIGHTS.exists(), reason="no weights: python -m miniature.train control writes them"

@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from counting import MATH, Counting, comes_home
+from kindred.models.attention.attend import WeightMode
+from kindred.models.injection import Merge
+from kindred.models.reference.bank import Half, Halves, Keeps
+from kindred.nodes import host
+from kindred.nodes.concept import ConceptInjection
 from networks import random_model
 from paper import META, drawn, first_step, on_paper, paper_bank, paper_model
 from studio import STEPS, bank_of, capture, concept, inject, photo, pictures, sample, story
-
-from kindred.models.attention import WeightMode
-from kindred.models.injection import Merge
-from kindred.models.reference import Half, Halves, Keeps
-from kindred.nodes import host
-from kindred.nodes.concept import ConceptInjection
 
 LAW = pytest.mark.parametrize
 LAYERS = {"sd15": 16, "sdxl": 70}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from encoders import KINDS, PADDED, clip, spelled, tokens
-from torch import Tensor
-
 from kindred.models.injection import REPEATS, SUBJECT
 from kindred.nodes.host import TEXT
 from kindred.nodes.prompts import SubjectPrompts
+from torch import Tensor
 
 PHRASE = "a photo of a cat on the beach"
 MEASURED = tuple(name for name, kind in KINDS.items() if kind.cat)

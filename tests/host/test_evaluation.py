@@ -13,10 +13,9 @@ import pytest
 import torch
 from judged import SCENES, clip, cosine, grid, noise, vision, world
 from kindred.miniature.world import prompt
-from torch import Tensor
-
 from kindred.nodes import drawing, evaluation
 from kindred.nodes.evaluation import ComparisonGrid, ConsistencyScore, digits
+from torch import Tensor
 
 LAW = pytest.mark.parametrize
 LINES = "\n".join(prompt("cat", scene) for scene in SCENES)

@@ -6,6 +6,9 @@ import re
 
 import pytest
 import torch
+from kindred.models.reference.bank import ReferenceBank
+from kindred.nodes.host import ManagedEncoder, cross_layers
+from kindred.nodes.preview import ReferencePreview
 from networks import ODD, OTHER_WORK, build_model, random_model
 from strangers import layered
 from studio import (
@@ -27,10 +30,6 @@ from studio import (
     sample,
     story,
 )
-
-from kindred.models.reference import ReferenceBank
-from kindred.nodes.host import ManagedEncoder, cross_layers
-from kindred.nodes.preview import ReferencePreview
 
 LAW = pytest.mark.parametrize
 TIGHT, FELT = 1e-4, 1e-3

@@ -14,6 +14,17 @@ import folder_paths
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from kindred.models.injection import Run
+from kindred.models.reference.bank import BankBuilder, ReferenceBank
+from kindred.models.reference.file import Parcel
+from kindred.models.reference.recorder import Recorder
+from kindred.models.story.anchors import AnchorRecorder
+from kindred.models.story.story import QueryRecorder, Story
+from kindred.nodes.concept import ActiveConcept
+from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
+from kindred.nodes.host.stages import Stages
+from kindred.nodes.library import SaveReference
+from kindred.nodes.reference import ActiveMaskedSelf
 from networks import random_model
 from studio import (
     anchors,
@@ -34,18 +45,6 @@ from studio import (
     story,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from kindred.models.anchors import AnchorRecorder
-from kindred.models.bank_file import Parcel
-from kindred.models.injection import Run
-from kindred.models.recorder import Recorder
-from kindred.models.reference import BankBuilder, ReferenceBank
-from kindred.models.story import QueryRecorder, Story
-from kindred.nodes.concept import ActiveConcept
-from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
-from kindred.nodes.host.stages import Stages
-from kindred.nodes.library import SaveReference
-from kindred.nodes.reference import ActiveMaskedSelf
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

@@ -14,14 +14,13 @@ import comfy.samplers
 import comfy.supported_models
 import pytest
 import torch
+from kindred.models.noise.inversion import ddim_sample
+from kindred.models.noise.path import DIFFUSION, Flow
+from kindred.nodes import host as door
+from kindred.nodes.host.latents import framed
 from networks import random_model
 from studio import STEPS, capture, counted, differs, invert
 from torch import Tensor
-
-from kindred.models.inversion import ddim_sample
-from kindred.models.noise import DIFFUSION, Flow
-from kindred.nodes import host as door
-from kindred.nodes.host.latents import framed
 
 LAW = pytest.mark.parametrize
 CELLS = (8, 6)

@@ -6,6 +6,8 @@ import gc
 
 import pytest
 import torch
+from kindred.models.reference.bank import Half, ReferenceBank
+from kindred.nodes.host import attention_sites
 from networks import build_model
 from refusals import LONG
 from studio import (
@@ -23,9 +25,6 @@ from studio import (
     sample,
     story,
 )
-
-from kindred.models.reference import Half, ReferenceBank
-from kindred.nodes.host import attention_sites
 
 SIZE, STEPS = (16, 24), 2
 

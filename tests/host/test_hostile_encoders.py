@@ -13,18 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+from kindred.models.concept.encoder import (
+    FORMAT,
+    SD_STAGES,
+    ConceptConfig,
+    ConceptEncoder,
+    Preprocessing,
+)
+from kindred.models.concept.training import Examples, Trainer, TrainSettings, read_state
+from kindred.nodes.concept import ConceptEncoderLoad
+from kindred.nodes.host import CONCEPTS, REFERENCES
+from kindred.nodes.library import LoadReference
 from mutations import Mutator, Trap, changed, strangers, torn
 from networks import random_model
 from refusals import LONG, faults_of, resident
 from remedy import REMEDY
 from safetensors.torch import save_file
 from studio import concept, fresh_encoder, sample
-
-from kindred.models.concept import FORMAT, SD_STAGES, ConceptConfig, ConceptEncoder, Preprocessing
-from kindred.models.training import Examples, Trainer, TrainSettings, read_state
-from kindred.nodes.concept import ConceptEncoderLoad
-from kindred.nodes.host import CONCEPTS, REFERENCES
-from kindred.nodes.library import LoadReference
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

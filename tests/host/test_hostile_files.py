@@ -8,14 +8,8 @@ from functools import cache, partial
 
 import pytest
 import torch
-from mutations import Mutator
-from networks import random_model
-from refusals import LONG, faults_of, resident
-from studio import anchors, bank_of, inject, pictures, sample, story
-from torch import Tensor
-
-from kindred.models.bank_file import FORMAT, check, save_reference
-from kindred.models.reference import ReferenceBank
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.reference.file import FORMAT, check, save_reference
 from kindred.nodes.host import REFERENCES
 from kindred.nodes.library import LoadReference
 from kindred.nodes.preview import (
@@ -26,6 +20,11 @@ from kindred.nodes.preview import (
     why_no_masks,
     why_no_matches,
 )
+from mutations import Mutator
+from networks import random_model
+from refusals import LONG, faults_of, resident
+from studio import anchors, bank_of, inject, pictures, sample, story
+from torch import Tensor
 
 MODEL = random_model("tiny")
 EVERY = 6 // min(6, LONG)  # of the references that load, one in so many is drawn with

@@ -9,16 +9,15 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from PIL import Image
-from refusals import faults_of
-from studio import bank_of, fresh_encoder
-
-from kindred.models.bank_file import save_reference
+from kindred.models.reference.file import save_reference
 from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.host import CONCEPTS, REFERENCES, concept_folder
 from kindred.nodes.library import LoadReference, SaveReference
 from kindred.nodes.photos import LoadPhoto
 from kindred.nodes.training import Order
+from PIL import Image
+from refusals import faults_of
+from studio import bank_of, fresh_encoder
 
 BASE = Path(folder_paths.base_path)
 OUT, REFERENCE = Path(folder_paths.get_output_directory()), "outside.safetensors"

@@ -7,12 +7,11 @@ import re
 
 import pytest
 import torch
+from kindred.models.noise.inversion import ddim_sample, edit_friendly_replay
+from kindred.nodes import host as door
 from networks import random_model
 from studio import STEPS, coarse, counted, differs, invert, negative, photo, sample
 from torch import Tensor
-
-from kindred.models.inversion import ddim_sample, edit_friendly_replay
-from kindred.nodes import host as door
 
 MODEL = random_model("tiny")
 CALM = random_model(

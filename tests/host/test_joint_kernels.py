@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.ldm.modules import attention
+from kindred.models.attention.attend import ReferenceTokens
+from kindred.models.attention.joint import TextShare, attend_picture
 from torch import Tensor
-
-from kindred.models.attention import ReferenceTokens
-from kindred.models.joint import TextShare, attend_picture
 
 B, H, D, P, T, F = 2, 3, 64, 96, 20, 30
 C = H * D

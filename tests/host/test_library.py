@@ -14,16 +14,15 @@ import execution
 import folder_paths
 import pytest
 import torch
+from kindred.models.identity import tell_key
+from kindred.models.reference import file as bank_file
+from kindred.models.reference.bank import BANK_VERSION, Half
+from kindred.models.reference.file import load_reference, save_reference
+from kindred.nodes.host import REFERENCES, reference_files, reference_path
+from kindred.nodes.library import LoadReference, SaveReference
 from networks import random_model
 from safetensors.torch import load_file, save_file
 from studio import STEPS, bank_of, capture, fresh_encoder, inject, invert, of_bank, plain, sample
-
-from kindred.models import bank_file
-from kindred.models.bank_file import load_reference, save_reference
-from kindred.models.identity import tell_key
-from kindred.models.reference import BANK_VERSION, Half
-from kindred.nodes.host import REFERENCES, reference_files, reference_path
-from kindred.nodes.library import LoadReference, SaveReference
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

@@ -16,6 +16,9 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
+from kindred.models.injection import Run
+from kindred.models.reference.bank import Half
+from kindred.nodes.host import KEY, SamplerRun
 from networks import build_model, random_model
 from studio import (
     SCHEDULER,
@@ -36,10 +39,6 @@ from studio import (
     prompt,
     sample,
 )
-
-from kindred.models.injection import Run
-from kindred.models.reference import Half
-from kindred.nodes.host import KEY, SamplerRun
 
 MODEL = random_model("tiny")
 TIGHT, FELT = 1e-4, 1e-2

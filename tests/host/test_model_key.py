@@ -16,17 +16,16 @@ import strangers
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from kindred.miniature import subject
+from kindred.models.identity import differences, parts_of
+from kindred.models.reference.file import load_reference, save_reference
+from kindred.nodes.consistory import ConsiStory
+from kindred.nodes.host import model_key, require_same_model
 from networks import build_model
 from studio import bank_of, capture, differs, inject, invert, sample
 from test_bypassed_lora import lora
 from test_precisions import little_memory
 from torch import Tensor
-
-from kindred.miniature import subject
-from kindred.models.bank_file import load_reference, save_reference
-from kindred.models.identity import differences, parts_of
-from kindred.nodes.consistory import ConsiStory
-from kindred.nodes.host import model_key, require_same_model
 
 LAW = pytest.mark.parametrize
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)

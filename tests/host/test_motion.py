@@ -6,6 +6,9 @@ import pytest
 import strangers
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.reference.recorder import Recorder
+from kindred.nodes.host import model_key
 from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing, seeded
 from studio import (
     MOMENTS,
@@ -20,10 +23,6 @@ from studio import (
     story,
 )
 from test_bypassed_lora import lora
-
-from kindred.models.recorder import Recorder
-from kindred.models.reference import ReferenceBank
-from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
 PACKS = {"one key": {}, "keys of their own": {"wrapped_by": "motion, sampling"}}

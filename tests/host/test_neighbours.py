@@ -33,6 +33,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+from kindred.nodes.host import model_key
 from ours import FELT, MODEL, OURS, READERS, STORIES, TIGHT, alone, leaving_nothing, seeded
 from studio import (
     STEPS,
@@ -49,8 +50,6 @@ from studio import (
 )
 from torch import Tensor
 from torch._dynamo import OptimizedModule
-
-from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
 EVERY = tuple(OURS)

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from networks import random_model
-from tiny_networks import FLUX, READ, REFUSED, Family, build, denoised, latent, prompt, tiny
-from torch import Tensor, nn
-
 from kindred.models.network.backbone import CROSS, Backbone, turned
 from kindred.nodes.host.networks import NETWORKS, UNHEARD, UNSEEN, recognise, require_network
 from kindred.nodes.host.networks.shapes import joined, plain
+from networks import random_model
+from tiny_networks import FLUX, READ, REFUSED, Family, build, denoised, latent, prompt, tiny
+from torch import Tensor, nn
 
 TURNING = ("LongCatImage", "Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
 # the picture alone first

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
+from kindred.models.reference.bank import Half, ReferenceBank
 from networks import random_model
 from ours import OURS, leaving_nothing
 from studio import (
@@ -22,8 +23,6 @@ from studio import (
     prompts_of,
     story,
 )
-
-from kindred.models.reference import Half, ReferenceBank
 
 LAW = pytest.mark.parametrize
 MODEL = random_model("tiny")

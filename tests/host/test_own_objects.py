@@ -6,11 +6,12 @@ from __future__ import annotations
 import comfy.latent_formats
 import comfy.model_management
 import comfy.samplers
-import nodes
 import pytest
+import strangers
 import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
+from kindred.nodes import host
 from networks import build_model, random_model
 from ours import TIGHT
 from studio import (
@@ -26,9 +27,8 @@ from studio import (
     sample,
 )
 from test_bypassed_lora import lora
-import strangers
 
-from kindred.nodes import host
+import nodes
 
 LAW = pytest.mark.parametrize
 

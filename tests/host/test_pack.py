@@ -3,10 +3,11 @@
 import re
 import sys
 
-import nodes
 import pytest
 from client import ROOT
 from comfy_api.v0_0_2 import io
+
+import nodes
 
 
 def test_the_host_loads_the_pack(pack, host):

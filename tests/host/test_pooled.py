@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import nodes
 import pytest
 import torch
+from kindred.models.reference.bank import Half
+from kindred.models.reference.file import load_reference, save_reference
+from kindred.nodes.prompts import SubjectPrompts
+from kindred.nodes.reference import RefUNetCapture
 from networks import random_model
 from studio import (
     SCHEDULER,
@@ -26,10 +29,7 @@ from studio import (
     story,
 )
 
-from kindred.models.bank_file import load_reference, save_reference
-from kindred.models.reference import Half
-from kindred.nodes.prompts import SubjectPrompts
-from kindred.nodes.reference import RefUNetCapture
+import nodes
 
 LAW = pytest.mark.parametrize
 

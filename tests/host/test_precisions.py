@@ -10,14 +10,15 @@ from typing import Any
 from unittest.mock import patch
 
 import comfy.model_management
-import nodes
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_train import LoraModelLoader, TrainLoraNode
 from kindred.miniature.world import CLASSES, SCENES
+from kindred.models.story.story import Story
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
 from kindred.nodes.prompts import SubjectPrompts
+from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
 from networks import build_model
 from ours import FELT, TIGHT, Column, leaving_nothing, seeded
 from studio import (
@@ -35,8 +36,7 @@ from studio import (
 )
 from torch import Tensor
 
-from kindred.models.story import Story
-from kindred.nodes.reference import MaskedSelfAttnInject, RefUNetCapture
+import nodes
 
 LAW = pytest.mark.parametrize
 HALF, BRAIN, EIGHT = torch.float16, torch.bfloat16, torch.float8_e4m3fn

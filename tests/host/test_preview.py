@@ -9,18 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import folder_paths
-import nodes as host_nodes
 import pytest
 import torch
 from kindred.miniature.autoencoder import psnr
 from kindred.miniature.world import held_out_identity, render
+from kindred.models.overlay import draw_heat, draw_masks, draw_matches, place_colours
+from kindred.models.reference.bank import AnchorFeatures, ReferenceBank
+from kindred.nodes.preview import ReferencePreview
+from kindred.nodes.prompts import SubjectPrompts
 from networks import random_model
 from studio import bank_of, capture, coarse, of_bank, photo
 
-from kindred.models.overlay import draw_heat, draw_masks, draw_matches, place_colours
-from kindred.models.reference import AnchorFeatures, ReferenceBank
-from kindred.nodes.preview import ReferencePreview
-from kindred.nodes.prompts import SubjectPrompts
+import nodes as host_nodes
 
 LAW = pytest.mark.parametrize
 SHOWS = ["all", "masks", "heat map", "correspondences"]

@@ -10,6 +10,12 @@ import numpy as np
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
+from kindred.models.overlay import draw_masks
+from kindred.models.reference.file import save_reference
+from kindred.nodes.host import ManagedEncoder, reference_path, rough_pictures
+from kindred.nodes.inversion import DDIMInvert
+from kindred.nodes.library import LoadReference
+from kindred.nodes.reference import RefUNetCapture
 from networks import random_model
 from PIL import Image
 from studio import (
@@ -28,13 +34,6 @@ from studio import (
     story,
     subject,
 )
-
-from kindred.models.bank_file import save_reference
-from kindred.models.overlay import draw_masks
-from kindred.nodes.host import ManagedEncoder, reference_path, rough_pictures
-from kindred.nodes.inversion import DDIMInvert
-from kindred.nodes.library import LoadReference
-from kindred.nodes.reference import RefUNetCapture
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

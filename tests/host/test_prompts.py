@@ -8,14 +8,13 @@ from types import SimpleNamespace
 import comfy.sd1_clip
 import pytest
 import torch
-from words import WIDTH, clip, pieces_of, tokenizer
-
-from kindred.models.reference import SubjectTokens
 from kindred.models.injection import SUBJECT
+from kindred.models.reference.bank import SubjectTokens
+from kindred.models.subject.words import positions_of
 from kindred.nodes.host import TEXT
-from kindred.models.words import positions_of
 from kindred.nodes.host.tokens import tokens_of
 from kindred.nodes.prompts import SubjectPrompts, batch_rows
+from words import WIDTH, clip, pieces_of, tokenizer
 
 LAW = pytest.mark.parametrize
 

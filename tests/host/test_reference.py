@@ -7,6 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kindred.models.attention.attend import SELF_ODDS, WeightMode, dial
+from kindred.models.injection import AttnCall, Role
+from kindred.models.reference.bank import Half, Halves, ReferenceBank
+from kindred.nodes.reference import MaskedSelfInjection
 from networks import build_model, random_model
 from studio import (
     SIZE,
@@ -24,11 +28,6 @@ from studio import (
     prompt,
     sample,
 )
-
-from kindred.models.attention import SELF_ODDS, WeightMode, dial
-from kindred.models.injection import AttnCall, Role
-from kindred.models.reference import Half, Halves, ReferenceBank
-from kindred.nodes.reference import MaskedSelfInjection
 
 TIGHT = 1e-4  # float32 through a few UNet calls, relative to the picture's spread
 FELT = 1e-2  # an effect that cannot be rounding

@@ -6,6 +6,9 @@ import logging
 
 import pytest
 import torch
+from kindred.models.injection import SUBJECT
+from kindred.models.reference.bank import Half, SubjectTokens
+from kindred.models.subject.masks import resize_user_mask
 from networks import random_model
 from studio import (
     SIZE,
@@ -22,10 +25,6 @@ from studio import (
     prompt,
     sample,
 )
-
-from kindred.models.injection import SUBJECT
-from kindred.models.masks import resize_user_mask
-from kindred.models.reference import Half, SubjectTokens
 
 TIGHT = 1e-4  # float32 through a few UNet calls, relative to the picture's spread
 FELT = 1e-2  # an effect that cannot be rounding

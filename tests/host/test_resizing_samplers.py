@@ -6,11 +6,10 @@ import pytest
 import strangers
 import torch
 import torch.nn.functional as F
+from kindred.nodes.consistory import ConsiStory
 from ours import FELT, MODEL, TIGHT, leaving_nothing
 from resizing import EULER, KSAMPLER, RESIZING, drawn, sample_half_size, sample_upper_half
 from studio import bank_of, capture, concept, differs, inject, negative, prompt, prompts_of, story
-
-from kindred.nodes.consistory import ConsiStory
 
 LAW = pytest.mark.parametrize
 LEFT = torch.zeros(1, 128, 128)

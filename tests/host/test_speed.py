@@ -10,6 +10,10 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from kindred.models.attention.attend import FusedAttend
+from kindred.models.reference.bank import Keeps
+from kindred.nodes.host import foresight
+from kindred.nodes.host import run as host_run
 from networks import random_model
 from studio import (
     bank_of,
@@ -25,11 +29,6 @@ from studio import (
     sample,
     story,
 )
-
-from kindred.models.attention import FusedAttend
-from kindred.models.reference import Keeps
-from kindred.nodes.host import foresight
-from kindred.nodes.host import run as host_run
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize
@@ -252,7 +251,7 @@ def test_kept_keys_and_values_give_the_picture_of_hidden_states(way, wired):
 
 
 def test_automatic_keeps_keys_and_values_up_to_its_limit(monkeypatch):
-    from kindred.models import reference
+    from kindred.models.reference import bank as reference
 
     small = capture(MODEL)[0]
     assert small.bytes == capture(MODEL, keeps="keys and values")[0].bytes
@@ -276,7 +275,7 @@ def test_they_serve_a_live_pass_and_a_story_too():
 @LAW("way", [{}, {"weight": 2.0}, {"weight_mode": "output blend", "weight": 0.5}], ids=str)
 def test_a_share_of_equal_tokens_is_all_of_them(way, monkeypatch):
     """Where a subject's tokens are one and the same, half of them speaking twice as loud are all of them (I9)."""
-    from kindred.models import reference
+    from kindred.models.reference import bank as reference
 
     kept_of = reference.kept_of
 

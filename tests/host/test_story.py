@@ -6,12 +6,11 @@ import logging
 
 import pytest
 import torch
+from kindred.models.attention.attend import STORY_ODDS, dial
+from kindred.models.reference.bank import Halves
+from kindred.nodes.host import KEY
 from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import MOMENTS, anchors, differs, passes, pictures, story
-
-from kindred.models.attention import STORY_ODDS, dial
-from kindred.models.reference import Halves
-from kindred.nodes.host import KEY
 
 LAW = pytest.mark.parametrize
 

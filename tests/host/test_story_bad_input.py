@@ -8,6 +8,9 @@ from functools import cache
 
 import pytest
 import torch
+from kindred.models.reference.bank import BANK_VERSION, block_name
+from kindred.nodes.consistory import AnchorSampler
+from kindred.nodes.host import model_key
 from networks import random_model
 from studio import (
     MOMENTS,
@@ -25,10 +28,6 @@ from studio import (
     prompts_of,
     story,
 )
-
-from kindred.models.reference import BANK_VERSION, block_name
-from kindred.nodes.consistory import AnchorSampler
-from kindred.nodes.host import model_key
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

@@ -13,6 +13,8 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
+from kindred.models.injection import REPEATS, SUBJECT
+from kindred.models.reference.bank import Half, ReferenceBank
 from networks import build_model
 from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import (
@@ -34,9 +36,6 @@ from studio import (
     prompts_of,
     story,
 )
-
-from kindred.models.injection import REPEATS, SUBJECT
-from kindred.models.reference import Half, ReferenceBank
 
 LAW = pytest.mark.parametrize
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import attention_basic
 from counting import Counting
+from kindred.models.story.story import Story
+from kindred.nodes.consistory import ConsiStory
 from networks import random_model
 from studio import MOMENTS, anchors, passes, pictures, story
 from torch.overrides import TorchFunctionMode
-
-from kindred.models.story import Story
-from kindred.nodes.consistory import ConsiStory
 
 MODEL = random_model("tiny")
 LAW = pytest.mark.parametrize

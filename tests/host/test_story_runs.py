@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import gc
 import weakref
+from types import SimpleNamespace
 
 import comfy.model_management
 import pytest
 import torch
+from kindred.models.injection import Run
+from kindred.models.reference.bank import Half, Halves
+from kindred.models.story.story import Story
+from kindred.nodes.host.stages import Stages
 from networks import build_model
 from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import (
@@ -28,11 +31,6 @@ from studio import (
     prompts_of,
     story,
 )
-
-from kindred.models.injection import Run
-from kindred.models.reference import Half, Halves
-from kindred.models.story import Story
-from kindred.nodes.host.stages import Stages
 
 LAW = pytest.mark.parametrize
 

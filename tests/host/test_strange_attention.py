@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import strange_attention
 import torch
+from kindred.models import injection
 from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing
 from strange_attention import couple, more_keys
 from studio import (
@@ -20,8 +21,6 @@ from studio import (
     sample,
     story,
 )
-
-from kindred.models import injection
 
 LAW = pytest.mark.parametrize
 

@@ -12,9 +12,13 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_tomesd import TomePatchModel
+from kindred.models.attention.attend import WeightMode
+from kindred.models.reference.bank import Half
+from kindred.nodes.host import page
+from kindred.nodes.host.foreign import hands_on, told_once
+from kindred.nodes.host.model import KEY
 from ours import FELT, MODEL, OURS, TIGHT, leaving_nothing
 from ours import alone as undisturbed
-from strangers import BLOCKS
 from strange_attention import (
     alone,
     copied,
@@ -24,6 +28,7 @@ from strange_attention import (
     own_reference,
     style_aligned,
 )
+from strangers import BLOCKS
 from studio import (
     anchors,
     bank_of,
@@ -37,12 +42,6 @@ from studio import (
     sample,
     story,
 )
-
-from kindred.models.attention import WeightMode
-from kindred.models.reference import Half
-from kindred.nodes.host import page
-from kindred.nodes.host.foreign import hands_on, told_once
-from kindred.nodes.host.model import KEY
 
 LAW = pytest.mark.parametrize
 UNET = MODEL.model.diffusion_model

@@ -10,6 +10,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from kindred.nodes.host import model_key
 from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing, seeded
 from strangers import BLOCKS, adapter
 from studio import (
@@ -25,8 +26,6 @@ from studio import (
     sample,
     story,
 )
-
-from kindred.nodes.host import model_key
 
 LAW = pytest.mark.parametrize
 COLUMNS = ("self cached", "self live", "cross", "sharing", "story", "all")  # all: cached

@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 from checkout import ROOT
-
 from kindred.miniature import subject
-from kindred.models.bank_file import load_reference
-from kindred.models.reference import BANK_VERSION, Half
+from kindred.models.reference.bank import BANK_VERSION, Half
+from kindred.models.reference.file import load_reference
 from kindred.nodes.host import model_key, reference_files, reference_path
 
 WORKFLOWS = ROOT / "workflows" / "api"

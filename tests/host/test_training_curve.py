@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from kindred.nodes import training
 from kindred.nodes.training import draw_curve
 

@@ -7,12 +7,11 @@ import gc
 
 import pytest
 import torch
+from kindred.models.concept.training import Examples, Trainer, TrainSettings, draw
+from kindred.models.injection import Merge
+from kindred.nodes.host import FrozenUNet, attention_sites
 from networks import ODD, build_model, random_prompt
 from studio import TOWER, fresh_encoder
-
-from kindred.models.injection import Merge
-from kindred.models.training import Examples, Trainer, TrainSettings, draw
-from kindred.nodes.host import FrozenUNet, attention_sites
 
 SETTINGS = TrainSettings(
     steps=2, batch=2, rate=1e-3, average=0.9, drop_text=0.0, drop_image=0.0, drop_both=0.0

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from kindred.miniature.world import CLASSES, SCENES, random_identity, render
+from kindred.models.concept.encoder import load_concept_encoder
+from kindred.models.concept.training import Trainer, TrainSettings, draw
+from kindred.nodes import host, training
+from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
+from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order
 from networks import build_model
 from studio import TOWER, fingerprint, of_model, sample, without_patcher
 
 import nodes as host_nodes
-from kindred.miniature.world import CLASSES, SCENES, random_identity, render
-from kindred.models.concept import load_concept_encoder
-from kindred.models.training import Trainer, TrainSettings, draw
-from kindred.nodes import host, training
-from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
-from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order
 
 SMALLER = {
     "hidden_size": 32,

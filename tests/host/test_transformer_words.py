@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from kindred.models.network.backbone import CROSS
+from kindred.models.reference.bank import SubjectTokens
+from kindred.models.reference.recorder import Recorder
+from kindred.nodes.host import joint
+from kindred.nodes.host.sites import require_backbone
 from studio import capture, inject
 from test_transformers import FAMILIES, FELT, apart, bank_of, plain
 from tiny_networks import READ, latent, prompt, sample, tiny
 from torch import Tensor
-
-from kindred.models.network.backbone import CROSS
-from kindred.models.recorder import Recorder
-from kindred.models.reference import SubjectTokens
-from kindred.nodes.host import joint
-from kindred.nodes.host.sites import require_backbone
 
 WORD = 3  # the row of the CONDITIONING that the subject's word is
 

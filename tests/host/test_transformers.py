@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from kindred.models.noise.inversion import InversionTrajectory
+from kindred.models.reference.bank import ReferenceBank
+from kindred.models.reference.file import load_reference, save_reference
+from kindred.nodes import host
+from kindred.nodes.host.sites import require_backbone
 from studio import capture, inject, invert
 from tiny_networks import READ, latent, prompt, sample, tiny
 from torch import Tensor
-
-from kindred.models.bank_file import load_reference, save_reference
-from kindred.models.inversion import InversionTrajectory
-from kindred.models.reference import ReferenceBank
-from kindred.nodes import host
-from kindred.nodes.host.sites import require_backbone
 
 FAMILIES = tuple(READ)
 WHITE = torch.ones(1, 32, 32)

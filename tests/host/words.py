@@ -10,8 +10,7 @@ import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models_base
 import torch
-
-from kindred.models.words import Piece
+from kindred.models.subject.words import Piece
 from kindred.nodes.host.tokens import readers_of
 
 WIDTH = 32

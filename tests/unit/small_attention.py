@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from kindred.models.attention.attend import ReferenceTokens, WeightMode, sdpa_attend
 from torch import Tensor
-
-from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
 
 B, H, N, M, D = 2, 3, 10, 7, 5
 C = H * D

@@ -7,14 +7,9 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from kindred.models.bank_file import FORMAT
-from kindred.models.inversion import InversionTrajectory
-from kindred.models.noise import Flow
-from kindred.models.reference import (
+from kindred.models.noise.inversion import InversionTrajectory
+from kindred.models.noise.path import Flow
+from kindred.models.reference.bank import (
     AnchorFeatures,
     BankBuilder,
     Half,
@@ -23,6 +18,10 @@ from kindred.models.reference import (
     ReferencePrompt,
     SubjectTokens,
 )
+from kindred.models.reference.file import FORMAT
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 SIGMAS = torch.tensor([0.0, 0.5, 2.0, 9.0])
 T, R, Y, X = 3, 2, 4, 6

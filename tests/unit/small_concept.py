@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kindred.models.concept import ConceptConfig, Preprocessing
+from kindred.models.concept.encoder import ConceptConfig, Preprocessing
 
 TOWER = {
     "hidden_size": 16,

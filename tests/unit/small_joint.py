@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kindred.models.attention.attend import Attend, FusedAttend, ReferenceTokens, sdpa_attend
+from kindred.models.attention.joint import TextShare
 from small_attention import rand
 from torch import Tensor
-
-from kindred.models.attention import Attend, FusedAttend, ReferenceTokens, sdpa_attend
-from kindred.models.joint import TextShare
 
 B, H, D, P, T, F = 2, 3, 8, 6, 5, 4
 C = H * D

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from kindred.models.identity import ModelKey, Parts, Sketch, cells, held_as
+from torch import Tensor
 
 
 def weights(seed: int = 0, n: int = 2048, spread: float = 0.03) -> Tensor:

@@ -8,9 +8,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from kindred.models.attention import sdpa_attend
-from kindred.models.concept import ConceptConfig, ConceptEncoder, Preprocessing
-from kindred.models.training import Draw, Examples, Trainer, TrainSettings
+from kindred.models.attention.attend import sdpa_attend
+from kindred.models.concept.encoder import ConceptConfig, ConceptEncoder, Preprocessing
+from kindred.models.concept.training import Draw, Examples, Trainer, TrainSettings
 from torch import Tensor, nn
 
 TOWER = {

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from kindred.models.anchors import AnchorRecorder
-from kindred.models.attention import sdpa_attend
-from kindred.models.consistory import Schedule, StorySettings
+from kindred.models.attention.attend import sdpa_attend
 from kindred.models.injection import AttnCall, BlockSite, Part, Role, Run
-from kindred.models.reference import SubjectTokens
-from kindred.models.story import AnchorSource, Layout, QueryRecorder, Story
+from kindred.models.reference.bank import SubjectTokens
+from kindred.models.story.anchors import AnchorRecorder
+from kindred.models.story.plan import Schedule, StorySettings
+from kindred.models.story.story import AnchorSource, Layout, QueryRecorder, Story
+from torch import Tensor, nn
 
 GRID = (4, 6)
 C, HEADS, TEXT = 8, 2, 5

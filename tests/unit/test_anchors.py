@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from kindred.models.reference.bank import Half, Halves, ReferenceBank, ReferencePrompt, split_row
+from kindred.models.story.anchors import AnchorRecorder
+from kindred.models.story.plan import subject_masks
+from kindred.models.subject.correspondence import adain
 from small_unet import (
     COARSE,
     ENCODER,
@@ -26,11 +30,6 @@ from small_unet import (
     told,
 )
 from torch import Tensor
-
-from kindred.models.anchors import AnchorRecorder
-from kindred.models.consistory import subject_masks
-from kindred.models.correspondence import adain
-from kindred.models.reference import Half, Halves, ReferenceBank, ReferencePrompt, split_row
 
 
 @dataclass

@@ -127,9 +127,9 @@ def test_who_imports_whom():
 @pytest.mark.parametrize(
     "name, level, module",
     [
-        ("models/masks.py", 0, "comfy.utils"),
-        ("models/masks.py", 2, "nodes.host"),
-        ("models/masks.py", 0, "models.attention"),
+        ("models/subject/masks.py", 0, "comfy.utils"),
+        ("models/subject/masks.py", 2, "nodes.host"),
+        ("models/subject/masks.py", 0, "models.attention"),
         ("nodes/host/run.py", 2, "concept"),
         ("nodes/host/networks/flux.py", 3, "concept"),
         ("nodes/host/run.py", 0, "cv2"),
@@ -150,8 +150,8 @@ def test_the_rule_bites(name, level, module):
 @pytest.mark.parametrize(
     "name, level, module",
     [
-        ("models/masks.py", 1, "attention"),
-        ("models/masks.py", 0, "torch.nn"),
+        ("models/subject/masks.py", 1, "attention"),
+        ("models/subject/masks.py", 0, "torch.nn"),
         ("nodes/host.py", 0, "comfy.samplers"),
         ("nodes/host/run.py", 0, "comfy.samplers"),
         ("nodes/host/run.py", 1, "model"),

@@ -6,6 +6,18 @@ from math import log
 
 import pytest
 import torch
+from kindred.models.attention.attend import (
+    LOG_ZERO,
+    ReferenceTokens,
+    WeightMode,
+    attend_with_references,
+    biased_by_channel,
+    blend_queries,
+    concat_references,
+    reference_attention,
+    sdpa_attend,
+    without_channel,
+)
 from small_attention import (
     MODES,
     TIGHT,
@@ -23,19 +35,6 @@ from small_attention import (
     split,
 )
 from torch import Tensor
-
-from kindred.models.attention import (
-    LOG_ZERO,
-    ReferenceTokens,
-    WeightMode,
-    attend_with_references,
-    biased_by_channel,
-    blend_queries,
-    concat_references,
-    reference_attention,
-    sdpa_attend,
-    without_channel,
-)
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kindred.models.reference import file as bank_file
+from kindred.models.reference.bank import BANK_VERSION, Half
+from kindred.models.reference.file import TRANSFORMER_VERSION, load_reference, save_reference
 from safetensors.torch import load_file
 from small_banks import (
     BANKS,
@@ -24,10 +27,6 @@ from small_banks import (
     rewrite,
     same,
 )
-
-from kindred.models import bank_file
-from kindred.models.bank_file import TRANSFORMER_VERSION, load_reference, save_reference
-from kindred.models.reference import BANK_VERSION, Half
 
 LAW = pytest.mark.parametrize
 SHIPPED = Path(__file__).parents[2] / "miniature/weights/references/kindred_story.safetensors"

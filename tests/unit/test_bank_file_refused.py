@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from kindred.models.reference.bank import BANK_VERSION
+from kindred.models.reference.file import (
+    FORMAT,
+    TRANSFORMER_VERSION,
+    load_reference,
+    save_reference,
+)
 from safetensors.torch import load_file, save_file
 from small_banks import anchor_bank, described, flow_bank, rewrite, same
-
-from kindred.models.bank_file import TRANSFORMER_VERSION, FORMAT, load_reference, save_reference
-from kindred.models.reference import BANK_VERSION
 
 LAW = pytest.mark.parametrize
 

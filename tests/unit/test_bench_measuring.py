@@ -27,7 +27,7 @@ from benching.probes import first_wait, place
 from benching.rounds import LIMIT, Lap, Spread, play, row_of, table
 from hypothesis import given
 from hypothesis import strategies as st
-from kindred.models.consistory import Schedule, StorySettings
+from kindred.models.story.plan import Schedule, StorySettings
 from laps import lap, rounds_of
 
 LAW = pytest.mark.parametrize

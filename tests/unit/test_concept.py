@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kindred.models.concept import (
+from kindred.models.concept.encoder import (
     ConceptConfig,
     ConceptEncoder,
     Preprocessing,

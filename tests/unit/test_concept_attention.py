@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
+from kindred.models.attention.attend import ReferenceTokens, WeightMode, sdpa_attend
 from kindred.models.injection import (
     AttnCall,
     BlockSite,

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from effort import at_most
-from kindred.models import concept
-from kindred.models.concept import (
+from kindred.models.concept import encoder as concept
+from kindred.models.concept.encoder import (
     FORMAT,
     ConceptConfig,
     ConceptEncoder,
     check_layers,
     load_concept_encoder,
+    read_full_face,
 )
-from kindred.models.concept import read_full_face
 from kindred.models.injection import Merge
 from safetensors.torch import load_file, save_file
 from small_concept import LAYERS, SD15, SDXL, SMALL, TOWER

@@ -6,9 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from torch import Tensor
-
-from kindred.models.consistory import (
+from kindred.models.story.plan import (
     Schedule,
     StorySettings,
     SubjectMaps,
@@ -17,7 +15,8 @@ from kindred.models.consistory import (
     shared_groups,
     subject_masks,
 )
-from kindred.models.masks import binarise
+from kindred.models.subject.masks import binarise
+from torch import Tensor
 
 BETAS = (
     torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

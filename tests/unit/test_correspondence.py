@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kindred.models.subject import correspondence
+from kindred.models.subject.correspondence import adain, correspond, inject, smooth
+from kindred.models.subject.masks import otsu_threshold
 from small_tokens import all_of, everywhere, order, randn, some
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from kindred.models import correspondence
-from kindred.models.correspondence import adain, correspond, inject, smooth
-from kindred.models.masks import otsu_threshold
 
 GRIDS = [(4, 6), (7, 3), (5, 5)]
 

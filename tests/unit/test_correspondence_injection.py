@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kindred.models.subject.correspondence import adain, correspond, inject
 from small_tokens import all_of, everywhere, order, randn, some
 from torch import Tensor
-
-from kindred.models.correspondence import adain, correspond, inject
 
 ALPHAS = [0.25, 0.5, 0.8, 1.0]
 

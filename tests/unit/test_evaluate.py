@@ -26,7 +26,6 @@ from evaluation.workers import WorkerError, one_thread, pooled, stoppable
 from hypothesis import given
 from hypothesis import strategies as st
 
-
 # rows ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -140,9 +140,9 @@ def test_a_file_that_the_system_does_not_give_is_not_called_torn(
     """For a training's state the advice would be to remove it."""
     from pathlib import Path
 
-    from kindred.models.bank_file import load_reference
-    from kindred.models.concept import load_concept_encoder
-    from kindred.models.training import read_state
+    from kindred.models.concept.encoder import load_concept_encoder
+    from kindred.models.concept.training import read_state
+    from kindred.models.reference.file import load_reference
 
     path = tmp_path / PLACE
     path.write_bytes(b"whole")

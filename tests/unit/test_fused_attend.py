@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from kindred.models import attention
-from kindred.models.attention import (
+from kindred.models.attention import attend as attention
+from kindred.models.attention.attend import (
     FusedAttend,
     ReferenceTokens,
     WeightMode,
     attend_with_references,
     sdpa_attend,
 )
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 B, H, N, M, D = 2, 3, 10, 7, 8
 LAW = pytest.mark.parametrize

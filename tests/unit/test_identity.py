@@ -8,11 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_banks import photo_bank
-from small_keys import key, weights
-from torch import Tensor
-
-from kindred.models.bank_file import load_reference, save_reference
 from kindred.models.identity import (
     FORMATS,
     ModelKey,
@@ -27,6 +22,10 @@ from kindred.models.identity import (
     tell_key,
     tell_parts,
 )
+from kindred.models.reference.file import load_reference, save_reference
+from small_banks import photo_bank
+from small_keys import key, weights
+from torch import Tensor
 
 LAW = pytest.mark.parametrize
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -8,9 +8,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
+from kindred.models.attention.attend import ReferenceTokens, WeightMode, sdpa_attend
 from kindred.models.injection import (
     AttnCall,
     BlockSite,
@@ -22,9 +20,10 @@ from kindred.models.injection import (
     is_resized,
     take_parts,
 )
-from kindred.models.masks import token_map
-from kindred.models.recorder import Recorder
-from kindred.models.reference import Half, ReferencePrompt, SubjectTokens
+from kindred.models.reference.bank import Half, ReferencePrompt, SubjectTokens
+from kindred.models.reference.recorder import Recorder
+from kindred.models.subject.masks import token_map
+from torch import Tensor, nn
 
 B, N, M, HEADS, C = 2, 6, 4, 2, 8
 BLOCK = ("middle", 0, 0)

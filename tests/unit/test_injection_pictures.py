@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from kindred.models.attention import ReferenceTokens, WeightMode, sdpa_attend
+from kindred.models.attention.attend import ReferenceTokens, WeightMode, sdpa_attend
 from kindred.models.injection import AttnCall, BlockSite, Merge, References, Role, Run
+from torch import Tensor, nn
 
 B, N, M, HEADS, C = 4, 6, 5, 2, 8
 BLOCK = ("middle", 0, 0)

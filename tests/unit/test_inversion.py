@@ -7,9 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
-
-from kindred.models.inversion import (
+from kindred.models.noise.inversion import (
     InversionTrajectory,
     ddim_invert,
     ddim_sample,
@@ -18,7 +16,8 @@ from kindred.models.inversion import (
     fireflow_invert,
     forward_noise,
 )
-from kindred.models.noise import DIFFUSION, Flow, ancestral_step
+from kindred.models.noise.path import DIFFUSION, Flow, ancestral_step
+from torch import Tensor
 
 SHAPE = (2, 3, 4, 6)  # b c y x
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

@@ -5,22 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from kindred.models.attention.attend import (
+    FusedAttend,
+    ReferenceTokens,
+    WeightMode,
+    attend_with_references,
+    sdpa_attend,
+)
+from kindred.models.attention.joint import TextShare, attend_picture
 from small_attention import TIGHT, Recorder
 from small_joint import (
-    B,
     BOUND,
+    KEPT,
+    LAW,
+    PLAIN,
+    SETS,
+    WAYS,
+    WEIGHTS,
+    B,
     C,
     D,
     F,
     H,
-    KEPT,
-    LAW,
     P,
-    PLAIN,
-    SETS,
     T,
-    WAYS,
-    WEIGHTS,
     all_sides,
     both_ways,
     cast,
@@ -31,15 +39,6 @@ from small_joint import (
     ref,
 )
 from torch import Tensor
-
-from kindred.models.attention import (
-    FusedAttend,
-    ReferenceTokens,
-    WeightMode,
-    attend_with_references,
-    sdpa_attend,
-)
-from kindred.models.joint import TextShare, attend_picture
 
 # what it is ---------------------------------------------------------------------------------------
 

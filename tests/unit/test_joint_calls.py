@@ -5,20 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 from counting import Counting
+from kindred.models.attention.attend import (
+    FusedAttend,
+    ReferenceTokens,
+    attend_with_references,
+    product_attend,
+    sdpa_attend,
+)
+from kindred.models.attention.joint import PictureReader, TextShare, attend_picture, attend_rows
+from kindred.models.attention.parts import References, attend_group
+from kindred.models.injection import AttnCall, Role
 from small_attention import TIGHT, Recorder, rand
 from small_joint import (
+    KEPT,
+    LAW,
+    PLAIN,
+    SETS,
+    WAYS,
     B,
     C,
     D,
     F,
     H,
-    KEPT,
-    LAW,
     P,
-    PLAIN,
-    SETS,
     T,
-    WAYS,
     both_ways,
     formula,
     logs,
@@ -27,17 +37,6 @@ from small_joint import (
 )
 from torch import Tensor
 from torch.nn.functional import pad
-
-from kindred.models.attention import (
-    FusedAttend,
-    ReferenceTokens,
-    attend_with_references,
-    product_attend,
-    sdpa_attend,
-)
-from kindred.models.injection import AttnCall, Role
-from kindred.models.joint import PictureReader, TextShare, attend_picture, attend_rows
-from kindred.models.reading import References, attend_group
 
 # the host's own mask ------------------------------------------------------------------------------
 

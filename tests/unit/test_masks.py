@@ -7,9 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from kindred.models.masks import (
+from kindred.models.subject.masks import (
     binarise,
     iou,
     mask_for_grid,
@@ -21,6 +19,7 @@ from kindred.models.masks import (
     union,
     union_of_first,
 )
+from torch import Tensor
 
 H, D = 3, 5
 GRIDS = [(64, 64), (64, 96), (13, 9), (61, 88)]  # latent grids: square, not square, odd

@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
+from kindred.models.noise.path import DIFFUSION, Diffusion, Flow, ancestral_step, slope
 from torch import Tensor
-
-from kindred.models.noise import DIFFUSION, Diffusion, Flow, ancestral_step, slope
 
 SHAPE = (2, 3, 4, 6)  # b c y x
 PATHS = [DIFFUSION, Flow(), Flow(8.0)]

@@ -12,9 +12,9 @@ import numpy as np
 import pictures
 import pytest
 import torch
-from kindred.models.concept import Preprocessing
-from PIL import Image
+from kindred.models.concept.encoder import Preprocessing
 from pictures import NoPictures, PictureFolder, load_examples, prepare, read_picture, square
+from PIL import Image
 
 SIDE, SMALL = 32, Preprocessing(16)
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

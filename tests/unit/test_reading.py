@@ -6,14 +6,14 @@ from math import log
 
 import pytest
 import torch
-from kindred.models.attention import (
+from kindred.models.attention.attend import (
     ReferenceTokens,
     WeightMode,
     attend_with_references,
     sdpa_attend,
 )
+from kindred.models.attention.parts import Merge, References, quieter
 from kindred.models.injection import Role
-from kindred.models.reading import Merge, References, quieter
 from small_attention import TIGHT, B, C, H, M, rand
 
 SOFT = (WeightMode.LOGIT_BIAS, WeightMode.POST_SOFTMAX, WeightMode.KEY_SCALE)

@@ -6,12 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_banks import anchor_bank
-from torch import Tensor
-
-from kindred.models.inversion import InversionTrajectory
-from kindred.models.noise import DIFFUSION, Flow, Noise
-from kindred.models.reference import (
+from kindred.models.noise.inversion import InversionTrajectory
+from kindred.models.noise.path import DIFFUSION, Flow, Noise
+from kindred.models.reference.bank import (
     BANK_VERSION,
     BankBuilder,
     Half,
@@ -26,6 +23,8 @@ from kindred.models.reference import (
     select_blocks,
     thinned,
 )
+from small_banks import anchor_bank
+from torch import Tensor
 
 SD15 = tuple(
     [("input", i, 0) for i in (1, 2, 4, 5, 7, 8)]

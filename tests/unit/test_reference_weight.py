@@ -7,10 +7,7 @@ from math import log
 import pytest
 import torch
 from checkout import ROOT
-from small_attention import MODES, TIGHT, B, C, H, M, N, Recorder, chain, probabilities, rand, read
-from torch import Tensor
-
-from kindred.models.attention import (
+from kindred.models.attention.attend import (
     CONCEPT_ODDS,
     SELF_ODDS,
     STORY_ODDS,
@@ -21,6 +18,8 @@ from kindred.models.attention import (
     reference_attention,
     sdpa_attend,
 )
+from small_attention import MODES, TIGHT, B, C, H, M, N, Recorder, chain, probabilities, rand, read
+from torch import Tensor
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from kindred.models.reference import RowReader
+from kindred.models.reference.bank import RowReader
 
 ROWS = torch.arange(12.0).view(4, 3)
 

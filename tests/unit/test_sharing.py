@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from kindred.models.attention import sdpa_attend
-from kindred.models.consistory import shared_groups
+from kindred.models.attention.attend import sdpa_attend
+from kindred.models.attention.parts import attend_sharing, beside_others
+from kindred.models.attention.sharing import Gathers, Sharing
 from kindred.models.injection import AttnCall, Role, Run
-from kindred.models.reading import attend_sharing, beside_others
-from kindred.models.sharing import Gathers, Sharing
+from kindred.models.story.plan import shared_groups
 
 GRID, B, C, H = (3, 4), 4, 8, 2
 N = GRID[0] * GRID[1]

@@ -8,15 +8,14 @@ from itertools import permutations
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from kindred.models import story as story_module
-from kindred.models.attention import sdpa_attend
-from kindred.models.consistory import Schedule, StorySettings, dropped, subject_masks
+from kindred.models.attention.attend import sdpa_attend
 from kindred.models.injection import AttnCall, BlockSite, Part, Role, Run
-from kindred.models.masks import token_map
-from kindred.models.reference import Halves, SubjectTokens
-from kindred.models.story import Layout, QueryRecorder, Story
+from kindred.models.reference.bank import Halves, SubjectTokens
+from kindred.models.story import story as story_module
+from kindred.models.story.plan import Schedule, StorySettings, dropped, subject_masks
+from kindred.models.story.story import Layout, QueryRecorder, Story
+from kindred.models.subject.masks import token_map
+from torch import Tensor, nn
 
 LATENT = GRID = (4, 6)
 N, C, HEADS, TEXT = 24, 8, 2, 5

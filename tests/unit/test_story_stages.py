@@ -8,6 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from kindred.models.injection import Part
+from kindred.models.reference.bank import Halves
+from kindred.models.story import story as story_module
+from kindred.models.story.anchors import AnchorRecorder
+from kindred.models.story.plan import dropped
+from kindred.models.story.story import Story
+from kindred.models.subject.correspondence import smooth
+from kindred.models.subject.masks import otsu_threshold
 from small_unet import (
     COARSE,
     COND,
@@ -30,16 +38,6 @@ from small_unet import (
     told,
 )
 from torch import Tensor
-
-from kindred.models import story as story_module
-from kindred.models.anchors import AnchorRecorder
-from kindred.models.consistory import dropped
-from kindred.models.correspondence import smooth
-from kindred.models.injection import Part
-from kindred.models.masks import otsu_threshold
-from kindred.models.reference import Halves
-from kindred.models.story import Story
-
 
 # whole runs ----------------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kindred.models.tracing import trace
+from kindred.models.network.traced import trace
 from torch import Tensor
 
 T, C = 6, 8  # tokens of a text, channels

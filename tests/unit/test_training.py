@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kindred.models.training import Examples, OneProcess, Trainer, TrainSettings, draw
+from kindred.models.concept.training import Examples, OneProcess, Trainer, TrainSettings, draw
 from small_training import (
     CONFIG,
     LAYERS,
@@ -23,7 +23,6 @@ from small_training import (
     trainer,
 )
 from torch import Tensor
-
 
 # the loss (10) ---------------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from kindred.models import training
-from kindred.models.concept import load_concept_encoder
+from kindred.models.concept import training
+from kindred.models.concept.encoder import load_concept_encoder
 from kindred.models.identity import tell_key
 from small_keys import key, weights
 from small_training import SETTINGS, same, through_a_file, trainer

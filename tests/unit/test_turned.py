@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kindred.models.attention.attend import ReferenceTokens, sdpa_attend
+from kindred.models.attention.joint import TextShare, attend_picture
+from kindred.models.network.backbone import Turn, turned
 from small_attention import rand
 from torch import Tensor
-
-from kindred.models.attention import ReferenceTokens, sdpa_attend
-from kindred.models.joint import TextShare, attend_picture
-from kindred.models.network.backbone import Turn, turned
 
 B, H, D, P, T = 2, 3, 8, 6, 4
 AXES = (4, 2, 2)  # channels of each axis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from kindred.models.words import Piece, positions_of, subjects_in
+from kindred.models.subject.words import Piece, positions_of, subjects_in
 
 SPACE = "\u2581"
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from boot import boot
+
 from benching.catalogue import PLAIN, Key, windows
 from benching.clocks import Clock
 from benching.rounds import Job, Lap
-from boot import boot
 
 ATTENTION = {
     "pytorch": ("--use-pytorch-cross-attention", "attention_pytorch"),
@@ -156,7 +157,7 @@ class Ground:
         return self.prompts[pictures]
 
     def _prompt(self, pictures: int) -> list:
-        from kindred.models.reference import SubjectTokens
+        from kindred.models.reference.bank import SubjectTokens
         from networks import random_prompt
 
         rows = [random_prompt(self.setting.family, 50 + i)[0] for i in range(pictures)]
@@ -203,9 +204,9 @@ class Ground:
 
     def concept(self, model: Any, halves: str) -> Any:
         """Random tokens in the place of an encoder's: it runs once, before sampling."""
-        from kindred.models.attention import WeightMode
+        from kindred.models.attention.attend import WeightMode
         from kindred.models.injection import Merge
-        from kindred.models.reference import Half, Halves
+        from kindred.models.reference.bank import Half, Halves
         from kindred.nodes import host
         from kindred.nodes.concept import ConceptInjection
 

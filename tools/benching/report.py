@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from checkout import version
+
 from benching.catalogue import CASES, MEMORY_TARGET, PLAIN, name_of, target
 from benching.ground import Setting
 from benching.rounds import LIMIT, Row
-from checkout import version
 
 DEFAULT_ATTENTION = "pytorch"
 NOT_TOLD = (

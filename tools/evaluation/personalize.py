@@ -190,7 +190,7 @@ def judged(reading: Any, identity: Any) -> dict[str, list[float]]:
 def overlap(bank: Any, mask: Any) -> float:
     """IoU of the found mask with the renderer's, at the latent's grid."""
     import torch
-    from kindred.models.masks import iou, resize_user_mask
+    from kindred.models.subject.masks import iou, resize_user_mask
 
     grid = tuple(bank.trajectory.latents.shape[-2:])
     return float(

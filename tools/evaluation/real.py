@@ -350,6 +350,7 @@ class Real:
 
     def photo(self, number: int) -> Any:
         from pictures import read_picture, square
+
         from .personalize import Subject
 
         path, word = self.files.photos()[number]

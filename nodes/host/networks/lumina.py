@@ -7,7 +7,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 
 from ....models.network.backbone import ALONE, Backbone, Stands
-from ....models.reference import BlockId
+from ....models.reference.bank import BlockId
 from .parts import Row, blocks, known, side, silent, turn
 
 

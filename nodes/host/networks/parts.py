@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....models.network.backbone import Backbone, Turn
-from ....models.reference import BlockId
+from ....models.reference.bank import BlockId
 from ..identity import family
 
 Row = Callable[

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import torn, unread, whole
-from .injection import Merge
-from .reference import UNET_STAGES, BlockId, block_name
-from .soundness import GREATEST
+from ..files import torn, unread, whole
+from ..injection import Merge
+from ..reference.bank import UNET_STAGES, BlockId, block_name
+from ..reference.soundness import GREATEST
 
 FORMAT = "kindred.concept_encoder"  # the metadata's one key
 VERSION = 1

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attend, ReferenceTokens, log_of
-from .reference import Grid
+from ..reference.bank import Grid
+from .attend import Attend, ReferenceTokens, log_of
 
 Pictures = tuple[int, int]  # the first, and the one behind the last
 

@@ -1,4 +1,4 @@
-"""ConsiStory's schedule, subject masks, dropout and share matrix (arXiv 2402.03286); models/story.py puts them to work.
+"""ConsiStory's schedule, subject masks, dropout and share matrix (arXiv 2402.03286); models/story/story.py puts them to work.
 
 Axes: b pictures, w subject words, n tokens of a grid (y x, row by row), l kept tokens.
 """
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import Threshold, binarise, resize_soft
-from .reference import BlockId, Grid, Halves
+from ..reference.bank import BlockId, Grid, Halves
+from ..subject.masks import Threshold, binarise, resize_soft
 
 SLACK = 1e-4  # relative: what a sigma loses between a schedule in float64 and a sampler in float32
 DIFT_TIMESTEP = (

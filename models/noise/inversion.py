@@ -1,4 +1,4 @@
-"""A picture run back to noise, and forth again, on diffusions and on flows (models/noise.py).
+"""A picture run back to noise, and forth again, on diffusions and on flows (models/noise/path.py).
 
 DDIM: Song et al. 2021, arXiv 2010.02502, eq. 12-14; A inverts its reference so (arXiv 2403.11284, section 3.1). FireFlow: Deng et
 al., arXiv 2412.07517. Edit-friendly: Huberman-Spiegelglas et al., arXiv 2304.06140; ConsiStory's anchors (arXiv 2402.03286,
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .noise import DIFFUSION, Noise, slope
+from .path import DIFFUSION, Noise, slope
 
 # (x [b c y x], sigma [b]) -> the denoised x [b c y x]
 Denoiser = Callable[[Tensor, Tensor], Tensor]

@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .concept import check_safetensors, number
-from .files import torn, unread, whole
-from .identity import read_parts, tell_parts
-from .inversion import InversionTrajectory
-from .noise import DIFFUSION, Diffusion, Flow, Noise
-from .reference import (
+from ..concept.encoder import check_safetensors, number
+from ..files import torn, unread, whole
+from ..identity import read_parts, tell_parts
+from ..noise.inversion import InversionTrajectory
+from ..noise.path import DIFFUSION, Diffusion, Flow, Noise
+from .bank import (
     BANK_VERSION,
     UNET_STAGES,
     AnchorFeatures,

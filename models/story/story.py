@@ -14,9 +14,15 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..attention.attend import ReferenceTokens
+from ..attention.sharing import Gathers, Sharing
+from ..injection import Asker, AttnCall, BlockSite, Part, References, Role, Watcher
+from ..network.traced import Places
+from ..reference.bank import BlockId, Grid, Half, SubjectTokens, block_name, keys_values
+from ..subject.correspondence import adain, correspond, inject, smooth
+from ..subject.masks import resize_user_mask, token_map, token_weights
 from .anchors import AnchorRecorder
-from .attention import ReferenceTokens
-from .consistory import (
+from .plan import (
     SLACK,
     Schedule,
     StorySettings,
@@ -26,12 +32,6 @@ from .consistory import (
     shared_groups,
     subject_masks,
 )
-from .correspondence import adain, correspond, inject, smooth
-from .injection import Asker, AttnCall, BlockSite, Part, References, Role, Watcher
-from .masks import resize_user_mask, token_map, token_weights
-from .reference import BlockId, Grid, Half, SubjectTokens, block_name, keys_values
-from .sharing import Gathers, Sharing
-from .tracing import Places
 
 NODE = "ConsiStory Shared Attention"
 log = logging.getLogger(__name__)

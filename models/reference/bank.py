@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .inversion import InversionTrajectory
+from ..noise.inversion import InversionTrajectory
 
 BlockId = tuple[
     str, int, int

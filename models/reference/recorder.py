@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .injection import AttnCall, Part, Role, Watcher
-from .masks import resize_soft, token_map, token_weights
-from .reference import BlockId, Grid, Half, ReferencePrompt, block_name
-from .tracing import Places
+from ..injection import AttnCall, Part, Role, Watcher
+from ..network.traced import Places
+from ..subject.masks import resize_soft, token_map, token_weights
+from .bank import BlockId, Grid, Half, ReferencePrompt, block_name
 
 
 class Recorder(Watcher):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .injection import Asker
-from .inversion import InversionTrajectory
-from .reference import (
+from ..injection import Asker
+from ..noise.inversion import InversionTrajectory
+from ..reference.bank import (
     LOG_SIGMA_TOLERANCE,
     AnchorFeatures,
     BlockId,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import Half, ReferenceBank
+from .bank import Half, ReferenceBank
 
 GREATEST = 65504.0  # float16's; beyond it a run would overflow, and no model leaves such values
 FLOATS = (

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import Attend, ReferenceTokens, WeightMode, attend_with_references, blend_queries
+from .attend import Attend, ReferenceTokens, WeightMode, attend_with_references, blend_queries
 from .joint import PictureReader, TextShare
 from .sharing import Sharing
 
 if TYPE_CHECKING:
-    from .injection import AttnCall, Role
+    from ..injection import AttnCall, Role
 
 
 # How a call reads references: attend_with_references, or in a joint softmax a PictureReader (attend, q, k, v, references, heads)

@@ -18,11 +18,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .attention import ReferenceTokens
-from .concept import ConceptEncoder, KeysValues
-from .files import of_system, unread, whole
-from .identity import differences, read_key
-from .injection import AttnCall, BlockSite, Merge, References, Role
+from ..attention.attend import ReferenceTokens
+from ..files import of_system, unread, whole
+from ..identity import differences, read_key
+from ..injection import AttnCall, BlockSite, Merge, References, Role
+from .encoder import ConceptEncoder, KeysValues
 
 
 @dataclass(frozen=True)

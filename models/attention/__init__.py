@@ -1,0 +1,1 @@
+"""What the attention of both papers reads, and how."""

@@ -1,0 +1,1 @@
+"""The concept encoder of paper A, and its training."""

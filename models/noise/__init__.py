@@ -1,0 +1,1 @@
+"""How pictures and noise are mixed, and photos brought back to noise."""

@@ -1,0 +1,1 @@
+"""ConsiStory: pictures of one batch that share a subject."""

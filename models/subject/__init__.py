@@ -1,0 +1,1 @@
+"""Where the subject is: its words, its masks, its matches."""
