@@ -35,13 +35,12 @@ from .reference.bank import (
     BlockId,
     Grid,
     Half,
-    ReferencePrompt,
     SubjectTokens,
     block_name,
     keys_values,
     select_blocks,
 )
-from .subject.masks import resize_soft, resize_user_mask, token_map, token_weights
+from .subject.masks import resize_user_mask
 
 SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
 REPEATS = "kindred_repeats"  # and how many times each row's text stands in it
@@ -90,7 +89,14 @@ class BlockSite:
 
 
 def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tuple[BlockId, ...]:
-    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is."""
+    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is.
+
+    Of a transformer, blocks in which the picture reads the text; auto: those that its backbone knows to locate best.
+    """
+    if (backbone := next((site.backbone for site in sites.values()), None)) is not None:
+        if wanted.strip().lower() == "auto":
+            return backbone.locating
+        return select_blocks(wanted, backbone.reading, node)
     if wanted.strip().lower() != "auto":
         return select_blocks(wanted, tuple(sites), node)
     divisor = map_divisor(sites)
@@ -179,11 +185,11 @@ class AttnCall:
                 else None
             )
         places = self.places[part]
-        return (
-            None
-            if places is None
-            else [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
-        )
+        if places is None:
+            return None
+        if self.joint:  # a transformer reads no text twice, and may make other rows of it (Anima)
+            return [places.index(p) for p in positions] if {*positions} <= {*places} else None
+        return [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
 
     def after(self, traced: Traced) -> AttnCall:
         """The same call once other nodes' patches copied its parts or changed its keys."""
@@ -277,6 +283,7 @@ class Watcher:
     """Sees what passes through the UNet, and may change what it is handed where it returns it."""
 
     complete = False  # this pass has nothing more to show
+    map_blocks: frozenset[BlockId] = frozenset()  # whose cross-attention it waits for
 
     def begin_pass(self) -> None:
         """The UNet begins a pass that ends once all its watchers are complete."""
@@ -296,112 +303,6 @@ class Watcher:
         """Features h [b c y x] that output block `index` is about to join with its skip."""
 
 
-class Recorder(Watcher):
-    """What a Ref-UNet call leaves: tokens [r n c] per (role, block), word maps [r n] of the mask blocks.
-
-    outputs: blocks whose self-attention outputs (cond) are kept too; features_at: the output block whose features h are.
-    """
-
-    def __init__(
-        self,
-        blocks: Iterable[BlockId],
-        map_blocks: Iterable[BlockId] = (),
-        prompt: ReferencePrompt | None = None,
-        outputs: Iterable[BlockId] = (),
-        features_at: int | None = None,
-    ) -> None:
-        self.blocks, self.map_blocks, self.prompt = frozenset(blocks), frozenset(map_blocks), prompt
-        self.output_blocks, self.features_at = frozenset(outputs), features_at
-        self.outputs: dict[BlockId, Tensor] = {}
-        self.features: Tensor | None = None
-        self.tokens: dict[tuple[Half, BlockId], Tensor] = {}
-        self.maps: dict[BlockId, Tensor] = {}
-        self.grids: dict[BlockId, Grid] = {}
-        self.weights: dict[
-            tuple[int, torch.device, Places], Tensor | None
-        ] = {}  # of the subject's positions among the keys
-        self._left: set[tuple[str, BlockId | int | None]] = (
-            set()
-        )  # what this pass has not reached yet
-
-    def begin_pass(self) -> None:
-        self._left = {
-            *(("tokens", b) for b in self.blocks),
-            *(("map", b) for b in self.map_blocks),
-            *(("output", b) for b in self.output_blocks),
-        }
-        if self.features_at is not None:
-            self._left.add(("features", self.features_at))
-
-    @property
-    def complete(self) -> bool:
-        return not self._left
-
-    def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
-        self.grids[call.block] = call.grid
-        if call.block in self.blocks:
-            for role, part in zip(call.roles, call.parts(n)):
-                if role.half:
-                    self.tokens[role.half, call.block] = part
-        self._left.discard(("tokens", call.block))
-        return n
-
-    def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
-        if call.block in self.output_blocks and Role.COND in call.roles:
-            self.outputs[call.block] = call.parts(out)[call.roles.index(Role.COND)]
-        self._left.discard(("output", call.block))
-        return out
-
-    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
-        roles = [p.role for p in parts]
-        if index == self.features_at and Role.COND in roles:
-            self.features = h.chunk(len(parts))[
-                roles.index(Role.COND)
-            ].clone()  # the next block's patches may write into h
-        self._left.discard(("features", index))
-
-    def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
-        self._left.discard(("map", call.block))
-        if call.block not in self.map_blocks or call.unknown:
-            return
-        for i in (i for i, role in enumerate(call.roles) if role is Role.COND):
-            key = k.shape[1], k.device, call.places[i] if call.places else ()
-            if key not in self.weights:
-                words = [
-                    call.word(i, row, k.shape[1], self.prompt.cross.shape[1])
-                    for row in self.prompt.subject.positions
-                ]
-                self.weights[key] = (
-                    None if None in words else token_weights(words, k.shape[1], k.device)
-                )
-            if self.weights[key] is not None:  # else another pack's own keys, not the text
-                self.maps[call.block] = token_map(
-                    call.parts(q)[i], call.parts(k)[i], self.weights[key], heads
-                )
-                return
-
-    def of(self, half: Half) -> dict[BlockId, Tensor]:
-        """Tokens of one half, in the order the UNet ran the blocks; ValueError where some were not seen."""
-        if unseen := sorted(block for block in self.blocks if (half, block) not in self.tokens):
-            raise ValueError(
-                f"Kindred: the pass over the reference saw nothing of {', '.join(map(block_name, unseen))}. Another node "
-                "computes the network by itself, in a copy of its own. Remove that node from the MODEL; if the error stays, "
-                "start ComfyUI again, since some packs leave their copy in the checkpoint."
-            )
-        return {
-            block: self.tokens[half, block] for block in self.grids if (half, block) in self.tokens
-        }
-
-    def word_map(self) -> Tensor | None:
-        """Mean over the mask blocks, at the finest of their grids -> [r y x] fp32."""
-        if not self.maps:
-            return None
-        finest = max(self.grids[b] for b in self.maps)
-        return torch.stack(
-            [resize_soft(m.unflatten(1, self.grids[b]), finest) for b, m in self.maps.items()]
-        ).mean(0)
-
-
 @dataclass(frozen=True)
 class Part:
     """What is known of one processed cond: its role, its area, and its text's tokens before the host repeats them."""
@@ -411,6 +312,7 @@ class Part:
     text: int | None = None
     repeats: tuple[int, ...] = (1,)  # per row: how many times Subject Prompts already repeats it
     subject: SubjectTokens | None = None
+    rows: int | None = None  # of its CONDITIONING; a transformer may pad them
 
 
 class PassEnds(Exception):
@@ -468,6 +370,7 @@ class Run:
                     None if text is None else text.shape[1],
                     entry.get(REPEATS, (1,)),
                     entry.get(SUBJECT),
+                    None if (rows := entry.get("cross_attn")) is None else rows.shape[1],
                 )
 
     def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
@@ -517,6 +420,35 @@ class Run:
             part=self.part,
             joint=Joint(picture, mask),
         )
+
+    def text_call(
+        self,
+        block: BlockId,
+        options: Mapping[str, Any],
+        keys: int,
+        stands: Callable[[int], slice | None],
+    ) -> tuple[AttnCall, slice]:
+        """Where the picture of a transformer's block reads the text, translated, and which of its keys are the text's.
+
+        keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as Backbone.text says.
+        """
+        call = self.joint_call(block, options, slice(0), None)
+        rows = [p.rows for p in call.texts] if self.backbone.joint else [keys for _ in call.texts]
+        where = [None if r is None else stands(r) for r in rows]
+        seen = [at for at in where if at is not None]
+        text = slice(
+            min((at.start for at in seen), default=0), max((at.stop for at in seen), default=0)
+        )
+        places = tuple(
+            None
+            if at is None
+            else tuple(
+                i if 0 <= (i := key - at.start) < at.stop - at.start else -1
+                for key in range(text.start, text.stop)
+            )
+            for at in where
+        )
+        return replace(call, cross=True, places=places), text
 
     def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
         """The call behind all patches: its rows and keys as they are now, or why that cannot be told.

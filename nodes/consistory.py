@@ -12,7 +12,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.attention.attend import STORY_ODDS, dial
-from ..models.injection import Asker, BlockSite, Recorder, Role, grid_of, map_blocks, map_divisor
+from ..models.injection import Asker, BlockSite, Role, grid_of, map_blocks, map_divisor
 from ..models.reference.bank import (
     BlockId,
     Half,
@@ -22,6 +22,7 @@ from ..models.reference.bank import (
     select_blocks,
     split_row,
 )
+from ..models.reference.recorder import Recorder
 from ..models.story.anchors import NODE as SAMPLER
 from ..models.story.anchors import AnchorRecorder, passes_over
 from ..models.story.plan import Schedule, StorySettings, dropped

@@ -17,7 +17,6 @@ from ..models.attention.joint import TextShare
 from ..models.injection import (
     AttnCall,
     BlockSite,
-    Recorder,
     References,
     Role,
     TargetMask,
@@ -42,6 +41,7 @@ from ..models.reference.bank import (
     select_blocks,
     thinned,
 )
+from ..models.reference.recorder import Recorder
 from ..models.subject.masks import Threshold, resize_user_mask, union_of_first
 from . import host
 
@@ -122,13 +122,27 @@ class RefUNetPass:
         if self.builder.masks is None:
             found = self.recorder.word_map()
             if found is None:
-                raise ValueError(
-                    f"{CAPTURE}: another node replaces the cross-attention of "
-                    f"{', '.join(map(block_name, self.recorder.map_blocks))}, "
-                    "so the subject's word cannot be followed there. Wire a mask, or put that node behind this one."
-                )
+                raise ValueError(f"{CAPTURE}: {self.why_no_map()}")
             self.maps[i] = found.cpu()
         return self.live and (self.builder.masks is not None or len(self.maps) >= self.mask_steps)
+
+    def why_no_map(self) -> str:
+        """Why the subject's words were seen in no block, and what to do."""
+        blocks = ", ".join(map(block_name, sorted(self.recorder.map_blocks)))
+        if (family := family_of(self.sites)) is None:
+            return (
+                f"another node replaces the cross-attention of {blocks}, so the subject's word cannot be followed there. Wire a mask, "
+                "or put that node behind this one."
+            )
+        subject = self.prompts[Half.COND].subject
+        words, last = (
+            ", ".join(map(repr, subject.words)),
+            max(p for row in subject.positions for p in row) + 1,
+        )
+        return (
+            f"{words} stands in row {last} of the prompt, but {family} was not seen to read it there in {blocks}. Wire a mask of the "
+            "subject, or remove the node that changes the prompt or computes these blocks by itself."
+        )
 
     def found_masks(self) -> dict[Grid, Tensor]:
         """bool [r y x] per grid: where the subject's words light up in the noisiest steps, eq. (4), (5)."""
@@ -379,7 +393,9 @@ class RefUNetCapture(io.ComfyNode):
             down, name = host.chosen_sigmas(model, steps, scheduler, sigmas, CAPTURE)
             z0 = host.latent_in(model, latent["samples"], CAPTURE)
             shape = z0.shape
-        prompts = read_prompts(model, positive, negative, shape[0], masked=mask is not None)
+        prompts = read_prompts(
+            model, positive, negative, shape[0], masked=mask is not None, family=family_of(sites)
+        )
         whole = tuple(shape[2:])
         grids = {block: grid_of(whole, sites[block].divisor) for block in wanted}
         masks = None if mask is None else user_masks(mask, shape[0], {*grids.values(), whole})
@@ -400,7 +416,7 @@ class RefUNetCapture(io.ComfyNode):
             OTSU if mask_threshold == OTSU else mask_value,
             mask_steps,
         )
-        transformer = any(site.backbone for site in sites.values())
+        transformer = family_of(sites) is not None
         reading.live = is_live(transformer, Keeps(keeps))
         if inversion is None and transformer:
             noise = host.noise_of(model, CAPTURE)
@@ -507,12 +523,18 @@ def is_live(transformer: bool, keeps: Keeps) -> bool:
     return transformer and keeps is Keeps.AUTO
 
 
+def family_of(sites: Mapping[BlockId, BlockSite]) -> str | None:
+    """The name of a transformer's kind; None for a UNet."""
+    return next((site.backbone.family for site in sites.values() if site.backbone), None)
+
+
 def read_prompts(
     model: Any,
     positive: host.Conditioning,
     negative: host.Conditioning | None,
     pictures: int,
     masked: bool,
+    family: str | None = None,
 ) -> dict[Half, ReferencePrompt]:
     """The prompts of a pass; ValueError where positive marks no subject and no mask is wired that would show it."""
     prompts = {Half.COND: host.read_prompt(model, positive, "positive", CAPTURE, pictures)}
@@ -523,6 +545,7 @@ def read_prompts(
             f"{CAPTURE}: positive ({(prompts[Half.COND].text or 'a CLIP Text Encode')[:200]!r}) marks no subject word, and no "
             f"mask is wired. "
             "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject."
+            f"{f' If it was, its CLIP is not one whose words are known in {family}: wire a mask.' if family else ''}"
         )
     return prompts
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..reference.bank import BlockId, Grid
-from .backbone import Backbone
+from .backbone import CROSS, Backbone
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Pass:
         """The block of the next call, None where it holds no whole picture.
 
         told: what the host says of it, if anything; keys: how many it has. With fewer than the picture's where a block's are
-        due it is another node's, and not counted.
+        due it is another node's, and not counted; a block that reads the text alone may have fewer.
         """
         if self.backbone.named:
             self.seen += 1
             return told if told in self.backbone.blocks else None
         calls = self.backbone.calls
         block = calls[self.seen] if self.seen < len(calls) else None
-        if block is not None and keys < self.grid[0] * self.grid[1]:
+        if block is not None and block[0] != CROSS and keys < self.grid[0] * self.grid[1]:
             return None
         self.seen += 1
         return block

@@ -38,7 +38,7 @@ from .model import (
     self_attentions,
     token_sizes,
 )
-from .page import tell
+from .page import tell, warn
 from .photos import (
     example_name,
     input_pictures,
@@ -67,6 +67,7 @@ from .references import (
 )
 from .run import Injection, SamplerRun, inject, injected, install, sample
 from .sites import require_sites
+from .tokens import Prompt, Reader, plain, readers_of, rows_of_tokens
 
 __all__ = [
     "CONCEPTS",
@@ -80,7 +81,9 @@ __all__ = [
     "LEAPING",
     "Loop",
     "ManagedEncoder",
+    "Prompt",
     "REFERENCES",
+    "Reader",
     "Reference",
     "SIDES",
     "SamplerRun",
@@ -115,8 +118,10 @@ __all__ = [
     "picture_exists",
     "picture_fingerprint",
     "pictures_in",
+    "plain",
     "progress",
     "read_prompt",
+    "readers_of",
     "reference_files",
     "reference_pass",
     "reference_path",
@@ -129,6 +134,7 @@ __all__ = [
     "require_sites",
     "require_unet",
     "rough_pictures",
+    "rows_of_tokens",
     "sample",
     "samplers",
     "schedulers",
@@ -139,5 +145,6 @@ __all__ = [
     "token_sizes",
     "tower_title",
     "training",
+    "warn",
     "watch_reference",
 ]

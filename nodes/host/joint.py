@@ -15,6 +15,7 @@ from torch import Tensor
 from ...models.attention.attend import FusedAttend
 from ...models.attention.joint import attend_rows
 from ...models.injection import PassEnds, Run
+from ...models.network.backbone import ALONE, CROSS
 from ...models.network.call import Pass
 from ...models.reference.bank import BlockId
 from .model import KEY
@@ -114,6 +115,10 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         if block is None or not (run.watchers or run.active):
             return host(q, k, v, heads, mask, **kwargs)
         own_q, own_k, own_v, restored = joined(q, k, v, heads, kwargs)
+        if block[0] == CROSS:
+            _show_words(run, (ALONE, *block[1:]), options, own_q, own_k, heads)
+            run.end_if_complete()
+            return host(q, k, v, heads, mask, **kwargs)
         rest = plain(kwargs)
 
         def attend(
@@ -125,6 +130,8 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         call = run.joint_call(block, options, keys, None)
         for watcher in run.watchers:
             watcher.self_tokens(call, torch.cat([own_k[:, keys], own_v[:, keys]], -1))
+        if run.backbone.holds_text(block):
+            _show_words(run, block, options, own_q[:, queries], own_k, heads)
         run.end_if_complete()
         run.hear(call)
         found = run.found(call, own_q[:, queries], own_k, own_v)
@@ -141,6 +148,24 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
+
+
+def _show_words(
+    run: Run, block: BlockId, options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int
+) -> None:
+    """Hand on the picture's queries q [b n c] and, of the keys k [b m c], those of the text."""
+    watchers = [watcher for watcher in run.watchers if block in watcher.map_blocks]
+    if not watchers:
+        return
+    y, x = run.passing.grid
+    references = _counted(options.get("reference_image_num_tokens"))
+
+    def stands(rows: int) -> slice | None:
+        return run.backbone.text(k.shape[1], y * x, rows, references)
+
+    call, text = run.text_call(block, options, k.shape[1], stands)
+    for watcher in watchers:
+        watcher.cross(call, q, k[:, text], heads)
 
 
 def _counted(counts: Any) -> int:

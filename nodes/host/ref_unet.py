@@ -12,8 +12,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.injection import SUBJECT, Recorder, Run
+from ...models.injection import SUBJECT, Run
 from ...models.reference.bank import BlockId, Half, ReferenceBank, ReferencePrompt
+from ...models.reference.recorder import Recorder
 from .latents import framed, unframed
 from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
 from .networks import recognise

@@ -14,9 +14,10 @@ import folder_paths
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from kindred.models.injection import Recorder, Run
+from kindred.models.injection import Run
 from kindred.models.reference.bank import BankBuilder, ReferenceBank
 from kindred.models.reference.file import Parcel
+from kindred.models.reference.recorder import Recorder
 from kindred.models.story.anchors import AnchorRecorder
 from kindred.models.story.story import QueryRecorder, Story
 from kindred.nodes.concept import ActiveConcept

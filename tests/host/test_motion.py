@@ -6,8 +6,8 @@ import pytest
 import strangers
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
-from kindred.models.injection import Recorder
 from kindred.models.reference.bank import ReferenceBank
+from kindred.models.reference.recorder import Recorder
 from kindred.nodes.host import model_key
 from ours import FELT, MODEL, OURS, TIGHT, alone, leaving_nothing, seeded
 from studio import (

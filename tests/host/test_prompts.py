@@ -12,8 +12,9 @@ from kindred.models.injection import SUBJECT
 from kindred.models.reference.bank import SubjectTokens
 from kindred.models.subject.words import positions_of
 from kindred.nodes.host import TEXT
-from kindred.nodes.prompts import SubjectPrompts, batch_rows, pieces_of, tokens_of
-from words import WIDTH, clip, tokenizer
+from kindred.nodes.host.tokens import tokens_of
+from kindred.nodes.prompts import SubjectPrompts, batch_rows
+from words import WIDTH, clip, pieces_of, tokenizer
 
 LAW = pytest.mark.parametrize
 

@@ -12,7 +12,6 @@ from kindred.models.attention.attend import ReferenceTokens, WeightMode, sdpa_at
 from kindred.models.injection import (
     AttnCall,
     BlockSite,
-    Recorder,
     References,
     Role,
     Run,
@@ -22,6 +21,7 @@ from kindred.models.injection import (
     take_parts,
 )
 from kindred.models.reference.bank import Half, ReferencePrompt, SubjectTokens
+from kindred.models.reference.recorder import Recorder
 from kindred.models.subject.masks import token_map
 from torch import Tensor, nn
 

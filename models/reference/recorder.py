@@ -1,0 +1,119 @@
+"""What a pass over a reference leaves: its tokens in every block, and where its pictures look at the subject's words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..injection import AttnCall, Part, Role, Watcher
+from ..network.traced import Places
+from ..subject.masks import resize_soft, token_map, token_weights
+from .bank import BlockId, Grid, Half, ReferencePrompt, block_name
+
+
+class Recorder(Watcher):
+    """What a Ref-UNet call leaves: tokens [r n c] per (role, block), word maps [r n] of the mask blocks.
+
+    outputs: blocks whose self-attention outputs (cond) are kept too; features_at: the output block whose features h are.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[BlockId],
+        map_blocks: Iterable[BlockId] = (),
+        prompt: ReferencePrompt | None = None,
+        outputs: Iterable[BlockId] = (),
+        features_at: int | None = None,
+    ) -> None:
+        self.blocks, self.map_blocks, self.prompt = frozenset(blocks), frozenset(map_blocks), prompt
+        self.output_blocks, self.features_at = frozenset(outputs), features_at
+        self.outputs: dict[BlockId, Tensor] = {}
+        self.features: Tensor | None = None
+        self.tokens: dict[tuple[Half, BlockId], Tensor] = {}
+        self.maps: dict[BlockId, Tensor] = {}
+        self.grids: dict[BlockId, Grid] = {}
+        self.weights: dict[
+            tuple[int, torch.device, Places], Tensor | None
+        ] = {}  # of the subject's positions among the keys
+        self._left: set[tuple[str, BlockId | int | None]] = (
+            set()
+        )  # what this pass has not reached yet
+
+    def begin_pass(self) -> None:
+        self._left = {
+            *(("tokens", b) for b in self.blocks),
+            *(("map", b) for b in self.map_blocks),
+            *(("output", b) for b in self.output_blocks),
+        }
+        if self.features_at is not None:
+            self._left.add(("features", self.features_at))
+
+    @property
+    def complete(self) -> bool:
+        return not self._left
+
+    def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
+        self.grids[call.block] = call.grid
+        if call.block in self.blocks:
+            for role, part in zip(call.roles, call.parts(n)):
+                if role.half:
+                    self.tokens[role.half, call.block] = part
+        self._left.discard(("tokens", call.block))
+        return n
+
+    def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
+        if call.block in self.output_blocks and Role.COND in call.roles:
+            self.outputs[call.block] = call.parts(out)[call.roles.index(Role.COND)]
+        self._left.discard(("output", call.block))
+        return out
+
+    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
+        roles = [p.role for p in parts]
+        if index == self.features_at and Role.COND in roles:
+            self.features = h.chunk(len(parts))[
+                roles.index(Role.COND)
+            ].clone()  # the next block's patches may write into h
+        self._left.discard(("features", index))
+
+    def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
+        self._left.discard(("map", call.block))
+        if call.block not in self.map_blocks or call.unknown:
+            return
+        for i in (i for i, role in enumerate(call.roles) if role is Role.COND):
+            key = k.shape[1], k.device, call.places[i] if call.places else ()
+            if key not in self.weights:
+                words = [
+                    call.word(i, row, k.shape[1], self.prompt.cross.shape[1])
+                    for row in self.prompt.subject.positions
+                ]
+                self.weights[key] = (
+                    None if None in words else token_weights(words, k.shape[1], k.device)
+                )
+            if self.weights[key] is not None:  # else another pack's own keys, not the text
+                self.maps[call.block] = token_map(
+                    call.parts(q)[i], call.parts(k)[i], self.weights[key], heads
+                )
+                return
+
+    def of(self, half: Half) -> dict[BlockId, Tensor]:
+        """Tokens of one half, in the order the UNet ran the blocks; ValueError where some were not seen."""
+        if unseen := sorted(block for block in self.blocks if (half, block) not in self.tokens):
+            raise ValueError(
+                f"Kindred: the pass over the reference saw nothing of {', '.join(map(block_name, unseen))}. Another node "
+                "computes the network by itself, in a copy of its own. Remove that node from the MODEL; if the error stays, "
+                "start ComfyUI again, since some packs leave their copy in the checkpoint."
+            )
+        return {
+            block: self.tokens[half, block] for block in self.grids if (half, block) in self.tokens
+        }
+
+    def word_map(self) -> Tensor | None:
+        """Mean over the mask blocks, at the finest of their grids -> [r y x] fp32."""
+        if not self.maps:
+            return None
+        finest = max(self.grids[b] for b in self.maps)
+        return torch.stack(
+            [resize_soft(m.unflatten(1, self.grids[b]), finest) for b, m in self.maps.items()]
+        ).mean(0)
