@@ -7,7 +7,7 @@ Axes: b rows of a call, n query tokens, m key tokens, h heads, d head width, P t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -39,6 +39,16 @@ class Turn:
     axes: tuple[float, ...]  # what one more text token adds to the picture's position
     rotation: Callable[[Tensor], Tensor]
     halves: bool = False
+    _known: dict[tuple[float, torch.device], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def matrix(self, shift: float, device: torch.device) -> Tensor:
+        """[d/2 2 2] of a text that is `shift` tokens longer; made once, as a device would wait for each."""
+        if (shift, device) not in self._known:
+            step = torch.tensor([self.axes], dtype=torch.float32, device=device) * shift
+            self._known[shift, device] = self.rotation(step)[0]
+        return self._known[shift, device]
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,7 @@ def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
     ValueError where the channels are no whole number of heads of d.
     """
     wide = torch.promote_types(keys.dtype, torch.float32)
-    step = torch.tensor([turn.axes], dtype=torch.float32, device=keys.device) * shift
-    matrix = turn.rotation(step)[0].to(wide)  # [d/2 2 2]
+    matrix = turn.matrix(shift, keys.device).to(wide)
     d = 2 * matrix.shape[0]
     if keys.shape[-1] % d:
         raise ValueError(

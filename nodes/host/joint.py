@@ -25,6 +25,10 @@ from .page import warn
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
 
 
+# where the host hands native references to the networks that Backbone.references is False for
+NATIVE = ("ref_latents", "ref_patches", "ref_pixel_values")
+
+
 def joint_pass(
     executor: Any,
     x: Tensor,
@@ -39,9 +43,9 @@ def joint_pass(
     run: Run = transformer_options[KEY]
     _check(run, x, kwargs)
     counted = not run.backbone.named
-    if counted and transformer_options.get("patches_replace", {}).get("dit"):
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     passing = run.passing = Pass(run.backbone, tuple(x.shape[-2:]))
+    if counted:
+        transformer_options = _counting(passing, transformer_options)
     for watcher in run.watchers:
         watcher.begin_pass()
     try:
@@ -55,6 +59,29 @@ def joint_pass(
     return out
 
 
+def _counting(passing: Pass, options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which a replaced block is known by its own number: its replacement may skip the block, or run it."""
+    replaced = options.get("patches_replace", {}).get("dit")
+    if not replaced:
+        return options
+
+    def known(f: Callable[..., Any], calls: slice) -> Callable[..., Any]:
+        def block(*args: Any, **kwargs: Any) -> Any:
+            passing.seen = calls.start
+            out = f(*args, **kwargs)
+            passing.seen = calls.stop
+            return out
+
+        return block
+
+    dit = dict(replaced)
+    for (kind, index, *_), f in replaced.items():
+        calls = passing.calls_of(kind.removesuffix("_block"), index)
+        if calls is not None:
+            dit[kind, index] = known(f, calls)
+    return options | {"patches_replace": options["patches_replace"] | {"dit": dit}}
+
+
 def _check(run: Run, x: Tensor, kwargs: Mapping[str, Any]) -> None:
     """ValueError where the picture's tokens would not be where the family has them."""
     if x.ndim == 5 and x.shape[2] != 1:
@@ -62,7 +89,8 @@ def _check(run: Run, x: Tensor, kwargs: Mapping[str, Any]) -> None:
             f"Kindred: the latent has {x.shape[2]} frames, but pictures are read one by one, of 1 frame."
             " Take a latent of one picture."
         )
-    if kwargs.get("ref_latents") and not run.backbone.references:
+    native = [kwargs[name] for name in NATIVE if kwargs.get(name) is not None]
+    if not run.backbone.references and any(map(len, native)):
         raise ValueError(
             f"Kindred: reference latents are wired, and in {run.backbone.family} they move the picture's own tokens,"
             " so a Kindred reference cannot be read beside them. Remove ReferenceLatent."

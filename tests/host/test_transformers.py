@@ -293,3 +293,68 @@ def test_a_batch_shares_one_pass_over_the_reference() -> None:
     finally:
         del network._apply_model
     assert sorted(calls) == [1] * 3 + [6] * 3
+
+
+def test_references_by_pixels_are_refused_where_they_stand_behind_the_picture() -> None:
+    """HiDream-O1 takes native references as pictures, and sets them behind its own."""
+    native = [torch.rand(1, 128, 96, 3)]
+    model = inject(tiny("HiDreamO1"), bank_of("HiDreamO1"))
+    with pytest.raises(ValueError, match="in HiDreamO1 they move.*Remove ReferenceLatent"):
+        sample(model, "HiDreamO1", positive=prompt("HiDreamO1", reference_latents=native))
+
+
+@pytest.mark.parametrize("name", ["SD3.5", "AuraFlow", "HiDream", "PixelDiT", "Flux"])
+def test_a_replaced_block_that_runs_the_block_changes_nothing(name: str) -> None:
+    """Where blocks are counted too: a replacement may skip its block, so it says itself which one it is."""
+
+    def same(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        return extra["original_block"](args)
+
+    model = inject(tiny(name), bank_of(name))
+    model.set_model_patch_replace(same, "dit", "double_block", 1)
+    assert torch.equal(sample(model, name), sample(inject(tiny(name), bank_of(name)), name))
+
+
+@pytest.mark.parametrize("keys", [4, 48, 60])
+def test_another_attention_inside_of_a_named_block_is_its_own(keys: int) -> None:
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def look(args: dict[str, Any]) -> dict[str, Any]:
+        t = torch.ones(len(args["img"]), keys, 64)
+        optimized_attention(t, t, t, 2, transformer_options=args["transformer_options"])
+        return args
+
+    model = inject(tiny("QwenImage"), bank_of("QwenImage"))
+    ours = sample(model, "QwenImage")
+    model.set_model_patch(look, "double_block")
+    assert torch.equal(sample(model, "QwenImage"), ours)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_reference_is_drawn(name: str) -> None:
+    """Its latents come back to pictures through a VAE that takes them as the family has them."""
+    from kindred.nodes.host import decode
+
+    bank = bank_of(name)
+
+    class Vae:
+        latent_channels = bank.trajectory.latents.shape[2]
+
+        def decode(self, latents: Tensor) -> Tensor:
+            pictures = latents[:, :3].movedim(1, -1)
+            return pictures.expand(*pictures.shape[:-1], 3)
+
+    y, x = bank.trajectory.latents.shape[-2:]
+    drawn = decode(Vae(), bank.trajectory.latents[0], bank.model_key, "Reference Preview")
+    assert drawn.shape == (1, y, x, 3)
+
+
+def test_two_checkpoints_of_one_family_have_two_names() -> None:
+    from tiny_networks import build
+
+    other = build(READ["Flux"])
+    with torch.no_grad():
+        for parameter in other.model.diffusion_model.parameters():
+            parameter.mul_(1.5)
+    mine, theirs = host.model_key(tiny("Flux")), host.model_key(other)
+    assert mine == host.model_key(tiny("Flux")) and mine != theirs
