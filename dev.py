@@ -172,7 +172,8 @@ def test(environment: Environment, expression: str | None, fast: bool) -> int:
 
 def serve(environment: Environment, port: int | None, cpu: bool, base: Path | None) -> int:
     """The real host in the foreground with the pack linked into a base directory of its own."""
-    from client import HostError, HostServer
+    from client import HostError
+    from host_server import HostServer
 
     try:
         with HostServer(

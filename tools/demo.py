@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from checkout import ROOT, as_kindred, version
-from client import Client, HostError, HostServer, Progress
+from client import Client, HostError, Progress
+from host_server import HostServer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from results import IN_GIT, prepare
 from terminal import run_program
