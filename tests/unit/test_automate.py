@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import automate
 import jobs
 import pytest
-from automate import Shelf, main
+from automate import main
 from checkout import ROOT
 from client import Client, HostError, Unreachable
 from fake_host import FakeHost
 from jobs import Board, Job
+from shelf import Shelf
 
 GRAPH = {
     "1": {"class_type": "Load", "inputs": {"image": "a.png"}, "_meta": {"title": "Photo"}},
