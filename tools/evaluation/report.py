@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import Axis, Point, curves, front
+from .plots import curves, front
+from .points import Axis, Point
 from .tables import Filled
 
 
