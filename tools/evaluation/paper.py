@@ -108,97 +108,93 @@ class Page:
         )
 
 
+@dataclass(frozen=True)
+class Scales:
+    """Both ends of the axes, and the ticks along the lower one; None leaves them to matplotlib."""
+
+    across: tuple[float, float]
+    upward: tuple[float, float]
+    ticks: Sequence[float] | None = None
+    logarithmic: bool = False
+
+    def on(self, axes: Axes) -> None:
+        if self.logarithmic:
+            axes.set_xscale("log", base=2)
+        axes.set_xlim(*self.across)
+        axes.set_ylim(*self.upward)
+        axes.yaxis.set_major_locator(MaxNLocator(7, steps=STEPS))
+        if self.ticks is None:
+            axes.xaxis.set_major_locator(MaxNLocator(9, steps=STEPS))
+        else:
+            axes.xaxis.set_major_locator(FixedLocator(self.ticks))
+            axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in self.ticks]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="both" if self.ticks is None else "y")
+
+
 def page(
     title: str,
     key: Mapping[str, Style],
     x: Axis,
     y: Axis,
-    xs: tuple[float, float],
-    ys: tuple[float, float],
+    scales: Scales,
     height: int,
-    ticks: Sequence[float] | None,
-    logarithmic: bool,
-    ends: Sequence[tuple[str, float, float, Style]],
+    ends: Sequence[tuple[str, float, float, Style]] = (),
 ) -> Page:
     """Title, key, axes with their titles, floor and ceiling, and labels at the ends of lines (label, x, y, style)."""
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
     made = Page(figure, FigureCanvasAgg(figure), figure.add_axes((0.1, 0.1, 0.8, 0.8)))
-    axes, top = made.axes, height - MARGIN
-    axes.patch.set_visible(False)  # lines to labels lie under the axes
-    if title:
-        text = made.paragraph(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
-        top = made.put(text, MARGIN, top - made.box(text).height).y0 - 1.4 * GAP
-    top = legend(made, key, top)
-    if logarithmic:
-        axes.set_xscale("log", base=2)
-    axes.set_xlim(*xs)
-    axes.set_ylim(*ys)
-    axes.yaxis.set_major_locator(MaxNLocator(7, steps=STEPS))
-    if ticks is None:
-        axes.xaxis.set_major_locator(MaxNLocator(9, steps=STEPS))
-    else:
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="both" if ticks is None else "y")
-    crossing = x.marks(logarithmic)
+    made.axes.patch.set_visible(False)  # lines to labels lie under the axes
+    top = heading(made, title, key, height)
+    scales.on(made.axes)
+    crossing = x.marks(scales.logarithmic)
     beside = [made.write(said(cut(name)), SMALL, style.ink) for name, _, _, style in ends]
     beside += [made.write(name, SMALL, GREY) for name, _ in y.marks()]
     above = [made.write(name, SMALL, GREY) for name, _ in crossing]
     right = WIDTH - MARGIN - max((made.box(text).width + 2 * GAP for text in beside), default=0.0)
     top -= max((made.box(text).height + GAP for text in above), default=0.0)
-    across = made.paragraph(x.title, right - 4 * MARGIN)
-    upward = made.paragraph(y.title, top - 4 * MARGIN, turned=True)
-    bottom = MARGIN + made.box(across).height + GAP
-    left = MARGIN + made.box(upward).width + GAP
-    for _ in range(2):  # the ticks' words depend on the axes' size, and that on them
-        frame(axes, left, bottom, right, top, height)
-        words = [
-            axis.get_tightbbox(made.canvas.get_renderer()) for axis in (axes.xaxis, axes.yaxis)
-        ]
-        left += max(
-            0.0,
-            MARGIN
-            + made.box(upward).width
-            + GAP
-            - min((box.x0 for box in words if box), default=math.inf),
-        )
-        bottom += max(
-            0.0,
-            MARGIN
-            + made.box(across).height
-            + GAP
-            - min((box.y0 for box in words if box), default=math.inf),
-        )
-    frame(axes, left, bottom, right, top, height)
-    made.put(
-        across,
-        min((left + right - made.box(across).width) / 2, WIDTH - MARGIN - made.box(across).width),
-        MARGIN,
-    )
-    made.put(upward, MARGIN, (bottom + top - made.box(upward).height) / 2)
-    if ticks is not None:
-        thin(made, ticks)
+    fit(made, x.title, y.title, right, top, height)
+    if scales.ticks is not None:
+        thin(made, scales.ticks)
     made.free = right + GAP if beside else WIDTH - MARGIN / 2
     for name, value in y.marks():
-        axes.axhline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
+        made.axes.axhline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
     for name, value in crossing:
-        axes.axvline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
-    beside_of(
-        made,
-        beside,
-        [(p, q, style.colour) for _, p, q, style in ends]
-        + [(math.nan, value, GREY) for _, value in y.marks()],
-    )
-    places = [axes.transData.transform((value, ys[0]))[0] for _, value in crossing]
-    widths = [made.box(text).width + GAP for text in above]
-    starts = spread(
-        [place - width / 2 for place, width in zip(places, widths)], widths, MARGIN, WIDTH - MARGIN
-    )
-    for text, start, place in zip(above, starts, places):
-        box = made.put(text, start + GAP / 2, top + GAP)
-        made.line([place, min(max(place, box.x0), box.x1)], [top, top + GAP - 3], GREY)
+        made.axes.axvline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
+    places = [(p, q, style.colour) for _, p, q, style in ends]
+    places += [(math.nan, value, GREY) for _, value in y.marks()]
+    beside_of(made, beside, places)
+    above_of(made, above, [value for _, value in crossing], top)
     return made
+
+
+def heading(made: Page, title: str, key: Mapping[str, Style], height: int) -> float:
+    """Title and key -> where they end."""
+    top = height - MARGIN
+    if title:
+        text = made.paragraph(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
+        top = made.put(text, MARGIN, top - made.box(text).height).y0 - 1.4 * GAP
+    return legend(made, key, top)
+
+
+def fit(made: Page, across: str, upward: str, right: float, top: float, height: int) -> None:
+    """Put the axes below `top` and left of `right`, as large as the words along them let them be."""
+    below = made.paragraph(across, right - 4 * MARGIN)
+    beside = made.paragraph(upward, top - 4 * MARGIN, turned=True)
+    least_left = MARGIN + made.box(beside).width + GAP
+    least_bottom = MARGIN + made.box(below).height + GAP
+    left, bottom = least_left, least_bottom
+    axes, renderer = made.axes, made.canvas.get_renderer
+    for _ in range(2):  # the ticks' words depend on the axes' size, and that on them
+        frame(axes, left, bottom, right, top, height)
+        words = [axis.get_tightbbox(renderer()) for axis in (axes.xaxis, axes.yaxis)]
+        boxes = [box for box in words if box]
+        left += max(0.0, least_left - min((box.x0 for box in boxes), default=math.inf))
+        bottom += max(0.0, least_bottom - min((box.y0 for box in boxes), default=math.inf))
+    frame(axes, left, bottom, right, top, height)
+    width = made.box(below).width
+    made.put(below, min((left + right - width) / 2, WIDTH - MARGIN - width), MARGIN)
+    made.put(beside, MARGIN, (bottom + top - made.box(beside).height) / 2)
 
 
 def frame(axes: Axes, left: float, bottom: float, right: float, top: float, height: int) -> None:
@@ -259,3 +255,15 @@ def beside_of(
         made.put(text, frame_box.x1 + 1.6 * GAP, start + 2.5)
         xs, ys = [x, frame_box.x1, frame_box.x1 + 1.3 * GAP], [y, y, start + height / 2]
         made.line(xs[math.isnan(p) :], ys[math.isnan(p) :], colour)
+
+
+def above_of(made: Page, texts: Sequence[Text], values: Sequence[float], top: float) -> None:
+    """Labels above the axes, which end at `top`, as near to their values as they go without touching."""
+    low = made.axes.get_ylim()[0]
+    places = [made.axes.transData.transform((value, low))[0] for value in values]
+    widths = [made.box(text).width + GAP for text in texts]
+    wanted = [place - width / 2 for place, width in zip(places, widths)]
+    starts = spread(wanted, widths, MARGIN, WIDTH - MARGIN)
+    for text, start, place in zip(texts, starts, places):
+        box = made.put(text, start + GAP / 2, top + GAP)
+        made.line([place, min(max(place, box.x0), box.x1)], [top, top + GAP - 3], GREY)

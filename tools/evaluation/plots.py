@@ -14,7 +14,7 @@ from PIL import Image
 
 from .labels import LEADER, RIM, leaders, placed
 from .look import DPI, HEIGHT, HEIGHTS, LOOK, PAPER, SMALL, Style, cut, said, styles
-from .paper import Page, page
+from .paper import Page, Scales, page
 from .points import Axis, Point, error, finite, limits, values_of
 
 
@@ -65,38 +65,49 @@ def front_figure(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: 
     xs = limits(values_of(chain.from_iterable(shown.values()), x, "x"), 0.06, 0.07)
     ys = limits(values_of(chain.from_iterable(shown.values()), y, "y"), 0.06, 0.06)
     for height in HEIGHTS:
-        made = page(title, key, x, y, xs, ys, height, None, False, ())
+        made = page(title, key, x, y, Scales(xs, ys), height)
         for name, points in shown.items():
-            style = look[name]
-            across, up = [point.x for point in points], [point.y for point in points]
-            made.axes.errorbar(
-                across,
-                up,
-                [error(p.y_error) for p in points],
-                [error(p.x_error) for p in points],
-                fmt="none",
-                ecolor=style.colour,
-                elinewidth=0.8,
-                alpha=0.45,
-                zorder=2,
-            )
-            made.axes.plot(across, up, color=style.colour, linewidth=0.9, alpha=0.5, zorder=2.5)
-            made.axes.plot(
-                across,
-                up,
-                linestyle="none",
-                marker=style.marker,
-                color=style.colour,
-                markersize=6,
-                markeredgecolor=PAPER,
-                markeredgewidth=0.6,
-                zorder=3,
-                clip_on=False,
-                gid=name,
-            )
+            scatter(made, name, points, look[name])
         if label(made, shown, look, x, y):
             break
     return made.figure
+
+
+def scatter(made: Page, name: str, points: Sequence[Point], style: Style) -> None:
+    """The points of a series with their errors, joined in their order."""
+    across, up = [point.x for point in points], [point.y for point in points]
+    made.axes.errorbar(
+        across,
+        up,
+        [error(p.y_error) for p in points],
+        [error(p.x_error) for p in points],
+        fmt="none",
+        ecolor=style.colour,
+        elinewidth=0.8,
+        alpha=0.45,
+        zorder=2,
+    )
+    made.axes.plot(across, up, color=style.colour, linewidth=0.9, alpha=0.5, zorder=2.5)
+    made.axes.plot(
+        across,
+        up,
+        linestyle="none",
+        color=style.colour,
+        zorder=3,
+        clip_on=False,
+        gid=name,
+        **marks(style),
+    )
+
+
+def marks(style: Style) -> dict[str, object]:
+    """How matplotlib draws the marks of a series."""
+    return {
+        "marker": style.marker,
+        "markersize": 6,
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.6,
+    }
 
 
 @rc_context(LOOK)
@@ -117,43 +128,29 @@ def curves_figure(
         (name, points[-1].x, points[-1].y, look[name]) for name, points in shown.items() if points
     ]
     height = max(HEIGHT, 400 + 34 * len(ends))
-    made = page(
-        title,
-        {},
-        x,
-        y,
-        (2.0 ** xs[0], 2.0 ** xs[1]) if logarithmic else xs,
-        ys,
-        height,
-        ticks,
-        logarithmic,
-        ends,
-    )
+    across = (2.0 ** xs[0], 2.0 ** xs[1]) if logarithmic else xs
+    made = page(title, {}, x, y, Scales(across, ys, ticks, logarithmic), height, ends)
     for name, points in shown.items():
-        style, across = look[name], [point.x for point in points]
-        low, high = (
-            [point.y + sign * error(point.y_error) for point in points] for sign in (-1, 1)
-        )
-        made.axes.fill_between(
-            across, low, high, color=style.colour, alpha=0.13, linewidth=0, zorder=2
-        )
-        if len(points) == 1:  # a band of no width shows no error
-            made.axes.vlines(
-                across, low, high, color=style.colour, linewidth=0.8, alpha=0.45, zorder=2
-            )
-        made.axes.plot(
-            across,
-            [point.y for point in points],
-            color=style.colour,
-            linewidth=1.4,
-            marker=style.marker,
-            markersize=6,
-            markeredgecolor=PAPER,
-            markeredgewidth=0.6,
-            zorder=3,
-            gid=name,
-        )
+        curve(made, name, points, look[name])
     return made.figure
+
+
+def curve(made: Page, name: str, points: Sequence[Point], style: Style) -> None:
+    """A series as a line with a band of one standard error."""
+    across = [point.x for point in points]
+    low, high = ([point.y + sign * error(point.y_error) for point in points] for sign in (-1, 1))
+    made.axes.fill_between(across, low, high, color=style.colour, alpha=0.13, linewidth=0, zorder=2)
+    if len(points) == 1:  # a band of no width shows no error
+        made.axes.vlines(across, low, high, color=style.colour, linewidth=0.8, alpha=0.45, zorder=2)
+    made.axes.plot(
+        across,
+        [point.y for point in points],
+        color=style.colour,
+        linewidth=1.4,
+        zorder=3,
+        gid=name,
+        **marks(style),
+    )
 
 
 @rc_context(LOOK)
