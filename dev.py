@@ -66,14 +66,7 @@ def together(
                         ended[i] = process.returncode, time.monotonic() - start
                 time.sleep(0.05 if len(ended) < len(begun) else 0)
         except BaseException:
-            for process in begun:
-                process.terminate()
-            for process in begun:
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            stop(begun)
             raise
         finally:
             for out in said:
@@ -82,6 +75,18 @@ def together(
                 sys.stdout.buffer.write(out.read())
                 sys.stdout.flush()
     return [ended[i] for i in range(len(begun))]
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Ask all of them to end, and kill those that have not after a while."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 Stage = tuple[str, list[str]]  # its name, and what the environment's Python is given

@@ -112,15 +112,7 @@ def prepare(
     where it was. Returns the unreadable files, which are left out. Raises NoPictures, and OSError when the disk is full.
     """
     files = folder.files()
-    key = {
-        "files": [
-            [str(f.relative_to(folder.root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files
-        ],
-        "size": size,
-        "pixels": preprocessing.size,
-        "model": made_with,
-        "version": 1,
-    }
+    key = key_of(folder.root, files, size, preprocessing.size, made_with)
     index, begun = cache / "index.json", cache / "begun.json"
     known = read_json(index)
     if isinstance(known, dict) and known["key"] == key:
@@ -147,6 +139,14 @@ def prepare(
         begun.unlink(missing_ok=True)
     meet()
     return [str(f) for f in files if f in broken]
+
+
+def key_of(
+    root: Path, files: Sequence[Path], size: int, pixels: int, made_with: str
+) -> dict[str, Any]:
+    """What a cache was made of: it serves for nothing else. size, pixels: sides that the VAE and the tower see."""
+    told = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return {"files": told, "size": size, "pixels": pixels, "model": made_with, "version": 1}
 
 
 def begin(
