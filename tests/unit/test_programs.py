@@ -219,10 +219,10 @@ def test_a_full_pipe_that_does_not_block_is_waited_for() -> None:
 
 
 def text_of(program: str) -> str:
-    """A program with the file of its options, where they lie in a room of its own."""
+    """A program with the files of the room that its options lie in, where it has one."""
     text = (ROOT / program).read_text("utf-8")
     for room in re.findall(r"^from (\w+)\.options import", text, re.M):
-        text += (ROOT / "tools" / room / "options.py").read_text("utf-8")
+        text += "".join(f.read_text("utf-8") for f in sorted((ROOT / "tools" / room).glob("*.py")))
     return text
 
 
