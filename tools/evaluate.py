@@ -227,17 +227,7 @@ def tabulate(given: argparse.Namespace) -> int:
         own = "" if one.table.name in PLAINLY_NAMED else f"{one.table.name}."
         figures |= {f"{own}{name}": value for name, value in one.figures().items()}
     if filled:
-        report = {
-            "command": given.command,
-            "version": version(),
-            "code": setting.code,
-            "seed": 0,
-            "steps": given.steps,
-            "cfg": given.cfg,
-            "complete": whole,
-            "figures": figures,
-        }
-        write_folder(given, filled, setting, report)
+        write_folder(given, filled, setting, whole, figures)
     if not whole:
         print(
             f"evaluate: {failed or 'stopped'}; the same command goes on from here.", file=sys.stderr
@@ -249,12 +239,23 @@ def write_folder(
     given: argparse.Namespace,
     filled: Sequence[Filled],
     setting: Setting,
-    report: Mapping[str, Any],
+    whole: bool,
+    figures: Mapping[str, float],
 ) -> None:
-    """Tables, plots, sheets and the report into --out, the report into --json too."""
+    """Tables, plots, sheets and the report into --out, the report into --json too; whole: not stopped before its end."""
     from evaluation.report import write
     from evaluation.sheets import sheets
 
+    report = {
+        "command": given.command,
+        "version": version(),
+        "code": setting.code,
+        "seed": 0,
+        "steps": given.steps,
+        "cfg": given.cfg,
+        "complete": whole,
+        "figures": figures,
+    }
     pictures = sheets(
         filled, lambda *which: given.out / "pictures" / strip(setting.of(Job(*which, seed=0)))
     )
