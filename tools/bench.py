@@ -25,7 +25,8 @@ from typing import Any
 
 from benching.catalogue import CASES, GROUPS, PLAIN, Key, chosen, left_out, name_of
 from benching.clocks import Clock, clock_of, forget_peak, peak_of_process
-from benching.ground import ATTENTION, DTYPES, Ground, Setting
+from benching.ground import DTYPES, Ground, Setting
+from boot import ATTENTION
 from benching.probes import counted, first_wait
 from benching.report import (
     block,

@@ -24,10 +24,9 @@ from boot import boot  # noqa: E402
 NODES = boot(Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from kindred.models import bank_file, concept, training  # noqa: E402
-from kindred.models.concept.encoder import load_concept_encoder  # noqa: E402
+from kindred.models.concept.encoder import ConceptEncoder, load_concept_encoder  # noqa: E402
 from kindred.models.concept.training import read_state  # noqa: E402
-from kindred.models.reference.file import load_reference  # noqa: E402
+from kindred.models.reference.file import load_reference, save_reference  # noqa: E402
 from kindred.nodes import host  # noqa: E402
 from kindred.nodes import training as training_node  # noqa: E402
 from kindred.nodes.library import SaveReference  # noqa: E402
@@ -75,9 +74,9 @@ def at(moment: str, suffix: str, times: int = 1) -> None:
 
     if moment == "half of it is written":
         for module, writer in (
-            (bank_file, "save_file"),
-            (concept, "save_file"),
-            (training.torch, "save"),
+            (sys.modules[save_reference.__module__], "save_file"),
+            (sys.modules[ConceptEncoder.save.__module__], "save_file"),
+            (torch, "save"),
         ):
             half_written(module, writer, wanted)
         return

@@ -11,7 +11,8 @@ import bench
 import pytest
 import torch
 from benching.catalogue import PLAIN
-from benching.ground import ATTENTION, Setting
+from benching.ground import Setting
+from boot import ATTENTION
 from benching.report import (
     command_of,
     figures,
