@@ -66,14 +66,7 @@ def together(
                         ended[i] = process.returncode, time.monotonic() - start
                 time.sleep(0.05 if len(ended) < len(begun) else 0)
         except BaseException:
-            for process in begun:
-                process.terminate()
-            for process in begun:
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            stop(begun)
             raise
         finally:
             for out in said:
@@ -84,11 +77,52 @@ def together(
     return [ended[i] for i in range(len(begun))]
 
 
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Ask all of them to end, and kill those that have not after a while."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+Stage = tuple[str, list[str]]  # its name, and what the environment's Python is given
+
+
 def test(environment: Environment, expression: str | None, fast: bool) -> int:
     """Linter, then the rooms of tests/ from the cheapest to the dearest; a failing stage ends the run.
 
     The last two wait for one server each, so they run beside one another.
     """
+    refuse_without_test_packages(environment)
+    stages = test_stages(expression, fast)
+    results: list[str] = []
+    failed, at_once = False, [s for s in stages if s[0] in ("e2e", "browser")]
+    for group in [*([s] for s in stages if s not in at_once), *([at_once] if at_once else [])]:
+        print(
+            f"\n== {', then what was beside it: '.join(name for name, _ in group)} ==", flush=True
+        )
+        # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
+        ends = together(
+            environment, [argv for _, argv in group], OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
+        )
+        for (name, _), (code, seconds) in zip(group, ends):
+            verdict = verdict_on(name, code, expression is not None)
+            results.append(f"{name} {verdict} {seconds:.0f} s")
+            failed |= verdict.startswith("FAILED")
+        if failed:
+            break
+    left = [name for name, _ in stages[len(results) :]]
+    print(
+        "\n" + " | ".join(results) + (f" | not run: {', '.join(left)}" if left else ""), flush=True
+    )
+    return int(failed)
+
+
+def refuse_without_test_packages(environment: Environment) -> None:
     lacking = [
         name
         for name in ("ruff", "pytest", "hypothesis", "xdist", "playwright", "comfy_cli")
@@ -101,78 +135,45 @@ def test(environment: Environment, expression: str | None, fast: bool) -> int:
             f"{environment.python} lacks {', '.join(lacking)}, which the tests need: install them there, "
             "or leave out --host and --python."
         )
-    stages: list[tuple[str, list[str]]] = [("lint", ["-m", "ruff", "check", "--no-cache", "."])]
-    for room in ("unit", "host", "e2e", "browser"):
-        if any((ROOT / "tests" / room).glob("test_*.py")) and not (
-            fast and room in ("e2e", "browser")
-        ):
-            argv = [
-                "-m",
-                "pytest",
-                f"tests/{room}",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "--durations=5",
-                "--durations-min=3",
-            ]
-            if room in (
-                "unit",
-                "host",
-            ):  # the other two start servers of their own, and keep one for many tests
-                argv += [
-                    "-n",
-                    str(min(2, os.cpu_count() or 1)),
-                    "--dist",
-                    "loadfile",
-                    "--no-loadscope-reorder",
-                ]
-            stages.append(
-                (
-                    room,
-                    argv
-                    + (["-k", expression] if expression else [])
-                    + (["-m", "not slow"] if fast else []),
-                )
-            )
-    results: list[str] = []
-    failed, at_once = False, [s for s in stages if s[0] in ("e2e", "browser")]
-    for group in [*([s] for s in stages if s not in at_once), *([at_once] if at_once else [])]:
-        print(
-            f"\n== {', then what was beside it: '.join(name for name, _ in group)} ==", flush=True
-        )
-        # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
-        ends = together(
-            environment, [argv for _, argv in group], OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
-        )
-        for (name, _), (code, seconds) in zip(group, ends):
-            empty = code == 5 and expression is not None  # pytest: nothing matched -k in this room
-            blind = (
-                code == 77 and name == "browser"
-            )  # there is no browser and none could be installed, says its conftest
-            told = (
-                "ok"
-                if code == 0
-                else "nothing selected"
-                if empty
-                else "NOT RUN, NO BROWSER"
-                if blind
-                else f"FAILED ({code})"
-            )
-            results.append(f"{name} {told} {seconds:.0f} s")
-            failed |= bool(code and not empty and not blind)
-        if failed:
-            break
-    left = [name for name, _ in stages[len(results) :]]
-    print(
-        "\n" + " | ".join(results) + (f" | not run: {', '.join(left)}" if left else ""), flush=True
-    )
-    return int(failed)
+
+
+def test_stages(expression: str | None, fast: bool) -> list[Stage]:
+    """The linter, and a stage for every room that has tests."""
+    chosen = (["-k", expression] if expression else []) + (["-m", "not slow"] if fast else [])
+    plain = ["-q", "-p", "no:cacheprovider", "--durations=5", "--durations-min=3"]
+    # the other rooms start servers of their own, and keep one for many tests
+    shared = [
+        "-n",
+        str(min(2, os.cpu_count() or 1)),
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+    ]
+    stages: list[Stage] = [("lint", ["-m", "ruff", "check", "--no-cache", "."])]
+    for room in ("unit", "host") if fast else ("unit", "host", "e2e", "browser"):
+        if any((ROOT / "tests" / room).glob("test_*.py")):
+            workers = shared if room in ("unit", "host") else []
+            stages.append((room, ["-m", "pytest", f"tests/{room}", *plain, *workers, *chosen]))
+    return stages
+
+
+def verdict_on(stage: str, code: int, selecting: bool) -> str:
+    """A stage's exit code in words; selecting: by -k, which may match nothing in this room."""
+    if code == 0:
+        return "ok"
+    if code == 5 and selecting:  # pytest: no tests
+        return "nothing selected"
+    if (
+        code == 77 and stage == "browser"
+    ):  # says its conftest: none is here and none could be installed
+        return "NOT RUN, NO BROWSER"
+    return f"FAILED ({code})"
 
 
 def serve(environment: Environment, port: int | None, cpu: bool, base: Path | None) -> int:
     """The real host in the foreground with the pack linked into a base directory of its own."""
-    from client import HostError, HostServer
+    from client import HostError
+    from host_server import HostServer
 
     try:
         with HostServer(
@@ -192,7 +193,17 @@ def serve(environment: Environment, port: int | None, cpu: bool, base: Path | No
         raise Refusal(str(error)) from error
 
 
-def main(arguments: list[str] | None = None) -> int:
+PASSED_ON = {  # programs of tools/ with command lines of their own
+    "demo": "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
+    "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ...",
+    "evaluate": "figures: --task personalize|story|miniature [--json FILE] ...",
+    "bench": "costs against the plain host: [--case all] [--latent 64] [--rounds 5] [--json FILE] ...",
+    "soak": "hundreds of mixed prompts to one server: [--prompts 300] [--json FILE] ...",
+    "workflows": "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]",
+}
+
+
+def command_line() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument(
         "--host", type=Path, metavar="DIR", help="your own ComfyUI instead of the one in the cache"
@@ -220,20 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help=f"keep models, inputs and outputs in this folder{IN_GIT}",
     )
-    for name, text in (
-        (
-            "demo",
-            "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
-            "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ...",
-        ),
-        ("evaluate", "figures: --task personalize|story|miniature [--json FILE] ..."),
-        (
-            "bench",
-            "costs against the plain host: [--case all] [--latent 64] [--rounds 5] [--json FILE] ...",
-        ),
-        ("soak", "hundreds of mixed prompts to one server: [--prompts 300] [--json FILE] ..."),
-        ("workflows", "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]"),
-    ):
+    for name, text in PASSED_ON.items():
         commands.add_parser(
             name,
             parents=[own],
@@ -242,8 +240,13 @@ def main(arguments: list[str] | None = None) -> int:
             allow_abbrev=False,
             usage=f"dev.py {name} [options of tools/{name}.py]",
         )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command_line()
     chosen, rest = parser.parse_known_args(arguments)
-    passes_on = chosen.command in ("demo", "evaluate", "bench", "soak", "workflows")
+    passes_on = chosen.command in PASSED_ON
     if rest and not passes_on:
         parser.error(f"{chosen.command} does not know {' '.join(rest)}")
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,58 +101,90 @@ def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
 
 
 def _train(run: Run, given: argparse.Namespace) -> None:
-    wanted = (
-        ("autoencoder", "unet", "decoder", "reader", "tower")
-        if given.part == "all"
-        else (given.part,)
-    )
-    if "renderings" in wanted:
-        training_set(run.folder, run.renderings)
-    if "autoencoder" in wanted:
-        from .train_autoencoder import train_autoencoder
+    for part in ALL if given.part == "all" else (given.part,):
+        if run.rank == 0 or part not in ALONE:
+            PARTS[part](run, given.host, given.steps or STEPS.get(part, 0))
 
-        train_autoencoder(run, given.steps or STEPS["autoencoder"])
-    if "unet" in wanted:
-        from .train_unet import train_unet
 
-        train_unet(run, given.host, given.steps or STEPS["unet"])
-    if "decoder" in wanted:
-        from .train_autoencoder import train_autoencoder
+# the parts, each with the imports of its own: not every one needs the host ---------------------------------------------------
 
-        train_autoencoder(run, given.steps or STEPS["decoder"], peak=1e-3, decoder_only=True)
-    if given.part in ("flow-autoencoder", "flow-decoder"):
-        from .train_autoencoder import train_autoencoder
 
-        tuned = given.part == "flow-decoder"
-        train_autoencoder(
-            run,
-            given.steps or STEPS[given.part],
-            decoder_only=tuned,
-            channels=FLOW_CHANNELS,
-            name=FLOW,
-        )
-    if given.part == "flow":
-        from .train_flow import train_flow
+def _renderings(run: Run, host: Path, steps: int) -> None:
+    training_set(run.folder, run.renderings)
 
-        train_flow(run, given.host, given.steps or STEPS["flow"])
-    if "reader" in wanted and run.rank == 0:
-        from .train_reader import train_reader
 
-        train_reader(run, given.steps or STEPS["reader"])
-    if "tower" in wanted and run.rank == 0:
-        from .train_tower import train_tower
+def _autoencoder(run: Run, host: Path, steps: int) -> None:
+    from .train_autoencoder import train_autoencoder
 
-        train_tower(run, given.steps or STEPS["tower"])
-    if given.part in ("pack", "all") and run.rank == 0:
-        from .pack import pack
+    train_autoencoder(run, steps)
 
-        pack(run.folder)
-    if given.part in ("control", "all") and run.rank == 0:  # learns on the packed checkpoint
-        from .pack import pack_control
-        from .train_control import train_control
 
-        train_control(replace(run, workers=1), given.host, given.steps or STEPS["control"])
-        pack_control(run.folder)
+def _decoder(run: Run, host: Path, steps: int) -> None:
+    from .train_autoencoder import train_autoencoder
+
+    train_autoencoder(run, steps, peak=1e-3, decoder_only=True)
+
+
+def _flow_autoencoder(run: Run, host: Path, steps: int, tuned: bool = False) -> None:
+    from .train_autoencoder import train_autoencoder
+
+    train_autoencoder(run, steps, decoder_only=tuned, channels=FLOW_CHANNELS, name=FLOW)
+
+
+def _unet(run: Run, host: Path, steps: int) -> None:
+    from .train_unet import train_unet
+
+    train_unet(run, host, steps)
+
+
+def _flow(run: Run, host: Path, steps: int) -> None:
+    from .train_flow import train_flow
+
+    train_flow(run, host, steps)
+
+
+def _reader(run: Run, host: Path, steps: int) -> None:
+    from .train_reader import train_reader
+
+    train_reader(run, steps)
+
+
+def _tower(run: Run, host: Path, steps: int) -> None:
+    from .train_tower import train_tower
+
+    train_tower(run, steps)
+
+
+def _pack(run: Run, host: Path, steps: int) -> None:
+    from .pack import pack
+
+    pack(run.folder)
+
+
+def _control(run: Run, host: Path, steps: int) -> None:
+    """Learns on the packed checkpoint."""
+    from .pack import pack_control
+    from .train_control import train_control
+
+    train_control(replace(run, workers=1), host, steps)
+    pack_control(run.folder)
+
+
+PARTS: dict[str, Callable[[Run, Path, int], None]] = {
+    "renderings": _renderings,
+    "autoencoder": _autoencoder,
+    "unet": _unet,
+    "decoder": _decoder,
+    "flow-autoencoder": _flow_autoencoder,
+    "flow-decoder": partial(_flow_autoencoder, tuned=True),
+    "flow": _flow,
+    "reader": _reader,
+    "tower": _tower,
+    "pack": _pack,
+    "control": _control,
+}
+ALL = ("autoencoder", "unet", "decoder", "reader", "tower", "pack", "control")  # in this order
+ALONE = ("reader", "tower", "pack", "control")  # are made by one process, whatever --workers
 
 
 if __name__ == "__main__":

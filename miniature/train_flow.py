@@ -18,6 +18,7 @@ from .latents import latents_of
 from .layout import FLOW
 from .training import (
     Run,
+    advance,
     average_gradients,
     build_optimizers,
     follow,
@@ -93,10 +94,7 @@ def train_flow(
             loss.backward()
         average_gradients([*matrices, *others], run.workers)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, peak)
-            optimizer.step()
+        advance(optimizers, rate(step, steps, peak))
         follow(average, flow, step, DECAY)
         total += float(loss.detach())
         if (step + 1) % 50 == 0 and run.rank == 0:

@@ -18,7 +18,7 @@ from .data import held_out, training_set
 from .muon import Muon
 from .reader import HUES, KINDS, MASK_GRID
 from .train_reader import reader_loss
-from .training import Run, as_pictures, follow, load, rate, save
+from .training import Run, advance, as_pictures, follow, load, rate, save
 
 log = logging.getLogger(__name__)
 TOWER = {
@@ -107,10 +107,7 @@ def train_tower(
         loss = reader_loss(out, labels[index].to(run.device), colours[index].to(run.device), mask)
         model.zero_grad(set_to_none=True)
         loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, peak)
-            optimizer.step()
+        advance(optimizers, rate(step, steps, peak))
         follow(average, model, step, 0.995)
         total += float(loss.detach())
         if (step + 1) % 50 == 0:

@@ -21,6 +21,7 @@ from .denoiser import MASK_LAYERS, Attention, build_text, build_unet, load_token
 from .latents import latents_of
 from .training import (
     Run,
+    advance,
     average_gradients,
     build_optimizers,
     follow,
@@ -144,10 +145,7 @@ def train_unet(
         (plain + MASK_WEIGHT * located).backward()
         average_gradients([*matrices, *others], run.workers)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, peak)
-            optimizer.step()
+        advance(optimizers, rate(step, steps, peak))
         follow(average, both, step, DECAY)
         totals += (float(squared.detach().mean()), float(located.detach()))
         if (step + 1) % 50 == 0 and run.rank == 0:

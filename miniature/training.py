@@ -112,3 +112,11 @@ def average_gradients(parameters: list[Tensor], workers: int) -> None:
     flat /= workers
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def advance(optimizers: list[torch.optim.Optimizer], rate_now: float) -> None:
+    """One step of all of them at this rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate_now
+        optimizer.step()

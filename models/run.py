@@ -79,6 +79,7 @@ class Run:
                     None if text is None else text.shape[1],
                     entry.get(REPEATS, (1,)),
                     entry.get(SUBJECT),
+                    None if (rows := entry.get("cross_attn")) is None else rows.shape[1],
                 )
 
     def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
@@ -115,8 +116,14 @@ class Run:
     def joint_call(
         self, block: BlockId, options: Mapping[str, Any], picture: slice, mask: Tensor | None
     ) -> AttnCall:
-        """A call of a transformer, translated; picture: of its keys."""
+        """A call of a transformer, translated; picture: of its keys. ValueError where a text stands there several times."""
         parts = self.parts_of(options)
+        if self.backbone.joint and any(r != 1 for part in parts for r in part.repeats):
+            raise ValueError(
+                f"Kindred: lines of unequal length were made equal by repeating the shorter ones, but {self.backbone.family} reads text "
+                "and picture in one attention, where a repeated text is louder. Bring the lines of Subject Prompts to one length, "
+                "or sample them apart."
+            )
         return AttnCall(
             block,
             self.passing.grid,
@@ -128,6 +135,35 @@ class Run:
             part=self.part,
             joint=Joint(picture, mask),
         )
+
+    def text_call(
+        self,
+        block: BlockId,
+        options: Mapping[str, Any],
+        keys: int,
+        stands: Callable[[int], slice | None],
+    ) -> tuple[AttnCall, slice]:
+        """Where the picture of a transformer's block reads the text, translated, and which of its keys are the text's.
+
+        keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as Backbone.text says.
+        """
+        call = self.joint_call(block, options, slice(0), None)
+        rows = [p.rows for p in call.texts] if self.backbone.joint else [keys for _ in call.texts]
+        where = [None if r is None else stands(r) for r in rows]
+        seen = [at for at in where if at is not None]
+        text = slice(
+            min((at.start for at in seen), default=0), max((at.stop for at in seen), default=0)
+        )
+        places = tuple(
+            None
+            if at is None
+            else tuple(
+                i if 0 <= (i := key - at.start) < at.stop - at.start else -1
+                for key in range(text.start, text.stop)
+            )
+            for at in where
+        )
+        return replace(call, cross=True, places=places), text
 
     def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
         """The call behind all patches: its rows and keys as they are now, or why that cannot be told.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models.network.blocks import BlockId, Grid, select_blocks
 from ..models.network.call import Half, grid_of
-from ..models.network.sites import BlockSite, map_blocks
+from ..models.network.sites import BlockSite, family_of, map_blocks
 from ..models.noise.inversion import Denoiser, InversionTrajectory, Progress
 from ..models.overlay import draw_masks
 from ..models.reference.bank import ReferenceBank, ReferencePrompt
@@ -202,7 +202,9 @@ class RefUNetCapture(io.ComfyNode):
         wanted = select_blocks(blocks, host.self_attentions(sites), NODE)
         require_share(token_share)
         photo = photo_of(model, inversion, latent, steps, scheduler, sigmas)
-        prompts = read_prompts(model, positive, negative, photo.pictures, mask is not None)
+        prompts = read_prompts(
+            model, positive, negative, photo.pictures, mask is not None, family_of(sites)
+        )
         threshold = OTSU if mask_threshold == OTSU else mask_value
         subject = Finding(mask, mask_blocks, threshold, mask_steps)
         stored = torch.float16 if precision == "float16" else None
@@ -389,6 +391,7 @@ def read_prompts(
     negative: host.Conditioning | None,
     pictures: int,
     masked: bool,
+    family: str | None,
 ) -> dict[Half, ReferencePrompt]:
     """The prompts of a pass; ValueError where positive marks no subject and no mask is wired that would show it."""
     prompts = {Half.COND: host.read_prompt(model, positive, "positive", NODE, pictures)}
@@ -399,6 +402,7 @@ def read_prompts(
             f"{NODE}: positive ({(prompts[Half.COND].text or 'a CLIP Text Encode')[:200]!r}) marks no subject word, and no "
             f"mask is wired. "
             "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject."
+            f"{f' If it was, its CLIP is not one whose words are known in {family}: wire a mask.' if family else ''}"
         )
     return prompts
 

@@ -11,29 +11,12 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.run import REPEATS, SUBJECT
-from ..models.subject.words import Piece, SubjectTokens, positions_of, subjects_in
-from .host import TEXT
+from ..models.subject.words import SubjectTokens, positions_of, subjects_in
+from . import host
+from .host import TEXT, Prompt
 
 NODE = "Subject Prompts"
 MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common multiple
-Token = tuple[
-    Any, ...
-]  # (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
-
-
-def pieces_of(clip: Any, text: str) -> list[Piece]:
-    """A text's tokens as the vocabulary spells them, counted over all chunks, without start, end and padding."""
-    tokens = [token for chunk in tokens_of(clip, text) for token in chunk]
-    return [
-        (
-            place,
-            clip.tokenizer.untokenize([(token[0], 1.0)])[0][1]
-            if isinstance(token[0], int)
-            else token[0].float().cpu().numpy().tobytes(),
-        )
-        for place, token in enumerate(tokens)
-        if token[2] != 0
-    ]
 
 
 def batch_rows(
@@ -69,6 +52,112 @@ def encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:
             "Correct a weight such as (cat:nan), or start ComfyUI with --fp32-text-enc."
         )
     return cross, dict(extras)
+
+
+Places = tuple[
+    tuple[int, ...], ...
+]  # of one word in one line: its tokens by each encoder of the CLIP
+
+
+def words_in(
+    texts: Sequence[str],
+    words: Sequence[str],
+    prompts: Sequence[Sequence[Prompt]],
+    readers: Sequence[host.Reader],
+) -> list[list[Places]]:
+    """Where each word stands in each line; ValueError where a line has none of them, or a word is in no line."""
+    spelled = [[reader(word).pieces for reader in readers] for word in words]
+    each, seen = [], set()
+    for number, (text, prompt) in enumerate(zip(texts, prompts), 1):
+        places = [
+            tuple(positions_of(p.pieces, [word]) for p, word in zip(prompt, by)) for by in spelled
+        ]
+        here = {word for word, found in zip(words, places) if any(found)}
+        if not here:
+            raise ValueError(
+                f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
+                f"{' or '.join(map(repr, words)):.200}. "
+                "Write the subject word in every line exactly as in the subject field."
+            )
+        seen |= here
+        each.append(places)
+    for word in words:
+        if word not in seen:
+            raise ValueError(
+                f"{NODE}: no line contains the subject {word!r:.100}; the lines are {str(texts):.400}. "
+                "Correct the word or take it out of the subject field."
+            )
+    return each
+
+
+def rows_of(word: Places, starts: Sequence[int | None]) -> tuple[int, ...]:
+    """The rows of the CONDITIONING that a word of a line is; starts: the row of each encoder's token 0."""
+    known = [(places, start) for places, start in zip(word, starts) if start is not None]
+    return tuple(
+        sorted({place + start for places, start in known for place in places if place + start >= 0})
+    )
+
+
+def subject_tokens(
+    words: Sequence[str],
+    each: Sequence[Sequence[Places]],
+    starts: Sequence[Sequence[int | None]],
+    rows: Sequence[Tensor],
+) -> SubjectTokens | None:
+    """Where the words stand in the batch of rows [1 w_i c]; None, with a warning, where the rows of a line are not known."""
+    if not words:
+        return None
+    by_line = [[rows_of(word, start) for word in line] for line, start in zip(each, starts)]
+    if lost := [number for number, line in enumerate(by_line, 1) if not any(line)]:
+        host.warn(
+            f"{NODE}: where {', '.join(map(repr, words)):.200} stands among the tokens of line {lost[0]} is not known for this "
+            "CLIP, or it stands behind the last one that the model reads. No subject is marked; where a node looks for "
+            "the subject, wire a mask."
+        )
+        return None
+    union = [tuple(sorted({place for word in line for place in word})) for line in by_line]
+    by_word = (
+        tuple(batch_rows(rows, [line[i] for line in by_line])[1] for i in range(len(words)))
+        if len(words) > 1
+        else ()
+    )
+    return SubjectTokens(tuple(words), batch_rows(rows, union)[1], by_word)
+
+
+def joined_extras(encoded: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
+    """The extras of all lines; tensors become rows of the batch, a mask that all lines share stays one. ValueError where they cannot."""
+    extras = dict(encoded[0][1])
+    for key, value in extras.items():
+        if not isinstance(value, Tensor):
+            continue
+        values = [e.get(key) for _, e in encoded]
+        if key == "attention_mask" and all(
+            isinstance(v, Tensor) and torch.equal(v, value) for v in values
+        ):
+            continue
+        if len(values) > 1 and not all(
+            isinstance(v, Tensor) and v.ndim > 1 and v.shape == value.shape for v in values
+        ):
+            shapes = ", ".join(
+                str(tuple(v.shape)) if isinstance(v, Tensor) else "none" for v in values
+            )
+            raise ValueError(
+                f"{NODE}: this CLIP gives the lines a {key} of {shapes}, which no batch can hold. Write one line, and sample "
+                "the others apart."
+            )
+        extras[key] = torch.cat(values)
+    return extras
+
+
+def require_one_length(rows: Sequence[Tensor]) -> None:
+    """ValueError for lines [1 w_i c] of unequal length, which one joint softmax of text and picture cannot hold."""
+    if len({row.shape[1] for row in rows}) > 1:
+        said = ", ".join(f"line {i} {row.shape[1]}" for i, row in enumerate(rows, 1))
+        raise ValueError(
+            f"{NODE}: the lines are encoded as different numbers of tokens ({said:.300}), and this model's text and picture "
+            "share one attention, in which a text cannot be repeated to the length of another. Bring the lines to the same "
+            "number of tokens by a word more or less, or sample them one by one."
+        )
 
 
 class SubjectPrompts(io.ComfyNode):
@@ -139,52 +228,19 @@ class SubjectPrompts(io.ComfyNode):
         words = subjects_in(subject)
         before = " ".join(style.splitlines()).strip()  # a line of texts is a picture
         texts = [f"{before} {line}".strip() for line in lines]
-        spelled = [pieces_of(clip, word) for word in words]
-        positions, each, seen = [], [], set()
-        for number, text in enumerate(texts, 1):
-            prompt = pieces_of(clip, text) if words else []
-            places = tuple(positions_of(prompt, [word]) for word in spelled)
-            here = {word for word, found in zip(words, places) if found}
-            if words and not here:
-                raise ValueError(
-                    f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
-                    f"{' or '.join(map(repr, words)):.200}. "
-                    "Write the subject word in every line exactly as in the subject field."
-                )
-            seen |= here
-            positions.append(tuple(sorted({place for found in places for place in found})))
-            each.append(places)
-        for word in words:
-            if word not in seen:
-                raise ValueError(
-                    f"{NODE}: no line contains the subject {word!r:.100}; the lines are {str(texts):.400}. "
-                    "Correct the word or take it out of the subject field."
-                )
+        readers = host.readers_of(clip)
+        cut = [[reader(text) for reader in readers] for text in texts] if words else []
+        each = words_in(texts, words, cut, readers) if words else []
         encoded = [encode(clip, text) for text in texts]
         rows = [c for c, _ in encoded]
-        cross, positions = batch_rows(rows, positions)
-        extras = dict(encoded[0][1])
-        for (
-            key,
-            value,
-        ) in (
-            extras.items()
-        ):  # pooled_output and other per-prompt tensors become rows of the batch too
-            if isinstance(value, Tensor):
-                extras[key] = torch.cat([e[key] for _, e in encoded])
+        if not host.plain(readers):
+            require_one_length(rows)
+        cross, _ = batch_rows(rows, [() for _ in rows])
+        extras = joined_extras(encoded)
         extras[TEXT] = "\n".join(texts)
-        if any(c.shape[1] != cross.shape[1] for c, _ in encoded):
-            extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c, _ in encoded)
-        if words:
-            by_word = (
-                tuple(batch_rows(rows, [row[i] for row in each])[1] for i in range(len(words)))
-                if len(words) > 1
-                else ()
-            )
-            extras[SUBJECT] = SubjectTokens(tuple(words), positions, by_word)
+        if any(c.shape[1] != cross.shape[1] for c in rows):
+            extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c in rows)
+        starts = [host.rows_of_tokens(readers, prompt, *line) for prompt, line in zip(cut, encoded)]
+        if subjects := subject_tokens(words, each, starts, rows):
+            extras[SUBJECT] = subjects
         return io.NodeOutput([[cross, extras]], len(texts), "\n".join(texts))
-
-
-def tokens_of(clip: Any, text: str) -> Sequence[Sequence[Token]]:
-    """The tokens of a text with their word numbers; SDXL's two encoders see the same tokens, so the first one answers."""
-    return next(iter(clip.tokenize(text, return_word_ids=True).values()))

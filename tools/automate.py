@@ -15,201 +15,26 @@ Exit code: 0 all done, 1 a job failed, 2 refused, 3 no host was left, 130 stoppe
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
 import json
 import re
-import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from changes import (
-    Change,
-    Graph,
-    Place,
-    Refusal,
-    check_known,
-    listed,
-    parse_change,
-    picture_place,
-    put,
-    read_workflow,
-    seed_places,
-    spec,
-    split,
-    subject_place,
-    title,
-    typed,
-)
-from client import Answered, Client
+from changes import Refusal, listed, title
+from client import Client
 from jobs import Board, Job, Runner
-from results import IN_GIT, make_folder
+from plans import Plan, planned
+from results import IN_GIT
+from shelf import Shelf, keeper
 from terminal import run_program
 
-SAVE_REFERENCE = "KindredSaveReference"
 DEFAULT = "http://127.0.0.1:8188"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was asked for, before any host is known."""
-
-    graph: Graph
-    changes: Sequence[Change] = ()
-    pictures: Sequence[tuple[str, Path]] = ()  # node, file
-    subject: tuple[Place, Path, str] | None = (
-        None  # where it goes, the file, its name on every host
-    )
-    each: Place | None = None
-    seed: int | None = None
-    repeat: int = 1
-
-    def prepare(self, client: Client, jobs: Sequence[Job]) -> Callable[[Job], Graph]:
-        """Bring the files to a host; returns what makes a job's graph for it. Refuses what the host would not take, for every job."""
-        graph, info = copy.deepcopy(self.graph), client.object_info()
-        check_known(info, graph)
-        places = [(picture_place(info, graph, key), path) for key, path in self.pictures]
-        for change in self.changes:
-            put(graph, change.place, typed(info, graph, change))
-        seeds = seed_places(info, graph)
-        if (self.seed is not None or self.repeat > 1) and not seeds:
-            raise Refusal(
-                "No node of this workflow has a seed for --seed or --repeat to vary; name one with --set NODE.INPUT=NUMBER."
-            )
-
-        def build(job: Job) -> Graph:
-            made = copy.deepcopy(graph)
-            if self.each is not None:
-                put(made, self.each, typed(info, graph, Change(self.each, job.lines or "")))
-            if self.seed is not None or self.repeat > 1:
-                first = (
-                    graph[seeds[0].node]["inputs"][seeds[0].input]
-                    if self.seed is None
-                    else self.seed
-                )
-                job.seed = first + job.turn
-                for place in seeds:
-                    put(made, place, typed(info, graph, Change(place, str(job.seed))))
-            return made
-
-        for job in jobs:
-            build(job)
-        for place, path in places:
-            put(graph, place, client.upload(path, path.name))
-        if self.subject is not None:
-            self._bring_subject(client, graph, info)
-        return build
-
-    def _bring_subject(self, client: Client, graph: Graph, info: Mapping[str, Any]) -> None:
-        """The saved subject into the folder of the host's output that Load Reference lists, unless it is there."""
-        place, path, name = self.subject
-        if name not in (spec(info, graph, place)[1].get("options") or ()):
-            try:
-                client.upload(path, name, folder="output", subfolder="kindred")
-            except Answered as error:
-                if error.code != 413:
-                    raise
-                raise Refusal(
-                    f"{client.url} takes no upload of {path.stat().st_size / 1e6:.0f} MB: start it with --max-upload-size "
-                    f"{path.stat().st_size // 1_000_000 + 10}, or put the file into its models/kindred_references and use "
-                    f"--set {place.node}.{place.input}={path.name}"
-                ) from None
-            kind = graph[place.node]["class_type"]
-            known = spec(client.object_info(kind), graph, place)[1].get("options") or ()
-            if name not in known:
-                raise Refusal(
-                    f"{client.url} took {name}, but {title(graph, place.node)} does not list it; it lists {listed(known)}."
-                )
-        put(graph, place, name)
-
-
-@dataclass
-class Shelf:
-    """The folder that everything is saved in: NUMBER_TITLE_INDEX, the job's number counting on from what is there."""
-
-    folder: Path
-    first: int = 1
-
-    def __post_init__(self) -> None:
-        make_folder(self.folder)
-        numbers = [
-            int(found[1])
-            for path in self.folder.iterdir()
-            if (found := re.match(r"(\d{5,})_", path.name))
-        ]
-        self.first = max(numbers, default=0) + 1
-
-    def keep(self, job: Job, name: str, index: int, suffix: str, data: bytes) -> str:
-        """Write one file under a name that was free. OSError where it could not be written; then nothing is left of it."""
-        letters = sys.getfilesystemencoding()
-        words = re.sub(r"\W+", "_", name.encode(letters, "ignore").decode(letters)).strip("_")[:60]
-        stem = f"{self.first + job.number - 1:05}_{words or 'output'}"
-        path, file = self.folder / f"{stem}_{index}{suffix}", None
-        while file is None:
-            try:
-                file = path.open("xb")
-            except FileExistsError:  # somebody's, perhaps of this very moment
-                index += 1
-                path = self.folder / f"{stem}_{index}{suffix}"
-            except OSError as error:
-                raise OSError(f"{path} could not be written: {error}") from error
-        try:
-            with file:
-                file.write(data)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise OSError(f"{path} could not be written: {error}") from error
-        return str(path)
-
-
-def files_of(
-    graph: Graph, outputs: Mapping[str, Any]
-) -> Iterator[tuple[str, int, Mapping[str, str] | str]]:
-    """(title, index, file or text) of all that the nodes gave; a saved subject is a file too."""
-    for node in sorted(
-        outputs, key=[*graph, *outputs].index
-    ):  # as the workflow has them, whichever came first
-        name, index = title(graph, node), 0
-        for things in outputs[node].values():
-            for thing in things if isinstance(things, list) else ():
-                if isinstance(thing, str) or (isinstance(thing, dict) and "filename" in thing):
-                    index += 1
-                    yield name, index, thing
-                if (
-                    isinstance(thing, str)
-                    and graph.get(node, {}).get("class_type") == SAVE_REFERENCE
-                ):
-                    folder, _, file = (
-                        thing.partition(".safetensors")[0] + ".safetensors"
-                    ).rpartition("/")
-                    yield name, index, {"filename": file, "subfolder": folder, "type": "output"}
-
-
-def keeper(shelf: Shelf, voice: Teller) -> Callable[[Client, Job, Graph, Mapping[str, Any]], None]:
-    """Fetches everything, then saves it: a host that goes away in between leaves no half of a job."""
-
-    def keep(client: Client, job: Job, graph: Graph, outputs: Mapping[str, Any]) -> None:
-        fetched = []
-        for name, index, thing in files_of(graph, outputs):
-            if isinstance(thing, str):
-                fetched.append((name, index, ".txt", thing.encode()))
-                continue
-            try:
-                fetched.append((name, index, Path(thing["filename"]).suffix, client.view(thing)))
-            except Answered as error:
-                if thing.get("type") != "temp":  # previews do not survive a restart
-                    raise
-                voice.say(client.url, f"{name}: {error}")
-        for name, index, suffix, data in fetched:
-            job.files.append(shelf.keep(job, name, index, suffix, data))
-
-    return keep
 
 
 @dataclass
@@ -353,73 +178,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def planned(given: argparse.Namespace) -> tuple[Plan, list[Job]]:
-    """The plan and its jobs: every line, each as often as --repeat says."""
-    graph = read_workflow(given.workflow)
-    pictures = [
-        (key, existing(Path(path)))
-        for key, path in (split(words, "--image") for words in given.image)
-    ]
-    subject = None
-    if given.subject is not None:
-        key, equals, path = (
-            (None, "", given.subject)
-            if Path(given.subject).is_file()
-            else given.subject.partition("=")
-        )
-        file = existing(Path(path if equals else given.subject))
-        with file.open("rb") as source:
-            digest = hashlib.sha256()
-            for piece in iter(lambda: source.read(1 << 20), b""):
-                digest.update(piece)
-        # the same contents have the same name everywhere, so that no host has to be sent them twice
-        subject = (
-            subject_place(graph, key if equals else None),
-            file,
-            f"{file.stem}-{digest.hexdigest()[:12]}.safetensors",
-        )
-    lines = [parse_change(graph, words, "--each") for words in given.each]
-    if len({change.place for change in lines}) > 1:
-        raise Refusal("--each goes through the lines of one input; give the others with --set.")
-    each = [line for change in lines for line in change.text.splitlines() if line.strip()]
-    if lines and not each:
-        raise Refusal("--each has no line that is not empty.")
-    try:
-        seed = (
-            secrets.randbits(53)
-            if given.seed == "random"
-            else None
-            if given.seed is None
-            else int(given.seed)
-        )
-    except ValueError:
-        raise Refusal(f"--seed takes a whole number or random, not {given.seed!r}.") from None
-    packs = [
-        "\n".join(each[i : i + given.lines_per_job])
-        for i in range(0, len(each), given.lines_per_job)
-    ] or [None]
-    jobs = [
-        Job(i * given.repeat + turn + 1, pack, turn)
-        for i, pack in enumerate(packs)
-        for turn in range(given.repeat)
-    ]
-    return Plan(
-        graph,
-        [parse_change(graph, words) for words in given.set],
-        pictures,
-        subject,
-        lines[0].place if lines else None,
-        seed,
-        given.repeat,
-    ), jobs
-
-
-def existing(path: Path) -> Path:
-    if not path.expanduser().is_file():
-        raise Refusal(f"{path} is not a file.")
-    return path.expanduser()
-
-
 def run(
     plan: Plan,
     jobs: Sequence[Job],
@@ -463,17 +221,12 @@ def exit_code(jobs: Sequence[Job], runners: Sequence[Runner], stopped: bool) -> 
         if job.state == "not run" and set(job.refusals) == {runner.host for runner in runners}:
             job.state, job.error = "refused", next(iter(job.refusals.values()))
     states = {job.state for job in jobs}
-    return (
-        130
-        if stopped
-        else 3
-        if "not run" in states
-        else 1
-        if "failed" in states
-        else 2
-        if "refused" in states
-        else 0
-    )
+    if stopped:
+        return 130
+    for state, code in (("not run", 3), ("failed", 1), ("refused", 2)):
+        if state in states:
+            return code
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -503,6 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan, jobs, [Client(url, headers) for url in urls], shelf, voice, given.patience
     )
     code = exit_code(jobs, runners, stopped)
+    tell_end(given, jobs, runners, code)
+    return code
+
+
+def tell_end(
+    given: argparse.Namespace, jobs: Sequence[Job], runners: Sequence[Runner], code: int
+) -> None:
+    """A sentence on stderr, and with --json the report on stdout."""
     done = sum(job.state == "done" for job in jobs)
     print(
         f"{done} of {len(jobs)} job{'s' * (len(jobs) > 1)} done"
@@ -510,17 +271,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         file=sys.stderr,
     )
     if given.json:
-        print(
-            json.dumps(
-                {
-                    "exit_code": code,
-                    "hosts": {runner.host: runner.reason or runner.state for runner in runners},
-                    "jobs": [asdict(job) for job in jobs],
-                },
-                indent=2,
-            )
-        )
-    return code
+        report = {
+            "exit_code": code,
+            "hosts": {runner.host: runner.reason or runner.state for runner in runners},
+            "jobs": [asdict(job) for job in jobs],
+        }
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 from benching.catalogue import CASES, GROUPS, PLAIN, Key, chosen, left_out, name_of
 from benching.clocks import Clock, clock_of, forget_peak, peak_of_process
-from benching.ground import ATTENTION, DTYPES, Ground, Setting
+from benching.ground import DTYPES, Ground, Setting
 from benching.probes import counted, first_wait
 from benching.report import (
     block,
@@ -38,6 +38,7 @@ from benching.report import (
     write_page,
 )
 from benching.rounds import Job, play, table
+from boot import ATTENTION
 from evaluation.workers import stoppable
 from results import prepare
 from terminal import run_program

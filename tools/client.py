@@ -1,9 +1,9 @@
-"""ComfyUI's HTTP API from the standard library: start a host, queue a prompt, follow it, fetch its pictures.
+"""ComfyUI's HTTP API from the standard library: queue a prompt, follow it, fetch its pictures.
 
-with HostServer(Path("ComfyUI"), models={"checkpoints": [Path("sd15.safetensors")]}) as server:
-    name = server.client.upload_image(Path("photo.png"))
-    outputs = server.client.run(api_json, on_progress=print)
-    png = server.client.view(outputs["9"]["images"][0])
+client = Client("http://127.0.0.1:8188")
+name = client.upload_image(Path("photo.png"))
+outputs = client.run(api_json, on_progress=print)
+png = client.view(outputs["9"]["images"][0])
 """
 
 from __future__ import annotations
@@ -12,15 +12,7 @@ import contextlib
 import http.client
 import io
 import json
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 import urllib.error
 import urllib.parse
@@ -31,12 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from environment import clean_environment
 from redirects import SameHost
-from results import make_folder
 from web_socket import WebSocket
 
-ROOT = Path(__file__).resolve().parent.parent
 Prompt = Mapping[str, Any]  # API JSON: node id -> {"class_type", "inputs"}
 
 
@@ -175,22 +164,15 @@ class Client:
 
         Unless `overwrite`, a name that is taken by other contents gets a number, and by the same contents is used as it is.
         """
-        size, name = (
-            len(file) if isinstance(file, bytes) else file.stat().st_size,
-            re.sub(r'[\r\n"]', "_", name),
-        )
+        name = re.sub(r'[\r\n"]', "_", name)
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
         border = uuid.uuid4().hex
         fields = {
             "type": folder,
             "subfolder": subfolder,
             "overwrite": "true" if overwrite else "false",
         }
-        head = "".join(
-            f'--{border}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'
-            for key, value in fields.items()
-        )
-        head = f'{head}--{border}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'.encode()
-        tail = f"\r\n--{border}--\r\n".encode()
+        head, tail = form_around_file(border, fields, name)
 
         def pieces() -> Iterator[bytes]:
             yield head
@@ -198,15 +180,9 @@ class Client:
                 yield from iter(lambda: source.read(1 << 20), b"")
             yield tail
 
-        answer = json.loads(
-            self.request(
-                "/upload/image",
-                pieces(),
-                f"multipart/form-data; boundary={border}",
-                600,
-                len(head) + size + len(tail),
-            )
-        )
+        length = len(head) + size + len(tail)
+        kind = f"multipart/form-data; boundary={border}"
+        answer = json.loads(self.request("/upload/image", pieces(), kind, 600, length))
         return "/".join(filter(None, (answer["subfolder"], answer["name"])))
 
     def upload_image(self, image: Path | bytes, name: str | None = None) -> str:
@@ -323,6 +299,16 @@ class Client:
         raise HostError(f"The prompt was not finished after {timeout:.0f} s; it was interrupted.")
 
 
+def form_around_file(border: str, fields: Mapping[str, str], name: str) -> tuple[bytes, bytes]:
+    """A multipart form (RFC 7578) of fields and one file called `name`: what comes before its bytes and what after."""
+    head = "".join(
+        f'--{border}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'
+        for key, value in fields.items()
+    )
+    head += f'--{border}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
+    return head.encode(), f"\r\n--{border}--\r\n".encode()
+
+
 def outcome(history: Mapping[str, Any] | None) -> dict[str, Any]:
     """Node id -> outputs, from what the host keeps of a finished prompt. NodeFailed, Interrupted."""
     for kind, data in ((history or {}).get("status") or {}).get("messages", []):
@@ -357,210 +343,3 @@ def refusal(text: str) -> PromptRefused:
         for key, value in (body.get("node_errors") or {}).items()
     }
     return PromptRefused(summary, nodes)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-def link(source: Path, target: Path) -> None:
-    """Make `source` appear at `target`: a symlink, on Windows without that right a junction, else a copy."""
-    try:
-        target.symlink_to(source, target_is_directory=source.is_dir())
-    except OSError:
-        if not source.is_dir():
-            shutil.copyfile(source, target)
-            return
-        try:
-            import _winapi
-
-            _winapi.CreateJunction(str(source), str(target))
-        except (ImportError, OSError):
-            shutil.copytree(
-                source, target, ignore=shutil.ignore_patterns(".git", "__pycache__", "out")
-            )
-
-
-def has_gpu(python: Path) -> bool:
-    """Whether torch of that Python sees a device; torch is only asked where a driver is."""
-    if sys.platform == "linux" and not any(
-        Path("/dev").glob(pattern) for pattern in ("nvidia[0-9]*", "kfd", "dxg")
-    ):
-        return False
-    probe = "import torch; raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
-    return subprocess.run([str(python), "-c", probe], capture_output=True).returncode == 0
-
-
-class HostServer:
-    """A ComfyUI process with this pack, in a base directory of its own; always gone when the `with` block is left.
-
-    host: ComfyUI's folder, default $KINDRED_HOST; python: what runs it; cpu: None asks torch for a device;
-    models: model folder -> files to link into it; base: keep this base directory instead of a temporary one;
-    log: the host's output goes there (default: a file in the base directory; None: to the terminal).
-    """
-
-    def __init__(
-        self,
-        host: Path | None = None,
-        *,
-        python: Path | str = sys.executable,
-        port: int | None = None,
-        cpu: bool | None = None,
-        models: Mapping[str, Iterable[Path]] | None = None,
-        base: Path | None = None,
-        log: Path | str | None = "",
-        api_nodes: bool = False,
-        threads: int | None = None,
-        arguments: Iterable[str] = (),
-        wait: float = 600,
-    ) -> None:
-        host = host or os.environ.get("KINDRED_HOST")
-        if not host or not (Path(host) / "main.py").is_file():
-            raise HostError(
-                f"{host or 'no host given'}: not a ComfyUI folder; set KINDRED_HOST or run through dev.py."
-            )
-        self.host, self.python, self.port, self.cpu = (
-            Path(host),
-            Path(python),
-            port or free_port(),
-            cpu,
-        )
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.client, self.models, self.threads, self.wait = (
-            Client(self.url),
-            dict(models or {}),
-            threads,
-            wait,
-        )
-        self.api_nodes, self.arguments, self.given_base, self.given_log = (
-            api_nodes,
-            list(arguments),
-            base,
-            log,
-        )
-        self.stack = contextlib.ExitStack()
-
-    def __enter__(self) -> HostServer:
-        with contextlib.ExitStack() as stack:
-            if self.given_base is None:
-                self.base = Path(
-                    stack.enter_context(
-                        tempfile.TemporaryDirectory(prefix="kindred-", ignore_cleanup_errors=True)
-                    )
-                )
-            else:
-                self.base = make_folder(Path(self.given_base).expanduser().absolute())
-            self._furnish()
-            if (
-                threading.current_thread() is threading.main_thread()
-                and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-            ):
-                signal.signal(
-                    signal.SIGTERM, lambda *_: sys.exit(143)
-                )  # a plain SIGTERM would leave the host running
-            output = None
-            self.log = (
-                self.base / "host.log"
-                if self.given_log == ""
-                else self.given_log and Path(self.given_log)
-            )
-            if self.log is not None:
-                output = stack.enter_context(open(self.log, "w", encoding="utf-8"))
-            self.process = subprocess.Popen(
-                self.argv(),
-                cwd=self.host,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                env=self._environment(),
-            )
-            stack.callback(self._stop)
-            self._wait_until_ready()
-            self.stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-
-    def argv(self) -> list[str]:
-        if self.cpu is None:
-            self.cpu = not has_gpu(self.python)
-        argv = [
-            str(self.python),
-            str(self.host / "main.py"),
-            "--base-directory",
-            str(self.base),
-            "--port",
-            str(self.port),
-            "--listen",
-            "127.0.0.1",
-            "--disable-auto-launch",
-            "--use-pytorch-cross-attention",
-            "--database-url",
-            "sqlite:///:memory:",
-            "--log-stdout",
-        ]
-        return (
-            argv
-            + ["--cpu"] * self.cpu
-            + ["--disable-api-nodes"] * (not self.api_nodes)
-            + self.arguments
-        )
-
-    def _furnish(self) -> None:
-        """The folders a host expects, with the pack and the given models linked in."""
-        folders = ["custom_nodes", "input", "output", "temp", "user", "models/checkpoints"]
-        for name in folders + [f"models/{kind}" for kind in self.models]:
-            (self.base / name).mkdir(parents=True, exist_ok=True)
-        links = [(ROOT, self.base / "custom_nodes" / "kindred")]
-        links += [
-            (Path(file).resolve(), self.base / "models" / kind / Path(file).name)
-            for kind, files in self.models.items()
-            for file in files
-        ]
-        for source, target in links:
-            if not target.exists():
-                link(source, target)
-
-    def _environment(self) -> dict[str, str]:
-        settings = clean_environment()
-        if self.threads is not None:
-            settings |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
-        return settings | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-
-    def tail(self, lines: int = 25) -> str:
-        """The end of the host's log, for error messages."""
-        return (
-            "(see above)"
-            if self.log is None
-            else "\n".join(self.log.read_text("utf-8", errors="replace").splitlines()[-lines:])
-        )
-
-    def _wait_until_ready(self) -> None:
-        end = time.monotonic() + self.wait
-        while True:
-            if self.process.poll() is not None:
-                raise HostError(
-                    f"ComfyUI ended with code {self.process.returncode} while it started:\n{self.tail()}"
-                )
-            with contextlib.suppress(HostError):
-                self.client.request("/system_stats", timeout=5)
-                break
-            if time.monotonic() > end:
-                raise HostError(f"ComfyUI was not ready after {self.wait:.0f} s:\n{self.tail()}")
-            time.sleep(0.1)
-        # the host's own optional nodes may fail; the pack may not
-        if self.log is not None and re.search(
-            r"\(IMPORT FAILED\): .*custom_nodes", self.log.read_text("utf-8", "replace")
-        ):
-            raise HostError(f"ComfyUI runs, but could not load the pack:\n{self.tail(60)}")
-
-    def _stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()

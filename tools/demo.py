@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from checkout import ROOT, as_kindred, version
-from client import Client, HostError, HostServer, Progress
+from client import Client, HostError, Progress
+from host_server import HostServer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from results import IN_GIT, prepare
 from terminal import run_program
@@ -379,35 +380,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     with HostServer(
         given.host, models={kind: [path] for kind, path in models.items() if path} or None
     ) as server:
-        client = server.client
-        name = client.upload_image(photo, "kindred_reference.png")
-        graph = prepared(
-            given, name, given.checkpoint.name if own else "kindred_miniature.safetensors", size
-        )
-        titles = {
-            key: node.get("_meta", {}).get("title", node["class_type"])
-            for key, node in graph.items()
-        }
-        watch, pictures, figures = Stopwatch(titles), {}, {}
-        for title, job in columns(graph).items():
-            outputs = with_progress(client, job, watch)
-            pictures[title] = [
-                Image.open(BytesIO(client.view(image))) for image in outputs[PICTURES]["images"]
-            ]
-            if not figures:  # the first one reads the reference
-                figures = {
-                    "unet_calls.reference": watch.steps[CAPTURE],
-                    "seconds.inversion": watch.seconds[CAPTURE],
-                    "seconds.sampling": watch.seconds[SAMPLER],
-                }
-        back = with_progress(client, round_trip(graph), watch)
-        decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
-    figures["inversion.psnr_db"] = psnr_db(*decoded)
+        graph, pictures, figures = drawn(server.client, given, photo, size)
     if not own and given.rendered:
         figures |= measured(pictures) | {"count.identities": 1}
     figures["seconds.total"] = time.monotonic() - began
     write(given, pictures, Image.open(BytesIO(photo)), figures, graph)
     return 0
+
+
+def drawn(
+    client: Client, given: argparse.Namespace, photo: bytes, size: int
+) -> tuple[dict[str, Any], dict[str, list[Image.Image]], dict[str, float]]:
+    """The workflow, the pictures of each column, and what they and the photo's inversion took."""
+    own = given.checkpoint is not None
+    checkpoint = given.checkpoint.name if own else "kindred_miniature.safetensors"
+    name = client.upload_image(photo, "kindred_reference.png")
+    graph = prepared(given, name, checkpoint, size)
+    titles = {
+        key: node.get("_meta", {}).get("title", node["class_type"]) for key, node in graph.items()
+    }
+    watch, pictures, figures = Stopwatch(titles), {}, {}
+    for title, job in columns(graph).items():
+        outputs = with_progress(client, job, watch)
+        pictures[title] = [
+            Image.open(BytesIO(client.view(image))) for image in outputs[PICTURES]["images"]
+        ]
+        if not figures:  # the first one reads the reference
+            figures = {
+                "unet_calls.reference": watch.steps[CAPTURE],
+                "seconds.inversion": watch.seconds[CAPTURE],
+                "seconds.sampling": watch.seconds[SAMPLER],
+            }
+    back = with_progress(client, round_trip(graph), watch)
+    decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
+    return graph, pictures, figures | {"inversion.psnr_db": psnr_db(*decoded)}
 
 
 def write(

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from checkout import ROOT
-from client import Client, HostServer, link
+from client import Client
 from demo import Stopwatch, native_size, report, with_progress
+from host_server import HostServer, link
 from PIL import Image, ImageDraw, ImageFont
 from results import IN_GIT, prepare
 from story_figures import PHOTO_SCENES, SCENES, SECOND, SUBJECT, figures_of, photos

@@ -18,9 +18,10 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
 from archive import ELSEWHERE
 
@@ -232,21 +233,11 @@ class Progress:
 
 def pip(python: Path, arguments: list[str], log: Path, progress: Progress) -> None:
     """Run pip with its output in `log` and its course shown. Raises Refusal with the reason in one sentence."""
-    argv = [
-        str(python),
-        "-m",
-        "pip",
-        *arguments,
-        "--progress-bar",
-        "off",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    collected = total = 0
+    quiet = ["--progress-bar", "off", "--no-input", "--disable-pip-version-check"]
     with (
         open(log, "a", encoding="utf-8") as file,
         subprocess.Popen(
-            argv,
+            [str(python), "-m", "pip", *arguments, *quiet],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -256,28 +247,32 @@ def pip(python: Path, arguments: list[str], log: Path, progress: Progress) -> No
         ) as process,
     ):
         try:
-            for line in process.stdout:
-                file.write(line)
-                collected += line.startswith("Collecting ")
-                if match := re.search(
-                    r"(?:Downloading|Using cached) (\S+?)-\d\S* \(([\d.]+) (kB|MB|GB)\)", line
-                ):
-                    size = float(match[2]) * {"kB": 0.001, "MB": 1, "GB": 1000}[match[3]]
-                    total += size
-                    progress.say(
-                        f"{collected} packages, {total:.0f} MB so far, now {match[1].split('/')[-1]} {size:.0f} MB",
-                        loud=size > 100,
-                    )
-                elif line.startswith("Installing collected"):
-                    progress.say(
-                        f"{total:.0f} MB are here, unpacking {collected} packages", loud=True
-                    )
+            show_course(process.stdout, file, progress)
         except BaseException:
             process.terminate()
             raise
     if process.returncode:
         text = log.read_text("utf-8", errors="replace")
         raise Refusal(why_pip_failed(text) + f" All that pip said is in {log}.")
+
+
+def show_course(lines: Iterable[str], log: TextIO, progress: Progress) -> None:
+    """Keep what pip says in `log`, and tell of packages and megabytes."""
+    collected = total = 0
+    for line in lines:
+        log.write(line)
+        collected += line.startswith("Collecting ")
+        if match := re.search(
+            r"(?:Downloading|Using cached) (\S+?)-\d\S* \(([\d.]+) (kB|MB|GB)\)", line
+        ):
+            size = float(match[2]) * {"kB": 0.001, "MB": 1, "GB": 1000}[match[3]]
+            total += size
+            progress.say(
+                f"{collected} packages, {total:.0f} MB so far, now {match[1].split('/')[-1]} {size:.0f} MB",
+                loud=size > 100,
+            )
+        elif line.startswith("Installing collected"):
+            progress.say(f"{total:.0f} MB are here, unpacking {collected} packages", loud=True)
 
 
 def why_pip_failed(text: str) -> str:
@@ -378,59 +373,14 @@ def make(home: Path, interpreter: str) -> None:
         f"Making Kindred's environment in {home} (once: about 2.7 GB to fetch, 6 GB on disk).",
         flush=True,
     )
-    with Progress("1/4 virtual environment") as progress:
-        made = subprocess.run(
-            [interpreter, "-m", "venv", str(venv)],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env=clean_environment(),
-        )
-        if made.returncode:
-            raise Refusal(
-                f"{interpreter} could not make a virtual environment: {(made.stderr or made.stdout).strip()[-300:]}"
-            )
+    with Progress("1/4 virtual environment"):
+        make_venv(interpreter, venv)
     python = venv_python(venv)
+    install = ["install", "--require-hashes", "--no-deps", "--no-compile", "-r", str(LOCK)]
     with Progress("2/4 packages") as progress:
-        pip(
-            python,
-            ["install", "--require-hashes", "--no-deps", "--no-compile", "-r", str(LOCK)],
-            log,
-            progress,
-        )
-    with (
-        Progress(f"3/4 ComfyUI {pin['comfyui']}") as progress,
-        tempfile.TemporaryDirectory(dir=home) as temp,
-    ):
-        wanted = Path(temp) / "host.txt"
-        wanted.write_text(
-            f"{pin['name']}=={pin['version']} --hash=sha256:{pin['sha256']}\n", "utf-8"
-        )
-        # the installed, pinned setuptools reads the archive's metadata: no build packages are fetched unpinned
-        pip(
-            python,
-            [
-                "download",
-                "--require-hashes",
-                "--no-deps",
-                "--no-binary",
-                ":all:",
-                "--no-build-isolation",
-                "--ignore-requires-python",
-                "-d",
-                temp,
-                "-r",
-                str(wanted),
-            ],
-            log,
-            progress,
-        )
-        archive = next(Path(temp).glob("*.tar.gz"))
-        if hashlib.sha256(archive.read_bytes()).hexdigest() != pin["sha256"]:
-            raise Refusal(
-                f"{archive.name} is not the pinned file (its hash differs), so it was refused."
-            )
-        progress.say(f"{unpack_host(archive, pin['folder'], home / 'host')} files", loud=True)
+        pip(python, install, log, progress)
+    with Progress(f"3/4 ComfyUI {pin['comfyui']}") as progress:
+        fetch_host(python, pin, home, log, progress)
     with Progress("4/4 check") as progress:
         progress.say("ComfyUI starts", loud=True)
         try_out(python, home / "host", log)
@@ -438,6 +388,41 @@ def make(home: Path, interpreter: str) -> None:
         files = {name: size for name, size in inventory(home).items() if name != log.name}
         stamp.write_text(json.dumps({"comfyui": pin["comfyui"], "files": files}), "utf-8")
         os.replace(stamp, home / "ready.json")
+
+
+def make_venv(interpreter: str, venv: Path) -> None:
+    done = subprocess.run(
+        [interpreter, "-m", "venv", str(venv)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=clean_environment(),
+    )
+    if done.returncode:
+        raise Refusal(
+            f"{interpreter} could not make a virtual environment: {(done.stderr or done.stdout).strip()[-300:]}"
+        )
+
+
+def fetch_host(
+    python: Path, pin: Mapping[str, str], home: Path, log: Path, progress: Progress
+) -> None:
+    """The pinned ComfyUI into `home`/host. Raises Refusal where the file that came is another one."""
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        wanted = Path(folder) / "host.txt"
+        wanted.write_text(
+            f"{pin['name']}=={pin['version']} --hash=sha256:{pin['sha256']}\n", "utf-8"
+        )
+        # the installed, pinned setuptools reads the archive's metadata: no build packages are fetched unpinned
+        how = ["--require-hashes", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        how += ["--ignore-requires-python"]
+        pip(python, ["download", *how, "-d", folder, "-r", str(wanted)], log, progress)
+        archive = next(Path(folder).glob("*.tar.gz"))
+        if hashlib.sha256(archive.read_bytes()).hexdigest() != pin["sha256"]:
+            raise Refusal(
+                f"{archive.name} is not the pinned file (its hash differs), so it was refused."
+            )
+        progress.say(f"{unpack_host(archive, pin['folder'], home / 'host')} files", loud=True)
 
 
 def setup(again: bool = False) -> Environment:

@@ -18,17 +18,19 @@ class Studio:
 
     size, batch = 128, 4  # of its pictures, and how many of one subject are sampled at once
 
-    def __init__(self, host: Path, steps: int, cfg: float) -> None:
+    def __init__(self, host: Path, steps: int, cfg: float, cpu: bool = True) -> None:
         import torch
 
-        self.torch, self.nodes, self.steps, self.cfg = torch, boot(host), steps, cfg
+        self.torch, self.nodes, self.steps, self.cfg = torch, boot(host, cpu), steps, cfg
         import comfy.utils
 
         comfy.utils.set_progress_bar_enabled(False)
         with torch.inference_mode():
-            self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(
-                CHECKPOINT
-            )[:3]
+            self.model, self.clip, self.vae = self.load()
+
+    def load(self) -> tuple[Any, Any, Any]:
+        """MODEL, CLIP, VAE."""
+        return self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)[:3]
 
     def run(self, node: str, **inputs: Any) -> tuple[Any, ...]:
         with self.torch.inference_mode():

@@ -112,54 +112,21 @@ def prepare(
     where it was. Returns the unreadable files, which are left out. Raises NoPictures, and OSError when the disk is full.
     """
     files = folder.files()
-    key = {
-        "files": [
-            [str(f.relative_to(folder.root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files
-        ],
-        "size": size,
-        "pixels": preprocessing.size,
-        "model": made_with,
-        "version": 1,
-    }
+    key = key_of(folder.root, files, size, preprocessing.size, made_with)
     index, begun = cache / "index.json", cache / "begun.json"
     known = read_json(index)
     if isinstance(known, dict) and known["key"] == key:
         broken = {folder.root / name for name in known["unreadable"]}
-        if (
-            rank == 0 and (told := describe(folder, files, broken, key)) != known
-        ):  # other captions for the same pictures
-            write_json(index, told)
+        # other captions for the same pictures
+        if rank == 0 and (now := describe(folder, files, broken, key)) != known:
+            write_json(index, now)
         meet()
         return [str(f) for f in files if f in broken]
     meet()
     if rank == 0 and read_json(begun) != key:
-        cache.mkdir(parents=True, exist_ok=True)
-        for old in (index, begun):
-            old.unlink(missing_ok=True)
-        shape = encode(torch.zeros(1, size, size, 3)).shape[1:]
-        side = preprocessing.size
-        for name, kind, sizes in (
-            ("latents", np.float16, shape),
-            ("pixels", np.uint8, (side, side, 3)),
-            ("done", np.uint8, ()),
-        ):
-            np.lib.format.open_memmap(
-                cache / f"{name}.npy", "w+", kind, (len(files), *sizes)
-            ).flush()
-            take_room(cache / f"{name}.npy")
-        write_json(begun, key)
+        begin(cache, index, begun, key, encode)
     meet()
-    arrays = {
-        name: np.load(cache / f"{name}.npy", mmap_mode="r+")
-        for name in ("latents", "pixels", "done")
-    }
-    todo = [i for i in range(rank, len(files), processes) if arrays["done"][i] == TODO]
-    for start in tqdm(
-        range(0, len(todo), CHUNK), "reading pictures", disable=rank > 0, file=sys.stderr
-    ):
-        read_chunk(files, todo[start : start + CHUNK], arrays, size, preprocessing.size, encode)
-    for array in arrays.values():
-        array.flush()
+    arrays = read_share(files, cache, rank, processes, key, encode)
     meet()
     broken = {f for f, state in zip(files, arrays["done"]) if state == BROKEN}
     if len(broken) == len(files):
@@ -172,6 +139,61 @@ def prepare(
         begun.unlink(missing_ok=True)
     meet()
     return [str(f) for f in files if f in broken]
+
+
+def key_of(
+    root: Path, files: Sequence[Path], size: int, pixels: int, made_with: str
+) -> dict[str, Any]:
+    """What a cache was made of: it serves for nothing else. size, pixels: sides that the VAE and the tower see."""
+    told = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return {"files": told, "size": size, "pixels": pixels, "model": made_with, "version": 1}
+
+
+def begin(
+    cache: Path,
+    index: Path,
+    begun: Path,
+    key: Mapping[str, Any],
+    encode: Callable[[Tensor], Tensor],
+) -> None:
+    """Arrays with room for every file, and begun.json, which says what for."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for old in (index, begun):
+        old.unlink(missing_ok=True)
+    shape = encode(torch.zeros(1, key["size"], key["size"], 3)).shape[1:]
+    side, count = key["pixels"], len(key["files"])
+    for name, kind, sizes in (
+        ("latents", np.float16, shape),
+        ("pixels", np.uint8, (side, side, 3)),
+        ("done", np.uint8, ()),
+    ):
+        np.lib.format.open_memmap(cache / f"{name}.npy", "w+", kind, (count, *sizes)).flush()
+        take_room(cache / f"{name}.npy")
+    write_json(begun, key)
+
+
+def read_share(
+    files: Sequence[Path],
+    cache: Path,
+    rank: int,
+    processes: int,
+    key: Mapping[str, Any],
+    encode: Callable[[Tensor], Tensor],
+) -> dict[str, np.ndarray]:
+    """This process' share of the files into the arrays of the cache, which come back."""
+    arrays = {
+        name: np.load(cache / f"{name}.npy", mmap_mode="r+")
+        for name in ("latents", "pixels", "done")
+    }
+    todo = [i for i in range(rank, len(files), processes) if arrays["done"][i] == TODO]
+    for start in tqdm(
+        range(0, len(todo), CHUNK), "reading pictures", disable=rank > 0, file=sys.stderr
+    ):
+        part = todo[start : start + CHUNK]
+        read_chunk(files, part, arrays, key["size"], key["pixels"], encode)
+    for array in arrays.values():
+        array.flush()
+    return arrays
 
 
 def describe(

@@ -289,7 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
         write(MADE_FROM, {path: fingerprint(text) for path, text in flat(words).items()})
     if chosen.stale:
         told = stale(words, read(MADE_FROM))
-    print("\n".join(told) if told else "Nothing changed.")
+    unaccepted = [HOW] if told and not (chosen.accept or chosen.stale) else []
+    print("\n".join([*told, *unaccepted]) if told else "Nothing changed.")
     return 1 if told and not chosen.accept else 0
 
 

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from checkout import version
-from client import Client, HostError, HostServer, Interrupted, NodeFailed, Progress, PromptRefused
+from client import Client, HostError, Interrupted, NodeFailed, Progress, PromptRefused
+from host_server import HostServer
 from PIL import Image
 from results import prepare
 from soaking.laws import Late, Law, Reading, beside_fresh, judged, memory, slowdown, typical

@@ -75,18 +75,10 @@ def figures_of(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
     as_kindred()
     import torch
     from kindred.miniature.pack import load_autoencoder
-    from kindred.miniature.reader import (
-        consistency,
-        floor_and_ceiling,
-        identity_similarity,
-        layout_spread,
-        load_reader,
-        subject_boxes,
-    )
-    from kindred.miniature.world import held_out_identity
+    from kindred.miniature.reader import floor_and_ceiling, load_reader
 
     torch.set_num_threads(1)
-    reader, autoencoder, identity = load_reader(), load_autoencoder(), held_out_identity(HELD_OUT)
+    reader, autoencoder = load_reader(), load_autoencoder()
 
     def autoencode(images: Any) -> Any:
         return autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1)
@@ -94,30 +86,39 @@ def figures_of(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
     figures: dict[str, float] = {"count.sets": 1}
     figures["consistency.floor"], figures["consistency.ceiling"] = limits(reader, autoencode)
     figures["identity.floor"], figures["identity.ceiling"] = floor_and_ceiling(reader, autoencode)
-    asked = {
-        "plain": SCENES["story"],
-        "story": SCENES["story"],
-        "photo_story": SCENES["story"],
-        "more_pictures": SCENES["anchors"] + SCENES["more_pictures"],
-    }
-    for name, scenes in asked.items():
-        pictures = [*made["anchors"], *made[name]] if name == "more_pictures" else made[name]
-        reading, kind = (
-            reader.read(images_of(pictures)),
-            SECOND if name == "more_pictures" else SUBJECT,
-        )
-        figures[f"consistency.{name}"] = consistency(reading)
-        figures[f"scene_accuracy.{name}"] = statistics.fmean(
+    for name in ("plain", "story", "photo_story"):
+        figures |= figures_of_set(name, reader, made[name], SCENES["story"], SUBJECT)
+    name, scenes = "more_pictures", SCENES["anchors"] + SCENES["more_pictures"]
+    pictures = [*made["anchors"], *made[name]]
+    figures |= figures_of_set(name, reader, pictures, scenes, SECOND)
+    # a picture without a subject has no box
+    return {name: value for name, value in figures.items() if value == value}
+
+
+def figures_of_set(
+    name: str, reader: Reader, pictures: Sequence[Image.Image], scenes: Sequence[str], kind: str
+) -> dict[str, float]:
+    """Figures of one set of pictures, which were asked for in these scenes with a subject of this kind."""
+    from kindred.miniature.reader import (
+        consistency,
+        identity_similarity,
+        layout_spread,
+        subject_boxes,
+    )
+    from kindred.miniature.world import held_out_identity
+
+    reading = reader.read(images_of(pictures))
+    figures = {
+        f"consistency.{name}": consistency(reading),
+        f"scene_accuracy.{name}": statistics.fmean(
             a == b for a, b in zip(reading.names("scene"), scenes, strict=True)
+        ),
+        f"class_accuracy.{name}": statistics.fmean(read == kind for read in reading.names("class")),
+        f"layout_spread.{name}": layout_spread(subject_boxes(reading)),
+    }
+    if name in ("plain", "photo_story"):
+        identity = held_out_identity(HELD_OUT)
+        figures[f"identity.{name}"] = statistics.fmean(
+            identity_similarity(reading, identity, i) for i in range(len(reading))
         )
-        figures[f"class_accuracy.{name}"] = statistics.fmean(
-            read == kind for read in reading.names("class")
-        )
-        figures[f"layout_spread.{name}"] = layout_spread(subject_boxes(reading))
-        if name in ("plain", "photo_story"):
-            figures[f"identity.{name}"] = statistics.fmean(
-                identity_similarity(reading, identity, i) for i in range(len(reading))
-            )
-    return {
-        name: value for name, value in figures.items() if value == value
-    }  # a picture without a subject has no box
+    return figures

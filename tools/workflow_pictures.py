@@ -11,7 +11,7 @@ from pathlib import Path
 
 from canvas import Browser, Canvas
 from checkout import ROOT
-from client import HostServer
+from host_server import HostServer
 from PIL import Image
 
 from workflows import CANVAS, api_form

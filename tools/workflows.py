@@ -17,7 +17,7 @@ from typing import Any
 
 from canvas import Canvas, browser
 from checkout import ROOT
-from client import HostServer
+from host_server import HostServer
 from results import prepare
 from terminal import run_program
 from workflow_notes import NOTES

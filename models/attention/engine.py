@@ -60,6 +60,8 @@ def _is_read(reference: References | Sharing, call: AttnCall) -> bool:
 
 def _require_projections(call: AttnCall, site: BlockSite, error: AttributeError) -> None:
     """ValueError where another node's module stands for the block's attention."""
+    if site.module is None:
+        return
     layer = site.module.attn2 if call.cross else site.module.attn1
     if hasattr(layer, "to_k") and hasattr(layer, "to_v"):
         return

@@ -80,9 +80,11 @@ class PictureReader:
         references: Sequence[ReferenceTokens],
         heads: int,
     ) -> Tensor:
-        return attend_picture(
-            attend, q, k, v, heads, self.picture, references, self.share, self.mask
-        )
+        dims = any(ref.dims_text for ref in references if not ref.silent)
+        share = (
+            TextShare.PLAIN if dims else self.share
+        )  # one that dims it does so for all it is read with
+        return attend_picture(attend, q, k, v, heads, self.picture, references, share, self.mask)
 
     def of(self, take: Callable[[Tensor], Tensor]) -> PictureReader:
         """The reader of some rows; `take` picks them from a tensor [b ...]."""

@@ -52,7 +52,6 @@ class References:
     by_row: ReferenceTokens | None = (
         None  # those of by_role in its order, as the rows of one tensor
     )
-    share: TextShare = TextShare.KEPT  # where text and picture are in one softmax
 
     def read_by(self, call: AttnCall, part: int) -> ReferenceTokens | None:
         return self.by_part.get(part) or self.by_role.get(call.roles[part])
@@ -145,10 +144,7 @@ def reader(call: AttnCall, parts: Sequence[int], references: Sequence[References
     """How the listed parts of a call read references: beside all keys, or in a joint softmax beside the picture's."""
     if call.joint is None:
         return attend_with_references
-    share = (
-        TextShare.PLAIN if any(r.share is TextShare.PLAIN for r in references) else TextShare.KEPT
-    )
-    return PictureReader(call.joint.picture, share, call.joint.mask).of(
+    return PictureReader(call.joint.picture, TextShare.KEPT, call.joint.mask).of(
         lambda rows: take_parts(call, rows, parts)
     )
 

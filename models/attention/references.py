@@ -35,6 +35,9 @@ class ReferenceTokens:
     log_mask: Tensor | None = (
         None  # [m] or [1|b m], added to the logits: log of a soft mask, -log R to share, log r for repeats
     )
+    dims_text: bool = (
+        False  # where text and picture share a softmax: it takes of the text's share too
+    )
 
     def __post_init__(self) -> None:
         if self.k.ndim != 3 or self.k.shape != self.v.shape:

@@ -7,7 +7,7 @@ Axes: b rows of a call, n query tokens, m key tokens, h heads, d head width, P t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from .blocks import BlockId, Grid
 
 ALONE = "self"  # the stage of a block whose call holds the picture's tokens and no text: a softmax of their own
+CROSS = "cross"  # the stage of a call in which the picture of the block before it reads the text
+DOUBLE = "double"  # the stage of a joint block with weights of its own for text and picture
 
 
 class Stands(str, Enum):
@@ -37,6 +39,16 @@ class Turn:
     axes: tuple[float, ...]  # what one more text token adds to the picture's position
     rotation: Callable[[Tensor], Tensor]
     halves: bool = False
+    _known: dict[tuple[float, torch.device], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def matrix(self, shift: float, device: torch.device) -> Tensor:
+        """[d/2 2 2] of a text that is `shift` tokens longer; made once, as a device would wait for each."""
+        if (shift, device) not in self._known:
+            step = torch.tensor([self.axes], dtype=torch.float32, device=device) * shift
+            self._known[shift, device] = self.rotation(step)[0]
+        return self._known[shift, device]
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Backbone:
     calls: tuple[
         BlockId | None, ...
     ]  # of one pass, in running order; None: one that holds no whole picture (refiners, text alone)
+    # ("cross", i, 0) is no block of its own: there block ("self", i, 0) reads the text
     patch: int  # latent cells along one side of a token
     named: bool = False  # the host tells block_type and block_index, which are ("double", i, 0) or ("single", i, 0); else calls
     # are counted, which holds only in a pass whose blocks nobody replaces or skips (transformer_options["patches_replace"]["dit"])
@@ -55,6 +68,8 @@ class Backbone:
     )
     stands: Stands = Stands.BEFORE_REFERENCES
     multiple: int = 1  # the picture's tokens are padded to a multiple of so many
+    prefix: int = 0  # tokens of the network's own before the text's
+    text_last: bool = False  # the CONDITIONING's rows are the last of the text's part: pads, if any, stand before them
     turn: Turn | None = None  # None: keys stay where they are, however long the text is
     flow: bool = True  # x = (1 - sigma) x0 + sigma eps; False: x = x0 + sigma eps
     noise_scale: float = 1.0  # what eps is multiplied by (HiDream-O1: 8)
@@ -72,7 +87,24 @@ class Backbone:
     @property
     def blocks(self) -> tuple[BlockId, ...]:
         """The blocks whose attention holds the picture, in running order."""
-        return tuple(dict.fromkeys(block for block in self.calls if block))
+        return tuple(dict.fromkeys(b for b in self.calls if b and b[0] != CROSS))
+
+    @property
+    def reading(self) -> tuple[BlockId, ...]:
+        """The blocks in which the picture reads the text, in their own call or in the one behind it."""
+        return tuple(b for b in self.blocks if self.holds_text(b) or (CROSS, *b[1:]) in self.calls)
+
+    @property
+    def locating(self) -> tuple[BlockId, ...]:
+        """Those of them whose word maps show best where things are.
+
+        The last half of the double blocks, else the middle third (arXiv 2502.04320 reads the last double blocks of FLUX).
+        """
+        reading = self.reading
+        if double := [b for b in reading if b[0] == DOUBLE]:
+            return tuple(double[len(double) // 2 :])
+        third = len(reading) // 3
+        return reading[third : max(len(reading) - third, third + 1)]
 
     def holds_text(self, block: BlockId) -> bool:
         """Whether a block's call is a joint one, text and picture in one softmax."""
@@ -88,6 +120,20 @@ class Backbone:
         first = tokens - padded - (references if self.stands is Stands.BEFORE_REFERENCES else 0)
         return slice(first, first + count)
 
+    def text(self, tokens: int, count: int, rows: int, references: int = 0) -> slice | None:
+        """Where a CONDITIONING's `rows` stand among the tokens of a call that holds text; count, references: as of `picture`.
+
+        None where so many do not fit in: another node made its text longer or shorter.
+        """
+        first, end = 0, tokens
+        if self.joint and self.stands is Stands.FIRST:
+            first = count + references
+        elif self.joint:
+            end = self.picture(tokens, count, references).start
+            end -= references if self.stands is Stands.LAST else 0
+        first = end - rows if self.text_last else first + self.prefix
+        return slice(first, first + rows) if 0 <= first and first + rows <= end else None
+
 
 def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
     """Rotated keys [b m (h d)] as they would be beside a text of `shift` more tokens: R(p') k = R(p' - p) R(p) k.
@@ -96,8 +142,7 @@ def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
     ValueError where the channels are no whole number of heads of d.
     """
     wide = torch.promote_types(keys.dtype, torch.float32)
-    step = torch.tensor([turn.axes], dtype=torch.float32, device=keys.device) * shift
-    matrix = turn.rotation(step)[0].to(wide)  # [d/2 2 2]
+    matrix = turn.matrix(shift, keys.device).to(wide)
     d = 2 * matrix.shape[0]
     if keys.shape[-1] % d:
         raise ValueError(

@@ -6,13 +6,13 @@ Axes: b rows of a call = parts x pictures, n query tokens, c channels, y x grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from torch import Tensor
 
 from ..subject.words import SubjectTokens
-from .backbone import Backbone
+from .backbone import ALONE, CROSS, Backbone
 from .blocks import BlockId, Grid
 from .traced import Places, Traced
 
@@ -59,6 +59,7 @@ class Part:
     text: int | None = None
     repeats: tuple[int, ...] = (1,)  # per row: how many times Subject Prompts already repeats it
     subject: SubjectTokens | None = None
+    rows: int | None = None  # of its CONDITIONING; a transformer may pad them
 
 
 @dataclass(frozen=True)
@@ -105,23 +106,41 @@ class Pass:
 
     backbone: Backbone
     latent: Grid  # cells of what the network was given
-    seen: int = 0
+    seen: int = 0  # calls, where the family is counted
+    done: set[BlockId] = field(
+        default_factory=set
+    )  # blocks whose own call came, where they are named
 
     def next(self, told: BlockId | None, keys: int) -> BlockId | None:
         """The block of the next call, None where it holds no whole picture.
 
-        told: what the host says of it, if anything; keys: how many it has. With fewer than the picture's where a block's are
-        due it is another node's, and not counted.
+        told: what the host says of it, if anything; keys: how many it has. A named block's own call is its first with keys for
+        the whole picture. Where blocks are counted, a call with fewer where a block's is due is another node's, and not counted;
+        a block that reads the text alone may have fewer.
         """
+        whole = keys >= self.grid[0] * self.grid[1]
         if self.backbone.named:
-            self.seen += 1
-            return told if told in self.backbone.blocks else None
+            if not whole or told in self.done or told not in self.backbone.blocks:
+                return None
+            self.done.add(told)
+            return told
         calls = self.backbone.calls
         block = calls[self.seen] if self.seen < len(calls) else None
-        if block is not None and keys < self.grid[0] * self.grid[1]:
+        if block is not None and block[0] != CROSS and not whole:
             return None
         self.seen += 1
         return block
+
+    def calls_of(self, stage: str, index: int) -> slice | None:
+        """Which calls of a counted pass are those of one block; None where the family has no such block."""
+        calls = self.backbone.calls
+        if (stage, index, 0) not in calls:
+            return None
+        first = calls.index((stage, index, 0))
+        last = first + 1
+        while last < len(calls) and calls[last] in ((ALONE, index, 0), (CROSS, index, 0)):
+            last += 1
+        return slice(first, last)
 
     @property
     def grid(self) -> Grid:
@@ -177,11 +196,11 @@ class AttnCall:
                 else None
             )
         places = self.places[part]
-        return (
-            None
-            if places is None
-            else [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
-        )
+        if places is None:
+            return None
+        if self.joint:  # a transformer reads no text twice, and may make other rows of it (Anima)
+            return [places.index(p) for p in positions] if {*positions} <= {*places} else None
+        return [i for i, place in enumerate(places) if place >= 0 and place % text in positions]
 
     def after(self, traced: Traced) -> AttnCall:
         """The same call once other nodes' patches copied its parts or changed its keys."""

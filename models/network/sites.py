@@ -49,7 +49,14 @@ class BlockSite:
 
 
 def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tuple[BlockId, ...]:
-    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is."""
+    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is.
+
+    Of a transformer, blocks in which the picture reads the text; auto: those that its backbone knows to locate best.
+    """
+    if (backbone := next((site.backbone for site in sites.values()), None)) is not None:
+        if wanted.strip().lower() == "auto":
+            return backbone.locating
+        return select_blocks(wanted, backbone.reading, node)
     if wanted.strip().lower() != "auto":
         return select_blocks(wanted, tuple(sites), node)
     divisor = map_divisor(sites)
@@ -58,3 +65,8 @@ def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tu
 
 def map_divisor(sites: Mapping[BlockId, BlockSite]) -> int:
     return min(MASK_DIVISOR, max(site.divisor for site in sites.values()))
+
+
+def family_of(sites: Mapping[BlockId, BlockSite]) -> str | None:
+    """The name of a transformer's kind; None for a UNet."""
+    return next((site.backbone.family for site in sites.values() if site.backbone), None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..attention.parts import References
 from ..attention.sharing import Sharing
+from .blocks import BlockId
 from .call import AttnCall, Part
 from .sites import BlockSite
 
@@ -30,6 +31,8 @@ class Watcher:
     """Sees what passes through the UNet, and may change what it is handed where it returns it."""
 
     complete = False  # this pass has nothing more to show
+    blocks: frozenset[BlockId] = frozenset()  # whose self-attention it waits for
+    map_blocks: frozenset[BlockId] = frozenset()  # and whose cross-attention
 
     def begin_pass(self) -> None:
         """The UNet begins a pass that ends once all its watchers are complete."""

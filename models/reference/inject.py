@@ -106,19 +106,18 @@ class ActiveMaskedSelf:
             return []
         k, v = self._keys_values(call, site, halves, q)
         weight, log_mask = self._weight(call.block, k)
-        mode = self.config.mode
+        mode, dims = self.config.mode, self.config.text is TextShare.PLAIN
         of_half = {
-            half: ReferenceTokens(k[i : i + 1], v[i : i + 1], weight, mode, log_mask)
+            half: ReferenceTokens(k[i : i + 1], v[i : i + 1], weight, mode, log_mask, dims)
             for i, half in enumerate(halves)
         }
         return [
             References(
                 {role: of_half[half] for role, half in source.items()},
                 self.target(call, q) if self.target else None,
-                by_row=ReferenceTokens(k, v, weight, mode, log_mask)
+                by_row=ReferenceTokens(k, v, weight, mode, log_mask, dims)
                 if halves == list(source.values())
                 else None,
-                share=self.config.text,
             )
         ]
 
@@ -126,10 +125,17 @@ class ActiveMaskedSelf:
         self, call: AttnCall, site: BlockSite, halves: Sequence[Half], q: Tensor
     ) -> tuple[Tensor, Tensor]:
         """k, v [halves l c] of the block, in the queries' dtype and on their device."""
-        tokens = [self.tokens[half][call.block][None] for half in halves]
-        text = self.config.bank.prompts[Half.COND].cross.shape[1]
-        texts = text, call.texts[0].text if call.texts else None
-        return site.keys_values((tokens[0] if len(tokens) == 1 else torch.cat(tokens)).to(q), texts)
+        tokens = [self.tokens[half][call.block][None].to(q) for half in halves]
+        if site.backbone is None:
+            return site.keys_values(tokens[0] if len(tokens) == 1 else torch.cat(tokens))
+        here = next((part.text for part in call.texts if part.role is not Role.OTHER), None)
+        prompts = self.config.bank.prompts
+        pairs = [
+            site.keys_values(kept, (prompts[half].cross.shape[1], here))
+            for half, kept in zip(halves, tokens)
+        ]
+        k, v = zip(*pairs)
+        return torch.cat(k), torch.cat(v)
 
     def _weight(self, block: BlockId, k: Tensor) -> tuple[float, Tensor | None]:
         """The weight and what is added to the logits [l], where each kept token stands for several of the subject's."""

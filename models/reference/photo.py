@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..network.blocks import BlockId, Grid, block_name
 from ..network.call import Half
-from ..network.sites import BlockSite
+from ..network.sites import BlockSite, family_of
 from ..noise.inversion import (
     Denoiser,
     InversionTrajectory,
@@ -111,7 +111,7 @@ class RefUNetPass:
 
     @property
     def transformer(self) -> bool:
-        return any(site.backbone for site in self.sites.values())
+        return family_of(self.sites) is not None
 
     def keep(self, i: int) -> bool:
         """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0 -> whether that is enough."""
@@ -123,13 +123,25 @@ class RefUNetPass:
         if self.builder.masks is None:
             word_map = self.recorder.word_map()
             if word_map is None:
-                raise ValueError(
-                    f"{NODE}: another node replaces the cross-attention of "
-                    f"{', '.join(map(block_name, self.recorder.map_blocks))}, "
-                    "so the subject's word cannot be followed there. Wire a mask, or put that node behind this one."
-                )
+                raise ValueError(f"{NODE}: {self.why_no_map()}")
             self.maps[i] = word_map.cpu()
         return self.live and (self.builder.masks is not None or len(self.maps) >= self.mask_steps)
+
+    def why_no_map(self) -> str:
+        """Why the subject's words were seen in no block, and what to do."""
+        blocks = ", ".join(map(block_name, sorted(self.recorder.map_blocks)))
+        if (family := family_of(self.sites)) is None:
+            return (
+                f"another node replaces the cross-attention of {blocks}, so the subject's word cannot be followed there. Wire a mask, "
+                "or put that node behind this one."
+            )
+        subject = self.prompts[Half.COND].subject
+        words = ", ".join(map(repr, subject.words))
+        last = max(p for row in subject.positions for p in row) + 1
+        return (
+            f"{words} stands in row {last} of the prompt, but {family} was not seen to read it there in {blocks}. Wire a mask of the "
+            "subject, or remove the node that changes the prompt or computes these blocks by itself."
+        )
 
     def subject_masks(self) -> dict[Grid, Tensor]:
         """bool [r y x] per grid: where the subject's words light up in the noisiest steps, eq. (4), (5)."""
@@ -150,7 +162,7 @@ class RefUNetPass:
     ) -> ReferenceBank:
         """The bank, once every step is kept and while the model is still loaded."""
         masks = self.subject_masks() if self.builder.masks is None else self.builder.masks
-        computed = next(iter(self.recorder.tokens.values())).dtype
+        computed = next(iter(self.recorder.of(Half.COND).values())).dtype
         maps = torch.stack([self.maps[i] for i in sorted(self.maps)]) if self.maps else None
         if self.live:
             return self._live_bank(masks, trajectory, key, maps)

@@ -1,11 +1,8 @@
-"""What a pass over a reference leaves: the tokens of its blocks, and the maps of the subject's words.
-
-Axes: r reference pictures, n tokens, c channels, m text keys, h heads, d head width.
-"""
+"""What a pass over a reference leaves: its tokens in every block, and where its pictures look at the subject's words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +13,14 @@ from ..network.traced import Places
 from ..network.watch import Watcher
 from ..subject.masks import resize_soft, token_map, token_weights
 from .bank import ReferencePrompt
+from .rows import kept_of
 
 
 class Recorder(Watcher):
     """What a Ref-UNet call leaves: tokens [r n c] per (role, block), word maps [r n] of the mask blocks.
 
-    outputs: blocks whose self-attention outputs (cond) are kept too; features_at: the output block whose features h are.
+    outputs: blocks whose self-attention outputs (cond) are kept too; features_at: the output block whose features h are;
+    kept: flat positions [l] of the tokens of a grid that are wanted, then [l c]: a transformer's whole ones take gigabytes.
     """
 
     def __init__(
@@ -31,7 +30,9 @@ class Recorder(Watcher):
         prompt: ReferencePrompt | None = None,
         outputs: Iterable[BlockId] = (),
         features_at: int | None = None,
+        kept: Mapping[Grid, Tensor] | None = None,
     ) -> None:
+        self.kept = kept or {}
         self.blocks, self.map_blocks, self.prompt = frozenset(blocks), frozenset(map_blocks), prompt
         self.output_blocks, self.features_at = frozenset(outputs), features_at
         self.outputs: dict[BlockId, Tensor] = {}
@@ -64,9 +65,15 @@ class Recorder(Watcher):
         if call.block in self.blocks:
             for role, part in zip(call.roles, call.parts(n)):
                 if role.half:
-                    self.tokens[role.half, call.block] = part
+                    self.tokens[role.half, call.block] = self._wanted(call, part)
         self._left.discard(("tokens", call.block))
         return n
+
+    def _wanted(self, call: AttnCall, tokens: Tensor) -> Tensor:
+        """Tokens [r n c] of one part, or the wanted ones of them [l c]."""
+        if call.grid not in self.kept:
+            return tokens
+        return kept_of(call.block, call.grid, tokens, self.kept[call.grid])
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
         if call.block in self.output_blocks and Role.COND in call.roles:

@@ -1,7 +1,7 @@
 """Where a subject's words stand among the tokens of a prompt: matched as text, since what stands beside a word changes how it is cut.
 
-A piece is a token as its vocabulary spells it: "cat</w>" of CLIP's byte-level vocabulary, "\u2581cat" of a sentencepiece one, or the
-bytes of an embedding's vector, which has no spelling.
+A piece is a token as its vocabulary spells it: "cat</w>" of CLIP's byte-level vocabulary, "\u0120cat" of GPT-2's and its heirs'
+(`byte_level` spells sentencepiece's so), or the bytes of an embedding's vector, which has no spelling.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ def _spelled(pieces: Sequence[Piece]) -> tuple[str, list[tuple[int, ...]]]:
     def flush() -> None:
         nonlocal text
         for character, held in _characters(raw):
-            text += character
-            places.append(held)
+            for small in character.lower():  # CLIP's tokenizers know no capitals, others do
+                text += small
+                places.append(held)
         raw.clear()
 
     for place, piece in pieces:
@@ -96,6 +97,8 @@ def _spelled(pieces: Sequence[Piece]) -> tuple[str, list[tuple[int, ...]]]:
         if after:
             raw.append((b"", place))
     flush()
+    once = [i for i, c in enumerate(text) if c != " " or text[i - 1 : i] != " "]
+    text, places = "".join(text[i] for i in once), [places[i] for i in once]
     kept = [
         i
         for i, c in enumerate(text)
@@ -131,6 +134,16 @@ def _bytes_of_symbols() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {
         chr(256 + n): byte for n, byte in enumerate(hidden)
     }
+
+
+def byte_level(piece: str) -> str:
+    """A piece of sentencepiece's, "\u2581cat" or "<0xE7>", in GPT-2's alphabet."""
+    raw = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    data = (
+        bytes([int(raw[1], 16)]) if raw else piece.replace("\u2581", " ").encode("utf-8", "replace")
+    )
+    symbols = {byte: symbol for symbol, byte in _bytes_of_symbols().items()}
+    return "".join(symbols[byte] for byte in data)
 
 
 def _parted(piece: str) -> tuple[bytes, bool, bool]:

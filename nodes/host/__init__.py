@@ -40,7 +40,7 @@ from .model import (
     self_attentions,
     token_sizes,
 )
-from .page import tell
+from .page import tell, warn
 from .photos import (
     example_name,
     input_pictures,
@@ -68,6 +68,7 @@ from .references import (
 from .run import Injection, SamplerRun
 from .sites import require_sites
 from .story import StoryInjection, layout_of
+from .tokens import Prompt, Reader, plain, readers_of, rows_of_tokens
 from .wrappers import inject, injected, sample
 
 __all__ = [
@@ -81,7 +82,9 @@ __all__ = [
     "KEY",
     "LEAPING",
     "ManagedEncoder",
+    "Prompt",
     "REFERENCES",
+    "Reader",
     "Reference",
     "SIDES",
     "SamplerRun",
@@ -106,9 +109,9 @@ __all__ = [
     "input_pictures",
     "install",
     "is_listed",
-    "layout_of",
     "latent_in",
     "latent_out",
+    "layout_of",
     "load_picture",
     "model_key",
     "nameable",
@@ -120,8 +123,10 @@ __all__ = [
     "picture_exists",
     "picture_fingerprint",
     "pictures_in",
+    "plain",
     "progress",
     "read_prompt",
+    "readers_of",
     "reference_files",
     "reference_pass",
     "reference_path",
@@ -134,6 +139,7 @@ __all__ = [
     "require_sites",
     "require_unet",
     "rough_pictures",
+    "rows_of_tokens",
     "sample",
     "samplers",
     "schedulers",
@@ -144,4 +150,5 @@ __all__ = [
     "token_sizes",
     "tower_title",
     "training",
+    "warn",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...models.attention.fused import FusedAttend
 from ...models.attention.joint import attend_rows
+from ...models.network.backbone import ALONE, CROSS
 from ...models.network.blocks import BlockId
 from ...models.network.call import Pass
 from ...models.network.watch import PassEnds
@@ -23,6 +24,10 @@ from .networks.shapes import joined, plain
 from .page import warn
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
+
+
+# where the host hands native references to the networks that Backbone.references is False for
+NATIVE = ("ref_latents", "ref_patches", "ref_pixel_values")
 
 
 def joint_pass(
@@ -39,9 +44,9 @@ def joint_pass(
     run: Run = transformer_options[KEY]
     _check(run, x, kwargs)
     counted = not run.backbone.named
-    if counted and transformer_options.get("patches_replace", {}).get("dit"):
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     passing = run.passing = Pass(run.backbone, tuple(x.shape[-2:]))
+    if counted:
+        transformer_options = _counting(passing, transformer_options)
     for watcher in run.watchers:
         watcher.begin_pass()
     try:
@@ -55,6 +60,29 @@ def joint_pass(
     return out
 
 
+def _counting(passing: Pass, options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which a replaced block is known by its own number: its replacement may skip the block, or run it."""
+    replaced = options.get("patches_replace", {}).get("dit")
+    if not replaced:
+        return options
+
+    def known(f: Callable[..., Any], calls: slice) -> Callable[..., Any]:
+        def block(*args: Any, **kwargs: Any) -> Any:
+            passing.seen = calls.start
+            out = f(*args, **kwargs)
+            passing.seen = calls.stop
+            return out
+
+        return block
+
+    dit = dict(replaced)
+    for (kind, index, *_), f in replaced.items():
+        calls = passing.calls_of(kind.removesuffix("_block"), index)
+        if calls is not None:
+            dit[kind, index] = known(f, calls)
+    return options | {"patches_replace": options["patches_replace"] | {"dit": dit}}
+
+
 def _check(run: Run, x: Tensor, kwargs: Mapping[str, Any]) -> None:
     """ValueError where the picture's tokens would not be where the family has them."""
     if x.ndim == 5 and x.shape[2] != 1:
@@ -62,7 +90,8 @@ def _check(run: Run, x: Tensor, kwargs: Mapping[str, Any]) -> None:
             f"Kindred: the latent has {x.shape[2]} frames, but pictures are read one by one, of 1 frame."
             " Take a latent of one picture."
         )
-    if kwargs.get("ref_latents") and not run.backbone.references:
+    native = [kwargs[name] for name in NATIVE if kwargs.get(name) is not None]
+    if not run.backbone.references and any(map(len, native)):
         raise ValueError(
             f"Kindred: reference latents are wired, and in {run.backbone.family} they move the picture's own tokens,"
             " so a Kindred reference cannot be read beside them. Remove ReferenceLatent."
@@ -115,6 +144,10 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         if block is None or not (run.watchers or run.active):
             return host(q, k, v, heads, mask, **kwargs)
         own_q, own_k, own_v, restored = joined(q, k, v, heads, kwargs)
+        if block[0] == CROSS:
+            _show_words(run, (ALONE, *block[1:]), options, own_q, own_k, heads)
+            run.end_if_complete()
+            return host(q, k, v, heads, mask, **kwargs)
         rest = plain(kwargs)
 
         def attend(
@@ -125,7 +158,13 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         queries, keys = (_picture(run, options, tokens) for tokens in (own_q, own_k))
         call = run.joint_call(block, options, keys, None)
         for watcher in run.watchers:
-            watcher.self_tokens(call, torch.cat([own_k[:, keys], own_v[:, keys]], -1))
+            wanted = (
+                block in watcher.blocks
+            )  # else a view: a copy of each block's would take gigabytes
+            own = own_k[:, keys], own_v[:, keys]
+            watcher.self_tokens(call, torch.cat(own, -1) if wanted else own[0])
+        if run.backbone.holds_text(block):
+            _show_words(run, block, options, own_q[:, queries], own_k, heads)
         run.end_if_complete()
         run.hear(call)
         found = run.found(call, own_q[:, queries], own_k, own_v)
@@ -142,6 +181,24 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
+
+
+def _show_words(
+    run: Run, block: BlockId, options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int
+) -> None:
+    """Hand on the picture's queries q [b n c] and, of the keys k [b m c], those of the text."""
+    watchers = [watcher for watcher in run.watchers if block in watcher.map_blocks]
+    if not watchers:
+        return
+    y, x = run.passing.grid
+    references = _counted(options.get("reference_image_num_tokens"))
+
+    def stands(rows: int) -> slice | None:
+        return run.backbone.text(k.shape[1], y * x, rows, references)
+
+    call, text = run.text_call(block, options, k.shape[1], stands)
+    for watcher in watchers:
+        watcher.cross(call, q, k[:, text], heads)
 
 
 def _counted(counts: Any) -> int:

@@ -33,7 +33,10 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
             f"{node}: the reference has latents of {latents.shape[1]} channels, but the VAE reads {channels}. Wire the VAE "
             f"of the checkpoint that made the reference ({made_with})."
         )
+    if scale.latent_dimensions == 3:  # of one frame each
+        latents = latents.unsqueeze(2)
     pictures = vae.decode(scale().process_out(latents)).float().cpu()
+    pictures = pictures.flatten(0, 1) if pictures.ndim == 5 else pictures
     if not pictures.isfinite().all():
         raise ValueError(
             f"{node}: the VAE gave NaN or infinite pixels. A VAE in fp16 does this to some pictures: start ComfyUI with "

@@ -260,9 +260,13 @@ def _live_tokens(
             f"{bank.trajectory.schedule}), and to read it there masks of {len(lacking)} grids more than its {len(bank.masks)} "
             "are needed. Take the sampler, scheduler and steps of the reference, or make it again with a mask wired."
         )
-    recorder = Recorder(
-        run.blocks_read(bank) if bank.live else bank.blocks
-    )  # it runs as deep as the last of them
+    if bank.live:  # it runs as deep as the last block that is read
+        device = run.device_and_dtype[0]
+        kept = {grid: positions.to(device) for grid, positions in bank.kept.items()}
+        recorder = Recorder(run.blocks_read(bank), kept=kept)
+        watch_reference(run, bank, sigma, halves, recorder)
+        return {half: recorder.of(half) for half in halves}
+    recorder = Recorder(bank.blocks)
     watch_reference(run, bank, sigma, halves, recorder)
     return {half: bank.keep(recorder.of(half)) for half in halves}
 

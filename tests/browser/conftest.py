@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from canvas import Browser, Canvas, NoBrowser, browser
-from client import HostServer
+from host_server import HostServer
 
 HOST = os.environ.get("KINDRED_HOST")
 NO_BROWSER = 77  # exit code of a run that had none: dev.py says so in its last line

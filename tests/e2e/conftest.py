@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import Client, HostServer
+from client import Client
+from host_server import HostServer
 
 sys.path.append(str(Path(__file__).resolve().parent))  # tests import prompt_mutants from here
 HOST = os.environ.get("KINDRED_HOST")

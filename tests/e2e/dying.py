@@ -24,12 +24,10 @@ from boot import boot  # noqa: E402
 NODES = boot(Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from kindred.models.concept import encoder as concept  # noqa: E402
-from kindred.models.concept import training  # noqa: E402
+from kindred.models.concept.encoder import ConceptEncoder  # noqa: E402
 from kindred.models.concept.file import load_concept_encoder  # noqa: E402
 from kindred.models.concept.training_state import read_state  # noqa: E402
-from kindred.models.reference import file as bank_file  # noqa: E402
-from kindred.models.reference.file import load_reference  # noqa: E402
+from kindred.models.reference.file import load_reference, save_reference  # noqa: E402
 from kindred.nodes import host  # noqa: E402
 from kindred.nodes import training as training_node  # noqa: E402
 from kindred.nodes.library import SaveReference  # noqa: E402
@@ -77,9 +75,9 @@ def at(moment: str, suffix: str, times: int = 1) -> None:
 
     if moment == "half of it is written":
         for module, writer in (
-            (bank_file, "save_file"),
-            (concept, "save_file"),
-            (training.torch, "save"),
+            (sys.modules[save_reference.__module__], "save_file"),
+            (sys.modules[ConceptEncoder.save.__module__], "save_file"),
+            (torch, "save"),
         ):
             half_written(module, writer, wanted)
         return

@@ -30,7 +30,7 @@ from changes import (
     typed,
 )
 from checkout import ROOT
-from client import HostServer
+from host_server import HostServer
 from PIL import Image
 
 LOAD, PROMPTS, SAMPLER = "9", "2", "6"  # story_more_pictures

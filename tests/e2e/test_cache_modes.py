@@ -13,7 +13,8 @@ from pathlib import Path
 import demo
 import numpy as np
 import pytest
-from client import HostServer, outcome
+from client import outcome
+from host_server import HostServer
 from PIL import Image
 from soaking.mix import MIX, PICTURES, SAVERS, Graph, Turn, own
 

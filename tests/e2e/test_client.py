@@ -5,7 +5,8 @@ import time
 import zlib
 
 import pytest
-from client import Client, HostError, HostServer, NodeFailed, Progress, PromptRefused
+from client import Client, HostError, NodeFailed, Progress, PromptRefused
+from host_server import HostServer
 
 
 def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from client import HostServer
 from demo import CAPTURE, PHOTO, SCALED, WORKFLOW
+from host_server import HostServer
 
 HOST = os.environ.get("KINDRED_HOST")
 LAW = pytest.mark.parametrize

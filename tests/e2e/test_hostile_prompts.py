@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client import ROOT
+from checkout import ROOT
 from PIL import Image
 from prompt_mutants import Mutator, Prompt, small
 from remedy import REMEDY

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from client import ROOT
+from checkout import ROOT
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

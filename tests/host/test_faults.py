@@ -17,7 +17,6 @@ from comfy.ldm.modules.attention import optimized_attention
 from kindred.models.reference.bank import ReferenceBank
 from kindred.models.reference.builder import BankBuilder
 from kindred.models.reference.file import Parcel
-from kindred.models.reference.inject import ActiveMaskedSelf
 from kindred.models.reference.recorder import Recorder
 from kindred.models.run import Run
 from kindred.models.story.anchors import AnchorRecorder
@@ -27,6 +26,7 @@ from kindred.nodes.concept import ActiveConcept
 from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
 from kindred.nodes.host.stages import Stages
 from kindred.nodes.library import SaveReference
+from kindred.nodes.reference import ActiveMaskedSelf
 from networks import random_model
 from studio import (
     anchors,

@@ -17,13 +17,14 @@ from kindred.models.subject.words import subjects_in
 from kindred.nodes.comparison import ComparisonGrid
 from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.host import TEXT, attention_sites, concept_folder, new_reference_path
+from kindred.nodes.host.tokens import tokens_of
 from kindred.nodes.library import LoadReference
-from kindred.nodes.prompts import SubjectPrompts, pieces_of, tokens_of
+from kindred.nodes.prompts import SubjectPrompts
 from kindred.nodes.training import Order
 from networks import random_model
 from refusals import faults_of
 from remedy import REMEDY
-from words import clip
+from words import clip, pieces_of
 
 OUT = Path(folder_paths.get_output_directory()).resolve()
 BLOCKS = tuple(attention_sites(random_model("tiny").model.diffusion_model))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kindred.models.network.backbone import Backbone, turned
+from kindred.models.network.backbone import CROSS, Backbone, turned
 from kindred.nodes.host.networks import NETWORKS, UNHEARD, UNSEEN, recognise, require_network
 from kindred.nodes.host.networks.shapes import joined, plain
 from networks import random_model
@@ -115,7 +115,7 @@ def test_a_pass_makes_the_calls_that_the_backbone_says(name):
     for call, block in zip(heard, found.calls):
         if found.named:
             assert call.block == (block[:2] if block else None)
-        if block is None:
+        if block is None or block[0] == CROSS:
             continue
         text = call.k.shape[1] - -(-count(name) // found.multiple) * found.multiple
         assert (text > 0) == found.holds_text(block) and text >= 0
@@ -149,6 +149,102 @@ def test_one_changed_patch_is_one_changed_token_of_the_picture(name):
         )  # the pads too
     else:
         assert changed(before[n].v, after[n].v) == [tokens.start + token]
+
+
+# the text's tokens are mixed before they meet the picture
+MIXING = (
+    "HunyuanImage21",
+    "Krea2",
+    "Lumina2",
+    "ZImage",
+    "ZImagePixel",
+    "Omnigen2",
+    "Boogu",
+    "Kandinsky5Image",
+)
+
+
+def rows_of(name: str) -> int:
+    """The rows of the CONDITIONING that `prompt` gives."""
+    extras = prompt(name)[0][1]
+    return extras["text_input_ids"].shape[1] if name == "HiDreamO1" else READ[name].words
+
+
+def with_row_changed(name: str, row: int) -> list:
+    """The same prompt but for one row; what stands beside the rows (pooled texts, other encoders) stays."""
+    [[text, extras]] = prompt(name)
+    text = text.clone()
+    text[:, row] += 1.0
+    if name == "HiDreamO1":  # its network reads numbers of tokens
+        extras["text_input_ids"] = extras["text_input_ids"].clone()
+        extras["text_input_ids"][:, row] += 1
+    return [[text, extras]]
+
+
+def first_reading(found: Backbone) -> int:
+    """The number of the first call in which the picture reads the text."""
+    return next(
+        n for n, b in enumerate(found.calls) if b and (b[0] == CROSS or found.holds_text(b))
+    )
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("row", [1, 4])
+def test_one_changed_row_of_the_text_is_one_changed_token(name, row):
+    found = backbone(name)
+    before, after = plain_pass(name)[0], listen(name, positive=with_row_changed(name, row))[0]
+    n = first_reading(found)
+    text = found.text(before[n].k.shape[1], count(name), rows_of(name))
+    assert text.stop - text.start == rows_of(name)
+    differ = changed(before[n].k, after[n].k)
+    if name not in MIXING:
+        assert differ == [text.start + row]
+        return
+    region = range(text.start, text.start - (-rows_of(name) // found.multiple) * found.multiple)
+    assert set(range(text.start, text.stop)) <= set(differ) <= set(region)
+    alone = [changed(a.k, b.k) for a, b in zip(before[:n], after[:n]) if a.k.shape[0] == 1]
+    assert [row] in alone  # before it is mixed, in the order of the CONDITIONING
+
+
+@pytest.mark.parametrize("name", ["Flux2"])
+def test_a_short_text_of_flux_2_stands_at_the_end_of_its_512_rows(name):
+    text = backbone(name).text(512 + count(name), count(name), 9)
+    assert (text.start, text.stop) == (512 - 9, 512)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_text_stands_beside_picture_and_references(name):
+    found, family = backbone(name), READ[name]
+    reference = latent(name, 61, (4 * family.patch, 2 * family.patch))
+    more = {"reference_latents_method": "index"} if name == "Krea2" else {}
+    n = first_reading(found)
+    [[text, extras]] = prompt(name, reference_latents=[reference], **more)
+    [[other, _]] = with_row_changed(name, 2)
+    one, two = (listen(name, positive=[[t, extras]])[0][n] for t in (text, other))
+    tokens = found.text(one.k.shape[1], count(name), rows_of(name), one.references)
+    differ = changed(one.k, two.k)
+    assert (differ == [tokens.start + 2]) or (
+        name in MIXING and differ == list(range(tokens.start, tokens.stop))
+    )
+
+
+@pytest.mark.parametrize("name", READ)
+def test_rows_that_do_not_fit_stand_nowhere(name):
+    found = backbone(name)
+    m = plain_pass(name)[0][first_reading(found)].k.shape[1]
+    assert found.text(m, count(name), m + 1) is None
+
+
+@pytest.mark.parametrize("name", READ)
+def test_words_are_read_where_text_and_picture_meet(name):
+    found = backbone(name)
+    assert set(found.locating) <= set(found.reading) <= set(found.blocks) and found.locating
+    met = {
+        b if found.holds_text(b) else ("self", *b[1:])
+        for b in found.calls
+        if b and (b[0] == CROSS or found.holds_text(b))
+    }
+    assert set(found.reading) == met
 
 
 @pytest.mark.parametrize("name", READ)

@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from client import ROOT
+from checkout import ROOT
 from comfy_api.v0_0_2 import io
 
 import nodes

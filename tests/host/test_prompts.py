@@ -11,8 +11,9 @@ import torch
 from kindred.models.run import SUBJECT
 from kindred.models.subject.words import SubjectTokens, positions_of
 from kindred.nodes.host import TEXT
-from kindred.nodes.prompts import SubjectPrompts, batch_rows, pieces_of, tokens_of
-from words import WIDTH, clip, tokenizer
+from kindred.nodes.host.tokens import tokens_of
+from kindred.nodes.prompts import SubjectPrompts, batch_rows
+from words import WIDTH, clip, pieces_of, tokenizer
 
 LAW = pytest.mark.parametrize
 

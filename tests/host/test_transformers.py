@@ -49,9 +49,8 @@ def bank_of(name: str, masked: bool = True, **how: Any) -> ReferenceBank:
     return capture(tiny(name), photo, prompt(name, seed=4), **steps, mask=mask, **how)[0]
 
 
-@cache
-def itself(name: str) -> ReferenceBank:
-    """The plain picture's own way through the noise, read as if it were a photo's."""
+def way_of(name: str, **how: Any) -> tuple[Tensor, InversionTrajectory]:
+    """A plain picture, and its own way through the noise as if it were a photo's."""
     seen: dict[float, Tensor] = {}
 
     def noted(executor: Any, x: Tensor, timestep: Tensor, *args: Any) -> Tensor:
@@ -60,18 +59,19 @@ def itself(name: str) -> ReferenceBank:
 
     model = tiny(name).clone()
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "noted", noted)
-    sample(model, name, cfg=1.0)
+    picture = sample(model, name, **how)
     sigmas = sorted(seen)
     way = torch.stack([torch.zeros_like(seen[sigmas[0]]), *(seen[s] for s in sigmas)])
-    trajectory = InversionTrajectory(
-        torch.tensor([0.0, *sigmas]),
-        way,
-        "fireflow",
-        "",
-        host.model_key(tiny(name)),
-        "simple",
-        noise=host.noise_of(tiny(name), "test"),
+    noise, key = host.noise_of(tiny(name), "test"), host.model_key(tiny(name))
+    return picture, InversionTrajectory(
+        torch.tensor([0.0, *sigmas]), way, "fireflow", "", key, "simple", noise=noise
     )
+
+
+@cache
+def itself(name: str) -> ReferenceBank:
+    """The plain picture, read as if it were a photo."""
+    trajectory = way_of(name, cfg=1.0)[1]
     return capture(tiny(name), None, prompt(name), inversion=trajectory, mask=WHITE)[0]
 
 
@@ -160,19 +160,19 @@ def test_native_references_stand_beside_ours_where_they_may() -> None:
     assert apart(*pictures) > FELT
 
 
-def test_a_pass_that_skips_blocks_is_left_alone_where_blocks_are_counted() -> None:
-    """Skip Layer Guidance on SD3.5: its own pass is as without us, and the warning of miscounted calls does not come."""
+def test_a_pass_that_skips_blocks_counts_the_others_right(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Skip Layer Guidance on SD3.5, where blocks are counted: ours is felt, and no block is taken for another."""
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
     def guided(model: Any) -> Any:
         return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, double_layers="1").result[0]
 
     plain_one = sample(guided(tiny("SD3.5")), "SD3.5")
-    pictures = [
-        sample(guided(inject(tiny("SD3.5"), bank)), "SD3.5")
-        for bank in (bank_of("SD3.5"), itself("SD3.5"))
-    ]
-    assert apart(pictures[0], plain_one) > FELT and not torch.equal(plain_one, plain("SD3.5"))
+    with_ours = sample(guided(inject(tiny("SD3.5"), bank_of("SD3.5"))), "SD3.5")
+    assert apart(with_ours, plain_one) > FELT and not torch.equal(plain_one, plain("SD3.5"))
+    assert not [r for r in caplog.records if "told apart by their number" in r.message]
 
 
 @pytest.mark.parametrize("tokens", [4, 200])
@@ -293,3 +293,149 @@ def test_a_batch_shares_one_pass_over_the_reference() -> None:
     finally:
         del network._apply_model
     assert sorted(calls) == [1] * 3 + [6] * 3
+
+
+def test_references_by_pixels_are_refused_where_they_stand_behind_the_picture() -> None:
+    """HiDream-O1 takes native references as pictures, and sets them behind its own."""
+    native = [torch.rand(1, 128, 96, 3)]
+    model = inject(tiny("HiDreamO1"), bank_of("HiDreamO1"))
+    with pytest.raises(ValueError, match="in HiDreamO1 they move.*Remove ReferenceLatent"):
+        sample(model, "HiDreamO1", positive=prompt("HiDreamO1", reference_latents=native))
+
+
+@pytest.mark.parametrize("name", ["SD3.5", "AuraFlow", "HiDream", "PixelDiT", "Flux"])
+def test_a_replaced_block_that_runs_the_block_changes_nothing(name: str) -> None:
+    """Where blocks are counted too: a replacement may skip its block, so it says itself which one it is."""
+
+    def same(args: dict[str, Any], extra: dict[str, Any]) -> Any:
+        return extra["original_block"](args)
+
+    model = inject(tiny(name), bank_of(name))
+    model.set_model_patch_replace(same, "dit", "double_block", 1)
+    assert torch.equal(sample(model, name), sample(inject(tiny(name), bank_of(name)), name))
+
+
+@pytest.mark.parametrize("keys", [4, 48, 60])
+def test_another_attention_inside_of_a_named_block_is_its_own(keys: int) -> None:
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def look(args: dict[str, Any]) -> dict[str, Any]:
+        t = torch.ones(len(args["img"]), keys, 64)
+        optimized_attention(t, t, t, 2, transformer_options=args["transformer_options"])
+        return args
+
+    model = inject(tiny("QwenImage"), bank_of("QwenImage"))
+    ours = sample(model, "QwenImage")
+    model.set_model_patch(look, "double_block")
+    assert torch.equal(sample(model, "QwenImage"), ours)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_reference_is_drawn(name: str) -> None:
+    """Its latents come back to pictures through a VAE that takes them as the family has them."""
+    from kindred.nodes.host import decode
+
+    bank = bank_of(name)
+
+    class Vae:
+        latent_channels = bank.trajectory.latents.shape[2]
+
+        def decode(self, latents: Tensor) -> Tensor:
+            pictures = latents[:, :3].movedim(1, -1)
+            return pictures.expand(*pictures.shape[:-1], 3)
+
+    y, x = bank.trajectory.latents.shape[-2:]
+    drawn = decode(Vae(), bank.trajectory.latents[0], bank.model_key, "Reference Preview")
+    assert drawn.shape == (1, y, x, 3)
+
+
+def test_two_checkpoints_of_one_family_have_two_names() -> None:
+    from tiny_networks import build
+
+    other = build(READ["Flux"])
+    with torch.no_grad():
+        for parameter in other.model.diffusion_model.parameters():
+            parameter.mul_(1.5)
+    mine, theirs = host.model_key(tiny("Flux")), host.model_key(other)
+    assert mine == host.model_key(tiny("Flux")) and mine != theirs
+
+
+@pytest.mark.parametrize("keeps", ["automatic", "keys and values"])
+@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("name", ["Flux", "LongCatImage", "Lumina2", "ZImage", "Omnigen2", "Boogu"])
+def test_each_half_of_guidance_reads_beside_its_own_text(
+    name: str, longer: bool, keeps: str
+) -> None:
+    """A picture that reads itself in both halves stays as it is, however long the negative prompt is."""
+    words = READ[name].words + (max(READ[name].step, 3) + 4) * longer
+    negative = prompt(name, seed=3, words=words)
+    alone, trajectory = way_of(name, cfg=3.0, negative=negative)
+    bank = capture(
+        tiny(name),
+        None,
+        prompt(name),
+        inversion=trajectory,
+        mask=WHITE,
+        negative=negative,
+        keeps=keeps,
+    )[0]
+    model = inject(tiny(name), bank, 3.0, halves="both")
+    assert apart(sample(model, name, cfg=3.0, negative=negative), alone) < SAME
+
+
+@pytest.mark.parametrize("name", ["Flux", "QwenImage", "SD3.5", "ZImage"])
+def test_chained_references_each_keep_the_text_or_dim_it(name: str) -> None:
+    """One that keeps the text's share does so beside one that dims it: itself, kept, changes nothing of the other's picture."""
+    pair = inject(inject(tiny(name), bank_of(name)), itself(name), 3.0)
+    assert apart(sample(pair, name), plain(name)) > FELT
+    masks = [torch.zeros(1, 32, 32), torch.zeros(1, 32, 32)]
+    masks[0][..., :16], masks[1][..., 16:] = 1, 1
+    alone = sample(tiny(name), name, cfg=1.0)
+    kept, dimmed = (
+        inject(tiny(name), itself(name), 3.0, target_mask=masks[0], text_share="kept"),
+        inject(tiny(name), itself(name), 3.0, target_mask=masks[1], text_share="plain"),
+    )
+    both = inject(kept, itself(name), 3.0, target_mask=masks[1], text_share="plain")
+    assert apart(sample(kept, name, cfg=1.0), alone) < SAME
+    one_step = [sample(m, name, cfg=1.0, steps=1) for m in (both, dimmed)]
+    assert apart(*one_step) < SAME
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3.5", "ZImage", "Anima"])
+def test_an_error_inside_of_the_network_leaves_nothing(name: str) -> None:
+    network, seen = tiny(name).model.diffusion_model, []
+    block = next(
+        m
+        for n, m in network.named_modules()
+        if n.endswith(".1") and ("block" in n or "layers" in n)
+    )
+
+    def fail(module: Any, args: Any) -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            raise RuntimeError("out of memory")
+
+    model = inject(tiny(name), bank_of(name))
+    handle = block.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample(model, name)
+    finally:
+        handle.remove()
+    assert torch.equal(sample(tiny(name), name), plain(name))
+    assert torch.equal(sample(model, name), sample(inject(tiny(name), bank_of(name)), name))
+
+
+def test_two_photos_of_a_subject_are_one_reference() -> None:
+    photo = {"samples": torch.cat([latent("Flux", seed=21), latent("Flux", seed=22)])}
+    positive = prompt("Flux", seed=4)
+    how = {"steps": 3, "scheduler": "simple", "mask": HALF}
+    banks = [
+        capture(tiny("Flux"), photo, positive, **how, keeps=keeps)[0]
+        for keeps in ("automatic", "keys and values")
+    ]
+    pictures = [sample(inject(tiny("Flux"), bank), "Flux") for bank in banks]
+    assert (
+        apart(*pictures) < SAME
+        and apart(pictures[0], sample(inject(tiny("Flux"), bank_of("Flux")), "Flux")) > FELT
+    )

@@ -10,6 +10,8 @@ import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models_base
 import torch
+from kindred.models.subject.words import Piece
+from kindred.nodes.host.tokens import readers_of
 
 WIDTH = 32
 
@@ -61,6 +63,12 @@ def clip():
 
 @cache
 def tokenizer(kind: str):
-    """Only the words: what pieces_of needs of a CLIP."""
+    """Only the words: what a reader of tokens needs of a CLIP."""
     made = {"sd1": comfy.sd1_clip.SD1Tokenizer, "sdxl": comfy.sdxl_clip.SDXLTokenizer}[kind]()
     return SimpleNamespace(tokenize=made.tokenize_with_weights, tokenizer=made)
+
+
+def pieces_of(clip, text: str) -> tuple[Piece, ...]:
+    """A text's tokens as CLIP's vocabulary spells them, counted over all chunks, without start, end and padding."""
+    (reader,) = readers_of(clip)
+    return reader(text).pieces

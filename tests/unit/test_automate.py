@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import automate
 import jobs
 import pytest
-from automate import Shelf, main
+from automate import main
 from checkout import ROOT
 from client import Client, HostError, Unreachable
 from fake_host import FakeHost
 from jobs import Board, Job
+from shelf import Shelf
 
 GRAPH = {
     "1": {"class_type": "Load", "inputs": {"image": "a.png"}, "_meta": {"title": "Photo"}},
@@ -501,3 +502,18 @@ def test_the_program_needs_nothing_but_python(tmp_path):
         and "nowhere.json could not be read" in told.stderr
         and "Traceback" not in told.stderr
     )
+
+
+def test_the_client_needs_two_files_beside_it_and_no_package():
+    """Whoever copies it into a program of their own copies these three."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import client;"
+        "print(*sorted(n for n, m in sys.modules.items() if (getattr(m, '__file__', 0) or '').startswith(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-E", "-s", "-S", "-c", script, str(ROOT / "tools")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["client", "redirects", "web_socket"]

@@ -11,7 +11,7 @@ import bench
 import pytest
 import torch
 from benching.catalogue import PLAIN
-from benching.ground import ATTENTION, Setting
+from benching.ground import Setting
 from benching.report import (
     command_of,
     figures,
@@ -23,6 +23,7 @@ from benching.report import (
     write_page,
 )
 from benching.rounds import table
+from boot import ATTENTION
 from checkout import ROOT
 from laps import SETTING, SOFTWARE, lap, rounds_of
 

@@ -14,11 +14,12 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
-from evaluate import alone, bounded, chosen, fill, jobs_of, measure, measured, parse, strip
+from evaluate import alone, bounded, fill, jobs_of, measure, measured, strip
 from evaluation import workers
 from evaluation.catalogue import DEFAULT, PLAIN, TABLES
 from evaluation.ground import BOUNDS, SHOWN, Job, Setting
 from evaluation.journal import Journal
+from evaluation.options import chosen, parse
 from evaluation.report import family, plots
 from evaluation.rows import INPUTS, Row
 from evaluation.tables import MINIATURE, Filled, Table

@@ -6,8 +6,10 @@ import math
 import os
 
 import pytest
+from archive import files
+from checkout import ROOT
 from evaluation.ground import BOUNDS, Job, Setting
-from evaluation.journal import Journal, fingerprint
+from evaluation.journal import DECIDES, Journal, fingerprint
 from evaluation.rows import Row
 
 
@@ -69,3 +71,13 @@ def test_the_versions_decide_too(tmp_path):
     before = fingerprint(tmp_path)
     (tmp_path / "comfyui_version.py").write_text("__version__ = '0.31.0'")
     assert len(before) == 12 and before != fingerprint(tmp_path) == fingerprint(tmp_path)
+
+
+def test_every_file_of_the_pack_decides_whatever_room_it_lies_in():
+    """And a program that is named there is there."""
+    found = {
+        pattern: [p.relative_to(ROOT).as_posix() for p in ROOT.glob(pattern)] for pattern in DECIDES
+    }
+    assert not [pattern for pattern, paths in found.items() if not paths]
+    pack = {n for n in files(".py") if n.startswith(("nodes/", "models/", "miniature/"))}
+    assert not pack - {path for paths in found.values() for path in paths}

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluate import chosen, fill, measured, parse
+from evaluate import fill, measured
 from evaluation.ground import BOUNDS, Job
 from evaluation.journal import Journal
+from evaluation.options import chosen, parse
 from evaluation.real import REAL, Files, RealSetting, tables
 from evaluation.rows import Row
 

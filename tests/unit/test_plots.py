@@ -7,8 +7,9 @@ from collections import Counter
 import matplotlib
 import numpy as np
 import pytest
-from evaluation import labels, plots
-from evaluation.plots import Axis, Point, curves, curves_figure, front, front_figure
+from evaluation import labels, look
+from evaluation.plots import curves, curves_figure, front, front_figure
+from evaluation.points import Axis, Point
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import _pylab_helpers
@@ -118,7 +119,7 @@ def test_every_point_has_its_label_and_no_two_words_overlap(series, sweeps):
         else front_figure("Identity against text", series, TEXT, IDENTITY)
     )
     readable(figure)
-    wanted = Counter(plots.said(point.label) for points in series.values() for point in points)
+    wanted = Counter(look.said(point.label) for points in series.values() for point in points)
     assert {text: words(figure).count(text) for text in wanted} == wanted
 
 
@@ -230,15 +231,15 @@ def test_ticks_are_where_something_was_measured(logarithmic):
 
 
 def test_a_series_keeps_its_colour_and_marker_beside_an_empty_one():
-    one, two = plots.styles(SWEEPS), plots.styles({"plain": [], **STRENGTH})
+    one, two = look.styles(SWEEPS), look.styles({"plain": [], **STRENGTH})
     assert one == two
-    many = plots.styles({str(n): [] for n in range(56)}).values()
+    many = look.styles({str(n): [] for n in range(56)}).values()
     assert len({(style.colour, style.marker) for style in many}) == 56
 
 
 def test_w_s_is_set_with_its_subscript_and_money_is_no_formula():
-    assert plots.said("W_S 2") == "$W_{S}$ 2" and plots.said("W_S, W_C") == "$W_{S}$, $W_{C}$"
-    assert plots.said("mid_block and a_bc") == "mid_block and a_bc"
+    assert look.said("W_S 2") == "$W_{S}$ 2" and look.said("W_S, W_C") == "$W_{S}$, $W_{C}$"
+    assert look.said("mid_block and a_bc") == "mid_block and a_bc"
     figure = front_figure("5$ and 6$", {"a": [Point("1$ to 2$", 0, 0)]}, Axis("x"), Axis("y"))
     figure.canvas.draw()
     assert r"1\$ to 2\$" in words(figure)
@@ -283,7 +284,7 @@ OKLAB = np.array(
 @pytest.mark.parametrize("eye", EYES)
 def test_every_eye_tells_the_colours_apart(eye):
     sent = np.array(
-        [[int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)] for colour in plots.COLOURS]
+        [[int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)] for colour in look.COLOURS]
     )
     linear = np.where(sent <= 0.04045, sent / 12.92, ((sent + 0.055) / 1.055) ** 2.4)
     seen = np.cbrt(np.clip(linear @ np.transpose(EYES[eye]), 0, 1) @ CONES.T) @ OKLAB.T

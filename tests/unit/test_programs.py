@@ -218,14 +218,20 @@ def test_a_full_pipe_that_does_not_block_is_waited_for() -> None:
     assert (done.returncode, done.stderr, heard) == (0, "", [5_000_000])
 
 
+def text_of(program: str) -> str:
+    """A program with the files of the room that its options lie in, where it has one."""
+    text = (ROOT / program).read_text("utf-8")
+    for room in re.findall(r"^from (\w+)\.options import", text, re.M):
+        text += "".join(f.read_text("utf-8") for f in sorted((ROOT / "tools" / room).glob("*.py")))
+    return text
+
+
 def outputs() -> set[str]:
     """The folders that programs write to unless told otherwise, and those of the commands in the pages."""
     found = {
         match
         for name in PROGRAMS
-        for match in re.findall(
-            r'"--out".*default=Path\("([^"]+)"\)', (ROOT / name).read_text("utf-8")
-        )
+        for match in re.findall(r'"--out",[^()]*default=Path\("([^"]+)"\)', text_of(name))
     }
     for page in files(".md"):
         for block in re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S):
@@ -328,15 +334,14 @@ def test_a_place_where_nothing_can_be_written_is_told_before_the_work(
 
 
 def test_every_program_with_outputs_prepares_them() -> None:
+    with_outputs = {}
     for name in PROGRAMS:
-        text = (ROOT / name).read_text("utf-8")
-        options = set(
-            re.findall(r'"(--(?:out|json|sheet|shots|base))", (?:type=Path|default=Path)', text)
-        )
-        assert not options or re.search(r"\b(prepare|make_folder|HostServer)\(", text), (
-            name,
-            options,
-        )
+        text = text_of(name)
+        options = re.findall(r'"(--(?:out|json|sheet|shots|base))",[^()]*=Path\b', text)
+        if options:
+            with_outputs[name] = options
+            assert re.search(r"\b(prepare|make_folder|HostServer)\(", text), (name, options)
+    assert {"tools/automate.py", "tools/bench.py", "tools/evaluate.py"} <= set(with_outputs)
 
 
 def test_figures_at_the_top_are_nobodys() -> None:

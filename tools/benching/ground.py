@@ -5,26 +5,17 @@ Random weights do the same arithmetic as trained ones; only what they attend to 
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from boot import boot
+from boot import ATTENTION, boot
 
 from benching.catalogue import PLAIN, Key, windows
 from benching.clocks import Clock
 from benching.rounds import Job, Lap
 
-ATTENTION = {
-    "pytorch": ("--use-pytorch-cross-attention", "attention_pytorch"),
-    "sub-quadratic": ("--use-quad-cross-attention", "attention_sub_quad"),
-}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TOKENS = 257  # of a CLIP ViT-L
 CFG, SAMPLER, SCHEDULER = 7.0, "euler", "ddim_uniform"
@@ -45,42 +36,17 @@ class Setting:
     subject: float  # share of the picture
 
 
-def start(host: Path, attention: str, device: str) -> ModuleType:
-    """boot.boot with the host's attention and device as asked: the host reads its command line once, so it is read here, before.
-
-    Raises RuntimeError when the folder is no ComfyUI, or when the host's choice was another one.
-    """
-    if not (host / "main.py").is_file():
-        raise RuntimeError(
-            f"--host is {host}, which holds no main.py. Name ComfyUI's own folder, or run: python3 dev.py bench"
-        )
-    base = tempfile.mkdtemp(prefix="kindred-bench-")
-    atexit.register(shutil.rmtree, base, ignore_errors=True)
-    for name in ("input", "output", "temp", "user"):
-        (Path(base) / name).mkdir()
-    flag, wanted = ATTENTION[attention]
-    sys.path.insert(0, str(host))
-    argv, sys.argv = (
-        sys.argv,
-        ["main.py", *["--cpu"] * (device == "cpu"), flag, "--base-directory", base],
-    )
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401  reads sys.argv now
-    finally:
-        sys.argv = argv
-    nodes = boot(host, cpu=device == "cpu")
+def refuse_other_attention(attention: str) -> None:
+    """RuntimeError when the host's choice was another one."""
     from comfy.ldm.modules.attention import optimized_attention
 
+    flag, wanted = ATTENTION[attention]
     if optimized_attention.__name__ != wanted:
         raise RuntimeError(
             f"--attention {attention}: the host was asked for {wanted} with {flag}, but took "
             f"{optimized_attention.__name__}. Another "
             "version of it may call it otherwise; take the ComfyUI that tools/pins names."
         )
-    return nodes
 
 
 class Ground:
@@ -91,11 +57,9 @@ class Ground:
         import torch
 
         torch.set_num_threads(setting.threads)
-        self.torch, self.setting, self.nodes = (
-            torch,
-            setting,
-            start(host, setting.attention, setting.device),
-        )
+        self.torch, self.setting = torch, setting
+        self.nodes = boot(host, setting.device == "cpu", attention=setting.attention)
+        refuse_other_attention(setting.attention)
         import comfy.utils
         from comfy.samplers import calculate_sigmas
         from kindred.nodes.host import attention_sites

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,35 +38,9 @@ def run_of(
     probed = probed or {}
     cases = []
     for row in rows:
-        name, plain = name_of((row.case, row.pictures)), f"{PLAIN}_b{row.pictures}"
-        told = asdict(row) | {
-            "rejected": row.rejected,
-            "target": target(setting.device, setting.family, (row.case, row.pictures)),
-            "memory": row.memory,
-        }
-        mine, theirs = probed.get(name, {}), probed.get(plain, {})
-        if "peak" in mine and "peak" in theirs:
-            told |= {
-                "peak": mine["peak"],
-                "plain_peak": theirs["peak"],
-                "memory": mine["peak"] / theirs["peak"],
-            }
-        whole = (
-            len(CASES[row.case].calls) == 1 or setting.steps == 50
-        )  # else a part counts more than it does in fifty steps
-        if "flops" in mine and "flops" in theirs and whole:
-            told["counts"] = {
-                "flops": mine["flops"] / theirs["flops"],
-                **{
-                    f"{what}_per_step": (mine[what] - theirs[what]) / row.plain_calls
-                    for what in ("ops", "waits")
-                },
-                "largest": mine["largest"],
-                "plain_largest": theirs["largest"],
-            }
-        if "first_wait" in mine and "first_wait" in theirs:
-            told |= {"first_wait": mine["first_wait"], "plain_first_wait": theirs["first_wait"]}
-        cases.append(told)
+        mine = probed.get(name_of((row.case, row.pictures)), {})
+        theirs = probed.get(f"{PLAIN}_b{row.pictures}", {})
+        cases.append(case_of(setting, row, mine, theirs))
     return {
         "settings": asdict(setting),
         "software": dict(software),
@@ -75,6 +49,38 @@ def run_of(
         "stopped": stopped,
         "cases": cases,
     }
+
+
+def case_of(
+    setting: Setting, row: Row, mine: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A row as it stands in the JSON; mine, theirs: what was probed of it and of plain."""
+    case = asdict(row) | {
+        "rejected": row.rejected,
+        "target": target(setting.device, setting.family, (row.case, row.pictures)),
+        "memory": row.memory,
+    }
+    if "peak" in mine and "peak" in theirs:
+        case |= {
+            "peak": mine["peak"],
+            "plain_peak": theirs["peak"],
+            "memory": mine["peak"] / theirs["peak"],
+        }
+    # else a part counts more than it does in fifty steps
+    whole = len(CASES[row.case].calls) == 1 or setting.steps == 50
+    if "flops" in mine and "flops" in theirs and whole:
+        case["counts"] = {
+            "flops": mine["flops"] / theirs["flops"],
+            **{
+                f"{what}_per_step": (mine[what] - theirs[what]) / row.plain_calls
+                for what in ("ops", "waits")
+            },
+            "largest": mine["largest"],
+            "plain_largest": theirs["largest"],
+        }
+    if "first_wait" in mine and "first_wait" in theirs:
+        case |= {"first_wait": mine["first_wait"], "plain_first_wait": theirs["first_wait"]}
+    return case
 
 
 def figures(runs: Sequence[Run]) -> dict[str, float]:
@@ -135,7 +141,26 @@ def headline(run: Run) -> str:
 def markdown(run: Run) -> str:
     """One run as a table, its setting above, what is wrong with it below."""
     cases = run["cases"]
-    columns: dict[str, Any] = {
+    columns = columns_of(cases)
+    lines = [
+        " | ".join(columns),
+        " | ".join(["---", *["---:"] * (len(columns) - 1)]),
+        *(" | ".join(str(tell(c)) for tell in columns.values()) for c in cases),
+    ]
+    return "\n".join(
+        [
+            headline(run),
+            "",
+            *(f"| {line} |" for line in lines),
+            *[""] * bool(remarks(run)),
+            *remarks(run),
+        ]
+    )
+
+
+def columns_of(cases: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
+    """Title -> what stands there of a case; of what was measured in none, no column."""
+    columns: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "case": lambda c: c["case"],
         "pictures": lambda c: c["pictures"],
         "times plain": lambda c: f"{c['ratio']['median']:.3f}" + " (rejected)" * c["rejected"],
@@ -167,20 +192,7 @@ def markdown(run: Run) -> str:
         columns["first wait inside a UNet call"] = lambda c: (
             c.get("first_wait", "") or ("none" if "first_wait" in c else "")
         )
-    lines = [
-        " | ".join(columns),
-        " | ".join(["---", *["---:"] * (len(columns) - 1)]),
-        *(" | ".join(str(tell(c)) for tell in columns.values()) for c in cases),
-    ]
-    return "\n".join(
-        [
-            headline(run),
-            "",
-            *(f"| {line} |" for line in lines),
-            *[""] * bool(remarks(run)),
-            *remarks(run),
-        ]
-    )
+    return columns
 
 
 def remarks(run: Run) -> list[str]:

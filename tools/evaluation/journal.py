@@ -15,7 +15,7 @@ from checkout import ROOT
 # what decides a picture or its score: the pack, the miniature and the programs that drive them
 DECIDES = (
     "nodes/**/*.py",
-    "models/*.py",
+    "models/**/*.py",
     "miniature/*.py",
     "miniature/weights/**/*.safetensors",
     "tools/miniature_host.py",

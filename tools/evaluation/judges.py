@@ -32,11 +32,10 @@ FACE = 160  # pixels of a side that FaceNet reads
 
 @dataclass(frozen=True)
 class Column:
-    """What a judge measures: the key of its values, the table's head, which way is better (None: neither), and what it is."""
+    """What a judge measures: the key of its values, the table's head, and what it is."""
 
     name: str
     title: str
-    higher: bool | None
     told: str
 
 
@@ -87,15 +86,14 @@ class Clip:
                 "CLIP Vision of ViT-L/14, which the head was trained on, or leave the head out."
             )
         every = [
-            Column("text", "CLIP text", True, "raw cosine with the picture's own prompt"),
-            Column("image", "CLIP image", True, "mean cosine with the photos"),
+            Column("text", "CLIP text", "raw cosine with the picture's own prompt"),
+            Column("image", "CLIP image", "mean cosine with the photos"),
             Column(
                 "consistency",
                 "CLIP consistency",
-                True,
                 "mean cosine with the other pictures of its batch",
             ),
-            Column("aesthetic", "aesthetic", True, "LAION's improved aesthetic predictor, 1 to 10"),
+            Column("aesthetic", "aesthetic", "LAION's improved aesthetic predictor, 1 to 10"),
         ]
         given = {"text": clip is not None, "aesthetic": head is not None}
         self.columns = tuple(
@@ -137,11 +135,10 @@ class Dino:
                 f"{NAME}: {title} is no DINO. Give a DINOv2 that the host's Load CLIP Vision reads, large or giant."
             )
         self.columns = (
-            Column("dino", "DINO", True, f"mean cosine with the photos ({title})"),
+            Column("dino", "DINO", f"mean cosine with the photos ({title})"),
             Column(
                 "dino_consistency",
                 "DINO consistency",
-                True,
                 f"mean cosine with the other pictures of its batch ({title})",
             ),
         )
@@ -167,25 +164,21 @@ class Faces:
         Column(
             "face_cosine",
             "face cosine",
-            True,
             "mean cosine with the photos' faces, where both have one",
         ),
         Column(
             "face_distance",
             "face distance",
-            False,
             "mean distance d from the photos' faces, 0 to 2; below about 1.1 one person",
         ),
         Column(
             "face_2_minus_d",
             "face 2 - d",
-            True,
             "2 - d: the reading of the paper's identity score that is higher for better",
         ),
         Column(
             "face_found",
             "faces found",
-            None,
             "share of pictures with a face; the others are in none of the face scores",
         ),
     )

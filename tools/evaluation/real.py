@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miniature_host import Studio
 
@@ -16,6 +16,9 @@ from .catalogue import PLAIN_STORY, TABLE_2
 from .ground import BOUNDS, Job, Setting, keep
 from .rows import CONCEPT, Row, rows_of
 from .tables import Column, Ground, Table
+
+if TYPE_CHECKING:
+    from .judges import Judge
 
 COSINE = "CLIP's raw cosine with the prompt"
 TIME = Column("seconds", "seconds per picture", digits=1)
@@ -217,54 +220,58 @@ def state(path: Path) -> list[Any]:
 
 def tables(files: Files, task: str) -> list[Table]:
     """Table 2's rows on every photo, or a story beside the plain prompts on every set. SystemExit where a file is missing for them."""
-    wanted = []
     story = task == "story" or (task == "all" and not files.references)
     if not (files.clip_vision or files.dino or (files.faces and not story)):
         raise SystemExit(
             f"evaluate: nothing would be judged. Give --clip-vision or --dino{'' if story else ' or --faces'}."
         )
+    wanted = []
     if task == "personalize" or (task == "all" and files.references):
-        if not files.references:
-            raise SystemExit("evaluate: --task personalize needs --references, a folder of photos.")
-        rows = {
-            name: inputs
-            for name, inputs in TABLE_2.items()
-            if files.concept_encoder or "concept" not in inputs
-        }
-        every = [line for part in files.sets() for line in part]
-        for _, word in files.photos():
-            files.with_subject(every, word)
-        wanted.append(
-            Table(
-                "table_2",
-                "Paper A, Tables 1 and 2",
-                "personalize",
-                rows_of("personalize", rows),
-                len(files.photos()),
-            )
-        )
+        wanted.append(personalize_table(files))
     if story:
-        if not files.subject:
-            raise SystemExit(
-                "evaluate: --task story needs --subject, the word that the prompts of every set share."
-            )
-        for number, lines in enumerate(files.sets(), 1):
-            files.with_subject(lines, files.subject)
-            if len(lines) < 2:
-                raise SystemExit(
-                    f"evaluate: set {number} of {files.prompts} is one prompt, and a story has 2 at least. Sets are parted by "
-                    "blank lines."
-                )
-        wanted.append(
-            Table(
-                "story",
-                "Paper B, Fig. 8",
-                "story",
-                rows_of("story", {"plain": PLAIN_STORY, "story": ""}),
-                len(files.sets()),
-            )
-        )
+        wanted.append(story_table(files))
     return wanted
+
+
+def personalize_table(files: Files) -> Table:
+    if not files.references:
+        raise SystemExit("evaluate: --task personalize needs --references, a folder of photos.")
+    rows = {
+        name: inputs
+        for name, inputs in TABLE_2.items()
+        if files.concept_encoder or "concept" not in inputs
+    }
+    every = [line for part in files.sets() for line in part]
+    for _, word in files.photos():
+        files.with_subject(every, word)
+    return Table(
+        "table_2",
+        "Paper A, Tables 1 and 2",
+        "personalize",
+        rows_of("personalize", rows),
+        len(files.photos()),
+    )
+
+
+def story_table(files: Files) -> Table:
+    if not files.subject:
+        raise SystemExit(
+            "evaluate: --task story needs --subject, the word that the prompts of every set share."
+        )
+    for number, lines in enumerate(files.sets(), 1):
+        files.with_subject(lines, files.subject)
+        if len(lines) < 2:
+            raise SystemExit(
+                f"evaluate: set {number} of {files.prompts} is one prompt, and a story has 2 at least. Sets are parted by "
+                "blank lines."
+            )
+    return Table(
+        "story",
+        "Paper B, Fig. 8",
+        "story",
+        rows_of("story", {"plain": PLAIN_STORY, "story": ""}),
+        len(files.sets()),
+    )
 
 
 class RealStudio(Studio):
@@ -272,35 +279,29 @@ class RealStudio(Studio):
 
     def __init__(self, setting: RealSetting) -> None:
         import torch
-        from boot import boot
 
-        files = setting.files
-        self.torch, self.nodes = torch, boot(setting.host, cpu=not torch.accelerator.is_available())
-        self.steps, self.cfg, self.batch, self.files = (
-            setting.steps,
-            setting.cfg,
-            files.batch,
-            files,
-        )
-        import comfy.sd
-        import comfy.utils
-        from demo import native_size
-
-        comfy.utils.set_progress_bar_enabled(False)
-        self.size = files.size or native_size(files.checkpoint)
-        with torch.inference_mode():
-            self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(
-                str(files.checkpoint)
-            )[:3]
-        if self.clip is None or self.vae is None:
-            lacks = "text encoder" if self.clip is None else "VAE"
-            raise ValueError(
-                f"evaluate: {files.checkpoint} holds no {lacks}. Give a whole checkpoint."
-            )
-        if torch.accelerator.is_available():  # loading and compiling are nobody's time
+        self.files = setting.files
+        self.batch = self.files.batch
+        accelerated = torch.accelerator.is_available()
+        super().__init__(setting.host, setting.steps, setting.cfg, cpu=not accelerated)
+        if accelerated:  # loading and compiling are nobody's time
             self.steps = 1
             self.sample(self.model, self.prompts(["warm-up"]), 1, 0)
             self.steps = setting.steps
+
+    def load(self) -> tuple[Any, Any, Any]:
+        import comfy.sd
+        from demo import native_size
+
+        files = self.files
+        self.size = files.size or native_size(files.checkpoint)
+        model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(files.checkpoint))[:3]
+        if clip is None or vae is None:
+            lacks = "text encoder" if clip is None else "VAE"
+            raise ValueError(
+                f"evaluate: {files.checkpoint} holds no {lacks}. Give a whole checkpoint."
+            )
+        return model, clip, vae
 
     @cached_property
     def encoder(self) -> Any:
@@ -391,7 +392,7 @@ class Real:
         }
 
 
-def judges(files: Files) -> Iterator[Any]:
+def judges(files: Files) -> Iterator[Judge]:
     """Those whose files were given."""
     from .judges import Clip, Dino, load_faces, load_head, load_text, load_vision
 

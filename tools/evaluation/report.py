@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import Axis, Point, curves, front
+from .plots import curves, front
+from .points import Axis, Point
 from .tables import Filled
 
 
@@ -45,20 +46,20 @@ def write(
             *(f"![{path.stem}]({path.name})" for path in drawn),
         ]
     put("report.json", json.dumps(dict(report), indent=2) + "\n")
+    put("report.md", page(report, parts, filled))
+    return made
+
+
+def page(report: Mapping[str, Any], parts: Sequence[str], filled: Sequence[Filled]) -> str:
+    """report.md: its head, the parts of the tables, and the seconds."""
     stopped = (
         []
         if report["complete"]
         else ["**Stopped before its end**: every table shows the cases that all of its rows have."]
     )
     head = f"`{report['command']}`, version {report['version']}, code {report['code']}"
-    put(
-        "report.md",
-        "\n\n".join(
-            ["# Evaluation", head, *stopped, *parts, "## What a picture took", time_table(filled)]
-        )
-        + "\n",
-    )
-    return made
+    end = ["## What a picture took", time_table(filled)]
+    return "\n\n".join(["# Evaluation", head, *stopped, *parts, *end]) + "\n"
 
 
 def time_table(filled: Sequence[Filled]) -> str:

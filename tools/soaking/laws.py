@@ -118,44 +118,44 @@ def judged(
     slower: float,
 ) -> list[Law]:
     """Every law. fresh: what a new server gave for the first round's seeds; late: (old, new server) in turns at the end, where asked."""
-    held = memory(readings)
-    mb = [value / 1e6 for value in held.thirds]
-    laws = [
-        Law(
-            "memory is flat",
-            held.growth <= flat,
-            f"{mb[0]:.0f}, {mb[1]:.0f}, {mb[2]:.0f} MB in thirds after the warm-up: "
-            f"{100 * held.growth:+.2f} %, allowed {100 * flat:g} %; {held.slope / 1e6:+.2f} MB for each 100 prompts",
-        )
-    ]
     ends = [r for r in readings if r.number == 0]
     others = unlike(ends)
-    laws.append(
+    unlike_fresh = unlike([*ends, *fresh], {r.kind for r in fresh})
+    laws = [
+        memory_is_flat(readings, flat),
         Law(
             "the same seeds, the same pictures",
             not others,
             told(ends, others, "in the first round and the last"),
-        )
-    )
-    others = unlike([*ends, *fresh], {r.kind for r in fresh})
-    laws.append(
+        ),
         Law(
             "a fresh server draws the same",
-            not others,
-            told(fresh, others, "beside the first round"),
-        )
+            not unlike_fresh,
+            told(fresh, unlike_fresh, "beside the first round"),
+        ),
+    ]
+    return [*laws, nothing_gets_slower(readings, late, slower)] if late else laws
+
+
+def memory_is_flat(readings: Sequence[Reading], flat: float) -> Law:
+    held = memory(readings)
+    mb = [value / 1e6 for value in held.thirds]
+    return Law(
+        "memory is flat",
+        held.growth <= flat,
+        f"{mb[0]:.0f}, {mb[1]:.0f}, {mb[2]:.0f} MB in thirds after the warm-up: "
+        f"{100 * held.growth:+.2f} %, allowed {100 * flat:g} %; {held.slope / 1e6:+.2f} MB for each 100 prompts",
     )
-    if late:
-        since, beside = typical(slowdown(readings)), typical(beside_fresh(*late))
-        laws.append(
-            Law(
-                "nothing gets slower",
-                min(since, beside) <= slower,  # a busy machine is in the first alone
-                f"the last third works {since:.3f} times as long as the first, the old server {beside:.3f} times as long as a "
-                f"fresh one in the same minutes; allowed {slower:g} of either",
-            )
-        )
-    return laws
+
+
+def nothing_gets_slower(readings: Sequence[Reading], late: Late, slower: float) -> Law:
+    since, beside = typical(slowdown(readings)), typical(beside_fresh(*late))
+    return Law(
+        "nothing gets slower",
+        min(since, beside) <= slower,  # a busy machine is in the first alone
+        f"the last third works {since:.3f} times as long as the first, the old server {beside:.3f} times as long as a "
+        f"fresh one in the same minutes; allowed {slower:g} of either",
+    )
 
 
 def told(readings: Iterable[Reading], others: Sequence[str], where: str) -> str:

@@ -6,14 +6,14 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
-from ....models.network.backbone import ALONE, Backbone
+from ....models.network.backbone import ALONE, CROSS, Backbone
 from ....models.network.blocks import BlockId
 from .parts import Row, kinds, known, refused, side, silent
 
 
 def _self_and_cross(layers: Any) -> tuple[BlockId | None, ...]:
     """Two calls a block: the picture's own, then the text's."""
-    return tuple(call for index, _ in enumerate(layers) for call in ((ALONE, index, 0), None))
+    return tuple((stage, index, 0) for index, _ in enumerate(layers) for stage in (ALONE, CROSS))
 
 
 def predict2(network: Any, model: ModelPatcher) -> Backbone:

@@ -17,14 +17,17 @@ def _double_single(network: Any) -> tuple[tuple[str, int, int], ...]:
 def flux(network: Any, model: ModelPatcher) -> Backbone:
     """FLUX.1, FLUX.2 and LongCat-Image, which the host runs with one class.
 
-    LongCat's own BaseModel puts the picture at (1, y + T, x + T) behind a text of T tokens.
+    LongCat's own BaseModel puts the picture at (1, y + T, x + T) behind a text of T tokens; FLUX.2's puts zeros before the text,
+    up to 512 rows.
     """
-    moves = "comfy.model_base.LongCatImage" in kinds(model.model)
+    of = kinds(model.model)
+    moves = "comfy.model_base.LongCatImage" in of
     return known(
         model,
         calls=_double_single(network),
         named=True,
         patch=side(network.patch_size),
+        text_last="comfy.model_base.Flux2" in of,
         turn=turn(network.pe_embedder, (0.0, 1.0, 1.0)) if moves else None,
     )
 

@@ -28,6 +28,7 @@ def joy(network: Any, model: ModelPatcher) -> Backbone:
         named=True,
         patch=side(network.patch_size),
         stands=Stands.FIRST,
+        text_last=True,  # the host does not say how many tokens its references take
     )
 
 

@@ -24,7 +24,13 @@ def sd3(network: Any, model: ModelPatcher) -> Backbone:
 def aura(network: Any, model: ModelPatcher) -> Backbone:
     """AuraFlow: eight registers, text, picture."""
     calls = blocks("double", network.double_layers) + blocks("single", network.single_layers)
-    return known(model, calls=calls, patch=side(network.patch_size), stands=Stands.LAST)
+    return known(
+        model,
+        calls=calls,
+        patch=side(network.patch_size),
+        stands=Stands.LAST,
+        prefix=network.register_tokens.shape[1],
+    )
 
 
 NETWORKS: dict[str, Row] = {
