@@ -26,7 +26,7 @@ from kindred.nodes.concept import ActiveConcept
 from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
 from kindred.nodes.host.stages import Stages
 from kindred.nodes.library import SaveReference
-from kindred.nodes.reference import ActiveMaskedSelf
+from kindred.models.reference.inject import ActiveMaskedSelf
 from networks import random_model
 from studio import (
     anchors,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from counting import Counting
@@ -247,3 +249,17 @@ def test_target_masks_join_as_in_a_picture_alone(way, masked) -> None:
     for queries, seen in (([1, 2], heard[:1]), ([3], heard), ([4], heard[1:])):
         wanted = attend_picture(WAYS[way], q, k, v, H, picture, seen, KEPT, mask)
         assert torch.equal(found[:, queries], wanted[:, queries])
+
+
+def test_a_reference_that_dims_the_text_does_so_only_where_it_is_read() -> None:
+    """Queries that read the first of two references keep the text's share; those that read the second too do not."""
+    q, k, v, picture = own()
+    first, second = ref(2.0), ref(0.5, seed=8)
+    dims = replace(second, dims_text=True)
+    attend = WAYS["by calls"]
+    reads = PictureReader(picture, KEPT)
+    plain = PictureReader(picture, PLAIN)
+    for passed, as_plain in (([first], []), ([dims], [second]), ([first, dims], [first, second])):
+        expected = (plain if as_plain else reads)(attend, q, k, v, as_plain or passed, H)
+        assert torch.equal(reads(attend, q, k, v, passed, H), expected)
+    assert not torch.equal(reads(attend, q, k, v, [dims], H), reads(attend, q, k, v, [second], H))
