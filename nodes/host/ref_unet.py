@@ -20,7 +20,17 @@ from ...models.reference.recorder import Recorder
 from ...models.run import SUBJECT, Run
 from .install import install
 from .latents import framed, unframed
-from .model import KEY, SPECIAL, TEXT, Conditioning, ejected, log, network, wrapped_injections
+from .model import (
+    KEY,
+    SPECIAL,
+    TEXT,
+    Conditioning,
+    draws_by_unet,
+    ejected,
+    log,
+    network,
+    wrapped_injections,
+)
 from .networks import recognise
 from .run import SamplerRun
 
@@ -193,9 +203,10 @@ def reference_pass(
         {},
         False,
     )  # the clone's flag tells of the model that is loaded, which the host ejects first
-    run = None  # nothing is read: any network will do
-    if recorder:
-        run = SamplerRun(watchers=[recorder], ends_early=ends_early, backbone=recognise(model))
+    run = None
+    if recorder or draws_by_unet(model):  # of any other network nothing is asked but its answer
+        watchers = [recorder] if recorder else []
+        run = SamplerRun(watchers=watchers, ends_early=ends_early, backbone=recognise(model))
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run)
     guider.inner_set_conds(
