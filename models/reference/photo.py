@@ -116,6 +116,8 @@ class RefUNetPass:
     def keep(self, i: int) -> bool:
         """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0 -> whether that is enough."""
         if not self.live:
+            if self.transformer and i == self.steps:
+                self.announce()
             for half in self.prompts:
                 self.builder.add(
                     half, i - 1, self.recorder.of(half), len(self.prompts) * self.steps, self.grids
@@ -216,7 +218,15 @@ class RefUNetPass:
             * dtype.itemsize
         )
         held = len(self.prompts) * self.steps * step
-        return held * 2 if masks is not None and keeps.projects(held) else held
+        projected = masks is not None and not self.transformer and keeps.projects(held)
+        return held * 2 if projected else held
+
+    def announce(self) -> None:
+        """Say how much main memory a transformer's keys and values take; their width is known once the first were seen."""
+        first = next(iter(self.recorder.of(Half.COND).values()))
+        held = self.bytes_held(first.shape[0], self.builder.precision or first.dtype)
+        until = " until the mask is known" if self.builder.masks is None else ""
+        log.info("%s: its keys and values take %.1f MB of main memory%s.", NODE, held / 1e6, until)
 
     def calls(self, one_pass: bool) -> int:
         """Of the network; one_pass: the photo is inverted in it too."""

@@ -21,7 +21,7 @@ from ...models.reference.rows import RowReader
 from ...models.run import Run
 from ...models.story.story import Story
 from .foresight import Foreseen
-from .model import network
+from .model import log, network
 from .page import warn
 from .sites import sites_of
 from .stages import Stages
@@ -98,6 +98,25 @@ class SamplerRun(Run):
         self.watchers = [w for w in self.watchers if w is not self.story] + stories
         self.story = next(iter(stories), None)
         self.stages = Stages(self.story) if self.story else None
+        self._say_other_guidance(guider.conds.get("positive", ()))
+
+    def _say_other_guidance(self, conds: Sequence[Mapping[str, Any]]) -> None:
+        """Distilled transformers are told their guidance, and keys and values hang on it: another one than the reference's is said."""
+        banks = (getattr(injection, "bank", None) for injection in self.injections)
+        read = {
+            bank.prompts[Half.COND].extras.get("guidance") for bank in banks if bank is not None
+        }
+        drawn = {cond.get("guidance") for cond in conds}
+        if self.backbone is None or not read or read == drawn or not (read | drawn) - {None}:
+            return
+        told = " and ".join(
+            ", ".join(map(str, sorted(map(_number, side)))) for side in (read, drawn)
+        )
+        log.info(
+            "Kindred: the reference is read at another guidance than the pictures are drawn at (%s), which makes it a little less alike."
+            " Wire the same FluxGuidance into Ref-UNet Feature Capture.",
+            told,
+        )
 
     def blocks_read(self, bank: ReferenceBank) -> frozenset[BlockId]:
         """Of a bank, by all injections of this run."""
@@ -130,3 +149,8 @@ class SamplerRun(Run):
         super().close()
         self.guider, self.model_options, self.step_tokens = None, {}, {}
         self.story = self.stages = self.rows = self.foreseen = None
+
+
+def _number(guidance: float | None) -> float:
+    """What a conditioning says of guidance; the network's own 3.5 where it says nothing."""
+    return 3.5 if guidance is None else float(guidance)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -156,10 +158,9 @@ def _apply_model(
     """One call of the model; of ConsiStory eq. (4) two passes, where the story asks for it."""
     options = transformer_options or {}
     run = options.get(KEY)
-    if compiled(executor.class_obj, options):
-        kwargs[KEY] = (
-            "run"  # the compiler keeps no guard on the options: a call that looks like a plain one runs what was compiled for it
-        )
+    if compiled(executor.class_obj, options) and _takes_more(executor.class_obj.diffusion_model):
+        # the compiler keeps no guard on the options: a call that looks like a plain one runs what was compiled for it
+        kwargs[KEY] = "run"
     story = run.story if isinstance(run, SamplerRun) else None
     if story is not None:
         story.begin_call()
@@ -172,6 +173,12 @@ def _apply_model(
     finally:
         if isinstance(run, Run):
             run.drop_hook()
+
+
+def _takes_more(network: torch.nn.Module) -> bool:
+    """Whether a network's forward takes arguments that it does not know; HiDream-I1's does not."""
+    forward = getattr(network, "_orig_mod", network).forward
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
 
 
 def _behind_vanilla(

@@ -431,3 +431,59 @@ def test_two_photos_of_a_subject_are_one_reference() -> None:
         apart(*pictures) < SAME
         and apart(pictures[0], sample(inject(tiny("Flux"), bank_of("Flux")), "Flux")) > FELT
     )
+
+
+def test_another_guidance_than_the_references_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    bank = capture(
+        tiny("Flux"), {"samples": latent("Flux", seed=21)}, prompt("Flux", seed=4, guidance=1.0),
+        steps=3, scheduler="simple", mask=HALF,
+    )[0]  # fmt: skip
+    sample(inject(tiny("Flux"), bank), "Flux", positive=prompt("Flux", guidance=8.0))
+    assert "another guidance than the pictures are drawn at (1.0 and 8.0)" in caplog.text
+    caplog.clear()
+    sample(inject(tiny("Flux"), bank), "Flux", positive=prompt("Flux", guidance=1.0))
+    assert "another guidance" not in caplog.text
+
+
+def test_what_is_held_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    """FLUX in small: 4 blocks, 48 tokens under a half mask, keys and values of 64 channels each, float32, 3 steps."""
+    caplog.set_level("INFO")
+    photo = {"samples": latent("Flux", seed=23)}
+    positive = prompt("Flux", seed=4)
+    bank = capture(
+        tiny("Flux"),
+        photo,
+        positive,
+        steps=3,
+        scheduler="simple",
+        mask=HALF,
+        keeps="keys and values",
+    )[0]
+    assert f"its keys and values take {bank.bytes / 1e6:.1f} MB of main memory." in caplog.text
+
+
+def test_an_empty_negative_of_no_rows_is_saved(tmp_path: Path) -> None:
+    """Lens is given no text at all for an empty prompt."""
+    empty = prompt("Lens", seed=3)
+    empty[0][0] = empty[0][0][:, :0]
+    empty[0][1]["attention_mask"] = empty[0][1]["attention_mask"][:, :0]
+    photo = {"samples": latent("Lens", seed=21)}
+    bank = capture(
+        tiny("Lens"), photo, prompt("Lens", seed=4), steps=3, scheduler="simple", mask=HALF, negative=empty
+    )[0]  # fmt: skip
+    save_reference(bank, tmp_path / "saved.safetensors")
+    assert load_reference(tmp_path / "saved.safetensors").layers == bank.layers
+
+
+@pytest.mark.parametrize("name", ["HiDream", "Flux", "SD3.5", "Lumina2"])
+def test_beside_the_hosts_compiler_it_is_felt(name: str) -> None:
+    """The host's Torch Compile node stands as a wrapper around the network; the compiler itself does not run here."""
+    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+    def around(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return executor(*args, **kwargs)
+
+    model = inject(tiny(name), bank_of(name))
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY, around)
+    assert apart(sample(model, name), sample(inject(tiny(name), bank_of(name)), name)) < SAME
