@@ -21,7 +21,9 @@ from .world import world_hash
 log = logging.getLogger(__name__)
 VERSION = "1"
 CHECKPOINT = READER.parent / "checkpoints" / "kindred_miniature.safetensors"
-FLOW_CHECKPOINT = READER.parent / "flow" / "kindred_flow_miniature.safetensors"  # not yet in Load Checkpoint
+FLOW_CHECKPOINT = (
+    READER.parent / "flow" / "kindred_flow_miniature.safetensors"
+)  # not yet in Load Checkpoint
 FLOW_AUTOENCODER = READER.parent / "flow" / "autoencoder.safetensors"  # the flow miniature's, alone
 TABLE = 49_408  # rows of the standard token table
 

@@ -211,7 +211,7 @@ def read_key(text: object) -> str:
     try:
         told = json.loads(str(text))
         return read_parts(told["name"], told)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # a damaged one may be nested deep
         return str(text)
 
 

@@ -172,7 +172,8 @@ def test_a_reference_belongs_to_one_kind_of_sampling(sampling, column):
     assert left == left_by_them
     if column in READERS:
         words = (
-            r"was made with model SD15 \w+, but the model given is SD15 \w+ .*Wire the same MODEL"
+            r"was made with model SD15 \w+, but the model given is SD15 \w+: sampling \(.*differs\."
+            r" Wire a MODEL with the same sampling node"
         )
         with pytest.raises(ValueError, match=words):
             ours(other)
@@ -356,7 +357,7 @@ def test_a_network_of_another_packs_own_is_refused_in_words_and_the_plain_model_
     """Once it ran it stands in the plain MODEL's place too, until that one runs."""
     theirs, words = (
         around(MODEL),
-        r"needs a UNet .*the model given is SD15 \(Around, .*Remove the node that puts a network of its own",
+        r"(the model given is SD15 \(Around, .*|does not know the network Around\. )Remove the node that puts a network of its own",
     )
     pictures(theirs, (0, 1), steps=1)
     assert isinstance(MODEL.model.diffusion_model, Around)

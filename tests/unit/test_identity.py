@@ -272,3 +272,8 @@ def test_a_damaged_key_is_refused(damage):
     damage(told)
     with pytest.raises((ValueError, KeyError, TypeError)):
         read_parts("SD15 0a", told)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '{"name": 3}', 7])
+def test_a_key_that_is_none_is_the_text_that_it_is(text: object) -> None:
+    assert read_key(text) == str(text)
