@@ -38,6 +38,8 @@ LAWS = {  # heading of a column: file and test
     "samplers": "test_transformers.py::test_it_is_felt_however_one_samples",
     "saved": "test_transformers.py::test_a_saved_reference_draws_the_same_picture",
     "sizes": "test_transformers.py::test_odd_sizes_and_other_texts_are_read_too",
+    "drawn": "test_transformers.py::test_a_reference_is_drawn",
+    "word": "test_transformer_words.py::test_the_mask_is_where_the_picture_looks_at_the_word",
 }
 MEANINGS = {
     "calls": "a pass makes the attention calls that the table above says",
@@ -53,6 +55,8 @@ MEANINGS = {
     "samplers": "CFG 1, three pictures, heun, an ancestral and an SDE sampler, other steps",
     "saved": "saved and loaded, live or held: the same picture, bit for bit",
     "sizes": "a photo of another and odd size, a prompt of another length",
+    "drawn": "Reference Preview's latents are as the family's VAE takes them",
+    "word": "the mask found by a word is where the picture looks at it, by a planted signal",
 }
 
 
