@@ -196,7 +196,7 @@ def test_a_subject_of_another_model_is_refused(client):
         client.run(graph)
     assert (
         failed.value.sentence.count("KindredMiniature") == 2
-        and "same MODEL" in failed.value.sentence
+        and "Wire a MODEL with the same LoRAs (or merge)" in failed.value.sentence
     )
 
 
