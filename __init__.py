@@ -1,4 +1,6 @@
-"""Kindred: pictures that share a subject. Masked self-attention injection and consistent stories for ComfyUI."""
+"""Kindred: pictures that share a subject. Masked self-attention injection and consistent stories
+for ComfyUI.
+"""
 
 from __future__ import annotations
 

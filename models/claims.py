@@ -1,4 +1,6 @@
-"""Files that tell other processes, on this machine or on a shared disk, that somebody living holds a name."""
+"""Files that tell other processes, on this machine or on a shared disk, that somebody living holds
+a name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NEVER_WRITTEN = 1 << 20  # Windows locks bytes, also those behind a file's end
 
 
 def _lock(handle: int) -> bool:
-    """Whether this open file is now ours alone, until it is closed or we die. OSError where the disk knows no locks."""
+    """Whether this open file is now ours alone, until it is closed or we die. OSError where the
+    disk knows no locks.
+    """
     try:
         if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -33,7 +37,8 @@ def _lock(handle: int) -> bool:
 def hold(claim: Path) -> int | None:
     """Make the file `claim` and hold it -> its handle, or None where somebody else made it first.
 
-    On a disk without locks the file alone stands for its holder. OSError where none can be made there.
+    On a disk without locks the file alone stands for its holder. OSError where none can be made
+    there.
     """
     try:
         handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_RDWR)
@@ -62,14 +67,18 @@ def release(claim: Path, handle: int) -> None:
 
 
 def _is_at(claim: Path, handle: int) -> bool:
-    """Whether an open file is the one that has this name now; Windows gives no name twice while a file is open."""
+    """Whether an open file is the one that has this name now; Windows gives no name twice while a
+    file is open.
+    """
     with contextlib.suppress(OSError):
         return os.name == "nt" or os.fstat(handle).st_ino == os.stat(claim).st_ino
     return False
 
 
 def dead(claim: Path) -> bool:
-    """Whether nobody living holds `claim`; then the file is gone. Where that cannot be known, somebody does."""
+    """Whether nobody living holds `claim`; then the file is gone. Where that cannot be known,
+    somebody does.
+    """
     try:
         handle = os.open(claim, os.O_RDWR)
     except FileNotFoundError:
@@ -77,9 +86,8 @@ def dead(claim: Path) -> bool:
     except OSError:
         return False
     try:
-        free = _lock(handle) and _is_at(
-            claim, handle
-        )  # else its holder let go and another took the name
+        # else its holder let go and another took the name
+        free = _lock(handle) and _is_at(claim, handle)
     except OSError:
         free = False
     if free:
@@ -91,7 +99,9 @@ def dead(claim: Path) -> bool:
 
 @contextmanager
 def first_free(paths: Iterable[Path]) -> Iterator[Path]:
-    """The first of `paths` where no file is and that no other process holds; ours until the block ends."""
+    """The first of `paths` where no file is and that no other process holds; ours until the block
+    ends.
+    """
     for path in paths:
         claim = path.with_name(f".{path.name}.claim")
         if path.exists() or claim.exists() and not dead(claim):

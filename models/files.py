@@ -20,11 +20,12 @@ from .claims import dead, hold, release
 
 @contextmanager
 def whole(path: Path, tensors: Iterable[Tensor] = ()) -> Iterator[Path]:
-    """Yields a temporary path to write; renamed to `path` when the block ends well, removed when it does not.
+    """Yields a temporary path to write; renamed to `path` when the block ends well, removed when it
+    does not.
 
-    A kill, a power cut or a full disk leaves the older file as it was; what a killed process left of this name goes first, what a living
-    one is writing stays. tensors: most of what will be written. Raises OSError where the disk does, whoever wrote, with the folder and
-    its room.
+    A kill, a power cut or a full disk leaves the older file as it was; what a killed process left
+    of this name goes first, what a living one is writing stays. tensors: most of what will be
+    written. Raises OSError where the disk does, whoever wrote, with the folder and its room.
     """
     _clear(path)
     size = sum(t.numel() * t.element_size() for t in tensors)
@@ -79,19 +80,25 @@ def _finish(partial: Path, path: Path) -> None:
 
 
 def _place(path: Path) -> Path:
-    """Where `path` is written before it has its name; other machines count their processes from 1 too."""
+    """Where `path` is written before it has its name; other machines count their processes from 1
+    too.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**8):08}.partial")
 
 
 def discard(place: Path) -> None:
-    """What cannot go stays: a disk that became read-only; on Windows, somebody else's that is still open."""
+    """What cannot go stays: a disk that became read-only; on Windows, somebody else's that is still
+    open.
+    """
     shutil.rmtree(place, ignore_errors=True)
     with contextlib.suppress(OSError):
         place.unlink(missing_ok=True)  # of an older Kindred, which had no folder for it
 
 
 def flush_folder(folder: Path) -> None:
-    """After this a power cut keeps the new name too. Windows opens no folders, and some network disks flush none: then it is up to them."""
+    """After this a power cut keeps the new name too. Windows opens no folders, and some network
+    disks flush none: then it is up to them.
+    """
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -106,12 +113,15 @@ def refusal(path: Path, size: int, said: str) -> OSError:
     with contextlib.suppress(OSError):  # the folder itself may be gone
         room.append(f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there")
     return OSError(
-        f"{path.name} could not be written to {path.parent}: {'; '.join([said, ' and '.join(room)]).rstrip('; ')}"
+        f"{path.name} could not be written to {path.parent}: "
+        f"{'; '.join([said, ' and '.join(room)]).rstrip('; ')}"
     )
 
 
 def remedy(error: OSError, elsewhere: str) -> str:
-    """What a person can do about a file that the system refused to write; elsewhere: what else can be chosen."""
+    """What a person can do about a file that the system refused to write; elsewhere: what else can
+    be chosen.
+    """
     allow = f"let ComfyUI write there, or choose {elsewhere}"
     known = {
         errno.ENOSPC: "make room there",
@@ -127,7 +137,9 @@ def remedy(error: OSError, elsewhere: str) -> str:
 
 
 def unread(path: Path, error: OSError) -> Exception:
-    """What to raise of a file that could not be read: the system's own fault, or that its contents are torn."""
+    """What to raise of a file that could not be read: the system's own fault, or that its contents
+    are torn.
+    """
     if not of_system(error):
         return torn(path, error)
     told = type(error)(f"{path.name} could not be read in {path.parent}: {error.strerror}")
@@ -136,7 +148,9 @@ def unread(path: Path, error: OSError) -> Exception:
 
 
 def of_system(error: Exception) -> bool:
-    """Whether the system did not give a file. Without a number it is a library that speaks of the contents, with EINVAL they led astray."""
+    """Whether the system did not give a file. Without a number it is a library that speaks of the
+    contents, with EINVAL they led astray.
+    """
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 

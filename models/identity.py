@@ -1,7 +1,9 @@
-"""What a reference is bound to: its model's weights, LoRAs, sampling and injected modules, compared by what each precision can hold.
+"""What a reference is bound to: its model's weights, LoRAs, sampling and injected modules, compared
+by what each precision can hold.
 
-No digest of weights is the same in two precisions: wherever a value lies near the middle between two neighbours, both roundings
-are right. So a key carries two thousand of the weights themselves, each with the precision that it is stored in.
+No digest of weights is the same in two precisions: wherever a value lies near the middle between
+two neighbours, both roundings are right. So a key carries two thousand of the weights themselves,
+each with the precision that it is stored in.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# bits of the mantissa, and the exponent of the least normal number: IEEE 754, and OCP's 8-bit formats
+# bits of the mantissa, and the exponent of the least normal number: IEEE 754, and OCP's 8-bit
+# formats
 FORMATS = {
     torch.float64: (52, -1022),
     torch.float32: (23, -126),
@@ -24,40 +27,45 @@ FORMATS = {
     torch.float8_e4m3fn: (3, -6),
     torch.float8_e5m2: (2, -14),
 }
+# what a wider dtype may be filled from
 COARSER = (
     torch.float8_e5m2,
     torch.float8_e4m3fn,
     torch.bfloat16,
     torch.float16,
-)  # what a wider dtype may be filled from
+)
 TELLING = 8  # different values that must all fit a coarser format before it counts as theirs
+# a float16's rounding error: of a normal number, relative; of a tiny one
 HALF_STEP, LEAST_HALF = (
     2.0**-11,
     2.0**-25,
-)  # a float16's rounding error: of a normal number, relative; of a tiny one
+)
 MOST = 1 << 16  # values in a sketch; a key has a few thousand
 ALIKE = ("weights", "LoRAs", "sampling", "injected modules")
 
 
 def held_as(values: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The coarsest format that holds all values [n] float32: a float16 file that was loaded in float32 is one of float16.
+    """The coarsest format that holds all values [n] float32: a float16 file that was loaded in
+    float32 is one of float16.
 
-    dtype: what they are stored in, which is the answer where they fit nothing coarser, or are too few to tell.
+    dtype: what they are stored in, which is the answer where they fit nothing coarser, or are too
+    few to tell.
     """
     finite = values[values.isfinite() & (values != 0)]
     if dtype not in FORMATS or finite.unique().numel() < TELLING:
         return dtype
-    coarser = (
-        kind for kind in COARSER if FORMATS[kind][0] + 2 < FORMATS[dtype][0]
-    )  # one bit less fits by chance
+    # one bit less fits by chance
+    coarser = (kind for kind in COARSER if FORMATS[kind][0] + 2 < FORMATS[dtype][0])
     return next((kind for kind in coarser if torch.equal(finite.to(kind).float(), finite)), dtype)
 
 
 def cells(stored: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Numbers as they are stored [n] -> [2 n] float32: times their scale, and half a step of the format there: what rounding may do.
+    """Numbers as they are stored [n] -> [2 n] float32: times their scale, and half a step of the
+    format there: what rounding may do.
 
-    dtype: the format they were rounded to; scale: what the numbers of weights in float8 may have beside them. Integers, and what
-    is of no known format, stand for themselves; NaN and infinite numbers for any.
+    dtype: the format they were rounded to; scale: what the numbers of weights in float8 may have
+    beside them. Integers, and what is of no known format, stand for themselves; NaN and infinite
+    numbers for any.
     """
     exact = stored.double()
     if dtype not in FORMATS:
@@ -75,9 +83,10 @@ def cells(stored: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 def alike(a: Tensor, b: Tensor) -> Tensor:
     """bool [n]: whether one number can have been rounded to both; a, b: cells [2 n].
 
-    Formats of binary numbers lie on one another's grids, so the finer value lies in the coarser one's cell, and in one format
-    they are equal. Steps of a scale lie anywhere: there the cells have to meet. Of two formats the finer one may also be a
-    float32 file and the coarser one made of its float16 file.
+    Formats of binary numbers lie on one another's grids, so the finer value lies in the coarser
+    one's cell, and in one format they are equal. Steps of a scale lie anywhere: there the cells
+    have to meet. Of two formats the finer one may also be a float32 file and the coarser one made
+    of its float16 file.
     """
     (x, half_x), (y, half_y) = a.double(), b.double()
     one_grid = torch.frexp(half_x).mantissa == torch.frexp(half_y).mantissa
@@ -90,14 +99,12 @@ def alike(a: Tensor, b: Tensor) -> Tensor:
 class Sketch:
     """A part of some tensors. Raises ValueError where the values are none."""
 
-    digest: (
-        str  # of whatever is no tensor's value: names and shapes; of LoRAs also kinds and strengths
-    )
+    # of whatever is no tensor's value: names and shapes; of LoRAs also kinds and strengths
+    digest: str
     values: Tensor  # [2 n] float32 CPU, see cells
     layers: int = 0  # how many there are in all
-    stored: str = (
-        ""  # a foreign storage whose numbers nobody here can read, which equals itself alone
-    )
+    # a foreign storage whose numbers nobody here can read, which equals itself alone
+    stored: str = ""
 
     def __post_init__(self) -> None:
         v = self.values
@@ -109,7 +116,8 @@ class Sketch:
             or not (v[0].isfinite() & (v[1] >= 0)).all()
         ):
             raise ValueError(
-                f"a model's key holds {v.dtype} {list(v.shape)} where float32 values and their precision belong"
+                f"a model's key holds {v.dtype} {list(v.shape)} where float32 values and their "
+                f"precision belong"
             )
 
     def like(self, other: Sketch) -> bool:
@@ -147,10 +155,12 @@ class Sketch:
 class Parts:
     """What has to be the same for features of one model to mean something to another.
 
-    Weights are other ones where one of some two thousand values cannot be both. A change of a thousandth, of every weight, shows
-    in each of them in float32 and float16, in a tenth of them in bfloat16 and in a hundredth in float8: what is told apart there
-    are fine-tunes of the whole network, and not those of a few layers. Between bfloat16 and float8, and between the two float8,
-    it takes a change of a hundredth. A float32 file and its float16 file are one model, but for both in the same coarser format.
+    Weights are other ones where one of some two thousand values cannot be both. A change of a
+    thousandth, of every weight, shows in each of them in float32 and float16, in a tenth of them in
+    bfloat16 and in a hundredth in float8: what is told apart there are fine-tunes of the whole
+    network, and not those of a few layers. Between bfloat16 and float8, and between the two float8,
+    it takes a change of a hundredth. A float32 file and its float16 file are one model, but for
+    both in the same coarser format.
     """
 
     weights: Sketch
@@ -160,9 +170,11 @@ class Parts:
 
 
 class ModelKey(str):
-    """A model's name, "SD15 1a2b3c4d5e6f", as it is shown; what is compared stands beside it, in `parts`.
+    """A model's name, "SD15 1a2b3c4d5e6f", as it is shown; what is compared stands beside it, in
+    `parts`.
 
-    The name is exact: another precision has another one. References of older versions have only that, as plain text.
+    The name is exact: another precision has another one. References of older versions have only
+    that, as plain text.
     """
 
     parts: Parts | None
@@ -190,7 +202,9 @@ def tell_parts(key: str) -> dict[str, Any] | None:
 
 
 def read_parts(name: str, told: Mapping[str, Any] | None) -> str:
-    """The key of that name; ValueError, KeyError or TypeError where `told` is not what tell_parts gives."""
+    """The key of that name; ValueError, KeyError or TypeError where `told` is not what tell_parts
+    gives.
+    """
     if told is None:
         return name
     words = [told["sampling"], *told["modules"]]
@@ -222,7 +236,9 @@ def without_latents(key: str) -> str:
 
 
 def differences(made_with: str, given: str) -> tuple[str, ...] | None:
-    """What of two models differs, of ALIKE, or "kind"; () where they are one; None where they differ and a name is all there is."""
+    """What of two models differs, of ALIKE, or "kind"; () where they are one; None where they
+    differ and a name is all there is.
+    """
     ours, theirs = (without_latents(key) for key in (made_with, given))
     a, b = parts_of(made_with), parts_of(given)
     if a is None or b is None:

@@ -1,7 +1,9 @@
-"""What a reference holds, drawn over its pictures: masks, heat maps, and matching parts in one colour.
+"""What a reference holds, drawn over its pictures: masks, heat maps, and matching parts in one
+colour.
 
-Colours that mean a place or a size are even steps for the eye: OKLCH (Björn Ottosson, "A perceptual color space for image
-processing", 2020). Axes: b pictures, Y X pixels, y x token grid, n = y*x tokens row by row.
+Colours that mean a place or a size are even steps for the eye: OKLCH (Björn Ottosson, "A perceptual
+color space for image processing", 2020). Axes: b pictures, Y X pixels, y x token grid, n = y*x
+tokens row by row.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ HEAT = (
     (0.97, 0.08, 105.0),
 )  # cold to hot, OKLCH
 ALPHA = 0.7  # of a colour over the picture
+# of matches: left to right (short of a circle), top to bottom
 HUES, LIGHTNESS, CHROMA = (
     (15.0, 315.0),
     (0.88, 0.5),
     0.15,
-)  # of matches: left to right (short of a circle), top to bottom
+)
 LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709
 TO_LMS = (
     (1.0, 0.3963377774, 0.2158037573),
@@ -41,7 +44,8 @@ TO_RGB = (
 
 
 def draw_masks(images: Tensor, masks: Tensor) -> Tensor:
-    """images [b Y X 3] in 0..1, masks bool [b y x] -> [b Y X 3]: the rest grey and dim, a line just outside the subject's cells.
+    """images [b Y X 3] in 0..1, masks bool [b y x] -> [b Y X 3]: the rest grey and dim, a line just
+    outside the subject's cells.
 
     Every pixel of the subject is its own. Raises ValueError where the counts differ.
     """
@@ -54,9 +58,11 @@ def draw_masks(images: Tensor, masks: Tensor) -> Tensor:
 
 
 def draw_heat(images: Tensor, maps: Tensor) -> Tensor:
-    """images [b Y X 3] in 0..1, maps [b y x] -> [b Y X 3]: each map from its least to its greatest as colour over the grey picture.
+    """images [b Y X 3] in 0..1, maps [b y x] -> [b Y X 3]: each map from its least to its greatest
+    as colour over the grey picture.
 
-    A constant map says nothing: its picture stays as it is. Raises ValueError where the counts differ.
+    A constant map says nothing: its picture stays as it is. Raises ValueError where the counts
+    differ.
     """
     _same_count(images, maps, "maps")
     maps = maps.float().to(images.device)
@@ -71,18 +77,20 @@ def draw_heat(images: Tensor, maps: Tensor) -> Tensor:
 def draw_matches(
     images: Tensor, grid: tuple[int, int], subjects: Tensor, source: Tensor, keep: Tensor
 ) -> Tensor:
-    """Where the first picture's subject is found again: images [b Y X 3] in 0..1 -> [b Y X 3], equal parts in equal colours.
+    """Where the first picture's subject is found again: images [b Y X 3] in 0..1 -> [b Y X 3],
+    equal parts in equal colours.
 
-    subjects bool [b n]; source int64 [b n], positions among the n tokens of the first picture; keep bool [b n], which of them
-    hold. The first picture's subject shows every place's colour (its own source and keep are not read); elsewhere a kept
-    token has its source's, the rest of a subject is grey, and all else dim. Raises ValueError where shapes or positions do not
-    fit.
+    subjects bool [b n]; source int64 [b n], positions among the n tokens of the first picture; keep
+    bool [b n], which of them hold. The first picture's subject shows every place's colour (its own
+    source and keep are not read); elsewhere a kept token has its source's, the rest of a subject is
+    grey, and all else dim. Raises ValueError where shapes or positions do not fit.
     """
     _same_count(images, subjects, "subjects")
     n = grid[0] * grid[1]
     if not subjects.shape == source.shape == keep.shape or subjects.shape[1] != n:
         raise ValueError(
-            f"Overlay: a grid of {grid[0]}x{grid[1]} has {n} tokens; got subjects {list(subjects.shape)}, source "
+            f"Overlay: a grid of {grid[0]}x{grid[1]} has {n} tokens; got subjects "
+            f"{list(subjects.shape)}, source "
             f"{list(source.shape)}, keep {list(keep.shape)}."
         )
     subjects, source, keep = (x.to(images.device) for x in (subjects.bool(), source, keep.bool()))
@@ -105,7 +113,9 @@ def draw_matches(
 
 
 def heat_colours(shares: Tensor) -> Tensor:
-    """Numbers [..] in 0..1 -> colours [.. 3]: dark violet, red, orange, pale yellow; lighter is more."""
+    """Numbers [..] in 0..1 -> colours [.. 3]: dark violet, red, orange, pale yellow; lighter is
+    more.
+    """
     ramp = oklch(torch.tensor(HEAT, device=shares.device))
     at = shares.float() * (len(HEAT) - 1)
     below = at.floor().long().clamp(0, len(HEAT) - 2)
@@ -113,7 +123,9 @@ def heat_colours(shares: Tensor) -> Tensor:
 
 
 def place_colours(subject: Tensor) -> Tensor:
-    """A subject bool [y x] -> colours [y x 3] of every cell by its place in the subject's box; grey where there is no subject."""
+    """A subject bool [y x] -> colours [y x 3] of every cell by its place in the subject's box; grey
+    where there is no subject.
+    """
     if not subject.any():
         return torch.full((*subject.shape, 3), 0.5, device=subject.device)
 
@@ -153,7 +165,9 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _cells(values: Tensor, images: Tensor) -> Tensor:
-    """values [b y x ..] -> [b Y X ..] at the pictures' size: each pixel has its own cell's, so that one sees the true cells."""
+    """values [b y x ..] -> [b Y X ..] at the pictures' size: each pixel has its own cell's, so that
+    one sees the true cells.
+    """
     y, x = (
         (2 * torch.arange(pixels, device=images.device) + 1) * cells // (2 * pixels)
         for pixels, cells in zip(images.shape[1:3], values.shape[1:3])
@@ -164,5 +178,6 @@ def _cells(values: Tensor, images: Tensor) -> Tensor:
 def _same_count(images: Tensor, drawn: Tensor, what: str) -> None:
     if images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(drawn):
         raise ValueError(
-            f"Overlay: pictures must be [b y x 3] with as many {what}; got {list(images.shape)} and {list(drawn.shape)}."
+            f"Overlay: pictures must be [b y x 3] with as many {what}; got {list(images.shape)} "
+            f"and {list(drawn.shape)}."
         )

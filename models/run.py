@@ -24,18 +24,20 @@ from .network.sites import BlockSite
 from .network.traced import Traced, trace
 from .network.watch import ActiveInjection, PassEnds, Watcher
 
-SUBJECT = "kindred_subject"  # what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
+# what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
+SUBJECT = "kindred_subject"
 REPEATS = "kindred_repeats"  # and how many times each row's text stands in it
 
 
 @dataclass
 class Run:
-    """Everything of ours that changes during one sampler run; a plain object, since the host copies dicts and lists."""
+    """Everything of ours that changes during one sampler run; a plain object, since the host copies
+    dicts and lists.
+    """
 
     watchers: list[Watcher] = field(default_factory=list)
-    ends_early: bool = (
-        False  # nobody wants the UNet's answer: a pass ends with what the last watcher waits for
-    )
+    # nobody wants the UNet's answer: a pass ends with what the last watcher waits for
+    ends_early: bool = False
     sites: dict[BlockId, BlockSite] = field(default_factory=dict)
     parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
     latent: Grid = (0, 0)
@@ -46,9 +48,8 @@ class Run:
     current: AttnCall | None = None  # the call that the UNet is in
     pending: AttnCall | None = None  # the same, while its attention function comes next
     asked: tuple[int, ...] = ()  # the shape of its queries' tokens [b n c]
-    before: tuple[Tensor, Tensor] | None = (
-        None  # tokens [b n c] and context [b t c] as the host gave them
-    )
+    # tokens [b n c] and context [b t c] as the host gave them
+    before: tuple[Tensor, Tensor] | None = None
     traced: dict[tuple[Any, ...], Traced | None] = field(default_factory=dict)
     compiled: bool = False  # torch.compile stands somewhere in the network
     backbone: Backbone | None = None  # of a transformer; None: a UNet
@@ -67,7 +68,9 @@ class Run:
         )
 
     def read_conds(self, conds: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Give every processed cond its own uuid (the host shares one between area twins) and remember its role."""
+        """Give every processed cond its own uuid (the host shares one between area twins) and
+        remember its role.
+        """
         for kind, entries in conds.items():
             role = Role.UNCOND if "negative" in kind else Role.COND
             for entry in entries:
@@ -83,15 +86,18 @@ class Run:
                 )
 
     def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
-        """The parts of a call in their order. Tiled diffusion stacks several tiles of all of them, one tile behind the other."""
-        parts = [
-            self.parts.get(u, Part()) for u in options.get("uuids") or (None,)
-        ]  # called past the sampler: nobody we know
+        """The parts of a call in their order. Tiled diffusion stacks several tiles of all of them,
+        one tile behind the other.
+        """
+        # called past the sampler: nobody we know
+        parts = [self.parts.get(u, Part()) for u in options.get("uuids") or (None,)]
         rows, whole = options.get("original_shape", (0,))[0], len(parts) * self.pictures
         return parts * (rows // whole) if whole and rows > whole and not rows % whole else parts
 
     def call(self, options: Mapping[str, Any], text: int | None = None) -> AttnCall:
-        """Translate extra_options; text: tokens of the context of a cross-attention, None in self-attention."""
+        """Translate extra_options; text: tokens of the context of a cross-attention, None in
+        self-attention.
+        """
         parts = self.parts_of(options)
         repeats = (
             ()
@@ -116,12 +122,16 @@ class Run:
     def joint_call(
         self, block: BlockId, options: Mapping[str, Any], picture: slice, mask: Tensor | None
     ) -> AttnCall:
-        """A call of a transformer, translated; picture: of its keys. ValueError where a text stands there several times."""
+        """A call of a transformer, translated; picture: of its keys. ValueError where a text stands
+        there several times.
+        """
         parts = self.parts_of(options)
         if self.backbone.joint and any(r != 1 for part in parts for r in part.repeats):
             raise ValueError(
-                f"Kindred: lines of unequal length were made equal by repeating the shorter ones, but {self.backbone.family} reads text "
-                "and picture in one attention, where a repeated text is louder. Bring the lines of Subject Prompts to one length, "
+                f"Kindred: lines of unequal length were made equal by repeating the shorter ones, "
+                f"but {self.backbone.family} reads text "
+                "and picture in one attention, where a repeated text is louder. Bring the lines of "
+                "Subject Prompts to one length, "
                 "or sample them apart."
             )
         return AttnCall(
@@ -143,9 +153,11 @@ class Run:
         keys: int,
         stands: Callable[[int], slice | None],
     ) -> tuple[AttnCall, slice]:
-        """Where the picture of a transformer's block reads the text, translated, and which of its keys are the text's.
+        """Where the picture of a transformer's block reads the text, translated, and which of its
+        keys are the text's.
 
-        keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as Backbone.text says.
+        keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as
+        Backbone.text says.
         """
         call = self.joint_call(block, options, slice(0), None)
         rows = [p.rows for p in call.texts] if self.backbone.joint else [keys for _ in call.texts]
@@ -166,9 +178,11 @@ class Run:
         return replace(call, cross=True, places=places), text
 
     def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
-        """The call behind all patches: its rows and keys as they are now, or why that cannot be told.
+        """The call behind all patches: its rows and keys as they are now, or why that cannot be
+        told.
 
-        Tiles of HyperTile are other rows of the same tokens; in self-attention the keys are no text.
+        Tiles of HyperTile are other rows of the same tokens; in self-attention the keys are no
+        text.
         """
         (was, text), self.before = self.before, None
         cross = call.cross
@@ -190,9 +204,12 @@ class Run:
             return call.after(found)
         return replace(
             call,
-            unknown=f"another node's {'cross' if cross else 'self'}-attention patch gives block {block_name(call.block)} "
-            f"{n.shape[0]} rows where the model was given {was.shape[0]} ({len(call.roles)} prompts of "
-            f"{was.shape[0] // len(call.roles)} pictures), and whose they are cannot be told (regional prompts, attention "
+            unknown=f"another node's {'cross' if cross else 'self'}-attention patch gives block "
+            f"{block_name(call.block)} "
+            f"{n.shape[0]} rows where the model was given {was.shape[0]} ({len(call.roles)} "
+            f"prompts of "
+            f"{was.shape[0] // len(call.roles)} pictures), and whose they are cannot be told "
+            f"(regional prompts, attention "
             "couple). Remove that node.",
         )
 
@@ -219,7 +236,9 @@ class Run:
         self.drop_hook()
 
     def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
-        """What the parts of a call read of every active injection; empty where they read nothing."""
+        """What the parts of a call read of every active injection; empty where they read
+        nothing.
+        """
         return references_of(call, self.active, self.sites, q, k, v)
 
     def attend(

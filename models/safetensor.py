@@ -13,7 +13,8 @@ MOST_HEADER = 1 << 26  # bytes; a real one has a few hundred kB
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse what safetensors would misread or execute: ValueError for a pickle, an empty or cut file, a header that cannot be.
+    """Refuse what safetensors would misread or execute: ValueError for a pickle, an empty or cut
+    file, a header that cannot be.
 
     OSError where the system does not give it.
     """
@@ -32,7 +33,8 @@ def check_safetensors(path: Path) -> None:
         return
     if head[:2] == b"PK" or head[:1] == b"\x80":
         raise ValueError(
-            f"{path.name} is a pickle (.bin, .pt, .ckpt), which can run programs when it is opened, so Kindred does not. "
+            f"{path.name} is a pickle (.bin, .pt, .ckpt), which can run programs when it is "
+            f"opened, so Kindred does not. "
             "Use the .safetensors form of it."
         )
     raise ValueError(

@@ -1,4 +1,6 @@
-"""What one judge says of pictures: how alike they are, how like a reference, and how far they show what was asked for."""
+"""What one judge says of pictures: how alike they are, how like a reference, and how far they show
+what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ READER_SCALE, CLIP_SCALE = (0.0, 1.0), (0.4, 1.0)
 
 @dataclass(frozen=True)
 class Scores:
-    """What one judge says of b pictures. A number that was not measured is None here, and 0 at the node's outputs."""
+    """What one judge says of b pictures. A number that was not measured is None here, and 0 at the
+    node's outputs.
+    """
 
     judge: str
     pairs: Tensor  # similarity of every picture with every other [b b]
@@ -79,13 +83,16 @@ def counted(count: int, what: str, before: str = "") -> str:
 def cut_out(
     images: Tensor, masks: Tensor | None, colour: Sequence[float], name: str
 ) -> Sequence[Tensor]:
-    """The subject of every picture [Y X 3]: a square about its mask, the rest in one colour. Without masks the pictures themselves."""
+    """The subject of every picture [Y X 3]: a square about its mask, the rest in one colour.
+    Without masks the pictures themselves.
+    """
     if masks is None:
         return images
     masks = masks.detach().float().cpu().reshape(-1, *masks.shape[-2:])
     if len(masks) not in (1, len(images)):
         raise ValueError(
-            f"{NODE}: {name} has {len(masks)} masks for {counted(len(images), 'picture')}. Wire one for all of them, or one "
+            f"{NODE}: {name} has {len(masks)} masks for {counted(len(images), 'picture')}. Wire "
+            f"one for all of them, or one "
             "for each."
         )
     inside = resize_user_mask(masks, tuple(images.shape[1:3])).expand(len(images), -1, -1)
@@ -96,10 +103,13 @@ def cut_out(
 
 
 def squared(image: Tensor, mask: Tensor, colour: Sequence[float], number: int, name: str) -> Tensor:
-    """The subject of one picture [Y X 3] under its mask bool [Y X], in the middle of a square; ValueError for an empty mask."""
+    """The subject of one picture [Y X 3] under its mask bool [Y X], in the middle of a square;
+    ValueError for an empty mask.
+    """
     if not mask.any():
         raise ValueError(
-            f"{NODE}: mask {number} of {name} is empty, so there is no subject to judge. Look at it with Preview Mask, "
+            f"{NODE}: mask {number} of {name} is empty, so there is no subject to judge. Look at "
+            f"it with Preview Mask, "
             f"and mark the subject or unwire {name}."
         )
     (top, bottom), (left, right) = (

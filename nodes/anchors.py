@@ -1,4 +1,6 @@
-"""ConsiStory Anchor Sampler: a subject made once and kept for further pictures (arXiv 2402.03286, 4.4)."""
+"""ConsiStory Anchor Sampler: a subject made once and kept for further pictures (arXiv 2402.03286,
+4.4).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class AnchorSampler(io.ComfyNode):
-    """ConsiStory 4.4: the subject made once; its anchors then serve any number of further pictures."""
+    """ConsiStory 4.4: the subject made once; its anchors then serve any number of further
+    pictures.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,7 +33,8 @@ class AnchorSampler(io.ComfyNode):
             node_id="KindredAnchorSampler",
             display_name=SAMPLER,
             category="Kindred",
-            description="Samples like KSampler and keeps the subject: further pictures that get this reference in ConsiStory Shared "
+            description="Samples like KSampler and keeps the subject: further pictures that get "
+            "this reference in ConsiStory Shared "
             "Attention look as if they had been made in this batch.",
             search_aliases=[
                 "anchor sampler",
@@ -65,7 +70,8 @@ class AnchorSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How closely the prompt is followed. Start with 5, or with 4 for the miniature.",
+                    tooltip="How closely the prompt is followed. Start with 5, or with 4 for the "
+                    "miniature.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -87,7 +93,8 @@ class AnchorSampler(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="As many latents as prompts: Empty Latent Image with Subject Prompts' count.",
+                    tooltip="As many latents as prompts: Empty Latent Image with Subject Prompts' "
+                    "count.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -103,7 +110,8 @@ class AnchorSampler(io.ComfyNode):
                     options=["as computed", "float16"],
                     default="as computed",
                     advanced=True,
-                    tooltip="How the features are stored. float16 halves memory and file of a model that computes in float32.",
+                    tooltip="How the features are stored. float16 halves memory and file of a "
+                    "model that computes in float32.",
                 ),
             ],
             outputs=[
@@ -169,12 +177,14 @@ def story_of(model: Any) -> host.StoryInjection:
             "already reads a reference, so it makes no anchors"
             if story
             else (
-                "does not come from ConsiStory Shared Attention, or its settings share nothing (strength 0; "
+                "does not come from ConsiStory Shared Attention, or its settings share nothing "
+                "(strength 0; "
                 "weight 0 or dropout 1, with feature_injection 0; black masks)"
             )
         )
         raise ValueError(
-            f"{SAMPLER}: the model given {why}. Wire ConsiStory Shared Attention{' without a reference' * bool(story)} "
+            f"{SAMPLER}: the model given {why}. Wire ConsiStory Shared "
+            f"Attention{' without a reference' * bool(story)} "
             "before it."
         )
     return story
@@ -184,7 +194,8 @@ def require_sampled(denoise: float, sampler: str) -> None:
     """ValueError where no step is sampled, or a sampler skips levels of its schedule."""
     if denoise <= 0:
         raise ValueError(
-            f"{SAMPLER}: denoise is {denoise}, so no step is sampled and there is nothing to keep of the anchors. Give "
+            f"{SAMPLER}: denoise is {denoise}, so no step is sampled and there is nothing to keep "
+            f"of the anchors. Give "
             "more than 0; 1 begins from noise."
         )
     if sampler in host.LEAPING:
@@ -196,8 +207,10 @@ def require_finite(samples: Tensor) -> None:
     if not torch.isfinite(samples).all():
         bad = (~torch.isfinite(samples)).sum().item()
         raise ValueError(
-            f"{SAMPLER}: {bad} of {samples.numel()} values of the pictures are NaN or infinite, so nothing of them "
-            "can be kept. Start ComfyUI with --fp32-unet or --force-upcast-attention, or sample with KSampler."
+            f"{SAMPLER}: {bad} of {samples.numel()} values of the pictures are NaN or infinite, so "
+            f"nothing of them "
+            "can be kept. Start ComfyUI with --fp32-unet or --force-upcast-attention, or sample "
+            "with KSampler."
         )
 
 

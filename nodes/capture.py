@@ -1,4 +1,6 @@
-"""Ref-UNet Feature Capture: the subject read out of a photo (paper A, arXiv 2403.11284, section 2.2)."""
+"""Ref-UNet Feature Capture: the subject read out of a photo (paper A, arXiv 2403.11284, section
+2.2).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ log = logging.getLogger(__name__)
 
 
 class RefUNetCapture(io.ComfyNode):
-    """Ref-UNet pass of paper A: features of every step, and the subject's mask from its words' cross-attention, eq. (4), (5)."""
+    """Ref-UNet pass of paper A: features of every step, and the subject's mask from its words'
+    cross-attention, eq. (4), (5).
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -44,8 +48,10 @@ class RefUNetCapture(io.ComfyNode):
             node_id="KindredRefUNetCapture",
             display_name=NODE,
             category="Kindred",
-            description="Reads the subject out of a photo: the self-attention features of every step and a mask of where the subject is. "
-            "Give it the encoded photo (it inverts and reads in one pass) or the result of DDIM Invert.",
+            description="Reads the subject out of a photo: the self-attention features of every "
+            "step and a mask of where the subject is. "
+            "Give it the encoded photo (it inverts and reads in one pass) or the result of DDIM "
+            "Invert.",
             search_aliases=[
                 "reference capture",
                 "ref unet",
@@ -57,7 +63,8 @@ class RefUNetCapture(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="A coarse description with the subject's word, such as: a photo of a cat "
+                    tooltip="A coarse description with the subject's word, such as: a photo of a "
+                    "cat "
                     "(Subject Prompts).",
                 ),
                 io.Int.Input(
@@ -65,19 +72,22 @@ class RefUNetCapture(io.ComfyNode):
                     default=50,
                     min=2,
                     max=1000,
-                    tooltip="With a latent: the steps of the sampler that will generate. Unused with an inversion.",
+                    tooltip="With a latent: the steps of the sampler that will generate. Unused "
+                    "with an inversion.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=host.schedulers(),
                     default="ddim_uniform",
-                    tooltip="With a latent: the scheduler of the sampler that will generate. Unused with an inversion.",
+                    tooltip="With a latent: the scheduler of the sampler that will generate. "
+                    "Unused with an inversion.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="all",
                     advanced=True,
-                    tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, masactrl, or a list such as "
+                    tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, "
+                    "masactrl, or a list such as "
                     "output 3-5, middle 0. Fewer blocks take less memory.",
                 ),
                 io.Combo.Input(
@@ -85,7 +95,8 @@ class RefUNetCapture(io.ComfyNode):
                     options=[OTSU, VALUE],
                     default=OTSU,
                     advanced=True,
-                    tooltip="otsu finds the threshold from the map itself; value uses the number below.",
+                    tooltip="otsu finds the threshold from the map itself; value uses the number "
+                    "below.",
                 ),
                 io.Float.Input(
                     "mask_value",
@@ -94,7 +105,8 @@ class RefUNetCapture(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Threshold on the map scaled to 0..1, used when the threshold is set to value.",
+                    tooltip="Threshold on the map scaled to 0..1, used when the threshold is set "
+                    "to value.",
                 ),
                 io.Int.Input(
                     "mask_steps",
@@ -102,20 +114,23 @@ class RefUNetCapture(io.ComfyNode):
                     min=1,
                     max=1000,
                     advanced=True,
-                    tooltip="The mask is the union over this many first (noisiest) steps: the paper's tau = 2.",
+                    tooltip="The mask is the union over this many first (noisiest) steps: the "
+                    "paper's tau = 2.",
                 ),
                 io.String.Input(
                     "mask_blocks",
                     default="auto",
                     advanced=True,
-                    tooltip="Blocks whose cross-attention locates the subject. auto: those at a quarter of the latent's size.",
+                    tooltip="Blocks whose cross-attention locates the subject. auto: those at a "
+                    "quarter of the latent's size.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=["as computed", "float16"],
                     default="as computed",
                     advanced=True,
-                    tooltip="How the features are stored in memory. float16 halves the memory of a model that computes in "
+                    tooltip="How the features are stored in memory. float16 halves the memory of a "
+                    "model that computes in "
                     "float32.",
                 ),
                 io.Combo.Input(
@@ -124,7 +139,8 @@ class RefUNetCapture(io.ComfyNode):
                     default=Keeps.AUTO.value,
                     optional=True,
                     advanced=True,
-                    tooltip="What is held of each token. keys and values make every later step a little faster and take "
+                    tooltip="What is held of each token. keys and values make every later step a "
+                    "little faster and take "
                     "twice the memory of hidden states; automatic takes them up to 1 GB.",
                 ),
                 io.Float.Input(
@@ -135,7 +151,8 @@ class RefUNetCapture(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     advanced=True,
-                    tooltip="How much of the subject's tokens is kept, evenly spread: less takes less memory and time, and "
+                    tooltip="How much of the subject's tokens is kept, evenly spread: less takes "
+                    "less memory and time, and "
                     "those that are kept speak the louder.",
                 ),
                 host.Inversion.Input(
@@ -146,7 +163,8 @@ class RefUNetCapture(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Instead of an inversion: the photo through VAE Encode; inverted and read "
+                    tooltip="Instead of an inversion: the photo through VAE Encode; inverted and "
+                    "read "
                     "in one pass.",
                 ),
                 io.Conditioning.Input(
@@ -223,7 +241,9 @@ class RefUNetCapture(io.ComfyNode):
 
 @dataclass(frozen=True)
 class Photo:
-    """What is read: an inverted photo, or an encoded one and the schedule that it is inverted along."""
+    """What is read: an inverted photo, or an encoded one and the schedule that it is inverted
+    along.
+    """
 
     key: str  # of the model
     down: Tensor  # [t+1] sigmas, descending
@@ -255,7 +275,8 @@ def require_share(token_share: float) -> None:
     """ValueError for a share of the subject's tokens that is none."""
     if not 0 < token_share <= 1:
         raise ValueError(
-            f"{NODE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the subject)."
+            f"{NODE}: token_share is {token_share}. Give a share above 0 and up to 1 (all of the "
+            f"subject)."
         )
 
 
@@ -267,12 +288,14 @@ def photo_of(
     scheduler: str,
     sigmas: Tensor | None,
 ) -> Photo:
-    """The one of both that is wired; ValueError for both and for none, and where it does not fit the model."""
+    """The one of both that is wired; ValueError for both and for none, and where it does not fit
+    the model.
+    """
     if (inversion is None) == (latent is None):
+        none, both = "neither an inversion nor a latent is", "both an inversion and a latent are"
         raise ValueError(
-            f"{NODE}: "
-            f"{'neither an inversion nor a latent is' if latent is None else 'both an inversion and a latent are'} "
-            "wired. Wire exactly one: the photo's latent, or the result of DDIM Invert."
+            f"{NODE}: {none if latent is None else both} wired. Wire exactly one: the photo's "
+            "latent, or the result of DDIM Invert."
         )
     key = host.model_key(model)
     if inversion is not None:
@@ -294,7 +317,9 @@ def pass_over(
     token_share: float,
     keeps: Keeps,
 ) -> RefUNetPass:
-    """The pass that keeps these blocks, before it begins; stored: the dtype of what is kept, None as it is computed."""
+    """The pass that keeps these blocks, before it begins; stored: the dtype of what is kept, None
+    as it is computed.
+    """
     grids = {block: grid_of(photo.whole, sites[block].divisor) for block in blocks}
     masks = None
     if subject.mask is not None:
@@ -393,22 +418,27 @@ def read_prompts(
     masked: bool,
     family: str | None,
 ) -> dict[Half, ReferencePrompt]:
-    """The prompts of a pass; ValueError where positive marks no subject and no mask is wired that would show it."""
+    """The prompts of a pass; ValueError where positive marks no subject and no mask is wired that
+    would show it.
+    """
     prompts = {Half.COND: host.read_prompt(model, positive, "positive", NODE, pictures)}
     if negative is not None:
         prompts[Half.UNCOND] = host.read_prompt(model, negative, "negative", NODE, pictures)
     if not masked and prompts[Half.COND].subject is None:
+        unknown = f" If it was, its CLIP is not one whose words are known in {family}: wire a mask."
         raise ValueError(
-            f"{NODE}: positive ({(prompts[Half.COND].text or 'a CLIP Text Encode')[:200]!r}) marks no subject word, and no "
-            f"mask is wired. "
-            "Encode it with Subject Prompts and write the subject there, or wire a mask of the subject."
-            f"{f' If it was, its CLIP is not one whose words are known in {family}: wire a mask.' if family else ''}"
+            f"{NODE}: positive ({(prompts[Half.COND].text or 'a CLIP Text Encode')[:200]!r}) marks "
+            "no subject word, and no mask is wired. Encode it with Subject Prompts and write the "
+            "subject there, or wire a mask of the subject."
+            f"{unknown if family else ''}"
         )
     return prompts
 
 
 def subject_picture(rough: Tensor | None, masks: Tensor, picture: Tensor) -> Tensor:
-    """What the node shows: masks bool [r y x] over the rough pictures [r y x 3], at the size of picture [r Y X]; without them, it alone."""
+    """What the node shows: masks bool [r y x] over the rough pictures [r y x 3], at the size of
+    picture [r Y X]; without them, it alone.
+    """
     if rough is None:
         return picture[..., None].expand(-1, -1, -1, 3)
     return draw_masks(

@@ -1,4 +1,6 @@
-"""Comparison Grid: batches of pictures as one labelled sheet that people can post (paper A's ablation figure)."""
+"""Comparison Grid: batches of pictures as one labelled sheet that people can post (paper A's
+ablation figure).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class ComparisonGrid(io.ComfyNode):
             display_name=GRID,
             category="Kindred",
             is_output_node=True,
-            description="Batches of pictures as one labelled sheet: a row for each batch, such as plain, self-attention only, concept only "
+            description="Batches of pictures as one labelled sheet: a row for each batch, such as "
+            "plain, self-attention only, concept only "
             "and both, with the reference beside them.",
             search_aliases=[
                 "ablation grid",
@@ -58,14 +61,16 @@ class ComparisonGrid(io.ComfyNode):
                     default="",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="One line per batch, in their order: what it was made with. A blank line names none.",
+                    tooltip="One line per batch, in their order: what it was made with. A blank "
+                    "line names none.",
                 ),
                 io.String.Input(
                     "captions",
                     default="",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="One line per picture of a batch: what was asked for, such as the lines of Subject Prompts.",
+                    tooltip="One line per picture of a batch: what was asked for, such as the "
+                    "lines of Subject Prompts.",
                 ),
                 io.Int.Input(
                     "cell",
@@ -143,7 +148,8 @@ def require_room(batches: int, most: int, cell: int) -> None:
     if batches * most * cell**2 > MOST_PIXELS:
         fits = int((MOST_PIXELS / (batches * most)) ** 0.5) // 8 * 8
         raise ValueError(
-            f"{GRID}: {batches} batches of up to {most} pictures at {cell} pixels make a sheet of more than "
+            f"{GRID}: {batches} batches of up to {most} pictures at {cell} pixels make a sheet of "
+            f"more than "
             f"{MOST_PIXELS // 10**6} million pixels. Set cell to {fits} or less."
         )
 
@@ -153,6 +159,7 @@ def texts(text: str, count: int, name: str, of: str) -> list[str]:
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if len(lines) > count:
         raise ValueError(
-            f"{GRID}: {name} has {len(lines)} lines, but the sheet has {count} {of}. Take {len(lines) - count} of them out."
+            f"{GRID}: {name} has {len(lines)} lines, but the sheet has {count} {of}. Take "
+            f"{len(lines) - count} of them out."
         )
     return lines

@@ -1,4 +1,6 @@
-"""Concept Encoder Load and Cross-Attn Detail Inject: paper A's concept encoder (arXiv 2403.11284, section 2.3)."""
+"""Concept Encoder Load and Cross-Attn Detail Inject: paper A's concept encoder (arXiv 2403.11284,
+section 2.3).
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,16 @@ from . import host
 
 LOAD, INJECT = "Concept Encoder Load", "Cross-Attn Detail Inject"
 AS_TRAINED = "as trained"
-START = 0.2  # measured: docs/evaluation.md; from the first step on, likeness is less and guidance bends scenes
+# measured: docs/evaluation.md; from the first step on, likeness is less and guidance bends scenes
+START = 0.2
 LONGEST = 16  # times as long as wide
 log = logging.getLogger(__name__)
 
 
 class ConceptEncoderLoad(io.ComfyNode):
-    """A concept encoder from models/concept_encoders (paper A eq. (6); IP-Adapter full-face weights too)."""
+    """A concept encoder from models/concept_encoders (paper A eq. (6); IP-Adapter full-face weights
+    too).
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -40,7 +45,8 @@ class ConceptEncoderLoad(io.ComfyNode):
             node_id="KindredConceptEncoderLoad",
             display_name=LOAD,
             category="Kindred",
-            description="Loads what turns a photo into extra words for the model. Files belong into models/concept_encoders; IP-Adapter "
+            description="Loads what turns a photo into extra words for the model. Files belong "
+            "into models/concept_encoders; IP-Adapter "
             "full-face weights (.safetensors) work too, with their CLIP Vision wired in.",
             search_aliases=[
                 "concept encoder",
@@ -58,7 +64,8 @@ class ConceptEncoderLoad(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Only for files without a CLIP tower of their own, such as IP-Adapter full-face (ViT-H).",
+                    tooltip="Only for files without a CLIP tower of their own, such as IP-Adapter "
+                    "full-face (ViT-H).",
                 ),
             ],
             outputs=[
@@ -82,8 +89,10 @@ class ConceptEncoderLoad(io.ComfyNode):
             ) from error
         if encoder.tower is None and clip_vision is None:
             raise ValueError(
-                f"{LOAD}: {file} holds no CLIP tower; it reads tokens of width {encoder.config.tower_width}. "
-                f"Wire {'ViT-H' if encoder.config.tower_width == 1280 else 'its'} CLIP Vision into clip_vision "
+                f"{LOAD}: {file} holds no CLIP tower; it reads tokens of width "
+                f"{encoder.config.tower_width}. "
+                f"Wire {'ViT-H' if encoder.config.tower_width == 1280 else 'its'} CLIP Vision into "
+                f"clip_vision "
                 "(Load CLIP Vision)."
             )
         if encoder.tower is not None and clip_vision is not None:
@@ -111,11 +120,12 @@ class ConceptEncoderLoad(io.ComfyNode):
 
 @dataclass(frozen=True)
 class ConceptInjection:
-    """Configuration of one Cross-Attn Detail Inject node: keys and values are there before the run begins."""
+    """Configuration of one Cross-Attn Detail Inject node: keys and values are there before the run
+    begins.
+    """
 
-    keys_values: Mapping[
-        Half, KeysValues
-    ]  # (k, v) [1 m c] per block, in host memory; uncond: of the empty image
+    # (k, v) [1 m c] per block, in host memory; uncond: of the empty image
+    keys_values: Mapping[Half, KeysValues]
     pictures: int
     weight: float
     mode: WeightMode
@@ -127,7 +137,9 @@ class ConceptInjection:
     watches: ClassVar[bool] = False
 
     def check(self, model: Any) -> None:
-        """Nothing can have become wrong: the tokens do not depend on the model's weights, and its layers cannot change."""
+        """Nothing can have become wrong: the tokens do not depend on the model's weights, and its
+        layers cannot change.
+        """
 
     def held(self, model: Any, shape: Sequence[int]) -> int:
         """Bytes on the device: the keys and values of every layer, for the whole run."""
@@ -135,7 +147,9 @@ class ConceptInjection:
         return sum(t.numel() for t in tokens) * host.computes_in(model).itemsize
 
     def start_run(self, run: host.SamplerRun) -> ActiveConcept:
-        """Eq. (6) once per run: here the keys and values come to the device, in the dtype of the run."""
+        """Eq. (6) once per run: here the keys and values come to the device, in the dtype of the
+        run.
+        """
         device, dtype = run.device_and_dtype
         share = -math.log(self.pictures)  # R equal pictures are one (I9)
         made = {}
@@ -206,7 +220,8 @@ def plain_colours(image: Tensor) -> Tensor:
     ):
         raise ValueError(
             f"{INJECT}: the image is {list(image.shape)}"
-            f"{'' if torch.isfinite(image).all() else ' and holds NaN or infinite values'}. Wire Load Image into it."
+            f"{'' if torch.isfinite(image).all() else ' and holds NaN or infinite values'}. Wire "
+            f"Load Image into it."
         )
     most = LONGEST * min(image.shape[1:3])
     top, left = (max(n - most, 0) // 2 for n in image.shape[1:3])
@@ -215,7 +230,9 @@ def plain_colours(image: Tensor) -> Tensor:
 
 
 class CrossAttnDetailInject(io.ComfyNode):
-    """Paper A eq. (7)-(9): the concept's keys and values beside the text's, weighted inside the softmax."""
+    """Paper A eq. (7)-(9): the concept's keys and values beside the text's, weighted inside the
+    softmax.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -223,7 +240,8 @@ class CrossAttnDetailInject(io.ComfyNode):
             node_id="KindredCrossAttnDetailInject",
             display_name=INJECT,
             category="Kindred",
-            description="Lets the picture being made read a photo as if it were part of the prompt. Chain it with Masked Self-Attn Inject, "
+            description="Lets the picture being made read a photo as if it were part of the "
+            "prompt. Chain it with Masked Self-Attn Inject, "
             "or use several for several subjects.",
             search_aliases=[
                 "concept injection",
@@ -250,7 +268,8 @@ class CrossAttnDetailInject(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="How much of the photo's subject comes through: 0 is the plain picture, 1 all of it. Start with 1 "
+                    tooltip="How much of the photo's subject comes through: 0 is the plain "
+                    "picture, 1 all of it. Start with 1 "
                     "and turn it down where the prompt is no longer heard.",
                 ),
                 io.Float.Input(
@@ -260,7 +279,8 @@ class CrossAttnDetailInject(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     advanced=True,
-                    tooltip="W_C at full strength: 1 as it was trained, more is more identity until the prompt is no longer "
+                    tooltip="W_C at full strength: 1 as it was trained, more is more identity "
+                    "until the prompt is no longer "
                     "heard.",
                 ),
                 io.Combo.Input(
@@ -268,22 +288,26 @@ class CrossAttnDetailInject(io.ComfyNode):
                     options=[m.value for m in WeightMode],
                     default=WeightMode.LOGIT_BIAS.value,
                     advanced=True,
-                    tooltip="How the weight acts when concatenated. logit bias: renormalised inside the softmax. post softmax: "
-                    "on its output. key scale: on the keys. output blend: between plain and concatenated.",
+                    tooltip="How the weight acts when concatenated. logit bias: renormalised "
+                    "inside the softmax. post softmax: "
+                    "on its output. key scale: on the keys. output blend: between plain and "
+                    "concatenated.",
                 ),
                 io.Combo.Input(
                     "merge",
                     options=[AS_TRAINED, *(m.value for m in Merge)],
                     default=AS_TRAINED,
                     advanced=True,
-                    tooltip="concat: one softmax over text and photo (the paper). add: an attention of its own, added "
+                    tooltip="concat: one softmax over text and photo (the paper). add: an "
+                    "attention of its own, added "
                     "(IP-Adapter). as trained: what the encoder's file says.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="all",
                     advanced=True,
-                    tooltip="Where the photo is read: all, encoder, middle, decoder, or a list such as output 3-5, middle 0.",
+                    tooltip="Where the photo is read: all, encoder, middle, decoder, or a list "
+                    "such as output 3-5, middle 0.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -292,7 +316,8 @@ class CrossAttnDetailInject(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="When in the sampling the photo starts to be read. Before, the prompt alone lays the picture out.",
+                    tooltip="When in the sampling the photo starts to be read. Before, the prompt "
+                    "alone lays the picture out.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -308,8 +333,10 @@ class CrossAttnDetailInject(io.ComfyNode):
                     options=[h.value for h in Halves],
                     default=Halves.BOTH.value,
                     advanced=True,
-                    tooltip="Which half of CFG reads the photo. both gives the negative half an empty picture, as IP-Adapter "
-                    "does; cond only lets guidance amplify the photo; shared gives both halves the photo.",
+                    tooltip="Which half of CFG reads the photo. both gives the negative half an "
+                    "empty picture, as IP-Adapter "
+                    "does; cond only lets guidance amplify the photo; shared gives both halves the "
+                    "photo.",
                 ),
                 io.Mask.Input(
                     "target_mask",
@@ -342,7 +369,8 @@ class CrossAttnDetailInject(io.ComfyNode):
         wanted = select_blocks(blocks, [block for block, _ in layers], INJECT)
         if not 0 <= weight < math.inf:
             raise ValueError(
-                f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as trained."
+                f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as "
+                f"trained."
             )
         how, mode = config.merge if merge == AS_TRAINED else Merge(merge), WeightMode(weight_mode)
         weight *= dial(

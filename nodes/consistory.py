@@ -19,7 +19,9 @@ from . import host
 
 
 class ConsiStory(io.ComfyNode):
-    """Shared self-attention with subject masks and dropout, query blending, feature injection (ConsiStory, section 4)."""
+    """Shared self-attention with subject masks and dropout, query blending, feature injection
+    (ConsiStory, section 4).
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -32,8 +34,10 @@ class ConsiStory(io.ComfyNode):
             node_id="KindredConsiStory",
             display_name=STORY,
             category="Kindred",
-            description="Makes the pictures of one batch share their subject, without training: each looks at the subject of the others. "
-            "Encode the prompts with Subject Prompts, wire its count into the batch size, then sample with any sampler.",
+            description="Makes the pictures of one batch share their subject, without training: "
+            "each looks at the subject of the others. "
+            "Encode the prompts with Subject Prompts, wire its count into the batch size, then "
+            "sample with any sampler.",
             search_aliases=[
                 "consistory",
                 "consistent character",
@@ -51,7 +55,8 @@ class ConsiStory(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="How alike the subjects become: 0 leaves the plain pictures, 1 all that sharing and feature "
+                    tooltip="How alike the subjects become: 0 leaves the plain pictures, 1 all "
+                    "that sharing and feature "
                     "injection give. Start with 1.",
                 ),
                 io.Int.Input(
@@ -59,8 +64,10 @@ class ConsiStory(io.ComfyNode):
                     default=2,
                     min=0,
                     max=64,
-                    tooltip="Only the first so many pictures are read by all; they see one another, never the others, so more "
-                    "pictures do not change them. 2 are enough, as the paper finds. 0: all pictures read all.",
+                    tooltip="Only the first so many pictures are read by all; they see one "
+                    "another, never the others, so more "
+                    "pictures do not change them. 2 are enough, as the paper finds. 0: all "
+                    "pictures read all.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -69,7 +76,8 @@ class ConsiStory(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     advanced=True,
-                    tooltip="Of the dropout alone; the sampler has its own. Leave it, and vary the sampler's.",
+                    tooltip="Of the dropout alone; the sampler has its own. Leave it, and vary the "
+                    "sampler's.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -78,7 +86,8 @@ class ConsiStory(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     advanced=True,
-                    tooltip="How loudly the others' subject speaks at full strength: 0 shares nothing, 1 as if it were the "
+                    tooltip="How loudly the others' subject speaks at full strength: 0 shares "
+                    "nothing, 1 as if it were the "
                     "picture's own.",
                 ),
                 io.Float.Input(
@@ -87,7 +96,8 @@ class ConsiStory(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Share of the others' subject that is hidden at each step, so that poses stay free: 0 alike, 1 "
+                    tooltip="Share of the others' subject that is hidden at each step, so that "
+                    "poses stay free: 0 alike, 1 "
                     "shares nothing. Start with 0.5; with ControlNet the paper takes 0.7.",
                 ),
                 io.Float.Input(
@@ -97,7 +107,8 @@ class ConsiStory(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="In the first steps, how much of a plain pass's queries is kept: more keeps the layouts different. "
+                    tooltip="In the first steps, how much of a plain pass's queries is kept: more "
+                    "keeps the layouts different. "
                     "0 saves that pass.",
                 ),
                 io.Float.Input(
@@ -106,7 +117,8 @@ class ConsiStory(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much of the matching part of another picture's subject is mixed in, for fine details. Start "
+                    tooltip="How much of the matching part of another picture's subject is mixed "
+                    "in, for fine details. Start "
                     "with 0.8; 0 saves the first stage: 55 instead of 88 UNet calls for 50 steps.",
                 ),
                 io.Float.Input(
@@ -133,20 +145,23 @@ class ConsiStory(io.ComfyNode):
                     "blocks",
                     default="decoder",
                     advanced=True,
-                    tooltip="Self-attention blocks that share: decoder, all, encoder, middle, or a list such as output 3-5.",
+                    tooltip="Self-attention blocks that share: decoder, all, encoder, middle, or a "
+                    "list such as output 3-5.",
                 ),
                 io.String.Input(
                     "mask_blocks",
                     default="auto",
                     advanced=True,
-                    tooltip="Blocks whose cross-attention locates the subject. auto: those at a quarter of the latent's size.",
+                    tooltip="Blocks whose cross-attention locates the subject. auto: those at a "
+                    "quarter of the latent's size.",
                 ),
                 io.Combo.Input(
                     "halves",
                     options=[Halves.BOTH.value, Halves.COND.value],
                     default=Halves.COND.value,
                     advanced=True,
-                    tooltip="Which halves of CFG share, each with its own: cond only lets guidance amplify what is shared, both "
+                    tooltip="Which halves of CFG share, each with its own: cond only lets guidance "
+                    "amplify what is shared, both "
                     "does not. With anchors 0 take both.",
                 ),
                 io.Combo.Input(
@@ -154,25 +169,29 @@ class ConsiStory(io.ComfyNode):
                     options=[FAST, OFFICIAL],
                     default=FAST,
                     advanced=True,
-                    tooltip="fast: the first stage ends where the features are read. official: it runs to its end and takes the "
+                    tooltip="fast: the first stage ends where the features are read. official: it "
+                    "runs to its end and takes the "
                     "masks of the last step.",
                 ),
                 io.Boolean.Input(
                     "align_keys",
                     default=True,
                     advanced=True,
-                    tooltip="With inverted photos: give their keys the statistics of the picture that reads them (AdaIN).",
+                    tooltip="With inverted photos: give their keys the statistics of the picture "
+                    "that reads them (AdaIN).",
                 ),
                 host.Reference.Input(
                     "reference",
                     optional=True,
-                    tooltip="Read these anchors instead of the first pictures: from ConsiStory Anchor Sampler, Load "
+                    tooltip="Read these anchors instead of the first pictures: from ConsiStory "
+                    "Anchor Sampler, Load "
                     "Reference or, for photos, Ref-UNet Feature Capture.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Where the subject will be in each picture, instead of finding it by its "
+                    tooltip="Where the subject will be in each picture, instead of finding it by "
+                    "its "
                     "word. White is the subject.",
                 ),
             ],
@@ -250,7 +269,8 @@ def require_first(model: Any) -> None:
     """ValueError where the model carries a story already."""
     if any(isinstance(i, host.StoryInjection) for i in host.injected(model)):
         raise ValueError(
-            f"{STORY}: the model already comes from {STORY}. Use one; several subjects are words of Subject Prompts, "
+            f"{STORY}: the model already comes from {STORY}. Use one; several subjects are words "
+            f"of Subject Prompts, "
             "separated by commas."
         )
 
@@ -286,13 +306,17 @@ def readable_blocks(
     blocks: str,
     halves: Halves,
 ) -> frozenset[BlockId]:
-    """The wanted blocks, all held by the reference, in the halves that will read them; ValueError names what is missing."""
+    """The wanted blocks, all held by the reference, in the halves that will read them; ValueError
+    names what is missing.
+    """
     host.require_reference(STORY, reference, model)
     missing = [block_name(b) for b in sorted(wanted) if b not in reference.blocks]
     if missing:
         raise ValueError(
-            f"{STORY}: blocks is {blocks!r:.200}, but the reference does not hold {', '.join(missing)}; it holds "
-            f"{', '.join(map(block_name, reference.blocks))}. Choose the same blocks where the reference is made."
+            f"{STORY}: blocks is {blocks!r:.200}, but the reference does not hold "
+            f"{', '.join(missing)}; it holds "
+            f"{', '.join(map(block_name, reference.blocks))}. Choose the same blocks where the "
+            f"reference is made."
         )
     if halves is Halves.BOTH and Half.UNCOND not in reference.features:
         remedy = (
@@ -301,7 +325,8 @@ def readable_blocks(
             else "Wire the negative into Ref-UNet Feature Capture"
         )
         raise ValueError(
-            f"{STORY}: halves is {halves.value!r}, but the reference holds only the cond half. {remedy}, or choose "
+            f"{STORY}: halves is {halves.value!r}, but the reference holds only the cond half. "
+            f"{remedy}, or choose "
             f"{Halves.COND.value!r}."
         )
     return wanted

@@ -1,4 +1,6 @@
-"""Consistency Score: numbers and a sheet that people can post (method.md 2.5 and 3.5, the papers' evaluations)."""
+"""Consistency Score: numbers and a sheet that people can post (method.md 2.5 and 3.5, the papers'
+evaluations).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,13 @@ READER_TITLE = "the miniature's attribute reader (it only knows the miniature's 
 log = logging.getLogger(__name__)
 
 
-# judges --------------------------------------------------------------------------------------------------------------------
+# judges -------------------------------------------------------------------------------------------
 
 
 def read_scores(images: Tensor, reference: Tensor | None, prompts: Sequence[str]) -> Scores:
-    """The miniature's attribute reader: identity is exactly what it was trained to tell, in that world alone."""
+    """The miniature's attribute reader: identity is exactly what it was trained to tell, in that
+    world alone.
+    """
     with torch.random.fork_rng(
         devices=[]
     ):  # layers draw weights when they are made, before the trained ones are there
@@ -55,7 +59,9 @@ def read_scores(images: Tensor, reference: Tensor | None, prompts: Sequence[str]
 
 
 def agreement(reading: Reading, index: int, line: str) -> float | None:
-    """1 where a picture shows the class and the scene that its line names, else 0; None where the line names neither."""
+    """1 where a picture shows the class and the scene that its line names, else 0; None where the
+    line names neither.
+    """
     words = {
         word
         for found in re.findall(r"[a-z]+", line.lower())
@@ -78,7 +84,9 @@ def clip_scores(
     vision: Any,
     clip: Any,
 ) -> Scores:
-    """Cosines of the host's CLIP: of the subjects' pictures with one another, with the reference's, and of whole pictures with texts."""
+    """Cosines of the host's CLIP: of the subjects' pictures with one another, with the reference's,
+    and of whole pictures with texts.
+    """
     mean = vision.image_mean  # what the tower reads as zero
     subjects = cut_out(images, masks, mean, "masks")
     photos = (
@@ -108,7 +116,7 @@ def clip_scores(
     )
 
 
-# the table -----------------------------------------------------------------------------------------------------------------
+# the table ----------------------------------------------------------------------------------------
 
 
 def markdown(scores: Scores, prompts: Sequence[str]) -> str:
@@ -176,7 +184,9 @@ def card_of(
 
 
 class ConsistencyScore(io.ComfyNode):
-    """Paper B's subject consistency (section 5.3), paper A's identity and text scores, as one table and one picture."""
+    """Paper B's subject consistency (section 5.3), paper A's identity and text scores, as one table
+    and one picture.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -185,7 +195,8 @@ class ConsistencyScore(io.ComfyNode):
             display_name=SCORE,
             category="Kindred",
             is_output_node=True,
-            description="How far the pictures of a batch show one subject, the subject of a reference, and what their prompts ask for: "
+            description="How far the pictures of a batch show one subject, the subject of a "
+            "reference, and what their prompts ask for: "
             "three numbers, a table, and a picture of every pair's similarity.",
             search_aliases=[
                 "evaluate",
@@ -204,8 +215,10 @@ class ConsistencyScore(io.ComfyNode):
                     "judge",
                     options=[AUTO, READER, CLIP],
                     default=AUTO,
-                    tooltip="auto: CLIP if clip_vision is wired, else the miniature's reader. miniature reader: tells the "
-                    "identities of the miniature's world, and means nothing for any other picture. CLIP: for all "
+                    tooltip="auto: CLIP if clip_vision is wired, else the miniature's reader. "
+                    "miniature reader: tells the "
+                    "identities of the miniature's world, and means nothing for any other picture. "
+                    "CLIP: for all "
                     "others.",
                 ),
                 io.String.Input(
@@ -214,7 +227,8 @@ class ConsistencyScore(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=False,
                     optional=True,
-                    tooltip="For the text score: one line per picture, as in Subject Prompts, or one for all.",
+                    tooltip="For the text score: one line per picture, as in Subject Prompts, or "
+                    "one for all.",
                 ),
                 io.Image.Input(
                     "reference",
@@ -224,7 +238,8 @@ class ConsistencyScore(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="The subject of each picture, white: CLIP then judges it without its surroundings, which count for "
+                    tooltip="The subject of each picture, white: CLIP then judges it without its "
+                    "surroundings, which count for "
                     "much otherwise. The reader finds it by itself.",
                 ),
                 io.Mask.Input(
@@ -235,12 +250,14 @@ class ConsistencyScore(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Load CLIP Vision: ViT-L or ViT-H as the judge (DINOv2 judges too, without texts).",
+                    tooltip="Load CLIP Vision: ViT-L or ViT-H as the judge (DINOv2 judges too, "
+                    "without texts).",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For the text score, the other half of the same CLIP: clip_l for ViT-L, SD2.x's for ViT-H. "
+                    tooltip="For the text score, the other half of the same CLIP: clip_l for "
+                    "ViT-L, SD2.x's for ViT-H. "
                     "Checkpoints of SD1.5 lack its last layer: take Load CLIP.",
                 ),
             ],
@@ -257,7 +274,8 @@ class ConsistencyScore(io.ComfyNode):
                 ),
                 io.Float.Output(
                     display_name="text",
-                    tooltip="Reader: share of pictures with their prompt's class and scene. CLIP: mean "
+                    tooltip="Reader: share of pictures with their prompt's class and scene. CLIP: "
+                    "mean "
                     "raw cosine with the prompt, 0.2 to 0.35 as a rule. 0 without prompts.",
                 ),
                 io.String.Output(
@@ -332,28 +350,34 @@ def require_judgeable(
     """ValueError where there is nothing to judge, or not what the judge needs."""
     if len(images) < 2 and reference is None and not lines:
         raise ValueError(
-            f"{SCORE}: consistency compares pictures with one another and takes 2 at least, but images has 1. Wire "
+            f"{SCORE}: consistency compares pictures with one another and takes 2 at least, but "
+            f"images has 1. Wire "
             "more of them as one batch, or a reference to compare it with."
         )
     if judge == CLIP and clip_vision is None:
         raise ValueError(
-            f"{SCORE}: judge is {CLIP}, but no clip_vision is wired. Wire Load CLIP Vision (ViT-L or ViT-H), or choose "
+            f"{SCORE}: judge is {CLIP}, but no clip_vision is wired. Wire Load CLIP Vision (ViT-L "
+            f"or ViT-H), or choose "
             f"{AUTO}."
         )
     if reference_masks is not None and reference is None:
         raise ValueError(
-            f"{SCORE}: reference_masks is wired, but reference is not. Wire the photos as well, or unwire the masks."
+            f"{SCORE}: reference_masks is wired, but reference is not. Wire the photos as well, or "
+            f"unwire the masks."
         )
 
 
 def warn_of_reader(judge: str, **inputs: Any) -> None:
-    """Say that the miniature's reader judges, and what it does not look at; inputs: those that are for CLIP alone."""
+    """Say that the miniature's reader judges, and what it does not look at; inputs: those that are
+    for CLIP alone.
+    """
     unused = [name for name, wired in inputs.items() if wired is not None]
     if unused:
         log.warning("%s: %s judges, so %s is not used.", SCORE, READER, " and ".join(unused))
     if judge == AUTO:
         log.warning(
-            "%s: no clip_vision is wired, so the %s judges. It only knows the miniature's world: for photos and other "
+            "%s: no clip_vision is wired, so the %s judges. It only knows the miniature's world: "
+            "for photos and other "
             "models' pictures its numbers mean nothing. Wire Load CLIP Vision for those.",
             SCORE,
             READER,
@@ -365,7 +389,8 @@ def lines_of(prompts: str, pictures: int) -> list[str]:
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if len(lines) not in (0, 1, pictures):
         raise ValueError(
-            f"{SCORE}: prompts has {len(lines)} lines for {counted(pictures, 'picture')}. Write a line for each, one for all, "
+            f"{SCORE}: prompts has {len(lines)} lines for {counted(pictures, 'picture')}. Write a "
+            f"line for each, one for all, "
             "or none."
         )
     return lines * pictures if len(lines) == 1 else lines

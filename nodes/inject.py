@@ -1,4 +1,6 @@
-"""Masked Self-Attn Inject: paper A's reference in the pictures being made (arXiv 2403.11284, section 2.2)."""
+"""Masked Self-Attn Inject: paper A's reference in the pictures being made (arXiv 2403.11284,
+section 2.2).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class MaskedSelfInjection(MaskedSelf):
 
 
 class MaskedSelfAttnInject(io.ComfyNode):
-    """Paper A eq. (1)-(3): reference keys and values beside the picture's own, weighted inside the softmax."""
+    """Paper A eq. (1)-(3): reference keys and values beside the picture's own, weighted inside the
+    softmax.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,7 +51,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
             node_id="KindredMaskedSelfAttnInject",
             display_name=NODE,
             category="Kindred",
-            description="Lets the picture being made look at the subject of a reference. Works with any sampler; chain several for several "
+            description="Lets the picture being made look at the subject of a reference. Works "
+            "with any sampler; chain several for several "
             "references.",
             search_aliases=[
                 "attention injection",
@@ -66,7 +71,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="How much of the reference's subject comes through: 0 is the plain picture, 1 all of it. Start with "
+                    tooltip="How much of the reference's subject comes through: 0 is the plain "
+                    "picture, 1 all of it. Start with "
                     "1 and turn it down where the picture copies too much.",
                 ),
                 io.Float.Input(
@@ -76,7 +82,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     advanced=True,
-                    tooltip="W_S at full strength: 1 is the reference beside the picture's own features, more is more identity "
+                    tooltip="W_S at full strength: 1 is the reference beside the picture's own "
+                    "features, more is more identity "
                     "until shapes break.",
                 ),
                 io.Combo.Input(
@@ -84,7 +91,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     options=[m.value for m in WeightMode],
                     default=WeightMode.LOGIT_BIAS.value,
                     advanced=True,
-                    tooltip="How the weight acts. logit bias: renormalised inside the softmax. post softmax: on its output. key "
+                    tooltip="How the weight acts. logit bias: renormalised inside the softmax. "
+                    "post softmax: on its output. key "
                     "scale: on the keys. "
                     "output blend: between plain and concatenated.",
                 ),
@@ -92,7 +100,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     "blocks",
                     default="all",
                     advanced=True,
-                    tooltip="Which captured blocks to use: all, encoder, middle, decoder, masactrl, or a list such as output "
+                    tooltip="Which captured blocks to use: all, encoder, middle, decoder, "
+                    "masactrl, or a list such as output "
                     "3-5, middle 0.",
                 ),
                 io.Float.Input(
@@ -118,7 +127,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     options=[h.value for h in Halves],
                     default=Halves.COND.value,
                     advanced=True,
-                    tooltip="Which half of CFG reads the reference. cond only lets guidance amplify the subject; both needs a "
+                    tooltip="Which half of CFG reads the reference. cond only lets guidance "
+                    "amplify the subject; both needs a "
                     "negative in the capture; "
                     "shared gives both halves the same features.",
                 ),
@@ -134,8 +144,10 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     default=TextShare.KEPT.value,
                     optional=True,
                     advanced=True,
-                    tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the picture share one attention. "
-                    "kept: the prompt is heard as much as without the reference. plain: the reference dims it too. "
+                    tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
+                    "picture share one attention. "
+                    "kept: the prompt is heard as much as without the reference. plain: the "
+                    "reference dims it too. "
                     "Without effect in SD1.5, SD2.x and SDXL.",
                 ),
             ],
@@ -162,7 +174,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
         wanted = readable_blocks(blocks, host.self_attentions(sites), reference)
         if not weight >= 0:
             raise ValueError(
-                f"{NODE}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the plain concatenation."
+                f"{NODE}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the "
+                f"plain concatenation."
             )
         mode = WeightMode(weight_mode)
         weight *= dial(strength, NODE, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
@@ -197,7 +210,9 @@ def reads_nothing(injection: MaskedSelf) -> bool:
 def readable_blocks(
     blocks: str, attentions: Sequence[BlockId], reference: ReferenceBank
 ) -> frozenset[BlockId]:
-    """The wanted blocks that the reference holds; ValueError where it lacks one that was asked for by name."""
+    """The wanted blocks that the reference holds; ValueError where it lacks one that was asked for
+    by name.
+    """
     wanted = select_blocks(blocks, attentions, NODE)
     missing = [block_name(b) for b in wanted if b not in reference.blocks]
     if missing and blocks.strip().lower() != "all":

@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class DDIMInvert(io.ComfyNode):
-    """The inversion of paper A section 2.1, at guidance 1 through the host's own model wrapper (eps, v and flow models)."""
+    """The inversion of paper A section 2.1, at guidance 1 through the host's own model wrapper
+    (eps, v and flow models).
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,7 +31,8 @@ class DDIMInvert(io.ComfyNode):
             node_id="KindredDDIMInvert",
             display_name=NODE,
             category="Kindred",
-            description="Turns an encoded photo back into noise and keeps every step on the way, so that Ref-UNet Feature Capture "
+            description="Turns an encoded photo back into noise and keeps every step on the way, "
+            "so that Ref-UNet Feature Capture "
             "can read the subject at each of them. Reports how well the photo comes back.",
             search_aliases=[
                 "ddim inversion",
@@ -53,7 +56,8 @@ class DDIMInvert(io.ComfyNode):
                     default=50,
                     min=2,
                     max=1000,
-                    tooltip="Take the steps of the sampler that will generate: then no reference pass runs while it samples.",
+                    tooltip="Take the steps of the sampler that will generate: then no reference "
+                    "pass runs while it samples.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -66,10 +70,14 @@ class DDIMInvert(io.ComfyNode):
                     options=[DDIM, EDIT_FRIENDLY, FIREFLOW, FORWARD],
                     default=DDIM,
                     advanced=True,
-                    tooltip="ddim: deterministic, one path; transformers (Flux, Qwen-Image, SD3.5 ...) are inverted by "
-                    "fireflow instead. edit-friendly ddpm: independent noise at every step; keeps noise maps that "
-                    "bring the photo back exactly (arXiv 2304.06140). fireflow: deterministic, of second order, one "
-                    "call more (arXiv 2412.07517). forward noise: the photo under one noise, without the model; for "
+                    tooltip="ddim: deterministic, one path; transformers (Flux, Qwen-Image, SD3.5 "
+                    "...) are inverted by "
+                    "fireflow instead. edit-friendly ddpm: independent noise at every step; keeps "
+                    "noise maps that "
+                    "bring the photo back exactly (arXiv 2304.06140). fireflow: deterministic, of "
+                    "second order, one "
+                    "call more (arXiv 2412.07517). forward noise: the photo under one noise, "
+                    "without the model; for "
                     "turbo and lightning models of few steps, which cannot be inverted.",
                 ),
                 io.Int.Input(
@@ -79,13 +87,15 @@ class DDIMInvert(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     advanced=True,
-                    tooltip="Noise of edit-friendly ddpm and of forward noise; ddim and fireflow use none.",
+                    tooltip="Noise of edit-friendly ddpm and of forward noise; ddim and fireflow "
+                    "use none.",
                 ),
                 io.Boolean.Input(
                     "check",
                     default=True,
                     advanced=True,
-                    tooltip="Sample back from the noise and report the difference to the photo. Doubles the time of this "
+                    tooltip="Sample back from the noise and report the difference to the photo. "
+                    "Doubles the time of this "
                     "node. Forward noise has nothing to check.",
                 ),
                 io.Sigmas.Input(
@@ -146,9 +156,8 @@ class DDIMInvert(io.ComfyNode):
             down.flip(0), latents, way, prompt.text, host.model_key(model), name, maps, noise
         )
         if back is not None:
-            spread = (
-                z0.max() - z0.min()
-            ).item() or z0.abs().max().item()  # a photo of one colour has no range
+            # a photo of one colour has no range
+            spread = (z0.max() - z0.min()).item() or z0.abs().max().item()
             report += f": round trip {psnr(back, z0, spread):.1f} dB in latent space"
         log.info("%s: %s", NODE, report)
         host.tell(cls, report)
@@ -167,7 +176,9 @@ def forward_noise(z0: Tensor, down: Tensor, seed: int, noise: Noise) -> Tensor:
 
 
 def ode_loop(z0: Tensor, down: Tensor, check: bool, noise: Noise, way: str) -> method.Loop:
-    """Invert along the flipped sigmas: by FireFlow, or with the noise read at each target's label; sample back if asked."""
+    """Invert along the flipped sigmas: by FireFlow, or with the noise read at each target's label;
+    sample back if asked.
+    """
 
     def loop(
         denoise: method.Denoiser, device: torch.device, progress: method.Progress
@@ -198,7 +209,9 @@ def ode_loop(z0: Tensor, down: Tensor, check: bool, noise: Noise, way: str) -> m
 def edit_friendly_loop(
     z0: Tensor, down: Tensor, seed: int, check: bool, noise: Noise
 ) -> method.Loop:
-    """DDPM inversion with independent noise per step (method.md 3.5); the replay needs the model again."""
+    """DDPM inversion with independent noise per step (method.md 3.5); the replay needs the model
+    again.
+    """
 
     def loop(
         denoise: method.Denoiser, device: torch.device, progress: method.Progress

@@ -1,4 +1,6 @@
-"""Save Reference and Load Reference: a subject, once read or made, for other days and other machines."""
+"""Save Reference and Load Reference: a subject, once read or made, for other days and other
+machines.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class SaveReference(io.ComfyNode):
-    """A REFERENCE into one .safetensors of the output folder, numbered as SaveImage numbers pictures."""
+    """A REFERENCE into one .safetensors of the output folder, numbered as SaveImage numbers
+    pictures.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,7 +29,8 @@ class SaveReference(io.ComfyNode):
             node_id="KindredSaveReference",
             display_name=SAVE,
             category="Kindred",
-            description="Writes a reference into one file of the output folder, to be read again by Load Reference, on this machine or "
+            description="Writes a reference into one file of the output folder, to be read again "
+            "by Load Reference, on this machine or "
             "another one. Nothing is ever overwritten.",
             search_aliases=[
                 "save subject",
@@ -41,7 +46,8 @@ class SaveReference(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="kindred/reference",
-                    tooltip="Name in the output folder; a number is added. Load Reference lists its kindred folder.",
+                    tooltip="Name in the output folder; a number is added. Load Reference lists "
+                    "its kindred folder.",
                 ),
             ],
             outputs=[],
@@ -61,11 +67,16 @@ class SaveReference(io.ComfyNode):
         except OSError as error:
             todo = remedy(error, WRITABLE)
             raise OSError(
-                f"{SAVE}: {error.strerror or error}. Nothing of it is left; {todo} and queue it again."
+                f"{SAVE}: {error.strerror or error}. Nothing of it is left; {todo} and queue it "
+                f"again."
             ) from error
         shown = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         if not host.is_listed(path):
-            shown += f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder and output/kindred"
+            shown += (
+                f". To load it, move it into models/{host.REFERENCES}: {LOAD} lists that folder "
+                f"and "
+                "output/kindred"
+            )
         log.info("%s: %s", SAVE, shown)
         host.tell(cls, shown)
         return io.NodeOutput(ui=ui.PreviewText(shown))
@@ -80,7 +91,8 @@ class LoadReference(io.ComfyNode):
             node_id="KindredLoadReference",
             display_name=LOAD,
             category="Kindred",
-            description="Reads a reference that Save Reference wrote. It does exactly what the unsaved one did, with the same model and "
+            description="Reads a reference that Save Reference wrote. It does exactly what the "
+            "unsaved one did, with the same model and "
             "LoRAs. Files of other machines belong into models/kindred_references.",
             search_aliases=[
                 "load subject",
@@ -93,7 +105,8 @@ class LoadReference(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=host.reference_files(),
-                    tooltip="A .safetensors in the output folder's kindred folder, or in models/kindred_references.",
+                    tooltip="A .safetensors in the output folder's kindred folder, or in "
+                    "models/kindred_references.",
                 )
             ],
             outputs=[

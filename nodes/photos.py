@@ -1,4 +1,6 @@
-"""Load Photo: the host's Load Image, with the example photos of the shipped workflows in its list."""
+"""Load Photo: the host's Load Image, with the example photos of the shipped workflows in
+its list.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ EXAMPLES = tuple(
 
 
 class LoadPhoto(io.ComfyNode):
-    """Load Image flags a picture outside of the input folder as missing, and nothing of ours belongs into a user's input folder."""
+    """Load Image flags a picture outside of the input folder as missing, and nothing of ours
+    belongs into a user's input folder.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,7 +29,8 @@ class LoadPhoto(io.ComfyNode):
             node_id="KindredLoadPhoto",
             display_name=NODE,
             category="Kindred",
-            description="Loads a photo of a subject: one of the examples, a picture of the input folder, or one that you upload here. "
+            description="Loads a photo of a subject: one of the examples, a picture of the input "
+            "folder, or one that you upload here. "
             "Load Image does the same without the examples.",
             search_aliases=[
                 "load image",
@@ -40,7 +45,8 @@ class LoadPhoto(io.ComfyNode):
                     options=[*map(host.example_name, EXAMPLES), *host.input_pictures()],
                     upload=io.UploadType.image,
                     image_folder=io.FolderType.input,
-                    tooltip="The kindred_ pictures are examples of the miniature's world. Upload your own, or drop it here.",
+                    tooltip="The kindred_ pictures are examples of the miniature's world. Upload "
+                    "your own, or drop it here.",
                 ),
             ],
             outputs=[
@@ -61,7 +67,8 @@ class LoadPhoto(io.ComfyNode):
             return io.NodeOutput(*host.load_picture(image))
         except Exception as error:  # the host's readers fail in words of their libraries
             raise ValueError(
-                f"{NODE}: {image!r:.80} cannot be read ({type(error).__name__}: {str(error).strip():.120}). Upload it again "
+                f"{NODE}: {image!r:.80} cannot be read ({type(error).__name__}: "
+                f"{str(error).strip():.120}). Upload it again "
                 "as a PNG or JPEG of 8 bits a colour."
             ) from error
 

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class ReferencePreview(io.ComfyNode):
-    """Masks of paper A eq. (5) and B appendix B, the maps they come from, and B's correspondences (eq. 5, 8, 9)."""
+    """Masks of paper A eq. (5) and B appendix B, the maps they come from, and B's correspondences
+    (eq. 5, 8, 9).
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,7 +33,8 @@ class ReferencePreview(io.ComfyNode):
             display_name=NODE,
             category="Kindred",
             is_output_node=True,
-            description="Shows what a reference knows: where the subject was found, how strongly its word lights up, and which parts of "
+            description="Shows what a reference knows: where the subject was found, how strongly "
+            "its word lights up, and which parts of "
             "several pictures are taken for the same.",
             search_aliases=[
                 "preview reference",
@@ -45,18 +48,22 @@ class ReferencePreview(io.ComfyNode):
             inputs=[
                 host.Reference.Input(
                     "reference",
-                    tooltip="From Ref-UNet Feature Capture, ConsiStory Anchor Sampler or Load Reference.",
+                    tooltip="From Ref-UNet Feature Capture, ConsiStory Anchor Sampler or Load "
+                    "Reference.",
                 ),
                 io.Vae.Input(
                     "vae",
-                    tooltip="Of the checkpoint that made the reference: it draws the pictures underneath.",
+                    tooltip="Of the checkpoint that made the reference: it draws the pictures "
+                    "underneath.",
                 ),
                 io.Combo.Input(
                     "show",
                     options=[ALL, MASKS, HEAT, MATCHES],
                     default=ALL,
-                    tooltip="masks: the subject in colour, the rest grey. heat map: the attention to the subject's word. "
-                    "correspondences: equal parts in equal colours. all: side by side, those that there are.",
+                    tooltip="masks: the subject in colour, the rest grey. heat map: the attention "
+                    "to the subject's word. "
+                    "correspondences: equal parts in equal colours. all: side by side, those that "
+                    "there are.",
                 ),
                 io.Float.Input(
                     "step_percent",
@@ -65,7 +72,8 @@ class ReferencePreview(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Which step the heat map is of: 0 is the first (noisiest), 1 the last. Below 0: the mean of all.",
+                    tooltip="Which step the heat map is of: 0 is the first (noisiest), 1 the last. "
+                    "Below 0: the mean of all.",
                 ),
             ],
             outputs=[
@@ -117,7 +125,8 @@ def why_no_heat(bank: ReferenceBank) -> str | None:
     """Why there is no heat map, and what to do; None where there is one."""
     if bank.maps is None:
         return (
-            "the reference has no heat map: its mask was wired, so no word was followed. Show the masks, or make the reference "
+            "the reference has no heat map: its mask was wired, so no word was followed. Show the "
+            "masks, or make the reference "
             "without a mask and with a subject word."
         )
     return None
@@ -127,24 +136,29 @@ def why_no_matches(bank: ReferenceBank) -> str | None:
     """Why there are no correspondences, and what to do; None where there are."""
     if bank.anchors is None:
         return (
-            "the reference was read from photos, which have no features to match. Show the masks or the heat map, or wire a reference "
+            "the reference was read from photos, which have no features to match. Show the masks "
+            "or the heat map, or wire a reference "
             "from ConsiStory Anchor Sampler."
         )
     if bank.anchors.features is None:
         return (
-            "these anchors were made without feature injection, so they have no features to match. Make them again with "
+            "these anchors were made without feature injection, so they have no features to match. "
+            "Make them again with "
             "feature_injection above 0."
         )
     if bank.pictures < 2:
         return (
-            f"correspondences need 2 pictures, but the reference has {bank.pictures}. Make 2 or more anchors, or show the masks or the "
+            f"correspondences need 2 pictures, but the reference has {bank.pictures}. Make 2 or "
+            f"more anchors, or show the masks or the "
             "heat map."
         )
     return None
 
 
 def masks_panel(pictures: Tensor, bank: ReferenceBank) -> Tensor:
-    """The finest masks there are: of a photo at the latent's own size, of anchors at their finest layer's."""
+    """The finest masks there are: of a photo at the latent's own size, of anchors at their finest
+    layer's.
+    """
     return draw_masks(pictures, bank.masks[max(bank.masks, key=lambda grid: grid[0] * grid[1])])
 
 
@@ -166,8 +180,10 @@ def matches_panel(pictures: Tensor, bank: ReferenceBank) -> Tensor:
     ]
     if not grids:
         raise ValueError(
-            f"{NODE}: the reference's features have {n} tokens a picture, which fits no grid of a {latent[0]}x{latent[1]} "
-            "latent. A node that changes the grid (Deep Shrink, token merging) was on the model. Make the anchors without it."
+            f"{NODE}: the reference's features have {n} tokens a picture, which fits no grid of a "
+            f"{latent[0]}x{latent[1]} "
+            "latent. A node that changes the grid (Deep Shrink, token merging) was on the model. "
+            "Make the anchors without it."
         )
     if bank.anchors.subject is None:
         subjects = bank.masks[grids[0]].flatten(1)

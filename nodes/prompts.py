@@ -1,4 +1,6 @@
-"""Subject Prompts: a prompt per line, encoded as one batch, with the subject's token positions inside the CONDITIONING."""
+"""Subject Prompts: a prompt per line, encoded as one batch, with the subject's token positions
+inside the CONDITIONING.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common mult
 def batch_rows(
     rows: Sequence[Tensor], positions: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
-    """[1 w_i c] per prompt -> [b w c] with positions moved along: shorter prompts are repeated, which attention cannot tell."""
+    """[1 w_i c] per prompt -> [b w c] with positions moved along: shorter prompts are repeated,
+    which attention cannot tell.
+    """
     w = math.lcm(*(row.shape[1] for row in rows))
     if w > MOST_TOKENS:
         raise ValueError(
-            f"{NODE}: the prompts are {', '.join(str(row.shape[1]) for row in rows)} tokens long, which only fit one batch at "
-            f"{w} tokens each (the limit is {MOST_TOKENS}). Shorten the longest, bring the lines to similar lengths, or "
+            f"{NODE}: the prompts are {', '.join(str(row.shape[1]) for row in rows)} tokens long, "
+            f"which only fit one batch at "
+            f"{w} tokens each (the limit is {MOST_TOKENS}). Shorten the longest, bring the lines "
+            f"to similar lengths, or "
             "sample them apart."
         )
     moved = tuple(
@@ -42,21 +48,22 @@ def encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:
     entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     if len(entries) != 1:
         raise ValueError(
-            f"{NODE}: this CLIP schedules {len(entries)} encodings for one prompt (a hook with keyframes). "
+            f"{NODE}: this CLIP schedules {len(entries)} encodings for one prompt (a hook with "
+            f"keyframes). "
             "Use a CLIP without scheduled hooks; schedule the model's LoRA instead."
         )
     cross, extras = entries[0]
     if not torch.isfinite(cross).all():
         raise ValueError(
-            f"{NODE}: the line {text!r:.200} is encoded as {int((~torch.isfinite(cross)).sum())} NaN or infinite values. "
+            f"{NODE}: the line {text!r:.200} is encoded as {int((~torch.isfinite(cross)).sum())} "
+            f"NaN or infinite values. "
             "Correct a weight such as (cat:nan), or start ComfyUI with --fp32-text-enc."
         )
     return cross, dict(extras)
 
 
-Places = tuple[
-    tuple[int, ...], ...
-]  # of one word in one line: its tokens by each encoder of the CLIP
+# of one word in one line: its tokens by each encoder of the CLIP
+Places = tuple[tuple[int, ...], ...]
 
 
 def words_in(
@@ -65,7 +72,9 @@ def words_in(
     prompts: Sequence[Sequence[Prompt]],
     readers: Sequence[host.Reader],
 ) -> list[list[Places]]:
-    """Where each word stands in each line; ValueError where a line has none of them, or a word is in no line."""
+    """Where each word stands in each line; ValueError where a line has none of them, or a word is
+    in no line.
+    """
     spelled = [[reader(word).pieces for reader in readers] for word in words]
     each, seen = [], set()
     for number, (text, prompt) in enumerate(zip(texts, prompts), 1):
@@ -84,14 +93,17 @@ def words_in(
     for word in words:
         if word not in seen:
             raise ValueError(
-                f"{NODE}: no line contains the subject {word!r:.100}; the lines are {str(texts):.400}. "
+                f"{NODE}: no line contains the subject {word!r:.100}; the lines are "
+                f"{str(texts):.400}. "
                 "Correct the word or take it out of the subject field."
             )
     return each
 
 
 def rows_of(word: Places, starts: Sequence[int | None]) -> tuple[int, ...]:
-    """The rows of the CONDITIONING that a word of a line is; starts: the row of each encoder's token 0."""
+    """The rows of the CONDITIONING that a word of a line is; starts: the row of each encoder's
+    token 0.
+    """
     known = [(places, start) for places, start in zip(word, starts) if start is not None]
     return tuple(
         sorted({place + start for places, start in known for place in places if place + start >= 0})
@@ -104,14 +116,18 @@ def subject_tokens(
     starts: Sequence[Sequence[int | None]],
     rows: Sequence[Tensor],
 ) -> SubjectTokens | None:
-    """Where the words stand in the batch of rows [1 w_i c]; None, with a warning, where the rows of a line are not known."""
+    """Where the words stand in the batch of rows [1 w_i c]; None, with a warning, where the rows of
+    a line are not known.
+    """
     if not words:
         return None
     by_line = [[rows_of(word, start) for word in line] for line, start in zip(each, starts)]
     if lost := [number for number, line in enumerate(by_line, 1) if not any(line)]:
         host.warn(
-            f"{NODE}: where {', '.join(map(repr, words)):.200} stands among the tokens of line {lost[0]} is not known for this "
-            "CLIP, or it stands behind the last one that the model reads. No subject is marked; where a node looks for "
+            f"{NODE}: where {', '.join(map(repr, words)):.200} stands among the tokens of line "
+            f"{lost[0]} is not known for this "
+            "CLIP, or it stands behind the last one that the model reads. No subject is marked; "
+            "where a node looks for "
             "the subject, wire a mask."
         )
         return None
@@ -125,7 +141,9 @@ def subject_tokens(
 
 
 def joined_extras(encoded: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
-    """The extras of all lines; tensors become rows of the batch, a mask that all lines share stays one. ValueError where they cannot."""
+    """The extras of all lines; tensors become rows of the batch, a mask that all lines share stays
+    one. ValueError where they cannot.
+    """
     extras = dict(encoded[0][1])
     for key, value in extras.items():
         if not isinstance(value, Tensor):
@@ -142,7 +160,8 @@ def joined_extras(encoded: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str,
                 str(tuple(v.shape)) if isinstance(v, Tensor) else "none" for v in values
             )
             raise ValueError(
-                f"{NODE}: this CLIP gives the lines a {key} of {shapes}, which no batch can hold. Write one line, and sample "
+                f"{NODE}: this CLIP gives the lines a {key} of {shapes}, which no batch can hold. "
+                f"Write one line, and sample "
                 "the others apart."
             )
         extras[key] = torch.cat(values)
@@ -150,18 +169,24 @@ def joined_extras(encoded: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str,
 
 
 def require_one_length(rows: Sequence[Tensor]) -> None:
-    """ValueError for lines [1 w_i c] of unequal length, which one joint softmax of text and picture cannot hold."""
+    """ValueError for lines [1 w_i c] of unequal length, which one joint softmax of text and picture
+    cannot hold.
+    """
     if len({row.shape[1] for row in rows}) > 1:
         said = ", ".join(f"line {i} {row.shape[1]}" for i, row in enumerate(rows, 1))
         raise ValueError(
-            f"{NODE}: the lines are encoded as different numbers of tokens ({said:.300}), and this model's text and picture "
-            "share one attention, in which a text cannot be repeated to the length of another. Bring the lines to the same "
+            f"{NODE}: the lines are encoded as different numbers of tokens ({said:.300}), and this "
+            f"model's text and picture "
+            "share one attention, in which a text cannot be repeated to the length of another. "
+            "Bring the lines to the same "
             "number of tokens by a word more or less, or sample them one by one."
         )
 
 
 class SubjectPrompts(io.ComfyNode):
-    """Prompts of pictures that share a subject (paper A's coarse description, paper B's concept words)."""
+    """Prompts of pictures that share a subject (paper A's coarse description, paper B's concept
+    words).
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -169,8 +194,10 @@ class SubjectPrompts(io.ComfyNode):
             node_id="KindredSubjectPrompts",
             display_name=NODE,
             category="Kindred",
-            description="Encodes one prompt per line as one batch and remembers where the subject's words stand, "
-            "so that other Kindred nodes find the subject in the picture. Use it wherever CLIP Text Encode would stand.",
+            description="Encodes one prompt per line as one batch and remembers where the "
+            "subject's words stand, "
+            "so that other Kindred nodes find the subject in the picture. Use it wherever CLIP "
+            "Text Encode would stand.",
             search_aliases=[
                 "subject prompt",
                 "story prompts",
@@ -185,12 +212,14 @@ class SubjectPrompts(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="a photo of a cat on the beach",
-                    tooltip="One line is one picture. Empty lines are skipped. (word:1.2) weighting works as usual.",
+                    tooltip="One line is one picture. Empty lines are skipped. (word:1.2) "
+                    "weighting works as usual.",
                 ),
                 io.String.Input(
                     "subject",
                     default="cat",
-                    tooltip="The word or phrase that names the subject in every line, for instance: cat. "
+                    tooltip="The word or phrase that names the subject in every line, for "
+                    "instance: cat. "
                     "Several subjects are separated by commas. Empty: no subject is marked.",
                 ),
                 io.String.Input(
@@ -208,11 +237,13 @@ class SubjectPrompts(io.ComfyNode):
                 ),
                 io.Int.Output(
                     display_name="count",
-                    tooltip="The number of pictures: wire it into the batch size of Empty Latent Image.",
+                    tooltip="The number of pictures: wire it into the batch size of Empty Latent "
+                    "Image.",
                 ),
                 io.String.Output(
                     display_name="texts",
-                    tooltip="The lines as they were encoded, with the style: for Consistency Score's "
+                    tooltip="The lines as they were encoded, with the style: for Consistency "
+                    "Score's "
                     "prompts and Comparison Grid's captions.",
                 ),
             ],
@@ -223,7 +254,8 @@ class SubjectPrompts(io.ComfyNode):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise ValueError(
-                f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach."
+                f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a "
+                f"cat on the beach."
             )
         words = subjects_in(subject)
         before = " ".join(style.splitlines()).strip()  # a line of texts is a picture

@@ -1,4 +1,6 @@
-"""What reaches a node, before the node sees it: the host checks no value that stands where a wire belongs, and lets NaN through."""
+"""What reaches a node, before the node sees it: the host checks no value that stands where a wire
+belongs, and lets NaN through.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ WRITTEN = (str, int, float, bool, list, tuple, dict)  # what JSON holds
 
 
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, whose `execute` now refuses what no wire carries, and numbers that are none: ValueError names input and remedy."""
+    """The node, whose `execute` now refuses what no wire carries, and numbers that are none:
+    ValueError names input and remedy.
+    """
     schema = node.define_schema()
     execute = node.execute.__func__
     signature = inspect.signature(execute)
@@ -66,7 +70,8 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         )
         if unknown is not None:  # the host drops values of other names, but not wires
             raise ValueError(
-                f"{schema.display_name}: there is no input {unknown!r:.40}. Remove it; there are {', '.join(kinds)}."
+                f"{schema.display_name}: there is no input {unknown!r:.40}. Remove it; there are "
+                f"{', '.join(kinds)}."
             )
         for name, value in given(signature.bind_partial(cls, *args, **kwargs)):
             if name in kinds:
@@ -100,7 +105,8 @@ def refuse(node: str, name: str, asked: Any, value: Any) -> None:
         if value is None and asked.optional or fits(kind, value):
             return
         raise ValueError(
-            f"{node}: {name} is {type(value).__name__} {str(value)!r:.40}, where a wire of {kind} belongs. Wire "
+            f"{node}: {name} is {type(value).__name__} {str(value)!r:.40}, where a wire of {kind} "
+            f"belongs. Wire "
             f"{WIRES[kind]} into it."
         )
     if (

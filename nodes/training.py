@@ -1,4 +1,6 @@
-"""Concept Encoder Train: the loop of models/concept/training.py in the canvas (paper A, arXiv 2403.11284, sections 2.3 and 3.1)."""
+"""Concept Encoder Train: the loop of models/concept/training.py in the canvas (paper A,
+arXiv 2403.11284, sections 2.3 and 3.1).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,6 @@ from ..models.concept.saving import Saving, Watching, known_state, run
 from ..models.concept.settings import TrainSettings
 from ..models.concept.training import OneProcess, Trainer
 from ..models.identity import tell_key
-from ..models.network.blocks import BlockId
 from . import host
 from .drawing.curve import draw_curve
 from .drawing.pen import as_image
@@ -88,9 +89,8 @@ class Order:
             "noise_from",
             "seed",
         )
-        tower = (
-            None if self.tower == SMALL else self.tower_rate
-        )  # a new tower has everything to learn, as the projections have
+        # a new tower has everything to learn, as the projections have
+        tower = None if self.tower == SMALL else self.tower_rate
         return TrainSettings(
             rate=self.learning_rate,
             tower_rate=tower,
@@ -98,7 +98,9 @@ class Order:
         )
 
     def files(self) -> tuple[Path, Path]:
-        """The encoder's file and its state's; ValueError for a name that is no file in the folder or would replace a stranger's."""
+        """The encoder's file and its state's; ValueError for a name that is no file in the folder
+        or would replace a stranger's.
+        """
         folder, name = (
             host.concept_folder().resolve(),
             self.save_name.strip().removesuffix(".safetensors").replace("\\", "/"),
@@ -114,26 +116,33 @@ class Order:
             or not path.resolve().is_relative_to(folder)
         ):
             raise ValueError(
-                f"{NODE}: save_name is {self.save_name!r:.60}. Give the name of a file in {folder}, for instance my_subject."
+                f"{NODE}: save_name is {self.save_name!r:.60}. Give the name of a file in "
+                f"{folder}, for instance my_subject."
             )
         state = path.with_suffix(".training")
         if self.resume and path.exists() and not state.exists():
             raise ValueError(
-                f"{NODE}: {path.name} is there already, without the state of a training beside it. Choose another save_name, "
-                "or switch resume off to replace it; to train it further, wire Concept Encoder Load into concept_encoder."
+                f"{NODE}: {path.name} is there already, without the state of a training beside it. "
+                f"Choose another save_name, "
+                "or switch resume off to replace it; to train it further, wire Concept Encoder "
+                "Load into concept_encoder."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         return path, state
 
     def encoder(self, family: str, layers: Any, width: int, text: Mapping) -> ConceptEncoder:
-        """Where the training starts; text: (to_k, to_v) of every cross-attention layer. ValueError says what to wire."""
+        """Where the training starts; text: (to_k, to_v) of every cross-attention layer. ValueError
+        says what to wire.
+        """
         wired = [
             name for name in ("clip_vision", "concept_encoder") if getattr(self, name) is not None
         ]
         if len(wired) + (self.tower == SMALL) != 1:
             raise ValueError(
-                f"{NODE}: tower is {self.tower!r} and {' and '.join(wired) or 'nothing'} wired. Wire either clip_vision (CLIP "
-                "ViT-L or ViT-H) or a concept_encoder to go on from; or choose 'new, small' and wire neither."
+                f"{NODE}: tower is {self.tower!r} and {' and '.join(wired) or 'nothing'} wired. "
+                f"Wire either clip_vision (CLIP "
+                "ViT-L or ViT-H) or a concept_encoder to go on from; or choose 'new, small' and "
+                "wire neither."
             )
         if self.concept_encoder is not None:
             return host.continued_encoder(self.concept_encoder, family, layers, width, NODE)
@@ -150,7 +159,9 @@ class Order:
 
 
 class ConceptEncoderTrain(io.ComfyNode):
-    """Eq. (10) of paper A: the encoder learns to draw the pictures it is shown; UNet, VAE and text encoder stay as they are."""
+    """Eq. (10) of paper A: the encoder learns to draw the pictures it is shown; UNet, VAE and text
+    encoder stay as they are.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -160,7 +171,8 @@ class ConceptEncoderTrain(io.ComfyNode):
             category="Kindred",
             is_input_list=True,
             is_output_node=True,
-            description="Trains a concept encoder on your pictures and saves it into models/concept_encoders. Cancelling keeps what was "
+            description="Trains a concept encoder on your pictures and saves it into "
+            "models/concept_encoders. Cancelling keeps what was "
             "learned so far; the same settings then go on from there.",
             search_aliases=[
                 "train ip adapter",
@@ -172,20 +184,23 @@ class ConceptEncoderTrain(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The base model, from Load Checkpoint, with any LoRA. It is not changed.",
+                    tooltip="The base model, from Load Checkpoint, with any LoRA. It is not "
+                    "changed.",
                 ),
                 io.Vae.Input("vae", tooltip="Of the same checkpoint."),
                 io.Clip.Input("clip", tooltip="Of the same checkpoint."),
                 io.Image.Input(
                     "images",
-                    tooltip="The pictures to learn from, as batches or lists of any sizes. Centre squares are used.",
+                    tooltip="The pictures to learn from, as batches or lists of any sizes. Centre "
+                    "squares are used.",
                 ),
                 io.String.Input(
                     "prompt",
                     default="a photo",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="What the pictures show in general, such as 'a photo of a face'; or one line per picture.",
+                    tooltip="What the pictures show in general, such as 'a photo of a face'; or "
+                    "one line per picture.",
                 ),
                 io.String.Input(
                     "save_name",
@@ -206,7 +221,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     max=0.1,
                     step=1e-7,
                     round=False,
-                    tooltip="Of the projections, and of a new small tower. 1e-5 is the paper's; the miniature took 2e-3.",
+                    tooltip="Of the projections, and of a new small tower. 1e-5 is the paper's; "
+                    "the miniature took 2e-3.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -229,7 +245,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     "tower",
                     options=[WIRED, SMALL],
                     default=WIRED,
-                    tooltip="as wired: clip_vision or concept_encoder. new, small: from nothing, for small worlds.",
+                    tooltip="as wired: clip_vision or concept_encoder. new, small: from nothing, "
+                    "for small worlds.",
                 ),
                 io.Float.Input(
                     "tower_rate",
@@ -239,14 +256,16 @@ class ConceptEncoderTrain(io.ComfyNode):
                     step=1e-7,
                     round=False,
                     advanced=True,
-                    tooltip="Learning rate of the tower; 0 leaves it as it came, which needs far less memory.",
+                    tooltip="Learning rate of the tower; 0 leaves it as it came, which needs far "
+                    "less memory.",
                 ),
                 io.Combo.Input(
                     "subjects",
                     options=[EACH, BATCHES],
                     default=EACH,
                     advanced=True,
-                    tooltip="every picture: each is rebuilt from itself (the paper). every batch: the pictures of one batch "
+                    tooltip="every picture: each is rebuilt from itself (the paper). every batch: "
+                    "the pictures of one batch "
                     "show one subject, and each is rebuilt from another of them.",
                 ),
                 io.Int.Input(
@@ -301,14 +320,16 @@ class ConceptEncoderTrain(io.ComfyNode):
                     step=0.0001,
                     round=False,
                     advanced=True,
-                    tooltip="Decay of the averaged weights, which are the ones kept; 0 keeps the last ones.",
+                    tooltip="Decay of the averaged weights, which are the ones kept; 0 keeps the "
+                    "last ones.",
                 ),
                 io.Combo.Input(
                     "weighting",
                     options=["plain", "velocity"],
                     default="plain",
                     advanced=True,
-                    tooltip="plain: the paper's loss. velocity: noisy levels count more, where colours are decided.",
+                    tooltip="plain: the paper's loss. velocity: noisy levels count more, where "
+                    "colours are decided.",
                 ),
                 io.Float.Input(
                     "noise_from",
@@ -317,14 +338,16 @@ class ConceptEncoderTrain(io.ComfyNode):
                     max=0.99,
                     step=0.01,
                     advanced=True,
-                    tooltip="0 trains on every noise level (the paper), 0.6 on the noisiest 40 % alone.",
+                    tooltip="0 trains on every noise level (the paper), 0.6 on the noisiest 40 % "
+                    "alone.",
                 ),
                 io.Combo.Input(
                     "merge",
                     options=[m.value for m in Merge],
                     default=Merge.CONCAT.value,
                     advanced=True,
-                    tooltip="concat: one softmax over text and photo (the paper). add: beside it (IP-Adapter).",
+                    tooltip="concat: one softmax over text and photo (the paper). add: beside it "
+                    "(IP-Adapter).",
                 ),
                 io.Combo.Input(
                     "mixed_precision",
@@ -337,7 +360,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     "gradient_checkpointing",
                     default=False,
                     advanced=True,
-                    tooltip="Compute the UNet twice instead of remembering it: less memory, slower.",
+                    tooltip="Compute the UNet twice instead of remembering it: less memory, "
+                    "slower.",
                 ),
                 io.Int.Input(
                     "save_every",
@@ -351,7 +375,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     "resume",
                     default=True,
                     advanced=True,
-                    tooltip="Go on where an earlier run of the same settings stopped. Off: begin again and replace the file.",
+                    tooltip="Go on where an earlier run of the same settings stopped. Off: begin "
+                    "again and replace the file.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -390,7 +415,9 @@ class ConceptEncoderTrain(io.ComfyNode):
 
 
 def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
-    """The whole training -> the averaged encoder and every step's loss. Saves as it goes, also on the user's interrupt."""
+    """The whole training -> the averaged encoder and every step's loss. Saves as it goes, also on
+    the user's interrupt.
+    """
     try:
         settings = order.settings
     except ValueError as error:
@@ -402,11 +429,11 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
     dtype, device = precision(order)
     base = host.model_key(order.model)
     with host.training(order.model, dtype or torch.float32, NODE) as copy:
-        encoder = order.encoder(*layout, text_layers(copy))
+        encoder = order.encoder(*layout, host.text_layers(copy, NODE))
         family, _, width = layout
         size = order.size or host.SIDES.get(family, 512)
         examples = look(order, encoder.config.preprocessing.size, size, captions)
-        prompts = encoded(order.clip, captions, width)
+        prompts = host.encoded(order.clip, captions, width, NODE)
         denoise = host.FrozenUNet(copy, encoder.config.merge, prompts, order.gradient_checkpointing)
         trainer = Trainer(encoder, denoise, examples, settings, OneProcess(device, dtype))
         made_with = {
@@ -428,29 +455,6 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{NODE}: {error}") from error
         return trainer.kept(**facts), trainer.losses
-
-
-def text_layers(model: Any) -> dict[BlockId, tuple[Tensor, Tensor]]:
-    """(to_k, to_v) of every cross-attention layer, in float32 on the CPU."""
-    sites = host.attention_sites(host.require_unet(model, NODE))
-    return {
-        b: (s.module.attn2.to_k.weight.float().cpu(), s.module.attn2.to_v.weight.float().cpu())
-        for b, s in sites.items()
-    }
-
-
-def encoded(clip: Any, captions: Sequence[str], width: int) -> dict[str, host.Conditioning]:
-    """CONDITIONING by text, of no text too; ValueError for the CLIP of another model."""
-    prompts = {
-        text: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in {*captions, ""}
-    }
-    wide = prompts[""][0][0].shape[-1]
-    if wide != width:
-        raise ValueError(
-            f"{NODE}: the CLIP given writes text of width {wide}, but the model reads width {width}. Wire the CLIP of the "
-            "same checkpoint."
-        )
-    return prompts
 
 
 def facts_of(
@@ -478,7 +482,9 @@ def precision(order: Order) -> tuple[torch.dtype | None, torch.device]:
 
 
 def look(order: Order, small: int, size: int, captions: Sequence[str]) -> Examples:
-    """The pictures as the tower (`small` pixels) and the UNet (latents of `size` pixels) see them."""
+    """The pictures as the tower (`small` pixels) and the UNet (latents of `size` pixels)
+    see them.
+    """
     return host.examples_of(
         order.model,
         order.vae,

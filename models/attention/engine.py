@@ -1,8 +1,9 @@
 """What an attention call reads of the injections that are on, for both papers.
 
-Paper A (arXiv 2403.11284, eq. 1-3): own keys and values are joined by those of a reference, in one softmax. Paper B
-(arXiv 2402.03286, eq. 2-3): pictures of one batch are each other's references. An injection says which tokens each part of the
-batch reads (References, or Sharing for a story alone); here they come to the host's attention, docs/method.md section 4.
+Paper A (arXiv 2403.11284, eq. 1-3): own keys and values are joined by those of a reference, in one
+softmax. Paper B (arXiv 2402.03286, eq. 2-3): pictures of one batch are each other's references. An
+injection says which tokens each part of the batch reads (References, or Sharing for a story alone);
+here they come to the host's attention, docs/method.md section 4.
 Axes: b rows of a call = parts x pictures, n query tokens, m key tokens, c channels.
 """
 
@@ -31,9 +32,11 @@ def references_of(
     k: Tensor,
     v: Tensor,
 ) -> list[References | Sharing]:
-    """What the parts of a call read of every active injection, q [b n c], k v [b m c]; empty where they read nothing.
+    """What the parts of a call read of every active injection, q [b n c], k v [b m c]; empty where
+    they read nothing.
 
-    ValueError where nobody can tell whose the rows are, or the block has no keys and values of its own.
+    ValueError where nobody can tell whose the rows are, or the block has no keys and values of its
+    own.
     """
     concerned = [injection for injection in active if injection.concerns(call)]
     if not concerned:
@@ -67,7 +70,8 @@ def _require_projections(call: AttnCall, site: BlockSite, error: AttributeError)
         return
     raise ValueError(
         f"Kindred: another node put {type(layer).__name__} in the place of the attention of block "
-        f"{block_name(call.block)}, and it has no keys and values (to_k, to_v) to read. Remove that node, or choose "
+        f"{block_name(call.block)}, and it has no keys and values (to_k, to_v) to read. Remove "
+        f"that node, or choose "
         "other blocks."
     ) from error
 
@@ -84,7 +88,8 @@ def read(
 ) -> Tensor:
     """The host's attention with all references, q [b n c], k v [b m c] -> [b n c].
 
-    Concatenated references stand in its softmax, added ones beside it; parts that read nothing stay the host's own.
+    Concatenated references stand in its softmax, added ones beside it; parts that read nothing stay
+    the host's own.
     """
     if len(references) == 1 and isinstance(references[0], Sharing):
         return attend_sharing(call, attend, q, k, v, heads, references[0])
@@ -112,10 +117,11 @@ def _beside_one_another(
 
 
 def share_of_own(call: AttnCall, site: BlockSite, k: Tensor) -> float:
-    """How many of the keys that a picture of this size has here a query still sees of its own, k [b m c]: at most 1.
+    """How many of the keys that a picture of this size has here a query still sees of its own, k
+    [b m c]: at most 1.
 
-    Tiles, merged tokens and smaller grids leave fewer, beside which a reference would be louder. More of them are another
-    node's reference, which ours stands beside as beside one of our own.
+    Tiles, merged tokens and smaller grids leave fewer, beside which a reference would be louder.
+    More of them are another node's reference, which ours stands beside as beside one of our own.
     """
     if call.cross or call.joint or not call.given:
         return 1.0
@@ -158,7 +164,9 @@ def _read_alike(
     v: Tensor,
     heads: int,
 ) -> Tensor:
-    """Where all pictures of a part read the same: parts that read equally many tokens of the same injections share a call."""
+    """Where all pictures of a part read the same: parts that read equally many tokens of the same
+    injections share a call.
+    """
     groups: dict[tuple[int | None, ...], list[int]] = {}
     for part in range(len(call.roles)):
         groups.setdefault(_lengths(call, references, part), []).append(part)

@@ -1,6 +1,7 @@
 """The host's attention as the methods call it, and the kernels that tell the sum of their softmax.
 
-Axes: b batch, h heads, n query tokens, m key tokens, d head width; (h d) means the heads are not split, as the host has it.
+Axes: b batch, h heads, n query tokens, m key tokens, d head width; (h d) means the heads are not
+split, as the host has it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# attend(q [b n (h d)], k [b m (h d)], v [b m (h d)], heads, mask=None | float, broadcastable to [b h n m]) -> [b n (h d)]
+# attend(q [b n (h d)], k [b m (h d)], v [b m (h d)], heads, mask=None | float, broadcastable to
+# [b h n m]) -> [b n (h d)]
 Attend = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class FusedAttend:
-    """The host's own `attend` where that is torch's fused attention, whose kernel also tells the log-sum-exp of its softmax.
+    """The host's own `attend` where that is torch's fused attention, whose kernel also tells the
+    log-sum-exp of its softmax.
 
-    With it a weighted reference is read beside the own tokens and joined after, which needs no mask (a mask takes every flash
-    kernel away) and no copy of the own keys (method.md 4). Shorter calls take the mask: there the join's five operations
-    cost more.
+    With it a weighted reference is read beside the own tokens and joined after, which needs no mask
+    (a mask takes every flash kernel away) and no copy of the own keys (method.md 4). Shorter calls
+    take the mask: there the join's five operations cost more.
     """
 
     attend: Attend
@@ -34,12 +37,15 @@ class FusedAttend:
         return self.attend(q, k, v, heads, mask=mask)
 
     def joins(self, q: Tensor, k: Tensor, heads: int) -> bool:
-        """Whether a call with a weighted reference, q [b n (h d)], k [b m (h d)], is to be joined by sums."""
+        """Whether a call with a weighted reference, q [b n (h d)], k [b m (h d)], is to be joined
+        by sums.
+        """
         return k.shape[1] >= self.shortest and self.tells(q, k, heads)
 
     @staticmethod
     def tells(q: Tensor, k: Tensor, heads: int) -> bool:
-        """Whether a kernel of this device takes such a call, q [b n (h d)], k [b m (h d)], and tells the right number.
+        """Whether a kernel of this device takes such a call, q [b n (h d)], k [b m (h d)], and
+        tells the right number.
 
         It has no gradient, and takes no keys of fewer heads than the queries'.
         """
@@ -52,7 +58,9 @@ class FusedAttend:
 
     @staticmethod
     def with_sums(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """q [b n (h d)], k v [b m (h d)] -> out [b n h d] and the log of each softmax's sum [b n h 1] in float32."""
+        """q [b n (h d)], k v [b m (h d)] -> out [b n h d] and the log of each softmax's sum
+        [b n h 1] in float32.
+        """
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         if q.device.type in ("cpu", "meta"):
@@ -63,7 +71,9 @@ class FusedAttend:
 
 @lru_cache(maxsize=64)
 def _kernel_tells(device: torch.device, dtype: torch.dtype, d: int) -> bool:
-    """These kernels have no public name, so each is tried on a few numbers before it is believed."""
+    """These kernels have no public name, so each is tried on a few numbers before it is
+    believed.
+    """
     if device.type == "meta":
         return True
     with torch.inference_mode():
@@ -86,7 +96,9 @@ def _kernel_tells(device: torch.device, dtype: torch.dtype, d: int) -> bool:
 def product_attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
 ) -> Tensor:
-    """The same in plain matrix products, whose backward pass is the faster one on a CPU. Shapes as Attend."""
+    """The same in plain matrix products, whose backward pass is the faster one on a CPU. Shapes as
+    Attend.
+    """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     weights = (logits if mask is None else logits + mask).softmax(-1)

@@ -1,8 +1,10 @@
-"""Attention of a picture's queries in a softmax that holds text and picture: references are read beside both.
+"""Attention of a picture's queries in a softmax that holds text and picture: references are read
+beside both.
 
-Equations D (2) to D (4) of docs/method.md 4.1; keys come turned, D (1). Text queries stay the host's: they are not passed
-to what reads references.
-Axes: b rows, h heads, n the picture's queries, m all own keys of the call, d head width; (h d) means heads not split.
+Equations D (2) to D (4) of docs/method.md 4.1; keys come turned, D (1). Text queries stay the
+host's: they are not passed to what reads references.
+Axes: b rows, h heads, n the picture's queries, m all own keys of the call, d head width; (h d)
+means heads not split.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from .weights import LOG_ZERO
 
 
 class TextShare(str, Enum):
-    """What becomes of the text's share of a picture query's softmax when references come into it."""
+    """What becomes of the text's share of a picture query's softmax when references come
+    into it.
+    """
 
     KEPT = "kept"  # it stays what it is without them, in every row and head: D (3), D (4)
     PLAIN = "plain"  # one softmax over all: references dim the text as they dim the picture
@@ -38,15 +42,18 @@ def attend_picture(
     share: TextShare,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The picture's queries q [b n (h d)] read own keys k v [b m (h d)] and the references -> [b n (h d)].
+    """The picture's queries q [b n (h d)] read own keys k v [b m (h d)] and the references ->
+    [b n (h d)].
 
-    picture: which own keys are the picture's; "text" is all others, whatever stands there (pads, registers, references of
-    the host's own). mask: the host's, on own keys, [n|1 m], [1|b n|1 m] or [1|b 1|h n|1 m], added or bool (True: read).
-    With nothing heard it is attend(q, k, v, heads, mask) itself. Weight modes are attend_with_references', and with KEPT they
-    act within what the text leaves.
+    picture: which own keys are the picture's; "text" is all others, whatever stands there (pads,
+    registers, references of the host's own). mask: the host's, on own keys, [n|1 m], [1|b n|1 m] or
+    [1|b 1|h n|1 m], added or bool (True: read). With nothing heard it is attend(q, k, v, heads,
+    mask) itself. Weight modes are attend_with_references', and with KEPT they act within what the
+    text leaves.
 
-    Cost of KEPT in tokens read per query, for T text, P picture and F reference tokens: T + P + F where the kernel tells its
-    sums (FusedAttend, no mask; P more if a reference is not `even`), else 2 T + 2 P + F in three calls of `attend`.
+    Cost of KEPT in tokens read per query, for T text, P picture and F reference tokens: T + P + F
+    where the kernel tells its sums (FusedAttend, no mask; P more if a reference is not `even`),
+    else 2 T + 2 P + F in three calls of `attend`.
     Raises ValueError if the picture or the mask does not fit.
     """
     heard = [ref for ref in references if not ref.silent]
@@ -63,13 +70,14 @@ def attend_picture(
 
 @dataclass(frozen=True, eq=False)
 class PictureReader:
-    """attend_picture in the form in which parts.attend_group asks for an attention with references."""
+    """attend_picture in the form in which parts.attend_group asks for an attention with
+    references.
+    """
 
     picture: slice
     share: TextShare
-    mask: Tensor | None = (
-        None  # the host's, on own keys, cut to the rows and queries that are passed
-    )
+    # the host's, on own keys, cut to the rows and queries that are passed
+    mask: Tensor | None = None
 
     def __call__(
         self,
@@ -81,9 +89,8 @@ class PictureReader:
         heads: int,
     ) -> Tensor:
         dims = any(ref.dims_text for ref in references if not ref.silent)
-        share = (
-            TextShare.PLAIN if dims else self.share
-        )  # one that dims it does so for all it is read with
+        # one that dims it does so for all it is read with
+        share = TextShare.PLAIN if dims else self.share
         return attend_picture(attend, q, k, v, heads, self.picture, references, share, self.mask)
 
     def of(self, take: Callable[[Tensor], Tensor]) -> PictureReader:
@@ -102,10 +109,12 @@ def attend_rows(
     read: Callable[[Tensor, Tensor | None], Tensor],
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A whole call, q [b l (h d)] of which `picture` is the picture's -> [b l (h d)]: only its rows read references (D (2)).
+    """A whole call, q [b l (h d)] of which `picture` is the picture's -> [b l (h d)]: only its rows
+    read references (D (2)).
 
-    read: the picture's queries [b n (h d)] and their rows of the mask -> [b n (h d)], as attend_picture gives it. All other
-    rows are the host's own attention; no mask of queries by keys is needed for it.
+    read: the picture's queries [b n (h d)] and their rows of the mask -> [b n (h d)], as
+    attend_picture gives it. All other rows are the host's own attention; no mask of queries by keys
+    is needed for it.
     """
     start, stop, _ = picture.indices(q.shape[1])
     parts = []
@@ -129,7 +138,9 @@ def _kept_by_sums(
     rest: Sequence[slice],
     heard: Sequence[ReferenceTokens],
 ) -> Tensor:
-    """D (4) from one softmax over each of text, picture and references, joined by their log-sum-exps."""
+    """D (4) from one softmax over each of text, picture and references, joined by their
+    log-sum-exps.
+    """
     own_k, own_v = k[:, picture], v[:, picture]
     own = attend.with_sums(q, own_k, own_v, heads)
     if all(ref.even for ref in heard):
@@ -158,7 +169,9 @@ def _kept_by_calls(
     heard: Sequence[ReferenceTokens],
     bias: Tensor | None,
 ) -> Tensor:
-    """D (4) from three calls of any attend: over the text, over all own keys for the text's mass, and over the others."""
+    """D (4) from three calls of any attend: over the text, over all own keys for the text's mass,
+    and over the others.
+    """
 
     def columns(x: Tensor, dim: int) -> Tensor:
         cut = [x.narrow(dim, s.start, s.stop - s.start) for s in rest]
@@ -166,9 +179,8 @@ def _kept_by_calls(
 
     theirs = None if bias is None else columns(bias, -1).contiguous()
     text = attend(q, columns(k, 1), columns(v, 1), heads, mask=theirs)
-    marks = v.new_zeros(
-        1, *v.shape[1:]
-    )  # values of 1 for text and 0 for the picture: what is read is the mass
+    # values of 1 for text and 0 for the picture: what is read is the mass
+    marks = v.new_zeros(1, *v.shape[1:])
     for s in rest:
         marks[:, s] = 1
     mass = attend(q, k, marks.expand_as(v), heads, mask=bias)
@@ -183,18 +195,22 @@ def _others(picture: slice, m: int) -> list[slice]:
     """Where own keys stand that are not the picture's."""
     if not 0 <= picture.start < picture.stop <= m:
         raise ValueError(
-            f"Kindred: the picture's tokens are {picture.start} to {picture.stop}, but the call has {m} keys."
+            f"Kindred: the picture's tokens are {picture.start} to {picture.stop}, but the call "
+            f"has {m} keys."
             " Another node may have merged or cut tokens: leave it out."
         )
     return [s for s in (slice(0, picture.start), slice(picture.stop, m)) if s.start < s.stop]
 
 
 def _bias(mask: Tensor, q: Tensor, m: int) -> Tensor:
-    """The host's mask as something to add, [1|b 1|h 1|n m], at least LOG_ZERO: a text of pads alone makes no NaN then."""
+    """The host's mask as something to add, [1|b 1|h 1|n m], at least LOG_ZERO: a text of pads alone
+    makes no NaN then.
+    """
     n = q.shape[1]
     if mask.ndim not in (2, 3, 4) or mask.shape[-1] != m or mask.shape[-2] not in (1, n):
         raise ValueError(
-            f"Kindred: the network's attention mask is {list(mask.shape)}, which does not fit {n} queries and {m} keys."
+            f"Kindred: the network's attention mask is {list(mask.shape)}, which does not fit {n} "
+            f"queries and {m} keys."
             " Another node may have changed their number: leave it out."
         )
     if mask.dtype is torch.bool:
@@ -205,7 +221,9 @@ def _bias(mask: Tensor, q: Tensor, m: int) -> Tensor:
 
 
 def _masking(attend: Attend, bias: Tensor | None) -> Attend:
-    """`attend` which adds the host's bias to the own keys, the first ones; what is appended to them has none."""
+    """`attend` which adds the host's bias to the own keys, the first ones; what is appended to them
+    has none.
+    """
     if bias is None:
         return attend
 

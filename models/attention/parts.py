@@ -1,4 +1,5 @@
-"""What the parts of an attention call read, and how it joins what they read anyway (method.md section 4).
+"""What the parts of an attention call read, and how it joins what they read anyway (method.md
+section 4).
 
 Axes: b rows of a call = parts x pictures, n query tokens, m reference tokens, c channels.
 """
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from ..network.call import AttnCall, Role
 
 
-# How a call reads references: attend_with_references, or in a joint softmax a PictureReader (attend, q, k, v, references, heads)
+# How a call reads references: attend_with_references, or in a joint softmax a PictureReader
+# (attend, q, k, v, references, heads)
 Read = Callable[[Attend, Tensor, Tensor, Tensor, Sequence[ReferenceTokens], int], Tensor]
 
 
@@ -33,25 +35,25 @@ class Merge(str, Enum):
     """How references join what the attention reads anyway (method.md 2.2 eq. 7-9, I42)."""
 
     CONCAT = "concat"  # one softmax over both: paper A
-    ADD = "add"  # W times an attention of their own, added: decoupled cross-attention, arXiv 2308.06721
+    # W times an attention of their own, added: decoupled cross-attention, arXiv 2308.06721
+    ADD = "add"
 
 
 @dataclass(frozen=True)
 class References:
-    """What one injection adds to an attention call: tokens per role (k v [1|rows m c]) and who may look at them."""
+    """What one injection adds to an attention call: tokens per role (k v [1|rows m c]) and who may
+    look at them.
+    """
 
     by_role: Mapping[Role, ReferenceTokens]
     query_mask: Tensor | None = None  # [parts 1|b n] in 0..1, 1 = may look
     merge: Merge = Merge.CONCAT
-    by_part: Mapping[int, ReferenceTokens] = field(
-        default_factory=dict
-    )  # for parts of one role that read different tokens
-    pictures: tuple[int, int] | None = (
-        None  # only the pictures first <= i < last of every part read them; None: all
-    )
-    by_row: ReferenceTokens | None = (
-        None  # those of by_role in its order, as the rows of one tensor
-    )
+    # for parts of one role that read different tokens
+    by_part: Mapping[int, ReferenceTokens] = field(default_factory=dict)
+    # only the pictures first <= i < last of every part read them; None: all
+    pictures: tuple[int, int] | None = None
+    # those of by_role in its order, as the rows of one tensor
+    by_row: ReferenceTokens | None = None
 
     def read_by(self, call: AttnCall, part: int) -> ReferenceTokens | None:
         return self.by_part.get(part) or self.by_role.get(call.roles[part])
@@ -60,7 +62,9 @@ class References:
         return self.pictures is None or self.pictures[0] <= first and last <= self.pictures[1]
 
     def quieter(self, share: float) -> References:
-        """The same where a query sees only this share of its own keys; what is added beside the softmax is as loud as ever."""
+        """The same where a query sees only this share of its own keys; what is added beside the
+        softmax is as loud as ever.
+        """
         if self.merge is Merge.ADD:
             return self
         made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
@@ -76,14 +80,15 @@ class References:
         )
 
     def cut(self, first: int, last: int, rows: int) -> References:
-        """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as they are."""
+        """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as
+        they are.
+        """
         made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
 
         def of(t: ReferenceTokens) -> ReferenceTokens:
             if id(t) not in made:
-                made[id(t)] = (
-                    t if self.pictures is not None else row_of(t)
-                )  # else made for these pictures alone
+                # else made for these pictures alone
+                made[id(t)] = t if self.pictures is not None else row_of(t)
             return made[id(t)]
 
         def row_of(t: ReferenceTokens) -> ReferenceTokens:
@@ -108,7 +113,9 @@ class References:
 
 
 def quieter(tokens: ReferenceTokens, share: float) -> ReferenceTokens:
-    """Tokens whose share of the softmax is as large beside `share` of the own tokens as it was beside all of them: log `share` more."""
+    """Tokens whose share of the softmax is as large beside `share` of the own tokens as it was
+    beside all of them: log `share` more.
+    """
     if tokens.mode is WeightMode.LOGIT_BIAS:
         return replace(tokens, weight=tokens.weight * share)
     less = tokens.k.new_full((tokens.k.shape[1],), log(share), dtype=torch.float32)
@@ -141,7 +148,9 @@ def beside_others(sharing: Sharing, call: AttnCall, k: Tensor, v: Tensor) -> lis
 
 
 def reader(call: AttnCall, parts: Sequence[int], references: Sequence[References]) -> Read:
-    """How the listed parts of a call read references: beside all keys, or in a joint softmax beside the picture's."""
+    """How the listed parts of a call read references: beside all keys, or in a joint softmax beside
+    the picture's.
+    """
     if call.joint is None:
         return attend_with_references
     return PictureReader(call.joint.picture, TextShare.KEPT, call.joint.mask).of(
@@ -160,7 +169,9 @@ def attend_group(
     parts: Sequence[int],
     read: Read = attend_with_references,
 ) -> Tensor:
-    """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references` -> [b n c]."""
+    """Attention of the listed parts, q [b n c], k v [b m c], all of which read all of `references`
+    -> [b n c].
+    """
     rows = q.shape[0] // len(parts)
     joined = [(gather_parts(r, call, parts, rows), _region(r, parts, rows), r) for r in references]
     concat = [(tokens, mask) for tokens, mask, r in joined if r.merge is Merge.CONCAT]
@@ -211,7 +222,8 @@ def gather_parts(
 ) -> ReferenceTokens:
     """The tokens each row of the listed parts reads; one shared copy where all parts read the same.
 
-    A text that stands r times in the keys weighs r times as much, so what stands beside it gets log r (method.md 2.3, I12).
+    A text that stands r times in the keys weighs r times as much, so what stands beside it gets log
+    r (method.md 2.3, I12).
     """
     tokens = [references.read_by(call, p) for p in parts]
     first = tokens[0]
@@ -234,10 +246,11 @@ def gather_parts(
         return first
     repeats = [call.repeats[p][i % len(call.repeats[p])] for p in parts for i in range(rows)]
     repeats = repeats[:1] if len(set(repeats)) == 1 else repeats
+    # filled on the device: a copy from here would make it wait
     m, device = (
         first.k.shape[1],
         first.k.device,
-    )  # filled on the device: a copy from here would make it wait
+    )
     logs = torch.cat(
         [torch.full((1, m), log(r), dtype=torch.float32, device=device) for r in repeats]
     )

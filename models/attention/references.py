@@ -1,8 +1,10 @@
 """Attention that reads reference tokens beside its own, in one softmax.
 
-A: attention injection, arXiv 2403.11284, section 2.2, eq. 1-3 (the text gives W_S as "a weight to adjust the output size of
-the softmax", so what it does is a choice: WeightMode). B: ConsiStory, arXiv 2402.03286, eq. 2-3 (log M added to the logits).
-Axes: b batch, h heads, n query tokens, m key tokens, d head width; (h d) means the heads are not split, as the host has it.
+A: attention injection, arXiv 2403.11284, section 2.2, eq. 1-3 (the text gives W_S as "a weight to
+adjust the output size of the softmax", so what it does is a choice: WeightMode). B: ConsiStory,
+arXiv 2402.03286, eq. 2-3 (log M added to the logits).
+Axes: b batch, h heads, n query tokens, m key tokens, d head width; (h d) means the heads are not
+split, as the host has it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from .weights import LOG_ZERO, WeightMode, log_of
 class ReferenceTokens:
     """Projected tokens of one reference and how loudly they speak.
 
-    A weight of 0, or no tokens, makes the reference silent: attention does not touch it. Raises ValueError if shapes do not
-    fit or the weight is below 0.
+    A weight of 0, or no tokens, makes the reference silent: attention does not touch it. Raises
+    ValueError if shapes do not fit or the weight is below 0.
     """
 
     k: Tensor  # [1|b m (h d)]
@@ -33,20 +35,23 @@ class ReferenceTokens:
     weight: float = 1.0  # >= 0
     mode: WeightMode = WeightMode.LOGIT_BIAS
     log_mask: Tensor | None = (
-        None  # [m] or [1|b m], added to the logits: log of a soft mask, -log R to share, log r for repeats
+        # [m] or [1|b m], added to the logits: log of a soft mask, -log R to share, log r for
+        # repeats
+        None
     )
-    dims_text: bool = (
-        False  # where text and picture share a softmax: it takes of the text's share too
-    )
+    # where text and picture share a softmax: it takes of the text's share too
+    dims_text: bool = False
 
     def __post_init__(self) -> None:
         if self.k.ndim != 3 or self.k.shape != self.v.shape:
             raise ValueError(
-                f"Reference tokens: keys and values must both be [b m (h d)]; got {list(self.k.shape)} and {list(self.v.shape)}."
+                f"Reference tokens: keys and values must both be [b m (h d)]; got "
+                f"{list(self.k.shape)} and {list(self.v.shape)}."
             )
         if self.log_mask is not None and self.log_mask.shape[-1] != self.k.shape[1]:
             raise ValueError(
-                f"Reference tokens: the mask weighs {self.log_mask.shape[-1]} tokens, but the reference has {self.k.shape[1]}."
+                f"Reference tokens: the mask weighs {self.log_mask.shape[-1]} tokens, but the "
+                f"reference has {self.k.shape[1]}."
             )
         if not self.weight >= 0:
             raise ValueError(f"Reference tokens: the weight must be 0 or more; got {self.weight}.")
@@ -70,16 +75,21 @@ def attend_with_references(
     references: Sequence[ReferenceTokens],
     heads: int,
 ) -> Tensor:
-    """q [b n (h d)] reads its own k v [b m (h d)] and every reference in ONE softmax -> [b n (h d)].
+    """q [b n (h d)] reads its own k v [b m (h d)] and every reference in ONE softmax ->
+    [b n (h d)].
 
-    Order is irrelevant; silent references are left out exactly; without a bias the call carries no mask (every fast kernel
-    takes it). R equal references of LOGIT_BIAS weight W/R are one of weight W.
+    Order is irrelevant; silent references are left out exactly; without a bias the call carries no
+    mask (every fast kernel takes it). R equal references of LOGIT_BIAS weight W/R are one of weight
+    W.
 
-    OUTPUT_BLEND references come in by weight, loudest first. With weights w1 >= w2 >= ... and A_j the attention over own
+    OUTPUT_BLEND references come in by weight, loudest first. With weights w1 >= w2 >= ... and A_j
+    the attention over own
     tokens, all references of the other modes and the j loudest blended ones, the result is
         (1 - w1) A_0 + (w1 - w2) A_1 + ... + w_R A_R
-    (the Lovasz extension of "attend to this set"): the table's formula for one reference, symmetric, convex for weights up
-    to 1, the joint softmax when all are 1. Cost: one attend for each distinct weight, and one for A_0 unless w1 is 1.
+    (the Lovasz extension of "attend to this set"): the table's formula for one reference,
+    symmetric, convex for weights up
+    to 1, the joint softmax when all are 1. Cost: one attend for each distinct weight, and one for
+    A_0 unless w1 is 1.
     """
     return read_in_levels(
         references, lambda members: _attend_joint(attend, q, k, v, members, heads)
@@ -89,7 +99,8 @@ def attend_with_references(
 def read_in_levels(
     references: Sequence[ReferenceTokens], read: Callable[[Sequence[ReferenceTokens]], Tensor]
 ) -> Tensor:
-    """`read` says what is attended to beside some of the references, [b n (h d)]; here OUTPUT_BLEND ones come in by weight.
+    """`read` says what is attended to beside some of the references, [b n (h d)]; here OUTPUT_BLEND
+    ones come in by weight.
 
     The formula and the cost are attend_with_references'.
     """
@@ -98,9 +109,8 @@ def read_in_levels(
     blended = [ref for ref in heard if ref.mode is WeightMode.OUTPUT_BLEND]
     blended.sort(key=lambda ref: ref.weight, reverse=True)
 
-    levels = [
-        (1.0, held)
-    ]  # (weight, the references heard at it), each level holding those before it
+    # (weight, the references heard at it), each level holding those before it
+    levels = [(1.0, held)]
     for weight, group in groupby(blended, lambda ref: ref.weight):
         levels.append((weight, [*levels[-1][1], *group]))
 
@@ -115,10 +125,11 @@ def read_in_levels(
 
 
 def blend_queries(plain: Tensor, injected: Tensor, query_mask: Tensor) -> Tensor:
-    """Let only some queries see the reference: plain, injected [b n c], query_mask [1|b n] in 0..1 -> [b n c].
+    """Let only some queries see the reference: plain, injected [b n c], query_mask [1|b n] in 0..1
+    -> [b n c].
 
-    Exactly `plain` where the mask is 0 and exactly `injected` where it is 1 (both finite). The generated side's mask is our
-    extension of A: the paper masks the reference side alone.
+    Exactly `plain` where the mask is 0 and exactly `injected` where it is 1 (both finite). The
+    generated side's mask is our extension of A: the paper masks the reference side alone.
     """
     return torch.lerp(plain, injected, query_mask.to(plain)[..., None])
 
@@ -164,7 +175,9 @@ def _joined_by_sums(
     references: Sequence[ReferenceTokens],
     heads: int,
 ) -> Tensor:
-    """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j exp(s_j) (method.md 4, I11)."""
+    """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j
+    exp(s_j) (method.md 4, I11).
+    """
     quiet = [ref for ref in references if not _loudness(ref)]
     if quiet:
         k, v = (
@@ -184,7 +197,9 @@ def join_by_sums(
     references: Sequence[ReferenceTokens],
     heads: int,
 ) -> Tensor:
-    """`own`, an answer of with_sums, joined with what q [b n (h d)] reads in `even` references -> [b n h d]."""
+    """`own`, an answer of with_sums, joined with what q [b n (h d)] reads in `even` references ->
+    [b n h d].
+    """
     out, sums = own
     by_loudness = sorted(references, key=_loudness)
     for loudness, group in groupby(by_loudness, _loudness):
@@ -198,7 +213,9 @@ def join_by_sums(
 
 
 def _joined_tokens(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:
-    """Keys and values of all references on one token axis, [1|b m (h d)] each, their weight in them where the mode says so."""
+    """Keys and values of all references on one token axis, [1|b m (h d)] each, their weight in them
+    where the mode says so.
+    """
     keys = [_scaled(ref.k, ref, WeightMode.KEY_SCALE) for ref in references]
     values = [_scaled(ref.v, ref, WeightMode.POST_SOFTMAX) for ref in references]
     b = max(x.shape[0] for x in (*keys, *values))
@@ -223,7 +240,9 @@ def _joined_bias(references: Sequence[ReferenceTokens]) -> Tensor | None:
 def _bias_beside(
     own: int, references: Sequence[ReferenceTokens], dtype: torch.dtype
 ) -> Tensor | None:
-    """0 for the own tokens, then the references' bias: [1|b own+m]; made once where it is the same in every layer and step."""
+    """0 for the own tokens, then the references' bias: [1|b own+m]; made once where it is the same
+    in every layer and step.
+    """
     if not all(ref.even for ref in references):
         bias = _joined_bias(references)
         return None if bias is None else F.pad(bias, (own, 0)).to(dtype)
@@ -243,7 +262,9 @@ def _constant_bias(
     device: torch.device,
     inference: bool,
 ) -> Tensor:
-    """[1 own+m], at most a few dozen kilobytes; what inference mode made is for inference mode alone."""
+    """[1 own+m], at most a few dozen kilobytes; what inference mode made is for inference mode
+    alone.
+    """
     parts = [torch.zeros(1, own, dtype=dtype, device=device)]
     return torch.cat(
         [*parts, *(torch.full((1, m), value, dtype=dtype, device=device) for m, value in logs)], 1
@@ -251,7 +272,9 @@ def _constant_bias(
 
 
 def _log_bias(ref: ReferenceTokens) -> Tensor | None:
-    """Log bias [1|b m] of one reference, at least LOG_ZERO; None where nothing is added to its logits."""
+    """Log bias [1|b m] of one reference, at least LOG_ZERO; None where nothing is added to its
+    logits.
+    """
     weight = ref.weight if ref.mode is WeightMode.LOGIT_BIAS else 1.0
     bias = None if weight == 1.0 else _filled(ref.k, log_of(weight))
     if ref.log_mask is None:

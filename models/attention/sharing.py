@@ -1,6 +1,8 @@
-"""Pictures of one batch that read one another's tokens: one gather of keys and one of values, whoever reads whom.
+"""Pictures of one batch that read one another's tokens: one gather of keys and one of values,
+whoever reads whom.
 
-Axes: b pictures, n tokens of a picture, l tokens read beside them, c channels; P parts of a call that share.
+Axes: b pictures, n tokens of a picture, l tokens read beside them, c channels; P parts of a call
+that share.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ Pictures = tuple[int, int]  # the first, and the one behind the last
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """Where every picture's keys stand among P*b*n, neighbours that read the same beside one another.
+    """Where every picture's keys stand among P*b*n, neighbours that read the same beside one
+    another.
 
-    index: all groups' positions, of a group those of P parts of its pictures of n + l tokens; rows: the P*b rows of the
-    queries in the same order, None where it is theirs; biases: per group [1 1 1 n+l], or None.
+    index: all groups' positions, of a group those of P parts of its pictures of n + l tokens; rows:
+    the P*b rows of the queries in the same order, None where it is theirs; biases: per group
+    [1 1 1 n+l], or None.
     """
 
     groups: tuple[Pictures, ...]
@@ -56,7 +60,9 @@ class Gathers:
         reads: Mapping[Pictures, Tensor],
         dtype: torch.dtype,
     ) -> Gather:
-        """reads: per group of pictures the positions [l] among b*n that each of them reads, on the device; none: its own alone."""
+        """reads: per group of pictures the positions [l] among b*n that each of them reads, on the
+        device; none: its own alone.
+        """
         key = grid, parts, dtype
         if key not in self._made:
             b, n = self.pictures, grid[0] * grid[1]
@@ -102,14 +108,18 @@ class Gathers:
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """What a story says of an attention call: these of its parts share, each among its own pictures."""
+    """What a story says of an attention call: these of its parts share, each among its own
+    pictures.
+    """
 
     parts: tuple[int, ...]
     gather: Gather
     weight: float
 
     def attend(self, attend: Attend, own: Sequence[Tensor], heads: int) -> list[list[Tensor]]:
-        """own: q k v [P*b n c] of the parts that share -> per part, per group, the outputs [. n c] of its pictures."""
+        """own: q k v [P*b n c] of the parts that share -> per part, per group, the outputs [. n c]
+        of its pictures.
+        """
         g, parts, c = self.gather, len(self.parts), own[0].shape[-1]
         q = (own[0] if g.rows is None else own[0].index_select(0, g.rows)).split(
             [parts * (last - first) for first, last in g.groups]
@@ -126,7 +136,9 @@ class Sharing:
         return [[pieces[part] for pieces in out] for part in range(parts)]
 
     def tokens(self, k: Tensor, v: Tensor) -> list[tuple[Pictures, ReferenceTokens]]:
-        """The same for whoever joins them with other references: k v [b n c] of one part -> what each group reads beside its own."""
+        """The same for whoever joins them with other references: k v [b n c] of one part -> what
+        each group reads beside its own.
+        """
         n, at, found = k.shape[1], 0, []
         for (first, last), length in zip(self.gather.groups, self.gather.lengths):
             index = self.gather.index[at + n : at + length]  # the first part's first picture

@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from math import log
 
-# Stands for log 0: fits float16, exp() of it is exactly 0 even in float64, and a row of nothing else is still no NaN.
+# Stands for log 0: fits float16, exp() of it is exactly 0 even in float64, and a row of nothing
+# else is still no NaN.
 LOG_ZERO = -1e4
 
 # Of dial, measured on the miniature: docs/evaluation.md, "The dials"
@@ -15,30 +16,32 @@ STORY_ODDS = 1.0
 
 
 class WeightMode(str, Enum):
-    """What the weight W of a reference does (method table of eq. 3; W = 1 is the plain concatenation in every mode)."""
+    """What the weight W of a reference does (method table of eq. 3; W = 1 is the plain
+    concatenation in every mode).
+    """
 
-    LOGIT_BIAS = (
-        "logit bias"  # probabilities of the reference times W, then renormalised: rows stay convex
-    )
-    POST_SOFTMAX = (
-        "post softmax"  # the same without renormalising; done as W * v_ref, which is equal
-    )
+    # probabilities of the reference times W, then renormalised: rows stay convex
+    LOGIT_BIAS = "logit bias"
+    # the same without renormalising; done as W * v_ref, which is equal
+    POST_SOFTMAX = "post softmax"
     KEY_SCALE = "key scale"  # W * k_ref: a temperature on the reference's logits
-    OUTPUT_BLEND = (
-        "output blend"  # (1 - W) * attention without the reference + W * attention with it
-    )
+    # (1 - W) * attention without the reference + W * attention with it
+    OUTPUT_BLEND = "output blend"
 
 
 def dial(strength: float, node: str, odds: float = 0.0) -> float:
-    """A node's `strength` 0..1 -> the share of its weight that is heard: 0 -> 0, 1 -> 1, rising, so that likeness rises evenly.
+    """A node's `strength` 0..1 -> the share of its weight that is heard: 0 -> 0, 1 -> 1, rising, so
+    that likeness rises evenly.
 
-    In a softmax whose weight-1 reference stands to the own tokens as `odds` to 1, a weight W gives it the part W odds / (1 + W odds)
-    of the whole; this is that solved for W, as a share of the part at weight 1. Odds 0, for what is added or blended, are the
-    straight line. ValueError for a strength outside 0..1.
+    In a softmax whose weight-1 reference stands to the own tokens as `odds` to 1, a weight W gives
+    it the part W odds / (1 + W odds) of the whole; this is that solved for W, as a share of the
+    part at weight 1. Odds 0, for what is added or blended, are the straight line. ValueError for a
+    strength outside 0..1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(
-            f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all of the likeness)."
+            f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all "
+            f"of the likeness)."
         )
     return strength / (1 + odds * (1 - strength))
 

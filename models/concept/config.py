@@ -1,4 +1,6 @@
-"""What a concept encoder is for and made of: the description that stands in its file, and how pictures become its pixels."""
+"""What a concept encoder is for and made of: the description that stands in its file, and how
+pictures become its pixels.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the tower's pixels: short side to `size` (bicubic), centre cut, 8 bits, (x - mean) / std."""
+    """How a picture becomes the tower's pixels: short side to `size` (bicubic), centre cut, 8 bits,
+    (x - mean) / std.
+    """
 
     size: int = 224
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of CLIP
@@ -54,14 +58,12 @@ class ConceptConfig:
     """What a concept encoder is for and made of; all of it stands in the file."""
 
     family: str  # the host's name of the base model's kind: SD15, SD20, SDXL
-    layers: tuple[
-        tuple[BlockId, int], ...
-    ]  # cross-attention layers in the order the UNet runs them, and their channels
+    # cross-attention layers in the order the UNet runs them, and their channels
+    layers: tuple[tuple[BlockId, int], ...]
     width: int  # of the text
     tower_width: int
-    tower: Mapping[str, Any] | None = (
-        None  # transformers' CLIPVisionConfig; None: the host's CLIP Vision gives the tokens
-    )
+    # transformers' CLIPVisionConfig; None: the host's CLIP Vision gives the tokens
+    tower: Mapping[str, Any] | None = None
     preprocessing: Preprocessing = Preprocessing()
     merge: Merge = Merge.CONCAT  # what it was trained with
     training: Mapping[str, Any] = field(default_factory=dict)  # facts: steps, data, rates, loss
@@ -83,7 +85,9 @@ class ConceptConfig:
 
     @staticmethod
     def read(settings: Mapping[str, Any]) -> ConceptConfig:
-        """Raises KeyError, ValueError, TypeError or AttributeError where it is not what `metadata` writes."""
+        """Raises KeyError, ValueError, TypeError or AttributeError where it is not what `metadata`
+        writes.
+        """
         pixels, tower = settings["preprocessing"], settings["tower"]
         if not isinstance(settings["family"], str) or not settings["family"]:
             raise ValueError(f"family is {settings['family']!r:.60}")
@@ -105,7 +109,9 @@ class ConceptConfig:
 
 
 def read_layers(layers: Sequence[Any]) -> tuple[tuple[BlockId, int], ...]:
-    """[stage, index, depth, channels] each -> (block, channels); ValueError or TypeError where they are none of a UNet."""
+    """[stage, index, depth, channels] each -> (block, channels); ValueError or TypeError where they
+    are none of a UNet.
+    """
     found = tuple(
         (
             (stage, number(i, 0, 99, "a block"), number(d, 0, 99, "a block")),
@@ -129,7 +135,8 @@ def check_pixels(config: ConceptConfig) -> None:
     check_tower(tower)
     if (tower["hidden_size"], tower["image_size"]) != (config.tower_width, pixels.size):
         raise ValueError(
-            f"the tower is {tower['hidden_size']} wide and sees {tower['image_size']} pixels, but the rest says "
+            f"the tower is {tower['hidden_size']} wide and sees {tower['image_size']} pixels, but "
+            f"the rest says "
             f"{config.tower_width} and {pixels.size}"
         )
 
@@ -137,17 +144,22 @@ def check_pixels(config: ConceptConfig) -> None:
 def check_layers(
     config: ConceptConfig, family: str, layers: Sequence[tuple[BlockId, int]], width: int, node: str
 ) -> None:
-    """An encoder's layers against a UNet's, [(block, channels)] and the width of its text; ValueError names both."""
+    """An encoder's layers against a UNet's, [(block, channels)] and the width of its text;
+    ValueError names both.
+    """
     own, given = dict(config.layers), dict(layers)
     if config.width != width or own != given:
         first = next((b for b in {**own, **given} if own.get(b) != given.get(b)), None)
         where = (
             first
-            and f"; {block_name(first)} has {own.get(first, 'no')} channels there and {given.get(first, 'none')} here"
+            and f"; {block_name(first)} has {own.get(first, 'no')} channels there and "
+            f"{given.get(first, 'none')} here"
             or ""
         )
         raise ValueError(
-            f"{node}: the concept encoder was trained for {config.family} ({len(own)} cross-attention layers, text width "
-            f"{config.width}), but the model given is {family} ({len(given)} layers, text width {width}){where}. "
+            f"{node}: the concept encoder was trained for {config.family} ({len(own)} "
+            f"cross-attention layers, text width "
+            f"{config.width}), but the model given is {family} ({len(given)} layers, text width "
+            f"{width}){where}. "
             f"Use an encoder trained for {family}, or a {config.family} checkpoint."
         )

@@ -16,10 +16,12 @@ from .settings import TrainSettings
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The training pictures: latents [n c y x] in model scale, pixels uint8 [n s s 3] for the tower, a prompt each.
+    """The training pictures: latents [n c y x] in model scale, pixels uint8 [n s s 3] for the
+    tower, a prompt each.
 
-    Pictures of one subject share a number in `subjects`: then the tower sees another one of them than the UNet has to draw, so
-    that only the subject carries over; a picture alone is its own partner, which is the paper's reconstruction.
+    Pictures of one subject share a number in `subjects`: then the tower sees another one of them
+    than the UNet has to draw, so that only the subject carries over; a picture alone is its own
+    partner, which is the paper's reconstruction.
     """
 
     latents: Tensor

@@ -1,9 +1,12 @@
-"""The concept encoder of paper A (arXiv 2403.11284, section 2.3): a photo becomes extra keys and values of cross-attention.
+"""The concept encoder of paper A (arXiv 2403.11284, section 2.3): a photo becomes extra keys and
+values of cross-attention.
 
-Reading E2 of "257x768 from the penultimate layer" (method.md 2.3): tokens of a CLIP vision tower's penultimate layer, an MLP
-to the text's width, one linear layer per cross-attention layer for the keys and one for the values. IP-Adapter's full-face
-weights (arXiv 2308.06721) have the same form and load into the same class.
-Axes: b pictures, m tokens of a picture, d channels of the tower, w width of the text, c channels of a layer.
+Reading E2 of "257x768 from the penultimate layer" (method.md 2.3): tokens of a CLIP vision tower's
+penultimate layer, an MLP to the text's width, one linear layer per cross-attention layer for the
+keys and one for the values. IP-Adapter's full-face weights (arXiv 2308.06721) have the same form
+and load into the same class.
+Axes: b pictures, m tokens of a picture, d channels of the tower, w width of the text, c channels of
+a layer.
 """
 
 from __future__ import annotations
@@ -55,21 +58,26 @@ class ConceptEncoder(nn.Module):
         """[b 3 size size] -> (k, v) [b m c] of every layer. ValueError without a tower."""
         if self.tower is None:
             raise ValueError(
-                "This concept encoder holds no CLIP tower, so it reads penultimate tokens and not pictures: "
+                "This concept encoder holds no CLIP tower, so it reads penultimate tokens and not "
+                "pictures: "
                 "connect CLIP Vision to Concept Encoder Load."
             )
         return self.keys_values(self.features(self.tower(pixels)))
 
     @torch.no_grad()
     def start_from_text(self, text: Mapping[BlockId, tuple[Tensor, Tensor]]) -> None:
-        """Keys and values start as those of the text, (to_k, to_v) [c w] per layer (method.md 2.3: zeros would not be the plain model)."""
+        """Keys and values start as those of the text, (to_k, to_v) [c w] per layer (method.md 2.3:
+        zeros would not be the plain model).
+        """
         for block, (k, v) in text.items():
             name = "_".join(map(str, block))
             self.to_k[name].weight.copy_(k)
             self.to_v[name].weight.copy_(v)
 
     def save(self, path: Path, dtype: torch.dtype = torch.float16) -> None:
-        """One .safetensors with the configuration in its metadata; whole or absent. The same encoder gives the same bytes."""
+        """One .safetensors with the configuration in its metadata; whole or absent. The same
+        encoder gives the same bytes.
+        """
         weights = {
             name: value.detach().to("cpu", dtype).contiguous()
             for name, value in sorted(self.state_dict().items())

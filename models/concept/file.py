@@ -1,4 +1,6 @@
-"""A concept encoder read from its .safetensors; nothing of the file is believed before it is looked at."""
+"""A concept encoder read from its .safetensors; nothing of the file is believed before it is looked
+at.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ class Header:
 
 
 def load_concept_encoder(path: Path) -> ConceptEncoder:
-    """A Kindred concept encoder, or IP-Adapter full-face weights (merge "add", no tower), in float32.
+    """A Kindred concept encoder, or IP-Adapter full-face weights (merge "add", no tower), in
+    float32.
 
-    Raises ValueError that names the file, what is wrong and what to do: a pickle, a torn or foreign file, another version.
+    Raises ValueError that names the file, what is wrong and what to do: a pickle, a torn or foreign
+    file, another version.
     """
     header = read_header(path)
     if FORMAT in header.metadata:
@@ -74,7 +78,8 @@ def check_shapes(
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise ValueError(
-                f"{path.name}: {name:.80} is {str(shapes.get(name, 'missing')):.80}, but its description says "
+                f"{path.name}: {name:.80} is {str(shapes.get(name, 'missing')):.80}, but its "
+                f"description says "
                 f"{expected.get(name, 'that there is none')}. Copy or download it again."
             )
 
@@ -104,13 +109,16 @@ def check_bounded(path: Path, weights: Mapping[str, Tensor]) -> None:
     for name, value in weights.items():
         if value.numel() and not (value.abs().max() <= GREATEST):
             raise ValueError(
-                f"{path.name}: {name} holds NaN or infinite values, or some beyond {GREATEST:g}. Copy it again, or train with a "
+                f"{path.name}: {name} holds NaN or infinite values, or some beyond {GREATEST:g}. "
+                f"Copy it again, or train with a "
                 "lower learning rate."
             )
 
 
 def read_description(path: Path, description: str) -> ConceptConfig:
-    """The metadata's entry -> configuration; ValueError for a damaged one and for another version."""
+    """The metadata's entry -> configuration; ValueError for a damaged one and for another
+    version.
+    """
     try:
         settings = json.loads(description)
         version = number(settings["version"], 1, 1 << 31, "version")
@@ -121,7 +129,8 @@ def read_description(path: Path, description: str) -> ConceptConfig:
         ) from error
     if config is None:
         raise ValueError(
-            f"{path.name} is a concept encoder of format {version}, but this Kindred reads format {VERSION}. "
+            f"{path.name} is a concept encoder of format {version}, but this Kindred reads format "
+            f"{VERSION}. "
             "Update Kindred, or train the encoder again."
         )
     return config

@@ -1,4 +1,6 @@
-"""IP-Adapter's full-face weights (arXiv 2308.06721) as a concept encoder: they have the same form."""
+"""IP-Adapter's full-face weights (arXiv 2308.06721) as a concept encoder: they have the
+same form.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from ..network.blocks import UNET_STAGES, BlockId
 from .config import ConceptConfig
 from .tower import SIZES
 
-# full-face files number their layers input, output, middle (arXiv 2308.06721's code), the middle last
+# full-face files number their layers input, output, middle (arXiv 2308.06721's code), the middle
+# last
 SD_STAGES = {
     "input": {i: 1 for i in (1, 2, 4, 5, 7, 8)},
     "output": {i: 1 for i in range(3, 12)},
@@ -29,12 +32,15 @@ FAMILIES = {768: ("SD15", SD_STAGES), 1024: ("SD20", SD_STAGES), 2048: ("SDXL", 
 def read_full_face(
     path: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[ConceptConfig, dict[str, str]]:
-    """IP-Adapter full-face tensors -> configuration, and their names by ours; ValueError for any other file."""
+    """IP-Adapter full-face tensors -> configuration, and their names by ours; ValueError for any
+    other file.
+    """
     given = {name for name in shapes if name.startswith("image_proj.")}
     mlp = {f"image_proj.proj.{i}.{kind}" for i in (0, 2, 3) for kind in ("weight", "bias")}
     if given != mlp or not all(shapes[name] for name in mlp):
         raise ValueError(
-            f"{path.name} is {kind_of(given)}. Choose a file that Concept Encoder Train or tools/train_concept_encoder.py "
+            f"{path.name} is {kind_of(given)}. Choose a file that Concept Encoder Train or "
+            f"tools/train_concept_encoder.py "
             "made, or IP-Adapter full-face weights."
         )
     tower_width = shapes["image_proj.proj.0.weight"][0]
@@ -46,8 +52,10 @@ def read_full_face(
         f"{n}{half}_ip.weight" for n in theirs.values() for half in "kv"
     }:
         raise ValueError(
-            f"{path.name} is IP-Adapter full-face weights for a base model Kindred does not know: text width {width}, "
-            f"{sum(n.endswith('to_k_ip.weight') for n in layered)} layers. Use weights for SD1.5 (768 and 16), SD2.x "
+            f"{path.name} is IP-Adapter full-face weights for a base model Kindred does not know: "
+            f"text width {width}, "
+            f"{sum(n.endswith('to_k_ip.weight') for n in layered)} layers. Use weights for SD1.5 "
+            f"(768 and 16), SD2.x "
             "(1024 and 16) or SDXL (2048 and 70)."
         )
     names = {"mlp." + name.removeprefix("image_proj.proj."): name for name in mlp}
@@ -71,7 +79,9 @@ def read_full_face(
 
 
 def numbered(stages: Mapping[str, Mapping[int, int]]) -> list[BlockId]:
-    """The cross-attention layers in the order of a full-face file; stages: per block how many it has."""
+    """The cross-attention layers in the order of a full-face file; stages: per block how many it
+    has.
+    """
     layers: list[BlockId] = []
     for stage, blocks in stages.items():
         for i, depth in blocks.items():

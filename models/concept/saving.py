@@ -1,4 +1,6 @@
-"""A training that is watched and kept: every step up to the last, what it learned saved as it goes (Concept Encoder Train)."""
+"""A training that is watched and kept: every step up to the last, what it learned saved as it goes
+(Concept Encoder Train).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def known_state(path: Path) -> dict[str, Any]:
         return read_state(path)
     except OSError as error:
         raise OSError(
-            f"{NODE}: {error}. It stays as it is; look at that folder and its disk, then queue it again."
+            f"{NODE}: {error}. It stays as it is; look at that folder and its disk, then queue it "
+            f"again."
         ) from error
 
 
@@ -57,8 +60,10 @@ class Saving:
                 else "nothing was saved before"
             )
             raise OSError(
-                f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. To go on, "
-                f"{remedy(error, WRITABLE)} and queue the same again: it goes on from step {self.saved}."
+                f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. To "
+                f"go on, "
+                f"{remedy(error, WRITABLE)} and queue the same again: it goes on from step "
+                f"{self.saved}."
             ) from error
         self.saved = self.trainer.step_number
         log.info(
@@ -89,7 +94,9 @@ class Watching:
 
 
 def run(save_every: int, save: Saving, watch: Watching, interrupted: type[BaseException]) -> None:
-    """Every step up to the last. The host's interrupt, or a loss that is not finite, is raised once what was learned is saved."""
+    """Every step up to the last. The host's interrupt, or a loss that is not finite, is raised once
+    what was learned is saved.
+    """
     trainer = save.trainer
     try:
         watch.tell(trainer.step_number)

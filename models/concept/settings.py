@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The paper's run is batch 2 (it does not say whether on each of its 4 GPUs), rate 1e-5, 100,000 steps, tower and projections
-    updated (section 3.1)."""
+    """The paper's run is batch 2 (it does not say whether on each of its 4 GPUs), rate 1e-5,
+    100,000 steps, tower and projections updated (section 3.1).
+    """
 
     steps: int = 100_000
     batch: int = 2  # per process and micro-step
@@ -18,19 +19,21 @@ class TrainSettings:
     tower_rate: float | None = None  # None: `rate`; 0 leaves the tower as it came
     schedule: str = "constant"  # or cosine, down to 2 % of the rate
     warm_up: int = 0  # steps of rising rate
-    weight_warm_up: int = (
-        0  # steps over which W_C rises from 1 % to 1 (method.md 2.3: null columns absorb mass)
-    )
-    drop_text: float = (
-        0.05  # arXiv 2308.06721's dropout, so that guidance has something to compare with
-    )
+    # steps over which W_C rises from 1 % to 1 (method.md 2.3: null columns absorb mass)
+    weight_warm_up: int = 0
+    # arXiv 2308.06721's dropout, so that guidance has something to compare with
+    drop_text: float = 0.05
     drop_image: float = 0.05
     drop_both: float = 0.05
     average: float = 0.9999  # decay of the averaged weights; 0 keeps none
     clip: float = 1.0  # greatest norm of a step's gradient
     weight_decay: float = 0.01
-    noise_from: float = 0.0  # noise levels are drawn from this share of the schedule up: what a subject is, is decided where it is noisy
-    weighting: str = "plain"  # eq. (10) as it is; velocity: the same error as one of v, which weighs the noisy levels up (arXiv 2202.00512)
+    # noise levels are drawn from this share of the schedule up: what a subject is, is decided where
+    # it is noisy
+    noise_from: float = 0.0
+    # eq. (10) as it is; velocity: the same error as one of v, which weighs the noisy levels up
+    # (arXiv 2202.00512)
+    weighting: str = "plain"
     min_snr: float | None = None  # gamma of arXiv 2303.09556, on top; None for none
     seed: int = 0
 

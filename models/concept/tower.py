@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..safetensor import number, real
 
-# Lowest and highest of what a file may say: a real tower is well inside, and outside of it nothing could be built.
+# Lowest and highest of what a file may say: a real tower is well inside, and outside of it nothing
+# could be built.
 SIZES = {
     "hidden_size": (1, 8192),
     "intermediate_size": (1, 65536),
@@ -29,15 +30,18 @@ RATES = {
     "initializer_factor": (0.0, 10.0),
 }
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+# the rest of transformers' configuration is no architecture; some of it can fetch code
 TOWER = (
     *SIZES,
     *RATES,
     "hidden_act",
-)  # the rest of transformers' configuration is no architecture; some of it can fetch code
+)
 
 
 def check_tower(tower: Mapping[str, Any]) -> None:
-    """A description of a CLIP vision tower, before anything is built of it; ValueError or AttributeError when it is none."""
+    """A description of a CLIP vision tower, before anything is built of it; ValueError or
+    AttributeError when it is none.
+    """
     for name, bounds in SIZES.items():
         if name in tower or name in (
             "hidden_size",
@@ -55,7 +59,8 @@ def check_tower(tower: Mapping[str, Any]) -> None:
         )
     if tower["hidden_size"] % tower.get("num_attention_heads", 12):
         raise ValueError(
-            f"{tower['hidden_size']} channels do not divide into {tower.get('num_attention_heads', 12)} heads"
+            f"{tower['hidden_size']} channels do not divide into "
+            f"{tower.get('num_attention_heads', 12)} heads"
         )
     if (
         tower["patch_size"] > tower["image_size"]
@@ -67,7 +72,9 @@ def check_tower(tower: Mapping[str, Any]) -> None:
 
 
 class VisionTower(nn.Module):
-    """CLIP's vision transformer up to its penultimate layer: what lies behind that is not held, so nothing is frozen."""
+    """CLIP's vision transformer up to its penultimate layer: what lies behind that is not held, so
+    nothing is frozen.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         from transformers import (
@@ -84,16 +91,17 @@ class VisionTower(nn.Module):
         self.model = getattr(model, "vision_model", model)  # transformers 4 has one more level
         self.model.post_layernorm = nn.Identity()
         tokens = self.model.embeddings.position_embedding.num_embeddings
-        self.model.embeddings.position_ids = torch.arange(tokens, device="cpu")[
-            None
-        ]  # no weight, so real on the meta device too
+        # no weight, so real on the meta device too
+        self.model.embeddings.position_ids = torch.arange(tokens, device="cpu")[None]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[b 3 size size] -> penultimate tokens [b m d]."""
         return self.model(pixel_values=pixels).last_hidden_state
 
     def load_clip(self, weights: Mapping[str, Tensor]) -> None:
-        """Weights of a whole CLIP vision model in transformers' names, with or without "vision_model."; RuntimeError if some lack."""
+        """Weights of a whole CLIP vision model in transformers' names, with or without
+        "vision_model."; RuntimeError if some lack.
+        """
         own = self.model.state_dict()
         given = {name.removeprefix("vision_model."): value for name, value in weights.items()}
         self.model.load_state_dict({name: given[name] for name in own if name in given})

@@ -1,7 +1,9 @@
-"""Trains a concept encoder by reconstruction, eq. (10) of paper A (arXiv 2403.11284, section 2.3): one loop for every front end.
+"""Trains a concept encoder by reconstruction, eq. (10) of paper A (arXiv 2403.11284, section 2.3):
+one loop for every front end.
 
-Everything random follows from (seed, step): a resumed run is the run that was not stopped, and p processes with batch b each
-are one process with batch p * b. The UNet is frozen; the encoder's tower, MLP and projections learn.
+Everything random follows from (seed, step): a resumed run is the run that was not stopped, and p
+processes with batch b each are one process with batch p * b. The UNet is frozen; the encoder's
+tower, MLP and projections learn.
 Axes: b pictures of a step, c y x latents, n examples.
 """
 
@@ -38,7 +40,9 @@ from .training_state import (
 
 @dataclass(frozen=True)
 class Learning:
-    """The concept tokens of one training step, an ActiveInjection: every row reads them as a sampler's cond rows do."""
+    """The concept tokens of one training step, an ActiveInjection: every row reads them as a
+    sampler's cond rows do.
+    """
 
     keys_values: KeysValues
     weight: float
@@ -65,7 +69,9 @@ class Learning:
 
 
 def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Recompute in the backward pass; the host moves its block counter inside the options, so they are kept as they are now."""
+    """Recompute in the backward pass; the host moves its block counter inside the options, so they
+    are kept as they are now.
+    """
 
     def again(*args: Any, **kwargs: Any) -> Any:
         args = tuple(dict(a) if isinstance(a, dict) else a for a in args)
@@ -88,11 +94,15 @@ class Denoiser(Protocol):
         keys_values: KeysValues,
         weight: float,
     ) -> Tensor:
-        """x [b c y x] = clean + sigma [b] * noise -> denoised [b c y x], differentiable in keys_values [b m c']."""
+        """x [b c y x] = clean + sigma [b] * noise -> denoised [b c y x], differentiable in
+        keys_values [b m c'].
+        """
 
 
 class Engine(Protocol):
-    """What one process has of the whole run: accelerate's in the program, plain torch's in the node."""
+    """What one process has of the whole run: accelerate's in the program, plain torch's in the
+    node.
+    """
 
     device: torch.device
     rank: int
@@ -127,7 +137,9 @@ class OneProcess:
 
 
 class Trainer:
-    """The loop, one step at a time. `encoder` is changed in place; `averaged` gives the one to keep."""
+    """The loop, one step at a time. `encoder` is changed in place; `averaged` gives the one to
+    keep.
+    """
 
     def __init__(
         self,
@@ -165,7 +177,9 @@ class Trainer:
         )
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups: the tower may have a rate of its own, and with a rate of 0 it does not learn."""
+        """The optimizer's groups: the tower may have a rate of its own, and with a rate of 0 it
+        does not learn.
+        """
         encoder, settings, tower = self.encoder, self.settings, []
         if encoder.tower is not None:
             tower = list(encoder.tower.parameters())
@@ -210,7 +224,9 @@ class Trainer:
         return squared.mean()
 
     def step(self) -> float:
-        """One optimizer step; returns its loss, mean over processes. FloatingPointError, with nothing changed, when it is not finite."""
+        """One optimizer step; returns its loss, mean over processes. FloatingPointError, with
+        nothing changed, when it is not finite.
+        """
         s, engine = self.settings, self.engine
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=engine.device)
@@ -230,8 +246,10 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip)
         if not math.isfinite(value) or not torch.isfinite(norm):
             raise FloatingPointError(
-                f"training: the loss of step {self.step_number + 1} is {value} and its gradient {float(norm)}. "
-                f"Lower the learning rate (now {s.rate}) or use no mixed precision; that is another run, so give it "
+                f"training: the loss of step {self.step_number + 1} is {value} and its gradient "
+                f"{float(norm)}. "
+                f"Lower the learning rate (now {s.rate}) or use no mixed precision; that is "
+                f"another run, so give it "
                 "another folder or name, and start it from the encoder saved last if you like."
             )
         for group in self.optimizer.param_groups:
@@ -240,9 +258,8 @@ class Trainer:
         self.step_number += 1
         self.losses.append(value)
         if self.average is not None:
-            decay = min(
-                s.average, self.step_number / (9 + self.step_number)
-            )  # early averages forget the start
+            # early averages forget the start
+            decay = min(s.average, self.step_number / (9 + self.step_number))
             for name, p in self.trained.items():
                 self.average[name].lerp_(p.detach(), 1 - decay)
         return value
@@ -281,7 +298,9 @@ class Trainer:
     def save(
         self, encoder: Path, state: Path, made_with: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> None:
-        """The averaged encoder, then the state, each whole or as it was: a state is never ahead. OSError where the disk says no."""
+        """The averaged encoder, then the state, each whole or as it was: a state is never ahead.
+        OSError where the disk says no.
+        """
         self.kept(**facts).save(encoder)
         content = self.state(**made_with)
         held = [
@@ -295,7 +314,9 @@ class Trainer:
             torch.save(content, partial)
 
     def resume(self, state: Mapping[str, Any], **made_with: Any) -> None:
-        """Continue from `state`; steps may differ under a constant rate. ValueError names a setting that would make it another run."""
+        """Continue from `state`; steps may differ under a constant rate. ValueError names a setting
+        that would make it another run.
+        """
         refuse(state, unlike_a_state(state))
         check_settings(state, self.settings, made_with)
         refuse(state, self.unlike_learned(state))
@@ -311,7 +332,9 @@ class Trainer:
         self.step_number, self.losses = state["step"], list(state["losses"])
 
     def unlike_learned(self, state: Mapping[str, Any]) -> str:
-        """What of a state does not fit this encoder's tensors, or is not finite; "" where everything does."""
+        """What of a state does not fit this encoder's tensors, or is not finite; "" where
+        everything does.
+        """
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         return (
             unlike_losses(state)

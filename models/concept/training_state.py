@@ -1,4 +1,6 @@
-"""A training that was stopped: its state as a file, and whether it is that of the run that goes on."""
+"""A training that was stopped: its state as a file, and whether it is that of the run that
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ def refuse(state: Mapping[str, Any], fault: str) -> None:
     """ValueError where there is a fault."""
     if fault:
         raise ValueError(
-            f"training: {state.get('file', 'the state')} is damaged, or of another encoder: {fault}. Remove it to begin "
+            f"training: {state.get('file', 'the state')} is damaged, or of another encoder: "
+            f"{fault}. Remove it to begin "
             "again; the encoder beside it is a file of its own."
         )
 
 
 def unlike_a_state(state: Mapping[str, Any]) -> str:
-    """What of a state is none at all, before its settings are compared; "" where there is nothing."""
+    """What of a state is none at all, before its settings are compared; "" where there is
+    nothing.
+    """
     for name, kind in (
         ("settings", Mapping),
         ("encoder", Mapping),
@@ -79,7 +84,9 @@ def unlike_losses(state: Mapping[str, Any]) -> str:
 
 
 def unlike_moments(state: Mapping[str, Any], learning: Sequence[Tensor]) -> str:
-    """What of the optimizer's moments does not fit the tensors that learn; "" where everything does."""
+    """What of the optimizer's moments does not fit the tensors that learn; "" where everything
+    does.
+    """
     step, moments = state["step"], state["optimizer"]["state"]
     if step and moments.keys() != set(range(len(learning))):
         return f"it has moments of {len(moments)} tensors, and {len(learning)} learn"
@@ -94,12 +101,15 @@ def unlike_moments(state: Mapping[str, Any], learning: Sequence[Tensor]) -> str:
 
 
 def unlike_tensors(what: str, given: Any, own: Mapping[str, Tensor]) -> str:
-    """How tensors of a file differ from those they are to replace, in names, shapes or finiteness; "" where they do not."""
+    """How tensors of a file differ from those they are to replace, in names, shapes or finiteness;
+    "" where they do not.
+    """
     if not isinstance(given, Mapping) or given.keys() != own.keys():
         return f"its {what} has other names"
     for name, value in own.items():
         if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
-            return f"{name} of its {what} is {list(getattr(given[name], 'shape', ()))}, but {list(value.shape)} is needed"
+            shape = list(getattr(given[name], "shape", ()))
+            return f"{name} of its {what} is {shape}, but {list(value.shape)} is needed"
         if value.is_floating_point() and not (
             given[name].is_floating_point() and torch.isfinite(given[name]).all()
         ):
@@ -123,7 +133,8 @@ def read_state(path: Path) -> dict[str, Any]:
         if of_system(error):
             raise unread(path, error) from error
         raise ValueError(
-            f"training: {path.name} is torn or no state of a training ({(str(error) or repr(error)).splitlines()[0]:.200}). "
+            f"training: {path.name} is torn or no state of a training "
+            f"({(str(error) or repr(error)).splitlines()[0]:.200}). "
             "Remove it to begin again; the encoder beside it is a file of its own."
         ) from error
     return {**state, "file": path.name}

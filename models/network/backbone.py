@@ -1,4 +1,5 @@
-"""What a diffusion transformer is to the methods: which attention calls it makes, and where the picture stands in each.
+"""What a diffusion transformer is to the methods: which attention calls it makes, and where the
+picture stands in each.
 
 The host's side (nodes/host/networks/) fills this in, one file per kin; nothing here knows the host.
 Axes: b rows of a call, n query tokens, m key tokens, h heads, d head width, P the picture's tokens.
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from .blocks import BlockId, Grid
 
-ALONE = "self"  # the stage of a block whose call holds the picture's tokens and no text: a softmax of their own
+# the stage of a block whose call holds the picture's tokens and no text: a softmax of their own
+ALONE = "self"
 CROSS = "cross"  # the stage of a call in which the picture of the block before it reads the text
 DOUBLE = "double"  # the stage of a joint block with weights of its own for text and picture
 
@@ -32,7 +34,8 @@ class Stands(str, Enum):
 class Turn:
     """How keys move with the length of the text: by how much, along which axes of the rotary code.
 
-    rotation: positions [l a] -> rotation matrices [l d/2 2 2] in float32, of the network's own rotary embedder.
+    rotation: positions [l a] -> rotation matrices [l d/2 2 2] in float32, of the network's own
+    rotary embedder.
     halves: channel i is paired with i + d/2; else neighbours are paired.
     """
 
@@ -44,7 +47,9 @@ class Turn:
     )
 
     def matrix(self, shift: float, device: torch.device) -> Tensor:
-        """[d/2 2 2] of a text that is `shift` tokens longer; made once, as a device would wait for each."""
+        """[d/2 2 2] of a text that is `shift` tokens longer; made once, as a device would wait for
+        each.
+        """
         if (shift, device) not in self._known:
             step = torch.tensor([self.axes], dtype=torch.float32, device=device) * shift
             self._known[shift, device] = self.rotation(step)[0]
@@ -56,24 +61,27 @@ class Backbone:
     """One transformer of the host."""
 
     family: str  # the host's name of its kind
-    calls: tuple[
-        BlockId | None, ...
-    ]  # of one pass, in running order; None: one that holds no whole picture (refiners, text alone)
+    # of one pass, in running order; None: one that holds no whole picture (refiners, text alone)
+    calls: tuple[BlockId | None, ...]
     # ("cross", i, 0) is no block of its own: there block ("self", i, 0) reads the text
     patch: int  # latent cells along one side of a token
-    named: bool = False  # the host tells block_type and block_index, which are ("double", i, 0) or ("single", i, 0); else calls
-    # are counted, which holds only in a pass whose blocks nobody replaces or skips (transformer_options["patches_replace"]["dit"])
-    joint: bool = (
-        True  # one softmax for text and picture; False: a self-attention of the picture alone
-    )
+    # the host tells block_type and block_index, which are ("double", i, 0) or ("single", i, 0);
+    # else calls
+    named: bool = False
+    # are counted, which holds only in a pass whose blocks nobody replaces or skips
+    # (transformer_options["patches_replace"]["dit"])
+    # one softmax for text and picture; False: a self-attention of the picture alone
+    joint: bool = True
     stands: Stands = Stands.BEFORE_REFERENCES
     multiple: int = 1  # the picture's tokens are padded to a multiple of so many
     prefix: int = 0  # tokens of the network's own before the text's
-    text_last: bool = False  # the CONDITIONING's rows are the last of the text's part: pads, if any, stand before them
+    # the CONDITIONING's rows are the last of the text's part: pads, if any, stand before them
+    text_last: bool = False
     turn: Turn | None = None  # None: keys stay where they are, however long the text is
     flow: bool = True  # x = (1 - sigma) x0 + sigma eps; False: x = x0 + sigma eps
     noise_scale: float = 1.0  # what eps is multiplied by (HiDream-O1: 8)
-    references: bool = True  # native reference latents may stand beside; False: they move the picture's keys or add calls
+    # native reference latents may stand beside; False: they move the picture's keys or add calls
+    references: bool = True
     unheard: str = ""  # why nothing can be read in it, in the user's words; "": it can
 
     def grid(self, latent: Grid) -> Grid:
@@ -91,14 +99,17 @@ class Backbone:
 
     @property
     def reading(self) -> tuple[BlockId, ...]:
-        """The blocks in which the picture reads the text, in their own call or in the one behind it."""
+        """The blocks in which the picture reads the text, in their own call or in the one behind
+        it.
+        """
         return tuple(b for b in self.blocks if self.holds_text(b) or (CROSS, *b[1:]) in self.calls)
 
     @property
     def locating(self) -> tuple[BlockId, ...]:
         """Those of them whose word maps show best where things are.
 
-        The last half of the double blocks, else the middle third (arXiv 2502.04320 reads the last double blocks of FLUX).
+        The last half of the double blocks, else the middle third (arXiv 2502.04320 reads the last
+        double blocks of FLUX).
         """
         reading = self.reading
         if double := [b for b in reading if b[0] == DOUBLE]:
@@ -111,7 +122,9 @@ class Backbone:
         return self.joint and block[0] != ALONE
 
     def picture(self, tokens: int, count: int, references: int = 0) -> slice:
-        """Where the picture's `count` tokens stand among so many of a call, `references` of which are of native reference latents."""
+        """Where the picture's `count` tokens stand among so many of a call, `references` of which
+        are of native reference latents.
+        """
         if not self.joint:
             return slice(0, count)
         if self.stands is Stands.FIRST:
@@ -121,7 +134,8 @@ class Backbone:
         return slice(first, first + count)
 
     def text(self, tokens: int, count: int, rows: int, references: int = 0) -> slice | None:
-        """Where a CONDITIONING's `rows` stand among the tokens of a call that holds text; count, references: as of `picture`.
+        """Where a CONDITIONING's `rows` stand among the tokens of a call that holds text; count,
+        references: as of `picture`.
 
         None where so many do not fit in: another node made its text longer or shorter.
         """
@@ -136,10 +150,11 @@ class Backbone:
 
 
 def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
-    """Rotated keys [b m (h d)] as they would be beside a text of `shift` more tokens: R(p') k = R(p' - p) R(p) k.
+    """Rotated keys [b m (h d)] as they would be beside a text of `shift` more tokens: R(p') k =
+    R(p' - p) R(p) k.
 
-    D (1) of docs/method.md 4.1. Computed in float32, or in float64 if the keys are.
-    ValueError where the channels are no whole number of heads of d.
+    D (1) of docs/method.md 4.1. Computed in float32, or in float64 if the keys are. ValueError
+    where the channels are no whole number of heads of d.
     """
     wide = torch.promote_types(keys.dtype, torch.float32)
     matrix = turn.matrix(shift, keys.device).to(wide)

@@ -1,27 +1,31 @@
-"""The blocks of a network whose attention is read: their names, and how a user chooses among them."""
+"""The blocks of a network whose attention is read: their names, and how a user chooses
+among them.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-BlockId = tuple[
-    str, int, int
-]  # ("output", 4, 0): stage, index in the stage, depth inside the block
+# ("output", 4, 0): stage, index in the stage, depth inside the block
+BlockId = tuple[str, int, int]
 Grid = tuple[int, int]  # (y, x) tokens
 UNET_STAGES = ("input", "middle", "output")
 
 
 def block_name(block: BlockId) -> str:
-    """("output", 4, 0) -> "output 4"; depth is named only where a block has several: "output 4.1"."""
+    """("output", 4, 0) -> "output 4"; depth is named only where a block has several:
+    "output 4.1".
+    """
     return f"{block[0]} {block[1]}" + (f".{block[2]}" if block[2] else "")
 
 
 def presets_of(available: Sequence[BlockId]) -> dict[str, list[BlockId]]:
-    """What each preset means among these blocks, given in the order in which the network runs; of some presets nothing.
+    """What each preset means among these blocks, given in the order in which the network runs; of
+    some presets nothing.
 
-    "masactrl" is attention layers 10 and later (arXiv 2304.08465). Of a transformer, encoder and decoder are its first and second
-    half, and its kinds of blocks are presets.
+    "masactrl" is attention layers 10 and later (arXiv 2304.08465). Of a transformer, encoder and
+    decoder are its first and second half, and its kinds of blocks are presets.
     """
     of_stage: dict[str, list[BlockId]] = {}
     for block in available:
@@ -40,14 +44,17 @@ def presets_of(available: Sequence[BlockId]) -> dict[str, list[BlockId]]:
 
 
 def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple[BlockId, ...]:
-    """Resolve "all", "encoder", "middle", "decoder", "masactrl" or a list such as "input 4, output 3-5, middle 0".
+    """Resolve "all", "encoder", "middle", "decoder", "masactrl" or a list such as "input 4, output
+    3-5, middle 0".
 
-    Order is that of `available` (the order in which the network runs); presets_of says what presets mean.
+    Order is that of `available` (the order in which the network runs); presets_of says what presets
+    mean.
     Raises ValueError naming the unknown word and the blocks that exist.
     """
     if not available:
         raise ValueError(
-            f"{node}: this model has no block with self-attention, so there is nothing to read. Load an SD1.5, SD2.x or SDXL "
+            f"{node}: this model has no block with self-attention, so there is nothing to read. "
+            f"Load an SD1.5, SD2.x or SDXL "
             "checkpoint."
         )
     presets = presets_of(available)
@@ -58,12 +65,14 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
         if not blocks:
             raise ValueError(
                 f"{node}: no attention block matches {term!r:.200}. Choose from this model's "
-                f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a preset: {there}."
+                f"{', '.join(dict.fromkeys(f'{b[0]} {b[1]}' for b in available))}, or write a "
+                f"preset: {there}."
             )
         chosen.update(blocks)
     if not chosen:
         raise ValueError(
-            f"{node}: blocks is empty. Write {there.replace(', ', ' or ')}, or a list such as 'output 3-5, middle 0'."
+            f"{node}: blocks is empty. Write {there.replace(', ', ' or ')}, or a list such as "
+            f"'output 3-5, middle 0'."
         )
     return tuple(b for b in available if b in chosen)
 

@@ -1,4 +1,5 @@
-"""One pass of a network and one attention call in it, translated: whose its rows are, and where the picture stands.
+"""One pass of a network and one attention call in it, translated: whose its rows are, and where the
+picture stands.
 
 Axes: b rows of a call = parts x pictures, n query tokens, c channels, y x grid.
 """
@@ -25,7 +26,9 @@ class Half(str, Enum):
 
 
 class Halves(str, Enum):
-    """Which halves of the generation read the reference, and which of its features they read (method.md 2.2, CFG)."""
+    """Which halves of the generation read the reference, and which of its features they read
+    (method.md 2.2, CFG).
+    """
 
     COND = "cond only"  # guidance amplifies the reference
     BOTH = "both"  # each half reads the features of its own half
@@ -52,7 +55,9 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Part:
-    """What is known of one processed cond: its role, its area, and its text's tokens before the host repeats them."""
+    """What is known of one processed cond: its role, its area, and its text's tokens before the
+    host repeats them.
+    """
 
     role: Role = Role.OTHER
     area: tuple[int, ...] | None = None
@@ -64,7 +69,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Asker:
-    """Who asks the model, for sentences: the sampler, and the other nodes that stand between it and us."""
+    """Who asks the model, for sentences: the sampler, and the other nodes that stand between it and
+    us.
+    """
 
     sampler: str = ""
     between: tuple[str, ...] = ()
@@ -82,7 +89,9 @@ class Asker:
 
 
 def is_resized(whole: Grid, size: Grid) -> bool:
-    """Whether a picture of one size is another of it with the same sides' ratio, each side rounded to a cell; else it is a part."""
+    """Whether a picture of one size is another of it with the same sides' ratio, each side rounded
+    to a cell; else it is a part.
+    """
     low, high = zip(*(((s - 1) / w, (s + 1) / w) for w, s in zip(whole, size)))
     return max(low) <= min(high)
 
@@ -102,21 +111,23 @@ class Joint:
 
 @dataclass
 class Pass:
-    """A pass of the network: its attention calls are counted, since most families tell none of them."""
+    """A pass of the network: its attention calls are counted, since most families tell none of
+    them.
+    """
 
     backbone: Backbone
     latent: Grid  # cells of what the network was given
     seen: int = 0  # calls, where the family is counted
-    done: set[BlockId] = field(
-        default_factory=set
-    )  # blocks whose own call came, where they are named
+    # blocks whose own call came, where they are named
+    done: set[BlockId] = field(default_factory=set)
 
     def next(self, told: BlockId | None, keys: int) -> BlockId | None:
         """The block of the next call, None where it holds no whole picture.
 
-        told: what the host says of it, if anything; keys: how many it has. A named block's own call is its first with keys for
-        the whole picture. Where blocks are counted, a call with fewer where a block's is due is another node's, and not counted;
-        a block that reads the text alone may have fewer.
+        told: what the host says of it, if anything; keys: how many it has. A named block's own call
+        is its first with keys for the whole picture. Where blocks are counted, a call with fewer
+        where a block's is due is another node's, and not counted; a block that reads the text alone
+        may have fewer.
         """
         whole = keys >= self.grid[0] * self.grid[1]
         if self.backbone.named:
@@ -132,7 +143,9 @@ class Pass:
         return block
 
     def calls_of(self, stage: str, index: int) -> slice | None:
-        """Which calls of a counted pass are those of one block; None where the family has no such block."""
+        """Which calls of a counted pass are those of one block; None where the family has no such
+        block.
+        """
         calls = self.backbone.calls
         if (stage, index, 0) not in calls:
             return None
@@ -150,24 +163,23 @@ class Pass:
 
 @dataclass(frozen=True)
 class AttnCall:
-    """One attention call of the host, translated: extra_options of BasicTransformerBlock.forward."""
+    """One attention call of the host, translated: extra_options of
+    BasicTransformerBlock.forward.
+    """
 
     block: BlockId
     grid: Grid
     roles: tuple[Role, ...]  # per equal part of the batch, in the host's order
-    areas: tuple[
-        tuple[int, ...] | None, ...
-    ]  # per part: (height, width, y, x) in latent cells of a cropped call
+    # per part: (height, width, y, x) in latent cells of a cropped call
+    areas: tuple[tuple[int, ...] | None, ...]
     latent: Grid  # size of what the sampler asks about: of the whole latent, unless it resizes
     cross: bool = False  # cross-attention, whose keys are the text
-    repeats: tuple[
-        tuple[int, ...], ...
-    ] = ()  # per part, per row (cycled): how many times its text stands in the keys; () is once
+    # per part, per row (cycled): how many times its text stands in the keys; () is once
+    repeats: tuple[tuple[int, ...], ...] = ()
     texts: tuple[Part, ...] = ()  # per part: what is known of its text
     given: Grid | None = None  # size of what the UNet was given, in latent cells; None: not known
-    places: tuple[
-        Places | None, ...
-    ] = ()  # per part: where in its text each key stands, None: it is not there; (): as the host gave it
+    # per part: where in its text each key stands, None: it is not there; (): as the host gave it
+    places: tuple[Places | None, ...] = ()
     unknown: str = ""  # why nobody can tell whose the rows are
     joint: Joint | None = None  # a transformer's call: text and picture in one softmax
     part: str = ""  # who asks about a part of the picture, and of which size
@@ -178,7 +190,9 @@ class AttnCall:
 
     @property
     def cut(self) -> Grid | None:
-        """The size that a part should have had, where another node cut the latent before the UNet; None where none did."""
+        """The size that a part should have had, where another node cut the latent before the UNet;
+        None where none did.
+        """
         y, x = self.latent  # an area may reach over the edge, where the host ends it
         sizes = (
             (min(a[0], y - a[2]), min(a[1], x - a[3])) if a else (y, x)
@@ -188,7 +202,9 @@ class AttnCall:
         return next((size for size in sizes if self.given and size != self.given), None)
 
     def word(self, part: int, positions: Sequence[int], keys: int, text: int) -> list[int] | None:
-        """Which of a part's keys are the words at these positions of its text of so many tokens; None: its text is not there."""
+        """Which of a part's keys are the words at these positions of its text of so many tokens;
+        None: its text is not there.
+        """
         if not self.places:  # the host repeats the shorter of two prompts (method.md 2.3)
             return (
                 [p + start for start in range(0, keys // text * text, text) for p in positions]

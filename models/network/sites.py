@@ -1,4 +1,6 @@
-"""Where a network's attention is: each block's module, its grid, and how kept tokens become keys and values there."""
+"""Where a network's attention is: each block's module, its grid, and how kept tokens become keys
+and values there.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,14 @@ from torch import Tensor, nn
 from .backbone import Backbone, turned
 from .blocks import BlockId, select_blocks
 
-MASK_DIVISOR = 4  # method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
+# method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
+MASK_DIVISOR = 4
 
 
 def keys_values(attn: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept tokens [b l c] of a layer -> k, v [b l (h d)]; a bank may hold them already, side by side in [b l 2*(h d)]."""
+    """Kept tokens [b l c] of a layer -> k, v [b l (h d)]; a bank may hold them already, side by
+    side in [b l 2*(h d)].
+    """
     if tokens.shape[-1] == attn.to_k.in_features:
         return attn.to_k(tokens), attn.to_v(tokens)
     k, v = tokens.chunk(2, -1)
@@ -25,20 +30,22 @@ def keys_values(attn: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 class BlockSite:
     """A block with attention: its module, and how many times smaller than the latent its grid is.
 
-    module: of a UNet (attn1, attn2); None in a transformer, whose keys and values are taken as they come.
+    module: of a UNet (attn1, attn2); None in a transformer, whose keys and values are taken as they
+    come.
     """
 
     module: nn.Module | None
     divisor: int
-    self_attention: bool = (
-        True  # False: its attn1 reads the text too, as in the first level of SDXS 0.9
-    )
+    # False: its attn1 reads the text too, as in the first level of SDXS 0.9
+    self_attention: bool = True
     backbone: Backbone | None = None
 
     def keys_values(
         self, tokens: Tensor, texts: tuple[int | None, int | None] = (None, None)
     ) -> tuple[Tensor, Tensor]:
-        """Kept tokens [b l c] -> k, v [b l (h d)]; texts: how long it was beside the reference, and is here, for keys that it moves."""
+        """Kept tokens [b l c] -> k, v [b l (h d)]; texts: how long it was beside the reference, and
+        is here, for keys that it moves.
+        """
         if self.backbone is None:
             return keys_values(self.module.attn1, tokens)
         k, v = tokens.chunk(2, -1)
@@ -49,9 +56,11 @@ class BlockSite:
 
 
 def map_blocks(wanted: str, sites: Mapping[BlockId, BlockSite], node: str) -> tuple[BlockId, ...]:
-    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the latent, or the coarsest there is.
+    """The blocks whose cross-attention locates the subject; auto: every block at a quarter of the
+    latent, or the coarsest there is.
 
-    Of a transformer, blocks in which the picture reads the text; auto: those that its backbone knows to locate best.
+    Of a transformer, blocks in which the picture reads the text; auto: those that its backbone
+    knows to locate best.
     """
     if (backbone := next((site.backbone for site in sites.values()), None)) is not None:
         if wanted.strip().lower() == "auto":

@@ -1,7 +1,9 @@
-"""Whose the rows and keys of an attention are, after other nodes' patches changed their number (regional prompts, NegPip).
+"""Whose the rows and keys of an attention are, after other nodes' patches changed their number
+(regional prompts, NegPip).
 
-Said only where it is certain: rows by their queries and texts, keys by their contents, compared in samples that are brought to
-host memory. Axes: b rows of a call = parts x pictures, n query tokens, t tokens of the text, k keys, c channels.
+Said only where it is certain: rows by their queries and texts, keys by their contents, compared in
+samples that are brought to host memory. Axes: b rows of a call = parts x pictures, n query tokens,
+t tokens of the text, k keys, c channels.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ Places = tuple[int, ...]  # per key its place in a text, -1: none
 
 @dataclass(frozen=True)
 class Traced:
-    """parts: per equal part of the rows now, the part it came from; places: its keys in that part's text, None: not its text.
+    """parts: per equal part of the rows now, the part it came from; places: its keys in that part's
+    text, None: not its text.
 
     repeats: per part, per row, how many times its text stands in its keys; None: as before.
     """
@@ -40,8 +43,9 @@ def trace(
 ) -> Traced | None:
     """What became of the equal parts of a call; None where it cannot be told.
 
-    was [b n c], text [b t c]: what the host gave; now [b' n c], keys [b' k c]: what is left of it; once: tokens of each part's text
-    before the host repeats them. A part stands in one or more copies of all of its rows, in the order of the parts.
+    was [b n c], text [b t c]: what the host gave; now [b' n c], keys [b' k c]: what is left of it;
+    once: tokens of each part's text before the host repeats them. A part stands in one or more
+    copies of all of its rows, in the order of the parts.
     """
     rows = was.shape[0] // parts
     whole = not was.shape[0] % parts and not now.shape[0] % rows
@@ -73,7 +77,9 @@ def trace(
 
 
 def _alike(was: Tensor, now: Tensor, rows: int, parts: int) -> list[tuple[int, ...]]:
-    """The orders in which the rows now could be copies of the parts, by their queries; none where they are of another shape."""
+    """The orders in which the rows now could be copies of the parts, by their queries; none where
+    they are of another shape.
+    """
     if was.shape[1:] != now.shape[1:]:
         return []
     before, after = (_sample(x, TOKENS, rows) for x in (was, now))
@@ -109,7 +115,9 @@ def _orders(count: int, parts: int) -> list[tuple[int, ...]]:
 
 
 def _places(text: Tensor, keys: Tensor) -> Places | None:
-    """text [rows t c], keys [rows k c] -> where in the text each key stands, in all rows alike; None unless all of the text is there."""
+    """text [rows t c], keys [rows k c] -> where in the text each key stands, in all rows alike;
+    None unless all of the text is there.
+    """
     same = torch.stack([(k[:, None] == t).all(-1) for t, k in zip(text, keys)]).all(0)  # [k t]
     if not same.any(0).all():
         return None
@@ -117,7 +125,9 @@ def _places(text: Tensor, keys: Tensor) -> Places | None:
 
 
 def _copies(places: Places, once: int) -> int:
-    """How many times a text of `once` tokens stands there; tokens that are equal (the starts of long prompts) count at the first."""
+    """How many times a text of `once` tokens stands there; tokens that are equal (the starts of
+    long prompts) count at the first.
+    """
     return min(Counter(place % once for place in places if place >= 0).values())
 
 

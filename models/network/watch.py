@@ -1,4 +1,6 @@
-"""Who takes part in a pass of the network: injections, which are read in it, and watchers, which see what passes."""
+"""Who takes part in a pass of the network: injections, which are read in it, and watchers, which
+see what passes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from .sites import BlockSite
 
 
 class ActiveInjection(Protocol):
-    """An injection during one run: everything of it that changes. node: whose; wants: it should be read at this step."""
+    """An injection during one run: everything of it that changes. node: whose; wants: it should be
+    read at this step.
+    """
 
     node: str
     wants: bool
@@ -38,14 +42,18 @@ class Watcher:
         """The UNet begins a pass that ends once all its watchers are complete."""
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
-        """Normed tokens [b n c] before a self-attention's to_q (its keys and values keep what they were) -> what to_q reads."""
+        """Normed tokens [b n c] before a self-attention's to_q (its keys and values keep what they
+        were) -> what to_q reads.
+        """
         return n
 
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
         """Queries [b n (h d)] and text keys [b m (h d)] of a cross-attention."""
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
-        """Outputs [b n c] of a self-attention after to_out, before the residual -> what is added."""
+        """Outputs [b n c] of a self-attention after to_out, before the residual -> what is
+        added.
+        """
         return out
 
     def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:

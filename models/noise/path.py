@@ -1,4 +1,5 @@
-"""How a model mixes a picture with noise: x = x_0 + sigma eps (diffusion), or x = (1 - sigma) x_0 + sigma eps (a flow).
+"""How a model mixes a picture with noise: x = x_0 + sigma eps (diffusion), or x = (1 - sigma) x_0 +
+sigma eps (a flow).
 
 For one x_0 and one eps both are straight lines in sigma, so the path that the model predicts has
 the same derivative, dx/dsigma = (x - D) / sigma (`slope`), with D the denoised picture it answers:
@@ -27,10 +28,13 @@ class Noise(Protocol):
         """x at sigma of the picture x0 and unit noise eps."""
 
     def noise_of(self, x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-        """The unit noise in x, given its picture: mix(denoised, noise_of(x, denoised, sigma), sigma) is x."""
+        """The unit noise in x, given its picture: mix(denoised, noise_of(x, denoised, sigma),
+        sigma) is x.
+        """
 
     def relabel(self, x: Tensor, source: float, target: float) -> Tensor:
-        """x at sigma `source` as the point of sigma `target` that the network would be shown the same for.
+        """x at sigma `source` as the point of sigma `target` that the network would be shown the
+        same for.
 
         Raises ValueError where there is none.
         """
@@ -38,20 +42,25 @@ class Noise(Protocol):
     def posterior(
         self, x: Tensor, denoised: Tensor, source: float, target: float
     ) -> tuple[Tensor, float]:
-        """One DDPM step from sigma source down to target < source: its mean and the unit of its noise."""
+        """One DDPM step from sigma source down to target < source: its mean and the unit of its
+        noise.
+        """
 
 
 def slope(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-    """dx/dsigma on the model's path, on either one: eps of a diffusion, the velocity eps - x_0 of a flow."""
+    """dx/dsigma on the model's path, on either one: eps of a diffusion, the velocity eps - x_0 of a
+    flow.
+    """
     return (x - denoised) / sigma
 
 
 def ancestral_step(source: float, target: float) -> tuple[float, float]:
-    """DDPM from sigma `source` down to `target` -> (share, spread): x' = D + share * (x - D) + spread * noise.
+    """DDPM from sigma `source` down to `target` -> (share, spread): x' = D + share * (x - D) +
+    spread * noise.
 
-    The posterior q(x' | x, D) of Ho et al. 2020, eq. 6-7, in a diffusion's scale: share = target^2 / source^2 and
-    spread = target * sqrt(1 - share); the same numbers as sigma_down = target^2 / source, sigma_up = spread of ancestral
-    samplers.
+    The posterior q(x' | x, D) of Ho et al. 2020, eq. 6-7, in a diffusion's scale: share = target^2
+    / source^2 and spread = target * sqrt(1 - share); the same numbers as sigma_down = target^2 /
+    source, sigma_up = spread of ancestral samplers.
     """
     share = (target / source) ** 2
     return share, target * (1 - share) ** 0.5
@@ -61,7 +70,8 @@ def ancestral_step(source: float, target: float) -> tuple[float, float]:
 class Diffusion:
     """x = x_0 + sigma eps, where sigma = sqrt((1 - abar) / abar): eps and v models."""
 
-    # timestep 0 of SD1.x, 2.x and SDXL, sqrt(0.00085 / 0.99915). Much below it the noise is a difference of nearly equal
+    # timestep 0 of SD1.x, 2.x and SDXL, sqrt(0.00085 / 0.99915). Much below it the noise is a
+    # difference of nearly equal
     # numbers: at the 1e-4 of flipped sigma lists, float32 leaves it two or three digits.
     floor: ClassVar[float] = 0.0292
     top: ClassVar[float] = inf
@@ -73,9 +83,8 @@ class Diffusion:
         return slope(x, denoised, sigma)
 
     def relabel(self, x: Tensor, source: float, target: float) -> Tensor:
-        return (
-            x * ((1 + target**2) / (1 + source**2)) ** 0.5
-        )  # the network is shown x / sqrt(1 + sigma^2)
+        # the network is shown x / sqrt(1 + sigma^2)
+        return x * ((1 + target**2) / (1 + source**2)) ** 0.5
 
     def posterior(
         self, x: Tensor, denoised: Tensor, source: float, target: float
@@ -86,11 +95,15 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Flow:
-    """x = (1 - sigma) x_0 + sigma * scale * eps, sigma from 0 to 1: rectified flows. ValueError where scale is none."""
+    """x = (1 - sigma) x_0 + sigma * scale * eps, sigma from 0 to 1: rectified flows. ValueError
+    where scale is none.
+    """
 
     scale: float = 1.0  # deviation of the noise at sigma 1 (HiDream-O1: 8)
-    # the lowest sigma of the host's unshifted table. On a mixture's exact flow in float32 the velocity read here is 0.3 % off
-    # that of sigma 0, ten times as much at 0.01; below 1e-4 rounding is the greater part, at 1e-6 it is 5 %.
+    # the lowest sigma of the host's unshifted table. On a mixture's exact flow in float32 the
+    # velocity read here is 0.3 % off
+    # that of sigma 0, ten times as much at 0.01; below 1e-4 rounding is the greater part, at 1e-6
+    # it is 5 %.
     floor: ClassVar[float] = 1e-3
     top: ClassVar[float] = 1.0
 
@@ -106,14 +119,16 @@ class Flow:
 
     def relabel(self, x: Tensor, source: float, target: float) -> Tensor:
         raise ValueError(
-            f"A flow's network is shown x itself, so no x of sigma {source:.4g} looks like one of {target:.4g}. "
+            f"A flow's network is shown x itself, so no x of sigma {source:.4g} looks like one of "
+            f"{target:.4g}. "
             "Read the velocity where the path stands."
         )
 
     def posterior(
         self, x: Tensor, denoised: Tensor, source: float, target: float
     ) -> tuple[Tensor, float]:
-        # a diffusion's step on x / (1 - sigma), whose sigma is sigma / (1 - sigma), times 1 - target; finite at sigma 1
+        # a diffusion's step on x / (1 - sigma), whose sigma is sigma / (1 - sigma), times 1 -
+        # target; finite at sigma 1
         inner = (target / source) ** 2 * (1 - source) / (1 - target)
         share = inner * (1 - source) / (1 - target)
         mean = (1 - target) * denoised + inner * (x - (1 - source) * denoised)

@@ -1,7 +1,10 @@
-"""Reference features: what a pass over a picture of the subject leaves behind for other pictures to attend to.
+"""Reference features: what a pass over a picture of the subject leaves behind for other pictures to
+attend to.
 
-One type serves inverted photos (paper A, arXiv 2403.11284) and, later, generated anchors (paper B, arXiv 2402.03286).
-Axes: r reference pictures, y x token grid, n = y*x tokens, l kept tokens over all r, c channels, t steps, w text tokens.
+One type serves inverted photos (paper A, arXiv 2403.11284) and, later, generated anchors (paper B,
+arXiv 2402.03286).
+Axes: r reference pictures, y x token grid, n = y*x tokens, l kept tokens over all r, c channels, t
+steps, w text tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ from ..subject.words import SubjectTokens
 from .rows import Layer, RowReader, kept_of, split_row, thinned
 
 BANK_VERSION = 1
-LOG_SIGMA_TOLERANCE = (
-    1e-3  # of one sampler's sigmas through float32; a step of any real schedule is far more
-)
+# of one sampler's sigmas through float32; a step of any real schedule is far more
+LOG_SIGMA_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class ReferencePrompt:
-    """A prompt as the Ref-UNet reads it: cross [1 w c], the host's other plain entries, and its subject tokens."""
+    """A prompt as the Ref-UNet reads it: cross [1 w c], the host's other plain entries, and its
+    subject tokens.
+    """
 
     text: str
     cross: Tensor
@@ -35,36 +39,33 @@ class ReferencePrompt:
     subject: SubjectTokens | None = None
 
 
-Kept = Mapping[
-    Grid, Sequence[Tensor]
-]  # per grid, per row of features: flat positions [l] among r*y*x tokens
+# per grid, per row of features: flat positions [l] among r*y*x tokens
+Kept = Mapping[Grid, Sequence[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class AnchorFeatures:
-    """What generated anchors leave beside the tokens of their last stage (ConsiStory, arXiv 2402.03286, 4.3 and 4.4).
+    """What generated anchors leave beside the tokens of their last stage (ConsiStory,
+    arXiv 2402.03286, 4.3 and 4.4).
 
-    Their masks run along and dropout is drawn anew at every step, so every row keeps other tokens. Rows are those of the
-    bank's features. Empty tensors stand where the first stage did not come, or outside of the injection's window; the first
-    stage differs from the second at the sigmas from settings["first_from"] down to settings["first_until"].
+    Their masks run along and dropout is drawn anew at every step, so every row keeps other tokens.
+    Rows are those of the bank's features. Empty tensors stand where the first stage did not come,
+    or outside of the injection's window; the first stage differs from the second at the sigmas from
+    settings["first_from"] down to settings["first_until"].
     """
 
     kept: Kept
-    first: Mapping[
-        Half, Sequence[Tensor]
-    ]  # [s] per row: tokens of the first stage, where the second differs from it
+    # [s] per row: tokens of the first stage, where the second differs from it
+    first: Mapping[Half, Sequence[Tensor]]
     first_kept: Kept
-    outputs: Sequence[
-        Tensor
-    ]  # [s] per row: self-attention outputs of the subject's tokens (cond) before injection
+    # [s] per row: self-attention outputs of the subject's tokens (cond) before injection
+    outputs: Sequence[Tensor]
     output_layers: tuple[Layer, ...]
-    features: (
-        Tensor | None
-    )  # [r n c] at the step nearest t = 261, smoothed; None: made without feature injection
+    # [r n c] at the step nearest t = 261, smoothed; None: made without feature injection
+    features: Tensor | None
     subject: Tensor | None  # [l] flat positions of the subject among r*n there
-    settings: Mapping[str, float | int | str] = field(
-        default_factory=dict
-    )  # of the node that made them
+    # of the node that made them
+    settings: Mapping[str, float | int | str] = field(default_factory=dict)
 
     def in_first_stage(self, sigma: float) -> bool:
         slack = 1 + LOG_SIGMA_TOLERANCE
@@ -77,12 +78,14 @@ class AnchorFeatures:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceBank:
-    """Normed hidden tokens before to_k/to_v for every (layer, sigma, CFG half), or their keys and values; in host memory, with masks.
+    """Normed hidden tokens before to_k/to_v for every (layer, sigma, CFG half), or their keys and
+    values; in host memory, with masks.
 
-    features[half]: [t s], or t of [s_i] for anchors - row i belongs to trajectory.sigmas[i + 1], and holds the kept tokens of
-    every layer of `layers` one after another; masks[grid]: bool [r y x]; maps: the subject words' map at every step [t r y x]
-    fp32, None where the user gave the mask; anchors: None where the pictures were inverted, not generated; share: of the
-    subject's tokens that are kept (the layers' `loudness` makes up for the others).
+    features[half]: [t s], or t of [s_i] for anchors - row i belongs to trajectory.sigmas[i + 1],
+    and holds the kept tokens of every layer of `layers` one after another; masks[grid]: bool
+    [r y x]; maps: the subject words' map at every step [t r y x] fp32, None where the user gave the
+    mask; anchors: None where the pictures were inverted, not generated; share: of the subject's
+    tokens that are kept (the layers' `loudness` makes up for the others).
     """
 
     trajectory: InversionTrajectory
@@ -110,7 +113,9 @@ class ReferenceBank:
 
     @cached_property
     def loudness(self) -> dict[Grid, float]:
-        """How many tokens of the subject each kept one stands for, per grid: 1 where all are kept."""
+        """How many tokens of the subject each kept one stands for, per grid: 1 where all
+        are kept.
+        """
         if self.share == 1:
             return dict.fromkeys(self.grids.values(), 1.0)
         return {
@@ -144,21 +149,27 @@ class ReferenceBank:
 
     @property
     def live(self) -> bool:
-        """Whether no step is held: of a transformer, whose tokens would fill gigabytes, every step is read anew."""
+        """Whether no step is held: of a transformer, whose tokens would fill gigabytes, every step
+        is read anew.
+        """
         return self.anchors is None and not any(map(len, self.features.values()))
 
     def step_of(self, sigma: float) -> int | None:
-        """The row of `features` captured at this sigma, or None when the Ref-UNet has to run at it (live)."""
+        """The row of `features` captured at this sigma, or None when the Ref-UNet has to run at it
+        (live).
+        """
         if self.live:
             return None
         step = self.trajectory.nearest(sigma, LOG_SIGMA_TOLERANCE)
         return None if step is None or step == 0 else step - 1
 
     def latent_at(self, sigma: float) -> Tensor:
-        """The reference's latent [r c y x] at a sigma between or beyond the stored ones, on a diffusion or a flow.
+        """The reference's latent [r c y x] at a sigma between or beyond the stored ones, on a
+        diffusion or a flow.
 
-        On a deterministic path linear in sigma; beyond its end, and on an edit-friendly path, whose levels have noise of their own,
-        the nearest level's noise at this sigma: both noise paths are straight from the picture through a level.
+        On a deterministic path linear in sigma; beyond its end, and on an edit-friendly path, whose
+        levels have noise of their own, the nearest level's noise at this sigma: both noise paths
+        are straight from the picture through a level.
         """
         path = self.trajectory
         if path.noise_maps is None and sigma <= path.sigmas[-1]:
@@ -175,7 +186,9 @@ class ReferenceBank:
         first: bool = False,
         reader: RowReader | None = None,
     ) -> dict[BlockId, Tensor]:
-        """Kept tokens [l c] of every layer at one step: one copy to the device, then views. first: of the anchors' first stage."""
+        """Kept tokens [l c] of every layer at one step: one copy to the device, then views. first:
+        of the anchors' first stage.
+        """
         a = self.anchors
         first = (
             first and a is not None and a.in_first_stage(float(self.trajectory.sigmas[step + 1]))
@@ -192,7 +205,9 @@ class ReferenceBank:
         )
 
     def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:
-        """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of those of this bank's layers."""
+        """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of those of
+        this bank's layers.
+        """
         return {
             layer.block: kept_of(
                 layer.block, layer.grid, tokens[layer.block], self.kept[layer.grid]

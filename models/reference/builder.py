@@ -20,9 +20,8 @@ from .bank import ReferenceBank, ReferencePrompt
 from .rows import Layer, kept_of, thinned
 
 LARGE = 4e9  # bytes of main memory worth a warning
-KEYS_VALUES_UP_TO = (
-    1e9  # bytes that an automatic bank takes for keys and values; SD1.5 has 0.58 GB, SDXL 5.2
-)
+# bytes that an automatic bank takes for keys and values; SD1.5 has 0.58 GB, SDXL 5.2
+KEYS_VALUES_UP_TO = 1e9
 log = logging.getLogger(__name__)
 
 
@@ -38,14 +37,14 @@ class Keeps(str, Enum):
         return self is Keeps.KEYS_VALUES or self is Keeps.AUTO and 2 * size <= KEYS_VALUES_UP_TO
 
 
-Project = Callable[
-    [BlockId, Tensor], Tensor
-]  # tokens [l c] of a block, in host memory -> its keys and values side by side
+# tokens [l c] of a block, in host memory -> its keys and values side by side
+Project = Callable[[BlockId, Tensor], Tensor]
 
 
 @dataclass
 class BankBuilder:
-    """Collects the tokens of a running reference pass; `finish` gathers them once the masks are known.
+    """Collects the tokens of a running reference pass; `finish` gathers them once the masks are
+    known.
 
     masks: of a grid, where they are known before: then nothing else is ever held.
     """
@@ -88,7 +87,8 @@ class BankBuilder:
         if self.masks:
             when, less = "", "a smaller token_share"
         log.warning(
-            "Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, %s or precision float16 need "
+            "Kindred: the reference pass holds up to %.1f GB of main memory%s. Fewer blocks, %s or "
+            "precision float16 need "
             "less.",
             size / 1e9,
             when,
@@ -112,7 +112,9 @@ class BankBuilder:
         maps: Tensor | None,
         project: Project | None = None,
     ) -> ReferenceBank:
-        """Gather the masked tokens of every step into one row per step; full tokens are freed as they are read."""
+        """Gather the masked tokens of every step into one row per step; full tokens are freed as
+        they are read.
+        """
         first = next(iter(self._steps.values()))
         layers = tuple(
             Layer(block, grids[block], tokens.shape[-1]) for block, tokens in first.items()

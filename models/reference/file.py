@@ -1,7 +1,10 @@
-"""A reference as one .safetensors: every tensor of a ReferenceBank, and whatever is no tensor as JSON in the metadata.
+"""A reference as one .safetensors: every tensor of a ReferenceBank, and whatever is no tensor as
+JSON in the metadata.
 
-Rows of different lengths (anchors keep other tokens at every step) lie one after another in one tensor, their lengths in the
-metadata: a file has dozens of tensors, not thousands. Nothing in it knows the machine that wrote it.
+Rows of different lengths (anchors keep other tokens at every step) lie one after another in one
+tensor, their lengths in the
+metadata: a file has dozens of tensors, not thousands. Nothing in it knows the machine that wrote
+it.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ DTYPES = {
         torch.int64,
     )
 }
-# A transformer's blocks and a flow's latents mean nothing to a Kindred that knows UNets alone: it reads version 1 and no other.
+# A transformer's blocks and a flow's latents mean nothing to a Kindred that knows UNets alone: it
+# reads version 1 and no other.
 TRANSFORMER_VERSION = BANK_VERSION + 1
 STAGE = re.compile("[a-z]{1,16}")
 AGAIN = "Copy it again, or save the reference again."
@@ -51,13 +55,16 @@ Told = Mapping[str, Any]
 
 
 def save_reference(bank: ReferenceBank, path: Path) -> None:
-    """One file, whole or absent: an older one of that name stays where the write fails. The same bank gives the same bytes.
+    """One file, whole or absent: an older one of that name stays where the write fails. The same
+    bank gives the same bytes.
 
-    Raises ValueError for a bank that could not be loaded again (another version, NaN), OSError where the disk does.
+    Raises ValueError for a bank that could not be loaded again (another version, NaN), OSError
+    where the disk does.
     """
     if bank.version != BANK_VERSION:
         raise ValueError(
-            f"the reference is of version {bank.version}, but this Kindred writes version {BANK_VERSION}. Make it again."
+            f"the reference is of version {bank.version}, but this Kindred writes version "
+            f"{BANK_VERSION}. Make it again."
         )
     parcel = Parcel()
     try:
@@ -72,11 +79,12 @@ def save_reference(bank: ReferenceBank, path: Path) -> None:
 def load_reference(
     path: Path, progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None
 ) -> ReferenceBank:
-    """What save_reference wrote, bit for bit, in memory of its own: the file may be replaced or deleted afterwards.
+    """What save_reference wrote, bit for bit, in memory of its own: the file may be replaced or
+    deleted afterwards.
 
     progress: given the number of tensors, returns what is told how many were read.
-    Raises ValueError that names the file, what it holds, what was needed and what to do: another format or version, a torn
-    file, a missing tensor, NaN; FileNotFoundError where there is none.
+    Raises ValueError that names the file, what it holds, what was needed and what to do: another
+    format or version, a torn file, a missing tensor, NaN; FileNotFoundError where there is none.
     """
     check_safetensors(path)
     try:
@@ -127,7 +135,8 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
             else f"no reference (its metadata names {', '.join(names) or 'nothing':.80})"
         )
         raise Refused(
-            f"{path.name} is {found}, but a reference is of format {FORMAT}. Choose a file that Save Reference wrote."
+            f"{path.name} is {found}, but a reference is of format {FORMAT}. Choose a file that "
+            f"Save Reference wrote."
         )
     try:
         told = json.loads(metadata[FORMAT])
@@ -138,18 +147,21 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
         ) from error
     if version not in (BANK_VERSION, TRANSFORMER_VERSION):
         raise Refused(
-            f"{path.name} is a reference of version {version}, but this Kindred reads versions {BANK_VERSION} and "
+            f"{path.name} is a reference of version {version}, but this Kindred reads versions "
+            f"{BANK_VERSION} and "
             f"{TRANSFORMER_VERSION}. Update Kindred, or make and save the reference again."
         )
     return told
 
 
-# writing ---------------------------------------------------------------------------------------------------------------------
+# writing ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Parcel:
-    """The tensors of one file; every method puts some in and returns what the description says of them."""
+    """The tensors of one file; every method puts some in and returns what the description says of
+    them.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     _places: set[int] = field(default_factory=set)
@@ -157,9 +169,8 @@ class Parcel:
     def put(self, name: str, value: Tensor) -> None:
         value = value.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
-        self.tensors[name] = (
-            value.clone() if place in self._places else value
-        )  # safetensors refuses tensors that share memory
+        # safetensors refuses tensors that share memory
+        self.tensors[name] = value.clone() if place in self._places else value
         self._places.add(place)
 
     def optional(self, name: str, value: Tensor | None) -> bool:
@@ -279,17 +290,20 @@ def layers_told(layers: Sequence[Layer]) -> list[list[Any]]:
     return [[*layer.block, *layer.grid, layer.channels] for layer in layers]
 
 
-# reading ---------------------------------------------------------------------------------------------------------------------
+# reading ------------------------------------------------------------------------------------------
 
 Source = Callable[[str], Tensor]  # a tensor of the file by its name
 
 
 def read_bank(told: Told, tensor: Source) -> ReferenceBank:
-    """ValueError, KeyError, TypeError, AttributeError or IndexError where the description is not what Parcel.bank says."""
+    """ValueError, KeyError, TypeError, AttributeError or IndexError where the description is not
+    what Parcel.bank says.
+    """
+    # older references have the name alone
     path, model = (
         told["trajectory"],
         read_parts(word(told["model"]), told.get("identity")),
-    )  # older references have the name alone
+    )
     trajectory = InversionTrajectory(
         tensor("trajectory.sigmas"),
         tensor("trajectory.latents"),
@@ -376,7 +390,8 @@ def read_rows(told: Told | None, name: str, tensor: Source) -> Rows:
     )
     if stored.ndim != 1 or sum(lengths) != len(stored):
         raise ValueError(
-            f"{name} is {list(stored.shape)}, but its description says {len(lengths)} rows of {sum(lengths)} values together"
+            f"{name} is {list(stored.shape)}, but its description says {len(lengths)} rows of "
+            f"{sum(lengths)} values together"
         )
     if len(dtypes) not in (min(len(lengths), 1), len(lengths)):
         raise ValueError(
@@ -437,4 +452,4 @@ def scalar(value: Any) -> int | float | str:
     return value
 
 
-# both ways -------------------------------------------------------------------------------------------------------------------
+# both ways ----------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""A reference read by the pictures being made: paper A eq. (1)-(3) in every self-attention (arXiv 2403.11284, section 2.2).
+"""A reference read by the pictures being made: paper A eq. (1)-(3) in every self-attention
+(arXiv 2403.11284, section 2.2).
 
 Axes: b rows of a call, l kept tokens, n query tokens, c channels, y x the mask's own size.
 """
@@ -49,7 +50,8 @@ class MaskedSelf:
     def bytes_held(
         self, pictures: int, sizes: Mapping[BlockId, tuple[int, int]], width: int
     ) -> int:
-        """On the device: this step's row and the next one, and the longest keys and values of a layer.
+        """On the device: this step's row and the next one, and the longest keys and values of a
+        layer.
 
         sizes: tokens of a picture and their channels, per block; width: bytes of a number.
         """
@@ -138,7 +140,9 @@ class ActiveMaskedSelf:
         return torch.cat(k), torch.cat(v)
 
     def _weight(self, block: BlockId, k: Tensor) -> tuple[float, Tensor | None]:
-        """The weight and what is added to the logits [l], where each kept token stands for several of the subject's."""
+        """The weight and what is added to the logits [l], where each kept token stands for several
+        of the subject's.
+        """
         c = self.config
         louder = c.bank.loudness[c.bank.grids[block]]
         if c.mode is WeightMode.LOGIT_BIAS or louder == 1:

@@ -1,4 +1,5 @@
-"""A photo read by a pass over it: its tokens of every step, and where its subject is (paper A, arXiv 2403.11284, section 2.2).
+"""A photo read by a pass over it: its tokens of every step, and where its subject is (paper A,
+arXiv 2403.11284, section 2.2).
 
 Axes: r reference pictures, n tokens, c channels, t steps, y x grid, Y X pixels of a mask.
 """
@@ -35,11 +36,13 @@ NODE = "Ref-UNet Feature Capture"
 log = logging.getLogger(__name__)
 
 
-# the loops -------------------------------------------------------------------------------------------------------------------
+# the loops ----------------------------------------------------------------------------------------
 
 
 def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], bool]) -> Loop:
-    """Ref-UNet pass over stored latents, noisiest first: one call per step, whose answer nobody needs, until enough is kept."""
+    """Ref-UNet pass over stored latents, noisiest first: one call per step, whose answer nobody
+    needs, until enough is kept.
+    """
 
     def loop(denoise: Denoiser, device: torch.device, progress: Progress) -> InversionTrajectory:
         last, photo = len(trajectory.sigmas) - 1, trajectory.latents[0].to(device)
@@ -57,7 +60,9 @@ def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], bool]) ->
 def one_pass_loop(
     z0: Tensor, down: Tensor, prompt: str, key: str, name: str, keep: Callable[[int], bool]
 ) -> Loop:
-    """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the generation will ask for."""
+    """Inversion and capture in one pass: steps + 1 calls, each at a (latent, sigma) that the
+    generation will ask for.
+    """
 
     def loop(denoise: Denoiser, device: torch.device, progress: Progress) -> InversionTrajectory:
         def step(i: int, total: int, x: Tensor, denoised: Tensor) -> None:
@@ -89,12 +94,14 @@ def flow_loop(z0: Tensor, down: Tensor, noise: Noise) -> Loop:
     return loop
 
 
-# the pass --------------------------------------------------------------------------------------------------------------------
+# the pass -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class RefUNetPass:
-    """The Ref-UNet's pass over a photo: its tokens of every step, the subject's mask from its words' maps, and the bank made of both."""
+    """The Ref-UNet's pass over a photo: its tokens of every step, the subject's mask from its
+    words' maps, and the bank made of both.
+    """
 
     sites: Mapping[BlockId, BlockSite]
     grids: Mapping[BlockId, Grid]  # of the blocks that are kept
@@ -114,7 +121,9 @@ class RefUNetPass:
         return family_of(self.sites) is not None
 
     def keep(self, i: int) -> bool:
-        """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0 -> whether that is enough."""
+        """Take what the recorder saw at sigma i of the trajectory, counted from the photo's own, 0
+        -> whether that is enough.
+        """
         if not self.live:
             if self.transformer and i == self.steps:
                 self.announce()
@@ -134,19 +143,24 @@ class RefUNetPass:
         blocks = ", ".join(map(block_name, sorted(self.recorder.map_blocks)))
         if (family := family_of(self.sites)) is None:
             return (
-                f"another node replaces the cross-attention of {blocks}, so the subject's word cannot be followed there. Wire a mask, "
+                f"another node replaces the cross-attention of {blocks}, so the subject's word "
+                f"cannot be followed there. Wire a mask, "
                 "or put that node behind this one."
             )
         subject = self.prompts[Half.COND].subject
         words = ", ".join(map(repr, subject.words))
         last = max(p for row in subject.positions for p in row) + 1
         return (
-            f"{words} stands in row {last} of the prompt, but {family} was not seen to read it there in {blocks}. Wire a mask of the "
-            "subject, or remove the node that changes the prompt or computes these blocks by itself."
+            f"{words} stands in row {last} of the prompt, but {family} was not seen to read it "
+            f"there in {blocks}. Wire a mask of the "
+            "subject, or remove the node that changes the prompt or computes these blocks by "
+            "itself."
         )
 
     def subject_masks(self) -> dict[Grid, Tensor]:
-        """bool [r y x] per grid: where the subject's words light up in the noisiest steps, eq. (4), (5)."""
+        """bool [r y x] per grid: where the subject's words light up in the noisiest steps, eq. (4),
+        (5).
+        """
         noisiest_first = [self.maps[i] for i in sorted(self.maps, reverse=True)]
         masks = {
             grid: union_of_first(noisiest_first, self.mask_steps, self.threshold, grid)
@@ -198,14 +212,18 @@ class RefUNetPass:
         )
 
     def width(self, block: BlockId) -> int:
-        """Channels of a token of a block; of a transformer they are known once the recorder saw one."""
+        """Channels of a token of a block; of a transformer they are known once the recorder saw
+        one.
+        """
         module, seen = self.sites[block].module, self.recorder.tokens.get((Half.COND, block))
         if module is not None:
             return module.attn1.to_k.in_features
         return 0 if seen is None else seen.shape[-1]
 
     def bytes_held(self, pictures: int, dtype: torch.dtype) -> int:
-        """Of main memory while the pass runs: of all hidden states, or of what is kept where the masks are wired."""
+        """Of main memory while the pass runs: of all hidden states, or of what is kept where the
+        masks are wired.
+        """
         masks, keeps = self.builder.masks, self.builder.keeps
         tokens = {
             grid: pictures * math.prod(grid)
@@ -222,7 +240,9 @@ class RefUNetPass:
         return held * 2 if projected else held
 
     def announce(self) -> None:
-        """Say how much main memory a transformer's keys and values take; their width is known once the first were seen."""
+        """Say how much main memory a transformer's keys and values take; their width is known once
+        the first were seen.
+        """
         first = next(iter(self.recorder.of(Half.COND).values()))
         held = self.bytes_held(first.shape[0], self.builder.precision or first.dtype)
         until = " until the mask is known" if self.builder.masks is None else ""
@@ -236,32 +256,38 @@ class RefUNetPass:
 
 
 def is_live(transformer: bool, keeps: Keeps) -> bool:
-    """Whether every step will be read anew: of a transformer, unless its keys and values are asked for by name.
+    """Whether every step will be read anew: of a transformer, unless its keys and values are asked
+    for by name.
 
     ValueError for hidden states of a transformer, which nothing here could make keys of.
     """
     if transformer and keeps is Keeps.HIDDEN:
         raise ValueError(
-            f"{NODE}: keeps is {keeps.value!r}, but of a transformer keys and values are taken as they come. Choose "
+            f"{NODE}: keeps is {keeps.value!r}, but of a transformer keys and values are taken as "
+            f"they come. Choose "
             "automatic (read live, step by step) or keys and values (held for every step)."
         )
     return transformer and keeps is Keeps.AUTO
 
 
-# the subject -----------------------------------------------------------------------------------------------------------------
+# the subject --------------------------------------------------------------------------------------
 
 
 def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
-    """MASK [1|r Y X] -> bool [r y x] per grid; ValueError when the counts differ or one is empty."""
+    """MASK [1|r Y X] -> bool [r y x] per grid; ValueError when the counts differ or one is
+    empty.
+    """
     mask = mask.reshape(-1, *mask.shape[-2:]).cpu()
     if mask.shape[0] not in (1, r):
         raise ValueError(
-            f"{NODE}: {mask.shape[0]} masks for {r} reference picture{'s' * (r > 1)}. Wire one mask, or one per picture."
+            f"{NODE}: {mask.shape[0]} masks for {r} reference picture{'s' * (r > 1)}. Wire one "
+            f"mask, or one per picture."
         )
     corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     if (corners > 0.5).all() and not (mask > 0.5).all():
         log.warning(
-            "%s: the wired mask marks all four corners of the photo and %.0f %% of it. If the photo is a cut-out, its mask is "
+            "%s: the wired mask marks all four corners of the photo and %.0f %% of it. If the "
+            "photo is a cut-out, its mask is "
             "what is transparent, so the background: put InvertMask between.",
             NODE,
             100 * (mask > 0.5).float().mean(),
@@ -273,7 +299,9 @@ def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
 
 
 def check_masks(masks: Tensor, why: str) -> None:
-    """Refuse a reference without a subject, masks bool [r y x]: ValueError names the picture and what to do."""
+    """Refuse a reference without a subject, masks bool [r y x]: ValueError names the picture and
+    what to do.
+    """
     for i, picture in enumerate(masks, 1):
         if not picture.any():
             raise ValueError(f"{NODE}: no subject in picture {i} of {len(masks)}: {why}")

@@ -1,4 +1,6 @@
-"""What a pass over a reference leaves: its tokens in every block, and where its pictures look at the subject's words."""
+"""What a pass over a reference leaves: its tokens in every block, and where its pictures look at
+the subject's words.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,13 @@ from .rows import kept_of
 
 
 class Recorder(Watcher):
-    """What a Ref-UNet call leaves: tokens [r n c] per (role, block), word maps [r n] of the mask blocks.
+    """What a Ref-UNet call leaves: tokens [r n c] per (role, block), word maps [r n] of the mask
+    blocks.
 
-    outputs: blocks whose self-attention outputs (cond) are kept too; features_at: the output block whose features h are;
-    kept: flat positions [l] of the tokens of a grid that are wanted, then [l c]: a transformer's whole ones take gigabytes.
+    outputs: blocks whose self-attention outputs (cond) are kept too; features_at: the output block
+    whose features h are;
+    kept: flat positions [l] of the tokens of a grid that are wanted, then [l c]: a transformer's
+    whole ones take gigabytes.
     """
 
     def __init__(
@@ -40,12 +45,10 @@ class Recorder(Watcher):
         self.tokens: dict[tuple[Half, BlockId], Tensor] = {}
         self.maps: dict[BlockId, Tensor] = {}
         self.grids: dict[BlockId, Grid] = {}
-        self.weights: dict[
-            tuple[int, torch.device, Places], Tensor | None
-        ] = {}  # of the subject's positions among the keys
-        self._left: set[tuple[str, BlockId | int | None]] = (
-            set()
-        )  # what this pass has not reached yet
+        # of the subject's positions among the keys
+        self.weights: dict[tuple[int, torch.device, Places], Tensor | None] = {}
+        # what this pass has not reached yet
+        self._left: set[tuple[str, BlockId | int | None]] = set()
 
     def begin_pass(self) -> None:
         self._left = {
@@ -84,9 +87,8 @@ class Recorder(Watcher):
     def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
         roles = [p.role for p in parts]
         if index == self.features_at and Role.COND in roles:
-            self.features = h.chunk(len(parts))[
-                roles.index(Role.COND)
-            ].clone()  # the next block's patches may write into h
+            # the next block's patches may write into h
+            self.features = h.chunk(len(parts))[roles.index(Role.COND)].clone()
         self._left.discard(("features", index))
 
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
@@ -110,11 +112,15 @@ class Recorder(Watcher):
                 return
 
     def of(self, half: Half) -> dict[BlockId, Tensor]:
-        """Tokens of one half, in the order the UNet ran the blocks; ValueError where some were not seen."""
+        """Tokens of one half, in the order the UNet ran the blocks; ValueError where some were not
+        seen.
+        """
         if unseen := sorted(block for block in self.blocks if (half, block) not in self.tokens):
             raise ValueError(
-                f"Kindred: the pass over the reference saw nothing of {', '.join(map(block_name, unseen))}. Another node "
-                "computes the network by itself, in a copy of its own. Remove that node from the MODEL; if the error stays, "
+                f"Kindred: the pass over the reference saw nothing of "
+                f"{', '.join(map(block_name, unseen))}. Another node "
+                "computes the network by itself, in a copy of its own. Remove that node from the "
+                "MODEL; if the error stays, "
                 "start ComfyUI again, since some packs leave their copy in the checkpoint."
             )
         return {

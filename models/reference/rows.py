@@ -1,6 +1,8 @@
-"""Which tokens of a layer a reference keeps, how they lie in a row, and how a row comes to the device.
+"""Which tokens of a layer a reference keeps, how they lie in a row, and how a row comes to the
+device.
 
-Axes: r reference pictures, y x token grid, n = y*x tokens, l kept tokens over all r, c channels, s values of a row.
+Axes: r reference pictures, y x token grid, n = y*x tokens, l kept tokens over all r, c channels, s
+values of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from ..network.blocks import BlockId, Grid, block_name
 
 @dataclass(frozen=True)
 class Layer:
-    """A self-attention layer whose tokens a bank holds; channels: those of to_k's input, or of keys and values together."""
+    """A self-attention layer whose tokens a bank holds; channels: those of to_k's input, or of keys
+    and values together.
+    """
 
     block: BlockId
     grid: Grid
@@ -36,11 +40,14 @@ def thinned(positions: Tensor, share: float) -> Tensor:
 
 
 def kept_of(block: BlockId, grid: Grid, tokens: Tensor, kept: Tensor) -> Tensor:
-    """tokens [r n c] of a block, kept [l] flat positions over r*n -> [l c]; ValueError where n is not that of the grid."""
+    """tokens [r n c] of a block, kept [l] flat positions over r*n -> [l c]; ValueError where n is
+    not that of the grid.
+    """
     (y, x), n = grid, tokens.shape[1]
     if n != y * x:  # on CUDA a wrong index would take the whole server down
         raise ValueError(
-            f"Kindred: block {block_name(block)} gave {n} tokens where the reference has {y}x{x}. A node that "
+            f"Kindred: block {block_name(block)} gave {n} tokens where the reference has {y}x{x}. "
+            f"A node that "
             "changes the grid (Deep Shrink, token merging) is on the model: remove it."
         )
     return gather(tokens, kept.to(tokens.device))
@@ -62,11 +69,14 @@ def gather(tokens: Tensor, kept: Tensor) -> Tensor:
 class RowReader:
     """Rows of a bank on a device; on CUDA the next one is copied behind the step that computes.
 
-    Samplers go from noise to picture, so the next row is the one before; another one that is asked for is copied then.
+    Samplers go from noise to picture, so the next row is the one before; another one that is asked
+    for is copied then.
     """
 
     def __init__(self, device: torch.device, pins: bool = True) -> None:
-        """pins: rows may be put into pinned memory first; else, or where there is none left, the host waits for each copy."""
+        """pins: rows may be put into pinned memory first; else, or where there is none left, the
+        host waits for each copy.
+        """
         self.device, self.pins = device, pins
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: dict[tuple[int, int], tuple[Tensor, torch.cuda.Event]] = {}
@@ -80,9 +90,8 @@ class RowReader:
         here = torch.cuda.current_stream(self.device)
         here.wait_event(copied)
         row.record_stream(here)
-        self._ahead = {
-            key: held for key, held in self._ahead.items() if key[0] != id(rows)
-        }  # a guess that was wrong
+        # a guess that was wrong
+        self._ahead = {key: held for key, held in self._ahead.items() if key[0] != id(rows)}
         if step:
             self._begin(rows, step - 1)
         return row

@@ -1,6 +1,8 @@
-"""What every reference agrees with itself in: counts, shapes and magnitudes that a run relies on without looking again.
+"""What every reference agrees with itself in: counts, shapes and magnitudes that a run relies on
+without looking again.
 
-Axes: t steps, r reference pictures, n tokens, l kept tokens, s values of a row, w words, c channels.
+Axes: t steps, r reference pictures, n tokens, l kept tokens, s values of a row, w words, c
+channels.
 """
 
 from __future__ import annotations
@@ -18,27 +20,32 @@ from .bank import AnchorFeatures, Kept, ReferenceBank, ReferencePrompt
 from .rows import Layer
 
 Rows = Tensor | Sequence[Tensor]  # [t s], or t of [s_i]
+# of the others some cannot even be compared
 FLOATS = (
     torch.float16,
     torch.bfloat16,
     torch.float32,
     torch.float64,
-)  # of the others some cannot even be compared
+)
+# entries of a conditioning that are no numbers to the host
 OBJECTS = (
     "area",
     "control",
     "hooks",
     "gligen",
-)  # entries of a conditioning that are no numbers to the host
+)
 
 
 def check(bank: ReferenceBank) -> None:
-    """ValueError says what does not fit together or is not finite: on CUDA a wrong position would take the whole server down."""
+    """ValueError says what does not fit together or is not finite: on CUDA a wrong position would
+    take the whole server down.
+    """
     t, anchors = len(bank.trajectory.sigmas) - 1, bank.anchors
     for (y, x), mask in bank.masks.items():
         if mask.dtype is not torch.bool or tuple(mask.shape) != (bank.pictures, y, x):
             raise ValueError(
-                f"the mask of {y}x{x} is {mask.dtype} {list(mask.shape)}, but it has to be bool {[bank.pictures, y, x]}"
+                f"the mask of {y}x{x} is {mask.dtype} {list(mask.shape)}, but it has to be bool "
+                f"{[bank.pictures, y, x]}"
             )
     for half, prompt in bank.prompts.items():
         check_finite(f"the {half.value} prompt", [prompt.cross])
@@ -56,7 +63,9 @@ def check(bank: ReferenceBank) -> None:
 
 
 def check_masks(bank: ReferenceBank) -> None:
-    """There is a mask of every grid; anchors whose words nobody heard in the cross-attention have none at all."""
+    """There is a mask of every grid; anchors whose words nobody heard in the cross-attention have
+    none at all.
+    """
     whole = tuple(bank.trajectory.latents.shape[-2:])
     photos = bank.anchors is None
     lacking = {*bank.grids.values(), *([whole] if photos else [])} - bank.masks.keys()
@@ -68,14 +77,17 @@ def check_masks(bank: ReferenceBank) -> None:
 
 
 def check_anchors(bank: ReferenceBank, anchors: AnchorFeatures, t: int) -> None:
-    """What anchors leave in t steps: their tokens in both stages, what they are compared by, and their outputs."""
+    """What anchors leave in t steps: their tokens in both stages, what they are compared by, and
+    their outputs.
+    """
     for kept in (anchors.kept, anchors.first_kept):
         for (y, x), rows in kept.items():
             for positions in rows:
                 check_positions(f"the kept tokens of {y}x{x}", positions, bank.pictures * y * x)
     if "first_from" in anchors.settings and anchors.first.keys() != bank.features.keys():
         raise ValueError(
-            f"the first stage holds {sorted(h.value for h in anchors.first)}, but the features hold "
+            f"the first stage holds {sorted(h.value for h in anchors.first)}, but the features "
+            f"hold "
             f"{sorted(h.value for h in bank.features)}"
         )
     for half, rows in anchors.first.items():
@@ -111,13 +123,15 @@ def check_tokens(
         if len(kept.get(layer.grid, ())) != t:
             grid = f"{layer.grid[0]}x{layer.grid[1]}"
             raise ValueError(
-                f"{block_name(layer.block)} has {grid} tokens, but nothing says which of them are kept"
+                f"{block_name(layer.block)} has {grid} tokens, but nothing says which of them are "
+                f"kept"
             )
     for i, row in enumerate(rows):
         wanted = sum(len(kept[layer.grid][i]) * layer.channels for layer in layers)
         if tuple(row.shape) != (wanted,) and not (may_lack and not row.numel()):
             raise ValueError(
-                f"{what} are {list(row.shape)} at step {i}, but the tokens kept there need [{wanted}]"
+                f"{what} are {list(row.shape)} at step {i}, but the tokens kept there need "
+                f"[{wanted}]"
             )
     check_finite(what, rows)
 
@@ -135,7 +149,8 @@ def check_finite(what: str, rows: Rows) -> None:
             raise ValueError(
                 f"{what} hold {bad} NaN or infinite values of {row.numel()} in row {i}"
                 if bad
-                else f"{what} hold {int((row.abs() > GREATEST).sum())} values beyond {GREATEST:g} in row {i}"
+                else f"{what} hold {int((row.abs() > GREATEST).sum())} values beyond {GREATEST:g} "
+                f"in row {i}"
             )
 
 
@@ -180,7 +195,8 @@ def check_halves(bank: ReferenceBank) -> None:
     halves = bank.features.keys()
     if Half.COND not in halves or not halves <= bank.prompts.keys():
         raise ValueError(
-            f"it holds the features of {named(halves)} and the prompts of {named(bank.prompts)}, but it needs those of cond, "
+            f"it holds the features of {named(halves)} and the prompts of {named(bank.prompts)}, "
+            f"but it needs those of cond, "
             "and a prompt for each half"
         )
     if not bank.layers or len(set(bank.blocks)) < len(bank.layers):
@@ -190,11 +206,14 @@ def check_halves(bank: ReferenceBank) -> None:
 
 
 def check_extras(half: Half, prompt: ReferencePrompt) -> None:
-    """Entries are plain; their values are the host's: SD1.5's pooled text is read by nobody, and may be NaN."""
+    """Entries are plain; their values are the host's: SD1.5's pooled text is read by nobody, and
+    may be NaN.
+    """
     for key, value in prompt.extras.items():
         if key in OBJECTS or key == "mask" and not isinstance(value, Tensor):
             raise ValueError(
-                f"the {half.value} prompt has an entry {key!r:.40}, which is no part of a plain prompt"
+                f"the {half.value} prompt has an entry {key!r:.40}, which is no part of a plain "
+                f"prompt"
             )
 
 
@@ -206,26 +225,31 @@ def check_maps(bank: ReferenceBank, maps: Tensor) -> None:
     fits = maps.ndim == 4 and maps.shape[0] in steps and maps.shape[1] == bank.pictures
     if maps.dtype not in FLOATS or not fits or not maps.numel():
         raise ValueError(
-            f"the words' maps are {maps.dtype} {list(maps.shape)}, but it has {t} steps of {bank.pictures} "
+            f"the words' maps are {maps.dtype} {list(maps.shape)}, but it has {t} steps of "
+            f"{bank.pictures} "
             "pictures"
         )
     check_bounded("the words' maps", maps)
 
 
 def check_anchor_features(anchors: AnchorFeatures, pictures: int) -> None:
-    """The features [r n c] that pictures are compared by, and where their subject is, stand there both or not at all."""
+    """The features [r n c] that pictures are compared by, and where their subject is, stand there
+    both or not at all.
+    """
     features = anchors.features
     if features is not None and (
         features.dtype not in FLOATS or features.ndim != 3 or len(features) != pictures
     ):
         raise ValueError(
-            f"the anchors' correspondence features are {features.dtype} {list(features.shape)}, but there are "
+            f"the anchors' correspondence features are {features.dtype} {list(features.shape)}, "
+            f"but there are "
             f"{pictures} pictures"
         )
     empty = features is not None and features.numel() == 0
     if empty or (features is None) != (anchors.subject is None):
         raise ValueError(
-            "the anchors' correspondence features and the places of their subject do not both stand there"
+            "the anchors' correspondence features and the places of their subject do not both "
+            "stand there"
         )
 
 
@@ -242,7 +266,9 @@ def check_first_stage(anchors: AnchorFeatures) -> None:
 def check_prompt(
     what: str, cross: Tensor, positions: tuple | None, by_word: tuple | None, words: tuple | None
 ) -> None:
-    """cross [r w c]; positions: of the subject in each row, below w; by_word: the same for each word alone."""
+    """cross [r w c]; positions: of the subject in each row, below w; by_word: the same for each
+    word alone.
+    """
     if cross.ndim != 3 or not cross.numel():
         raise ValueError(
             f"{what} is {list(cross.shape)}, which is no text of [rows words channels]"

@@ -1,4 +1,5 @@
-"""Anchors as they are generated: what later pictures of the same subject will read (ConsiStory, arXiv 2402.03286, 4.4).
+"""Anchors as they are generated: what later pictures of the same subject will read (ConsiStory,
+arXiv 2402.03286, 4.4).
 
 Axes: r anchors, n tokens of a grid, l kept tokens of all anchors, c channels, y x grid.
 """
@@ -26,7 +27,8 @@ NODE = "ConsiStory Anchor Sampler"
 def passes_over(who: Asker, what: str) -> ValueError:
     """Anchors are read at the levels of a schedule: what says that these would lack some."""
     return ValueError(
-        f"{NODE}: {who} passes over {what} of its schedule, so no further picture could read anchors made with it. "
+        f"{NODE}: {who} passes over {what} of its schedule, so no further picture could read "
+        f"anchors made with it. "
         + who.choose("asks at every level of its schedule, such as euler, ddim or dpmpp_2m")
     )
 
@@ -62,9 +64,8 @@ class AnchorRecorder:
     _tokens: dict[tuple[Row, Half], dict[BlockId, Tensor]] = field(default_factory=dict)
     _kept: dict[Row, dict[Grid, Tensor]] = field(default_factory=dict)
     _outputs: dict[float, dict[BlockId, Tensor]] = field(default_factory=dict)
-    _calls: dict[tuple[Any, ...], int | None] = field(
-        default_factory=dict
-    )  # the call of the model that each came with
+    # the call of the model that each came with
+    _calls: dict[tuple[Any, ...], int | None] = field(default_factory=dict)
     _features: Tensor | None = None
     _subject: Tensor | None = None
 
@@ -75,7 +76,9 @@ class AnchorRecorder:
         self._levels = levels if levels == tuple(sorted(levels, reverse=True)) else ()
 
     def asked(self, sigma: float) -> None:
-        """ValueError once a level lies behind that was not asked for; the next one may be, as samplers look ahead."""
+        """ValueError once a level lies behind that was not asked for; the next one may be, as
+        samplers look ahead.
+        """
         if sigma > 0:
             self._unasked = [s for s in self._unasked if abs(log(s / sigma)) > LOG_SIGMA_TOLERANCE]
         for level, following in zip(self._levels, self._levels[1:]):
@@ -83,7 +86,9 @@ class AnchorRecorder:
                 raise passes_over(self.asker, f"sigma {level:.4g}")
 
     def latent(self, sigma: float, x: Tensor) -> None:
-        """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to host memory."""
+        """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to
+        host memory.
+        """
         self.asked(sigma)
         self.latents[sigma] = x[: self.count].float().to("cpu", copy=True)
         for held in (
@@ -93,7 +98,9 @@ class AnchorRecorder:
             held.update(in_host_memory(held, self.precision))  # after the call, not within it
 
     def begin(self, stage: int, sigma: float) -> None:
-        """The model is about to be asked at this noise level: what was kept of it no longer counts. Then the first call counts."""
+        """The model is about to be asked at this noise level: what was kept of it no longer counts.
+        Then the first call counts.
+        """
         for half in Half:
             self._tokens.pop(((stage, sigma), half), None)
         self._kept.pop((stage, sigma), None)
@@ -110,7 +117,9 @@ class AnchorRecorder:
         kept: Tensor,
         call: int | None = None,
     ) -> None:
-        """Normed tokens [l c] of all anchors at their flat positions [l] among r*n. Of one call of the model the last pass counts."""
+        """Normed tokens [l c] of all anchors at their flat positions [l] among r*n. Of one call of
+        the model the last pass counts.
+        """
         self.layers.setdefault(block, Layer(block, grid, tokens.shape[-1]))
         self._keep(
             self._tokens.setdefault(((stage, sigma), half), {}),
@@ -141,7 +150,9 @@ class AnchorRecorder:
             held[block], self._calls[(block, *where)] = rows, call
 
     def matched(self, features: Tensor, subject: Tensor) -> None:
-        """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the first stage."""
+        """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the
+        first stage.
+        """
         self._features, self._subject = (
             features.to("cpu", self.precision or features.dtype, copy=True),
             subject,
@@ -155,7 +166,9 @@ class AnchorRecorder:
         schedule: str,
         settings: Mapping[str, float | int | str],
     ) -> ReferenceBank:
-        """final: the finished latents [r c y x] in model scale. ValueError where a level of the schedule lacks its anchors."""
+        """final: the finished latents [r c y x] in model scale. ValueError where a level of the
+        schedule lacks its anchors.
+        """
         if self._unasked:
             raise passes_over(self.asker, f"sigma {self._unasked[0]:.4g}")
         sigmas = sorted(self.latents)
@@ -189,7 +202,8 @@ class AnchorRecorder:
         if Half.COND not in halves:
             at = next(row[1] for row in last if (row, Half.COND) not in self._tokens)
             raise ValueError(
-                f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors cannot be "
+                f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors "
+                f"cannot be "
                 "kept whole. Remove the timestep range of the positive prompt."
             )
         return halves
@@ -234,8 +248,10 @@ class AnchorRecorder:
         row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
         if row is None:
             raise ValueError(
-                f"{NODE}: at sigma {sigma:.4g} no whole picture passed through the model, so there is "
-                "nothing to keep of the anchors. Remove what crops or skips its calls: a timestep range of the positive "
+                f"{NODE}: at sigma {sigma:.4g} no whole picture passed through the model, so there "
+                f"is "
+                "nothing to keep of the anchors. Remove what crops or skips its calls: a timestep "
+                "range of the positive "
                 "prompt, area prompts alone, EasyCache."
             )
         return row

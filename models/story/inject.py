@@ -40,7 +40,8 @@ class StorySetup:
     def bytes_held(
         self, pictures: int, sizes: Mapping[BlockId, tuple[int, int]], width: int
     ) -> int:
-        """On the device at most: queries of the plain pass, and the longest keys and values of a layer that shares.
+        """On the device at most: queries of the plain pass, and the longest keys and values of a
+        layer that shares.
 
         sizes: tokens of a picture and their channels, per block; width: bytes of a number.
         """
@@ -52,7 +53,9 @@ class StorySetup:
         return (queries + rows * max(2 * (1 + others) * n * c for n, c in shared)) * width
 
     def begin(self, run: StoryRun, passes: PhotoPasses) -> Story | None:
-        """The story of a run; None where there is nobody to share with. ValueError where it cannot be told."""
+        """The story of a run; None where there is nobody to share with. ValueError where it cannot
+        be told.
+        """
         # SplitSigmas at the first or the last step: the model is not asked at all
         if run.steps < 1 or not run.sigmas:
             return None
@@ -60,14 +63,16 @@ class StorySetup:
         settings = replace(self.settings, blend_until=until, inject=tuple(inject))
         if run.pictures == 1 and self.bank is None and self.recorder is None:
             log.info(
-                "%s: one picture has nobody to share with, so it stays plain. Raise the batch size, or wire a reference.",
+                "%s: one picture has nobody to share with, so it stays plain. Raise the batch "
+                "size, or wire a reference.",
                 NODE,
             )
             return None
         self._require_subject(run)
         if settings.anchors > run.pictures and self.bank is None:
             log.warning(
-                "%s: %d anchors were asked for, but the batch has %d pictures: each of them is an anchor.",
+                "%s: %d anchors were asked for, but the batch has %d pictures: each of them is an "
+                "anchor.",
                 NODE,
                 settings.anchors,
                 run.pictures,
@@ -94,17 +99,21 @@ class StorySetup:
         if self.masks is None:
             if not any(p.role is Role.COND and p.subject for p in run.parts.values()):
                 raise ValueError(
-                    f"{NODE}: the positive prompt marks no subject word, and no masks are wired. Encode the prompts with "
+                    f"{NODE}: the positive prompt marks no subject word, and no masks are wired. "
+                    f"Encode the prompts with "
                     "Subject Prompts and write the subject there, or wire masks of the subject."
                 )
             if self.recorder and run.steps == 1:
                 raise ValueError(
-                    f"{SAMPLER}: one step is sampled, but where the subject is, is known from the step before alone, so there is "
-                    "nothing to keep of it. Sample 2 steps or more, or wire masks into ConsiStory Shared Attention."
+                    f"{SAMPLER}: one step is sampled, but where the subject is, is known from the "
+                    f"step before alone, so there is "
+                    "nothing to keep of it. Sample 2 steps or more, or wire masks into ConsiStory "
+                    "Shared Attention."
                 )
         elif self.masks.shape[0] not in (1, run.pictures):
             raise ValueError(
-                f"{NODE}: {self.masks.shape[0]} masks for {run.pictures} pictures. Wire one mask, or one per picture."
+                f"{NODE}: {self.masks.shape[0]} masks for {run.pictures} pictures. Wire one mask, "
+                f"or one per picture."
             )
 
     def tell_cost(self, run: StoryRun, schedule: Schedule, held: int) -> None:
@@ -112,7 +121,8 @@ class StorySetup:
         known = self.masks is not None or self.bank is not None
         plain, calls = run.steps, schedule.calls(known, run.steps)
         log.info(
-            "%s: %d pictures in %d calls of the UNet where the plain run has %d (%.2f times; of samplers that ask once a step); up to "
+            "%s: %d pictures in %d calls of the UNet where the plain run has %d (%.2f times; of "
+            "samplers that ask once a step); up to "
             "%.1f MB beside it.",
             NODE,
             run.pictures,
@@ -123,7 +133,9 @@ class StorySetup:
         )
 
     def source(self, run: StoryRun, schedule: Schedule, passes: PhotoPasses) -> AnchorSource | None:
-        """Who reads the wired reference; ValueError where its anchors do not have what this run will ask for."""
+        """Who reads the wired reference; ValueError where its anchors do not have what this run
+        will ask for.
+        """
         if self.bank is None:
             return None
         halves = tuple(h for h in self.bank.features if self.settings.halves.source(h))
@@ -141,24 +153,30 @@ class StorySetup:
         order = str(anchors.settings.get("order"))[:40]
         if anchors.features is None:
             raise ValueError(
-                f"{NODE}: feature_injection is {self.settings.injection}, but the anchors of the reference were made "
+                f"{NODE}: feature_injection is {self.settings.injection}, but the anchors of the "
+                f"reference were made "
                 "with 0. Set it to 0 here, or make the anchors with feature injection."
             )
         if order != (wanted := OFFICIAL if self.settings.official else FAST):
             raise ValueError(
-                f"{NODE}: order is {wanted!r}, but the reference's anchors were made with {order!r}. Choose the same."
+                f"{NODE}: order is {wanted!r}, but the reference's anchors were made with "
+                f"{order!r}. Choose the same."
             )
         stored = {layer.block for layer in anchors.output_layers}
         lacking = [block_name(b) for b in sorted(self.layout.output_blocks - stored)]
         if stored and lacking:
             raise ValueError(
-                f"{NODE}: features are to be injected in {', '.join(lacking)}, of which the reference's anchors hold "
-                f"nothing (they do of {', '.join(map(block_name, sorted(stored)))}). Make the anchors again."
+                f"{NODE}: features are to be injected in {', '.join(lacking)}, of which the "
+                f"reference's anchors hold "
+                f"nothing (they do of {', '.join(map(block_name, sorted(stored)))}). Make the "
+                f"anchors again."
             )
 
 
 def require_outputs(anchors: AnchorFeatures, schedule: Schedule, rows: Mapping[float, int]) -> None:
-    """ValueError where anchors hold no outputs at a sigma that features are injected at; rows: of the bank, by sigma."""
+    """ValueError where anchors hold no outputs at a sigma that features are injected at; rows: of
+    the bank, by sigma.
+    """
     missing = [
         s
         for s in schedule.sigmas
@@ -168,8 +186,10 @@ def require_outputs(anchors: AnchorFeatures, schedule: Schedule, rows: Mapping[f
         held = [s for s, row in rows.items() if len(anchors.outputs[row])]
         where = f" (they do from {max(held):.4g} to {min(held):.4g})" if held else ""
         raise ValueError(
-            f"{NODE}: features are to be injected at {len(missing)} noise levels, from sigma {missing[0]:.4g} on, "
-            f"where the anchors of the reference hold none{where}. Take the injection's start and end percent that "
+            f"{NODE}: features are to be injected at {len(missing)} noise levels, from sigma "
+            f"{missing[0]:.4g} on, "
+            f"where the anchors of the reference hold none{where}. Take the injection's start and "
+            f"end percent that "
             "the anchors were made with."
         )
 
@@ -188,6 +208,7 @@ def warn_of_gaps(run: StoryRun, schedule: Schedule) -> None:
         log.warning("%s: this sampler run %s, so no features are injected.", NODE, why)
     if not any(p.role is Role.COND and p.area is None for p in run.parts.values()):
         log.warning(
-            "%s: every positive prompt has an area of its own, so no whole picture can share. Add one prompt without an area.",
+            "%s: every positive prompt has an area of its own, so no whole picture can share. Add "
+            "one prompt without an area.",
             NODE,
         )

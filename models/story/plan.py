@@ -1,4 +1,5 @@
-"""ConsiStory's schedule, subject masks, dropout and share matrix (arXiv 2402.03286); models/story/story.py puts them to work.
+"""ConsiStory's schedule, subject masks, dropout and share matrix (arXiv 2402.03286);
+models/story/story.py puts them to work.
 
 Axes: b pictures, w subject words, n tokens of a grid (y x, row by row), l kept tokens.
 """
@@ -18,14 +19,15 @@ from ..subject.masks import Threshold
 
 NODE = "ConsiStory Shared Attention"
 SLACK = 1e-4  # relative: what a sigma loses between a schedule in float64 and a sampler in float32
-DIFT_TIMESTEP = (
-    261  # where diffusion features correspond best (arXiv 2306.03881); ConsiStory, appendix B
-)
+# where diffusion features correspond best (arXiv 2306.03881); ConsiStory, appendix B
+DIFT_TIMESTEP = 261
 
 
 @dataclass(frozen=True)
 class StorySettings:
-    """The hyper-parameters, with the paper's values (method.md 3.2, section 5). Windows are sigmas, both ends inside."""
+    """The hyper-parameters, with the paper's values (method.md 3.2, section 5). Windows are sigmas,
+    both ends inside.
+    """
 
     blocks: frozenset[BlockId]  # whose self-attention is shared: the decoder
     map_blocks: tuple[BlockId, ...]  # whose cross-attention locates the subject
@@ -38,16 +40,17 @@ class StorySettings:
     injection: float = 0.8  # alpha
     inject: tuple[float, float] = (0.0, 0.0)  # from the greater sigma until the smaller
     halves: Halves = Halves.BOTH
-    official: bool = (
-        False  # the first stage runs to its end, and the masks of its last step are used
-    )
+    # the first stage runs to its end, and the masks of its last step are used
+    official: bool = False
     align_keys: bool = True  # of inverted photos, appendix E
     threshold: Threshold = "otsu"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What happens at which noise level of one sampler run. sigmas: descending, without the last 0; timesteps: theirs."""
+    """What happens at which noise level of one sampler run. sigmas: descending, without the last 0;
+    timesteps: theirs.
+    """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
@@ -76,23 +79,28 @@ class Schedule:
 
     @cached_property
     def first_injection(self) -> float | None:
-        """Where the second stage leaves the first; None: one stage is enough, or the run ends before features can be compared."""
+        """Where the second stage leaves the first; None: one stage is enough, or the run ends
+        before features can be compared.
+        """
         inside = [s for s in self.sigmas if self.injects(s)]
         i = self.sigmas.index(self.features_at)
         gap = self.timesteps[i - 1] - self.timesteps[i] if i else 0.0
-        reached = (
-            self.timesteps[i] - DIFT_TIMESTEP <= gap
-        )  # a run that stops before is still noise where it stops
+        # a run that stops before is still noise where it stops
+        reached = self.timesteps[i] - DIFT_TIMESTEP <= gap
         before = bool(inside) and self.sigmas.index(inside[0]) < i  # not so where sigmas rise
         return inside[0] if before and inside[0] > self.features_at and reached else None
 
     @cached_property
     def first_stage(self) -> int:
-        """Steps of the first of two stages: as far as the features that pictures are compared by, or in the official order all."""
+        """Steps of the first of two stages: as far as the features that pictures are compared by,
+        or in the official order all.
+        """
         return len(self.sigmas) if self.settings.official else self.step(self.features_at) + 1
 
     def calls(self, known: bool, steps: int) -> int:
-        """Passes of the UNet in so many steps of a sampler that asks once a step; known: the subject at the first."""
+        """Passes of the UNet in so many steps of a sampler that asks once a step; known: the
+        subject at the first.
+        """
         steps, shares = (
             range(min(steps, len(self.sigmas))),
             self.settings.weight and self.settings.dropout < 1,
@@ -107,9 +115,11 @@ class Schedule:
 
 
 def dropped(seed: int, picture: int, step: int, grid: Grid, share: float) -> Tensor:
-    """Which tokens of a picture nobody else sees at a step: bool [n], True with probability `share`, without rescaling (Q10).
+    """Which tokens of a picture nobody else sees at a step: bool [n], True with probability
+    `share`, without rescaling (Q10).
 
-    A function of its arguments alone (I45): neither the batch nor the halves nor any other draw changes it.
+    A function of its arguments alone (I45): neither the batch nor the halves nor any other draw
+    changes it.
     """
     digest = hashlib.blake2b(
         repr((seed, picture, step, tuple(grid))).encode(), digest_size=8
@@ -119,7 +129,8 @@ def dropped(seed: int, picture: int, step: int, grid: Grid, share: float) -> Ten
 
 
 def shared_groups(pictures: int, anchors: int) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
-    """((first, last + 1), the pictures they read) for neighbours that read the same: anchors one another, the others all anchors.
+    """((first, last + 1), the pictures they read) for neighbours that read the same: anchors one
+    another, the others all anchors.
 
     anchors 0, or as many as there are pictures: all read all. Nobody reads the others (I23, I24).
     """

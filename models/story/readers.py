@@ -1,4 +1,5 @@
-"""Who reads a story's wired reference: anchors of an earlier run, or inverted photos (arXiv 2402.03286, 4.4 and appendix E).
+"""Who reads a story's wired reference: anchors of an earlier run, or inverted photos
+(arXiv 2402.03286, 4.4 and appendix E).
 
 Axes: r anchors, n tokens of a grid, l kept tokens, c channels.
 """
@@ -53,7 +54,9 @@ class PhotoPasses:
 
 @dataclass
 class GeneratedAnchors:
-    """Anchors of an earlier run, an AnchorSource: exactly the tokens that pictures beside them read then."""
+    """Anchors of an earlier run, an AnchorSource: exactly the tokens that pictures beside them read
+    then.
+    """
 
     bank: ReferenceBank
     run: StoryRun
@@ -65,8 +68,10 @@ class GeneratedAnchors:
         if row is None:
             known = self.bank.trajectory
             raise ValueError(
-                f"{NODE}: this sampler asks for sigma {sigma:.4g} ({len(self.run.sigmas)} steps), which the anchors do not "
-                f"have: they were made with {known.schedule} ({len(known.sigmas) - 1} noise levels). Take the sampler, "
+                f"{NODE}: this sampler asks for sigma {sigma:.4g} ({len(self.run.sigmas)} steps), "
+                f"which the anchors do not "
+                f"have: they were made with {known.schedule} ({len(known.sigmas) - 1} noise "
+                f"levels). Take the sampler, "
                 "scheduler and steps of the anchors, or make anchors with these."
             )
         return row
@@ -97,7 +102,9 @@ class GeneratedAnchors:
 
 @dataclass
 class PhotoAnchors:
-    """Inverted photos as anchors, an AnchorSource (appendix E): they see nobody; what the bank does not hold is read live."""
+    """Inverted photos as anchors, an AnchorSource (appendix E): they see nobody; what the bank does
+    not hold is read live.
+    """
 
     bank: ReferenceBank
     run: StoryRun

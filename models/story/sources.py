@@ -1,4 +1,6 @@
-"""What a story reads beside its own batch: anchors of other runs, the vanilla pass, and where a model's features are."""
+"""What a story reads beside its own batch: anchors of other runs, the vanilla pass, and where a
+model's features are.
+"""
 
 from __future__ import annotations
 
@@ -30,23 +32,28 @@ class AnchorSource(Protocol):
         """Self-attention outputs [l' c] of the subject's tokens, before injection."""
 
     def features(self) -> tuple[Tensor, Tensor]:
-        """DIFT features [r n c], and the subject's flat positions [l'] among r*n, in host memory."""
+        """DIFT features [r n c], and the subject's flat positions [l'] among r*n, in host
+        memory.
+        """
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model's features are: per block the divisor of its grid, the feature layers, the tap of DIFT."""
+    """Where a model's features are: per block the divisor of its grid, the feature layers, the tap
+    of DIFT.
+    """
 
     divisors: Mapping[BlockId, int]
-    output_blocks: frozenset[
-        BlockId
-    ]  # self-attentions whose outputs are injected: encoder and decoder at half the maps' divisor
+    # self-attentions whose outputs are injected: encoder and decoder at half the maps' divisor
+    output_blocks: frozenset[BlockId]
     tap: int  # the output block whose incoming features are DIFT's
     divisor: int  # of both
 
 
 class QueryRecorder(Watcher):
-    """The vanilla pass of eq. (4): normed tokens of the shared layers; to_q has no bias, so blending them blends queries (I43)."""
+    """The vanilla pass of eq. (4): normed tokens of the shared layers; to_q has no bias, so
+    blending them blends queries (I43).
+    """
 
     def __init__(self, blocks: frozenset[BlockId]) -> None:
         self.blocks, self.tokens = blocks, {}

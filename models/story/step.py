@@ -1,6 +1,8 @@
-"""One noise level of a story: where the subjects are, which of their tokens others see, and who reads them.
+"""One noise level of a story: where the subjects are, which of their tokens others see, and who
+reads them.
 
-Axes: b pictures, w words, n tokens of a grid (y x, row by row), l kept tokens, c channels, r anchors.
+Axes: b pictures, w words, n tokens of a grid (y x, row by row), l kept tokens, c channels, r
+anchors.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Step:
         if not masks.any() and "dark" not in self.said:
             self.said.add("dark")
             log.warning(
-                "%s: the subject's word lights up nowhere, so nothing is shared at this step. Describe the subject more "
+                "%s: the subject's word lights up nowhere, so nothing is shared at this step. "
+                "Describe the subject more "
                 "plainly, or wire masks.",
                 NODE,
             )
@@ -80,7 +83,9 @@ class Step:
         return self._subject[grid]
 
     def kept(self, grid: Grid) -> list[Tensor]:
-        """Per anchor of the batch, the flat positions [l] among b*n that others see: its mask after dropout."""
+        """Per anchor of the batch, the flat positions [l] among b*n that others see: its mask after
+        dropout.
+        """
         if grid not in self._kept:
             self._kept[grid] = self._kept_at(grid)
         return self._kept[grid]
@@ -102,7 +107,9 @@ class Step:
         return self._all_kept[grid]
 
     def shared(self, grid: Grid) -> list[tuple[tuple[int, int], Tensor]]:
-        """Per group of pictures the flat positions it reads, on the device; groups that read nothing are left out."""
+        """Per group of pictures the flat positions it reads, on the device; groups that read
+        nothing are left out.
+        """
         if grid not in self._shared:
             kept = self.kept(grid)
             groups = shared_groups(self.pictures, self.settings.anchors)

@@ -1,7 +1,9 @@
-"""ConsiStory during one sampler run: shared self-attention, query blending, feature injection (arXiv 2402.03286, section 4).
+"""ConsiStory during one sampler run: shared self-attention, query blending, feature injection
+(arXiv 2402.03286, section 4).
 
-Axes: b pictures of a part, n query tokens, l kept tokens, c channels, r anchors, w words, y x grid. Knows the host only
-through AttnCall; what anchors of other runs are made of, only through AnchorSource.
+Axes: b pictures of a part, n query tokens, l kept tokens, c channels, r anchors, w words, y x grid.
+Knows the host only through AttnCall; what anchors of other runs are made of, only through
+AnchorSource.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Story(Watcher):
-    """All that changes. `begin_step` and the calls between come in any order of halves, any number of times."""
+    """All that changes. `begin_step` and the calls between come in any order of halves, any number
+    of times.
+    """
 
     settings: StorySettings
     schedule: Schedule
@@ -74,7 +78,7 @@ class Story(Watcher):
         self._gathers = Gathers(self.pictures, self.settings.weight, self.device)
         self.step = self._new_step(None)
 
-    # steps -----------------------------------------------------------------------------------------------------------
+    # steps ----------------------------------------------------------------------------------------
 
     def begin_step(self, sigma: float) -> None:
         self.sigma, self._seen, self._no_word = sigma, False, ""
@@ -91,37 +95,46 @@ class Story(Watcher):
             self.step.outputs()
 
     def require_size(self, size: Grid, sigma: float, who: Asker) -> None:
-        """Positions, masks and features are those of the latent's size: ValueError where the sampler asks for another and they matter."""
+        """Positions, masks and features are those of the latent's size: ValueError where the
+        sampler asks for another and they matter.
+        """
         compares = self.stage == 1 and sigma <= self.schedule.features_at * (1 + SLACK)
         injects = self.stage == 2 and self.schedule.injects(sigma)
         if size != self.latent and (
             self.user_masks is None or self.recorder or self.wants or compares or injects
         ):
             raise ValueError(
-                f"{NODE}: {who} asks the model for pictures of {size[0]}x{size[1]} where the latent is "
-                f"{self.latent[0]}x{self.latent[1]}. Pictures that share a subject must keep their size in all steps. "
-                + who.choose("keeps the size, such as euler or ddim")
+                f"{NODE}: {who} asks the model for pictures of {size[0]}x{size[1]} where the "
+                f"latent is "
+                f"{self.latent[0]}x{self.latent[1]}. Pictures that share a subject must keep their "
+                f"size in all steps. " + who.choose("keeps the size, such as euler or ddim")
             )
 
     def begin_call(self) -> None:
-        """The model is about to be asked: of the passes of its UNet in one call the last counts, of several calls the first.
+        """The model is about to be asked: of the passes of its UNet in one call the last counts, of
+        several calls the first.
 
-        Other nodes ask again after the call (PAG, SAG), and run a reference of their own before it, inside (Reference ControlNets).
+        Other nodes ask again after the call (PAG, SAG), and run a reference of their own before it,
+        inside (Reference ControlNets).
         """
         self._calls += 1
 
     def end_step(self) -> None:
-        """Say once where the model answered without its attention: then nothing was shared, whatever the settings.
+        """Say once where the model answered without its attention: then nothing was shared,
+        whatever the settings.
 
-        ValueError where another node left no cross-attention in which the subject's word could be followed.
+        ValueError where another node left no cross-attention in which the subject's word could be
+        followed.
         """
         if self._no_word and self.sigma not in self.maps.sigmas:
             raise ValueError(f"{NODE}: {self._no_word}")
         if not self._seen and "missed" not in self._said:
             self._said.add("missed")
             log.warning(
-                "%s: at sigma %.4g the model answered without running its attention, so nothing was shared there. A node that "
-                "skips calls (EasyCache, LazyCache) does this, one that computes the network in a copy of its own, or a model "
+                "%s: at sigma %.4g the model answered without running its attention, so nothing "
+                "was shared there. A node that "
+                "skips calls (EasyCache, LazyCache) does this, one that computes the network in a "
+                "copy of its own, or a model "
                 "compiled before this node: remove the former, put the latter behind this node.",
                 NODE,
                 self.sigma,
@@ -133,7 +146,9 @@ class Story(Watcher):
         return self.stage == 1 and not self.settings.official and self.features is not None
 
     def begin_second_stage(self) -> None:
-        """Match the pictures (eq. 8, 9), choose what is injected (eq. 5, the gate of appendix B), and forget what comes anew."""
+        """Match the pictures (eq. 8, 9), choose what is injected (eq. 5, the gate of appendix B),
+        and forget what comes anew.
+        """
         last = -1.0 if self.settings.official or self.tapped is None else self.tapped
         self.step = self._new_step(self._mean_maps(last, inclusive=True))
         self._match()
@@ -165,7 +180,9 @@ class Story(Watcher):
         )
 
     def _candidates(self, masks: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What pictures are compared with: features [r n c], and per picture flat positions [l] of the subject among r*n."""
+        """What pictures are compared with: features [r n c], and per picture flat positions [l] of
+        the subject among r*n.
+        """
         if self.anchors:
             features, subject = self.anchors.features()
             return features.to(self.features), [subject] * self.pictures
@@ -180,23 +197,30 @@ class Story(Watcher):
     def _say_unmatched(self) -> None:
         if self.features is not None and not self._words_heard:
             log.warning(
-                "%s: the subject's word could not be followed, so no features are injected: another node computes the "
-                "network's cross-attention by itself. Remove that node, or wire masks of the subject.",
+                "%s: the subject's word could not be followed, so no features are injected: "
+                "another node computes the "
+                "network's cross-attention by itself. Remove that node, or wire masks of the "
+                "subject.",
                 NODE,
             )
         else:
             log.warning(
-                "%s: the pictures could not be compared, so no features are injected: this sampler run ends before, or a node "
+                "%s: the pictures could not be compared, so no features are injected: this sampler "
+                "run ends before, or a node "
                 "that skips calls (EasyCache, LazyCache) skipped the one in which they are.",
                 NODE,
             )
 
     def finish(self) -> None:
-        """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the way; say if nothing was shared."""
+        """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the
+        way; say if nothing was shared.
+        """
         if not (self._fell or self.anchors) and self.user_masks is None:
             log.warning(
-                "%s: no step of this run comes behind a noisier one, so nothing was shared: where the subject is, is known from "
-                "the step before alone. Sample 2 steps or more, from much noise to little, or wire masks.",
+                "%s: no step of this run comes behind a noisier one, so nothing was shared: where "
+                "the subject is, is known from "
+                "the step before alone. Sample 2 steps or more, from much noise to little, or wire "
+                "masks.",
                 NODE,
             )
         if not self.recorder:
@@ -216,7 +240,7 @@ class Story(Watcher):
                 .cpu()
             )
 
-    # what a step knows -----------------------------------------------------------------------------------------------
+    # what a step knows ----------------------------------------------------------------------------
 
     @property
     def anchor_count(self) -> int:
@@ -238,7 +262,9 @@ class Story(Watcher):
         )
 
     def _mean_maps(self, sigma: float, inclusive: bool = False) -> Tensor | None:
-        """The running mean of the words' maps above a noise level; None where the user wired masks."""
+        """The running mean of the words' maps above a noise level; None where the user
+        wired masks.
+        """
         return None if self.user_masks is not None else self.maps.mean(sigma, inclusive)
 
     def _grid(self, divisor: int) -> Grid:
@@ -258,7 +284,7 @@ class Story(Watcher):
         grids = {self._grid(self.layout.divisors[b]) for b in self.settings.blocks}
         return any(self.step.shared(grid) for grid in grids)
 
-    # the UNet's calls ------------------------------------------------------------------------------------------------
+    # the UNet's calls -----------------------------------------------------------------------------
 
     def sharing_parts(self, parts: Sequence[Part]) -> list[int]:
         """Parts of a call that share: whole pictures of the halves chosen."""
@@ -285,7 +311,9 @@ class Story(Watcher):
                 done.add(id(part))
 
     def _follow(self, call: AttnCall, i: int, q: Tensor, k: Tensor, heads: int) -> bool:
-        """Keep where part i of the call looks for its subject's words; False, and why, where they cannot be followed."""
+        """Keep where part i of the call looks for its subject's words; False, and why, where they
+        cannot be followed.
+        """
         part = call.texts[i]
         if call.unknown:
             self._no_word = f"{call.unknown[:-1]}, or wire masks of the subject."
@@ -293,9 +321,12 @@ class Story(Watcher):
         weights = self._word_weights(call, i, k)
         if weights is None:
             self._no_word = (
-                f"another node's cross-attention patch leaves {k.shape[1]} keys of other contents in block "
-                f"{block_name(call.block)} where the text has {part.text} tokens, so the subject's word cannot be "
-                "followed there (NegPip, regional prompts). Wire masks of the subject, or remove that node."
+                f"another node's cross-attention patch leaves {k.shape[1]} keys of other contents "
+                f"in block "
+                f"{block_name(call.block)} where the text has {part.text} tokens, so the subject's "
+                f"word cannot be "
+                "followed there (NegPip, regional prompts). Wire masks of the subject, or remove "
+                "that node."
             )
             return False
         q_part = call.parts(q)[i]
@@ -307,7 +338,9 @@ class Story(Watcher):
         return True
 
     def _word_weights(self, call: AttnCall, i: int, k: Tensor) -> Tensor | None:
-        """Weights [b m w] of part i's words among its keys, k [b m c]; None where they are not there."""
+        """Weights [b m w] of part i's words among its keys, k [b m c]; None where they are not
+        there.
+        """
         part, keys = call.texts[i], k.shape[1]
         key = part.subject, part.text, keys, call.places[i] if call.places else ()
         if key not in self._weights:
@@ -409,7 +442,9 @@ class Story(Watcher):
         return [References({}, by_part=made)]
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
-        """Eq. (6): outputs after to_out, cond half, from a snapshot of all pictures, so that their order does not matter (Q1)."""
+        """Eq. (6): outputs after to_out, cond half, from a snapshot of all pictures, so that their
+        order does not matter (Q1).
+        """
         if (
             call.block not in self.layout.output_blocks
             or self.stage != 2

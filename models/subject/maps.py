@@ -1,4 +1,5 @@
-"""The subject's words in the cross-attention of a run so far, and the masks that follow from them (arXiv 2402.03286, 4.5).
+"""The subject's words in the cross-attention of a run so far, and the masks that follow from them
+(arXiv 2402.03286, 4.5).
 
 Axes: b pictures, w subject words, n tokens of a grid (y x, row by row), l kept tokens.
 """
@@ -19,30 +20,37 @@ LAST_STEPS = 20  # the masks' running mean reaches this far back (method.md 3.2)
 
 
 def subject_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Tensor:
-    """Soft maps [b w y x] -> bool [b y' x'] at a grid: resized soft, binarised there, united over the words (eq. 7, 4.5)."""
+    """Soft maps [b w y x] -> bool [b y' x'] at a grid: resized soft, binarised there, united over
+    the words (eq. 7, 4.5).
+    """
     b, w = soft.shape[:2]
     return binarise(resize_soft(soft.flatten(0, 1), grid), threshold).unflatten(0, (b, w)).any(1)
 
 
 @dataclass
 class SubjectMaps:
-    """The words' cross-attention maps of every noise level so far, each kept once however often it is asked (I37)."""
+    """The words' cross-attention maps of every noise level so far, each kept once however often it
+    is asked (I37).
+    """
 
     _raw: dict[float, dict[tuple[BlockId, object], Tensor]] = field(default_factory=dict)
-    _calls: dict[tuple[BlockId, object], int | None] = field(
-        default_factory=dict
-    )  # the call of the model that each came with
+    # the call of the model that each came with
+    _calls: dict[tuple[BlockId, object], int | None] = field(default_factory=dict)
     _mean: dict[float, Tensor] = field(default_factory=dict)
 
     def begin(self, sigma: float) -> None:
-        """The model is about to be asked at this noise level: what it said there before no longer counts."""
+        """The model is about to be asked at this noise level: what it said there before no longer
+        counts.
+        """
         for held in (self._raw, self._mean):
             held.pop(sigma, None)
 
     def add(
         self, sigma: float, block: BlockId, part: object, maps: Tensor, call: int | None = None
     ) -> None:
-        """maps [b w y x] of one cross-attention of one part of the batch. Of one call of the model the last counts, else the first."""
+        """maps [b w y x] of one cross-attention of one part of the batch. Of one call of the model
+        the last counts, else the first.
+        """
         held, key = self._raw.setdefault(sigma, {}), (block, part)
         if key not in held or (call is not None and self._calls.get(key) == call):
             held[key], self._calls[key] = maps, call
@@ -54,7 +62,9 @@ class SubjectMaps:
                 del held[s]
 
     def at(self, sigma: float) -> Tensor:
-        """Mean over blocks and parts [b w y x], at the finest of their grids, where it was computed."""
+        """Mean over blocks and parts [b w y x], at the finest of their grids, where it was
+        computed.
+        """
         if sigma in self._raw:
             self._mean[sigma] = _mean_map(list(self._raw.pop(sigma).values()))
         return self._mean[sigma]
@@ -64,7 +74,9 @@ class SubjectMaps:
         return sorted({*self._raw, *self._mean}, reverse=True)
 
     def mean(self, sigma: float, inclusive: bool = False) -> Tensor | None:
-        """Running mean [b w y x] in host memory of the last 20 noise levels above `sigma`; None: there are none."""
+        """Running mean [b w y x] in host memory of the last 20 noise levels above `sigma`; None:
+        there are none.
+        """
         before = [s for s in self.sigmas if s > sigma or (inclusive and s == sigma)][-LAST_STEPS:]
         if not before:
             return None
@@ -72,7 +84,9 @@ class SubjectMaps:
 
 
 def _mean_map(maps: Sequence[Tensor]) -> Tensor:
-    """Maps [b w y x] of unlike grids and numbers of words -> their mean at the finest grid; a word is 0 where it is not named."""
+    """Maps [b w y x] of unlike grids and numbers of words -> their mean at the finest grid; a word
+    is 0 where it is not named.
+    """
     finest, w = max(tuple(m.shape[-2:]) for m in maps), max(m.shape[1] for m in maps)
     resized = [resize_soft(m.flatten(0, 1), finest).unflatten(0, m.shape[:2]) for m in maps]
     return torch.stack(
@@ -81,6 +95,8 @@ def _mean_map(maps: Sequence[Tensor]) -> Tensor:
 
 
 def positions_of(masks: Tensor, pictures: Sequence[int]) -> list[Tensor]:
-    """bool [b y x] in host memory -> per listed picture, the flat positions [l] of its subject among b*n."""
+    """bool [b y x] in host memory -> per listed picture, the flat positions [l] of its subject
+    among b*n.
+    """
     n = masks.shape[-2] * masks.shape[-1]
     return [masks[i].flatten().nonzero().squeeze(1) + i * n for i in pictures]

@@ -15,37 +15,46 @@ from .masks import resize_user_mask
 
 @dataclass
 class TargetMask:
-    """Where in the new picture an injection may act: mask [1|b y x] at its own size, white is where; kept per grid."""
+    """Where in the new picture an injection may act: mask [1|b y x] at its own size, white is
+    where; kept per grid.
+    """
 
     mask: Tensor
     node: str  # whose errors these are
     _at: dict[tuple[Grid, Grid, tuple[Any, ...]], Tensor] = field(default_factory=dict)
 
     def __call__(self, call: AttnCall, q: Tensor) -> Tensor:
-        """-> [parts 1|b n] at the call's grid; the call of an area prompt is cropped, and the mask with it; where the sampler resizes
+        """-> [parts 1|b n] at the call's grid; the call of an area prompt is cropped, and the mask
+        with it; where the sampler resizes
         the picture, the mask is resized to what it asks about. ValueError on tiles and parts.
         """
         if call.grid[0] * call.grid[1] != q.shape[1]:
             raise ValueError(
-                f"{self.node}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
-                f"({q.shape[1]} tokens for a grid of {call.grid[0]}x{call.grid[1]}: HyperTile does this). "
+                f"{self.node}: a target mask needs whole pictures, but a node before the sampler "
+                f"cut them into tiles "
+                f"({q.shape[1]} tokens for a grid of {call.grid[0]}x{call.grid[1]}: HyperTile does "
+                f"this). "
                 "Remove that node or the target mask."
             )
         if whole := call.cut:
             raise ValueError(
-                f"{self.node}: a target mask needs whole pictures, but a node before the sampler cut them into tiles "
-                f"({call.given[0]}x{call.given[1]} of a latent of {whole[0]}x{whole[1]}: tiled diffusion does this). "
+                f"{self.node}: a target mask needs whole pictures, but a node before the sampler "
+                f"cut them into tiles "
+                f"({call.given[0]}x{call.given[1]} of a latent of {whole[0]}x{whole[1]}: tiled "
+                f"diffusion does this). "
                 "Remove that node or the target mask."
             )
         if call.part:
             raise ValueError(
-                f"{self.node}: a target mask needs whole pictures, but {call.part}. Choose another sampler, or remove the "
+                f"{self.node}: a target mask needs whole pictures, but {call.part}. Choose another "
+                f"sampler, or remove the "
                 "target mask."
             )
         rows = q.shape[0] // len(call.roles)
         if self.mask.shape[0] not in (1, rows):
             raise ValueError(
-                f"{self.node}: {self.mask.shape[0]} target masks for {rows} pictures. Wire one mask, or one per picture."
+                f"{self.node}: {self.mask.shape[0]} target masks for {rows} pictures. Wire one "
+                f"mask, or one per picture."
             )
         key = (call.latent, call.grid, call.areas)
         if key not in self._at:

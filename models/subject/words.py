@@ -1,7 +1,9 @@
-"""Where a subject's words stand among the tokens of a prompt: matched as text, since what stands beside a word changes how it is cut.
+"""Where a subject's words stand among the tokens of a prompt.
 
-A piece is a token as its vocabulary spells it: "cat</w>" of CLIP's byte-level vocabulary, "\u0120cat" of GPT-2's and its heirs'
-(`byte_level` spells sentencepiece's so), or the bytes of an embedding's vector, which has no spelling.
+They are matched as text, since what stands beside a word changes how it is cut.
+A piece is a token as its vocabulary spells it: "cat</w>" of CLIP's byte-level vocabulary,
+"\u0120cat" of GPT-2's and its heirs' (`byte_level` spells sentencepiece's so), or the bytes of an
+embedding's vector, which has no spelling.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from functools import cache
 
 Piece = tuple[int, str | bytes]  # its place among the tokens, and what it spells
 SPACED_BEFORE = ("\u2581", "\u0120")  # sentencepiece, GPT-2
+# scripts without spaces between words
 UNSPACED = (
     "CJK",
     "HIRAGANA",
@@ -24,22 +27,25 @@ UNSPACED = (
     "KHMER",
     "MYANMAR",
     "TIBETAN",
-)  # scripts without spaces between words
+)
 PRIVATE = 0xF0000  # code points that no text has: they stand for an embedding's vectors
 
 
 @dataclass(frozen=True)
 class SubjectTokens:
-    """Where the subject's words stand in an encoded prompt: one tuple of positions per row of the conditioning."""
+    """Where the subject's words stand in an encoded prompt: one tuple of positions per row of the
+    conditioning.
+    """
 
     words: tuple[str, ...]
     positions: tuple[tuple[int, ...], ...]
-    by_word: tuple[
-        tuple[tuple[int, ...], ...], ...
-    ] = ()  # the same for each word alone; (): there is but one
+    # the same for each word alone; (): there is but one
+    by_word: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def of_words(self, rows: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Positions per word, per picture; the host repeats the rows of a conditioning to the size of the batch."""
+        """Positions per word, per picture; the host repeats the rows of a conditioning to the size
+        of the batch.
+        """
         return tuple(
             tuple(word[i % len(word)] for i in range(rows))
             for word in self.by_word or (self.positions,)
@@ -47,15 +53,18 @@ class SubjectTokens:
 
 
 def subjects_in(field: str) -> list[str]:
-    """The words or phrases of a subject field, separated by commas, semicolons (of any width) or line ends."""
+    """The words or phrases of a subject field, separated by commas, semicolons (of any width) or
+    line ends.
+    """
     return [word.strip() for word in re.split("[,;\uff0c\u3001\uff1b\r\n]+", field) if word.strip()]
 
 
 def positions_of(prompt: Sequence[Piece], words: Iterable[Sequence[Piece]]) -> tuple[int, ...]:
-    """The places of every token of `prompt` that holds a part of any of `words`, each cut by the same tokenizer; sorted, each once.
+    """The places of every token of `prompt` that holds a part of any of `words`, each cut by the
+    same tokenizer; sorted, each once.
 
-    A match begins where a word begins and ends where one ends, but in scripts without spaces, and Korean words may go on
-    (particles). All pieces of all occurrences count (method.md 3.6 Q4).
+    A match begins where a word begins and ends where one ends, but in scripts without spaces, and
+    Korean words may go on (particles). All pieces of all occurrences count (method.md 3.6 Q4).
     """
     text, places = _spelled(prompt)
     found: set[int] = set()
@@ -71,7 +80,9 @@ def positions_of(prompt: Sequence[Piece], words: Iterable[Sequence[Piece]]) -> t
 
 
 def _spelled(pieces: Sequence[Piece]) -> tuple[str, list[tuple[int, ...]]]:
-    """The text that the pieces spell, one space between words and none beside marks, and the tokens that hold each character."""
+    """The text that the pieces spell, one space between words and none beside marks, and the tokens
+    that hold each character.
+    """
     raw: list[tuple[bytes, int]] = []  # of every byte its token; b"" is the end of a word
     text, places = "", []
 
@@ -128,7 +139,9 @@ def _characters(raw: Sequence[tuple[bytes, int]]) -> Iterable[tuple[str, tuple[i
 
 @cache
 def _bytes_of_symbols() -> dict[str, int]:
-    """GPT-2's byte-level alphabet, which CLIP shares: printable bytes stand for themselves, the others for code points from 256 on."""
+    """GPT-2's byte-level alphabet, which CLIP shares: printable bytes stand for themselves, the
+    others for code points from 256 on.
+    """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {

@@ -1,1 +1,3 @@
-"""What nodes draw: sheets of pictures, score cards and curves, with Pillow in a typeface that is everywhere."""
+"""What nodes draw: sheets of pictures, score cards and curves, with Pillow in a typeface that is
+everywhere.
+"""

@@ -20,7 +20,9 @@ RAMP = ((0.97, 0.02, 235.0), (0.42, 0.11, 255.0))  # least to most, OKLCH: pale 
 
 @dataclass(frozen=True)
 class Line:
-    """What stands beside a picture: its prompt, what was found instead or as well, and whether that is wrong."""
+    """What stands beside a picture: its prompt, what was found instead or as well, and whether that
+    is wrong.
+    """
 
     prompt: str
     found: str
@@ -29,7 +31,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Card:
-    """What score_card draws; every number is a similarity or a share that the words beside it explain."""
+    """What score_card draws; every number is a similarity or a share that the words beside it
+    explain.
+    """
 
     title: str
     judge: str
@@ -93,7 +97,9 @@ Column = tuple[int, str, Image.Image]  # its left, its name, its picture
 
 
 def score_card(card: Card) -> Image.Image:
-    """The pictures with a table of their similarities, the numbers above it and what each picture shows beside it."""
+    """The pictures with a table of their similarities, the numbers above it and what each picture
+    shows beside it.
+    """
     b, s = len(card.pictures), Sizes.of(len(card.pictures) + len(card.references) + 1)
     columns = columns_of(card, s)
     beside = (columns[-1][0] + s.cell if columns else s.margin + s.cell) + 6 * s.gap

@@ -40,7 +40,9 @@ class Axes:
 def draw_curve(
     losses: Sequence[float], steps: int, width: int = 768, height: int = 432
 ) -> Image.Image:
-    """Every step's loss, faint, and its running mean, over all steps to come; a logarithmic axis where the mean spans 8 times."""
+    """Every step's loss, faint, and its running mean, over all steps to come; a logarithmic axis
+    where the mean spans 8 times.
+    """
     picture = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(picture), typeface()
     if not losses:
@@ -69,7 +71,9 @@ def draw_curve(
 
 
 def running_mean(values: Any) -> tuple[Any, Any]:
-    """The steps 1..n, and the mean of each with those before it, over a twelfth of all and at most 400."""
+    """The steps 1..n, and the mean of each with those before it, over a twelfth of all and at most
+    400.
+    """
     window = max(1, min(len(values) // 12, 400))
     sums = np.concatenate(([0.0], values.cumsum()))
     ends = np.arange(1, len(values) + 1)

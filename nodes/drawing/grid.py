@@ -17,9 +17,11 @@ def comparison(
     references: Sequence[Image.Image],
     cell: int,
 ) -> Image.Image:
-    """Rows of pictures, of any sizes and counts, each within `cell` pixels; labels to the left, captions above, references first.
+    """Rows of pictures, of any sizes and counts, each within `cell` pixels; labels to the left,
+    captions above, references first.
 
-    Every cell has the size of the largest fitted picture, so equal pictures stand side by side without borders.
+    Every cell has the size of the largest fitted picture, so equal pictures stand side by side
+    without borders.
     """
     small = [
         fitted(picture, cell, cell).size
@@ -81,7 +83,9 @@ def stack(
     height: int,
     gap: int,
 ) -> int:
-    """Pictures below one another in the middle of a column `room` high, smaller where they are too many -> where they begin."""
+    """Pictures below one another in the middle of a column `room` high, smaller where they are too
+    many -> where they begin.
+    """
     height = max(1, min(height, (room + gap) // len(pictures) - gap))
     top += max(0, (room - len(pictures) * (height + gap) + gap) // 2)
     for y, picture in enumerate(pictures):

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# in the order tried, for what Pillow's own typeface cannot write: by file name, where the system keeps its fonts
+# in the order tried, for what Pillow's own typeface cannot write: by file name, where the system
+# keeps its fonts
 SYSTEM = (
     "DejaVuSans.ttf",
     "segoeui.ttf",
@@ -53,11 +54,13 @@ def paste(
     page.paste(small, (left + (width - small.width) // 2, top + (height - small.height) // 2))
 
 
-# words ---------------------------------------------------------------------------------------------------------------------
+# words --------------------------------------------------------------------------------------------
 
 
 def typeface(size: int = 14, text: str = "") -> Any:
-    """Pillow's own typeface, or for a text that it cannot write the one of the system's that writes most of it."""
+    """Pillow's own typeface, or for a text that it cannot write the one of the system's that writes
+    most of it.
+    """
     known = [font for name in ("", *SYSTEM) if (font := opened(name, size))]
     return (
         max(known, key=lambda font: writable(font, text)) if unwritten(known[0], text) else known[0]
@@ -80,7 +83,9 @@ def unwritten(font: Any, text: str) -> bool:
 
 
 def writable(font: Any, text: str) -> int:
-    """How many of the text's different characters the typeface has; a missing one is drawn as every missing one."""
+    """How many of the text's different characters the typeface has; a missing one is drawn as every
+    missing one.
+    """
     if not isinstance(font, ImageFont.FreeTypeFont):
         return sum(c.isascii() for c in set(text))
     return sum(has(font, c) for c in set(text))
@@ -93,7 +98,9 @@ def has(font: Any, character: str) -> bool:
 
 
 def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
-    """A text in at most so many lines of at most this width; what does not fit ends in an ellipsis. Words are broken if they must."""
+    """A text in at most so many lines of at most this width; what does not fit ends in an ellipsis.
+    Words are broken if they must.
+    """
     made: list[str] = []
     for word in " ".join(text.split())[
         : lines * int(width) + 1
@@ -129,7 +136,9 @@ def write(
     width: float = 0,
     lines: int = 1,
 ) -> None:
-    """A text at a place; anchor as Pillow's, of the whole block. width: wrap it into at most `lines` lines."""
+    """A text at a place; anchor as Pillow's, of the whole block. width: wrap it into at most
+    `lines` lines.
+    """
     font = typeface(size, text)
     made = wrapped(text, font, width, lines) if width else [text]
     down = {"a": 0.0, "m": (1 - len(made)) / 2, "d": 1.0 - len(made)}[anchor[1]]

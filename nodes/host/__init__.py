@@ -1,7 +1,9 @@
-"""The one door to the host: its model, its sampler run and its attention, translated once into Kindred's types.
+"""The one door to the host: its model, its sampler run and its attention, translated once into
+Kindred's types.
 
-A node's configuration is a frozen `Injection` on a clone of the MODEL. When a sampler starts, one wrapper turns the
-injections it finds into a `Run`; the run lives in the sampler's own copy of the options and dies with it.
+A node's configuration is a frozen `Injection` on a clone of the MODEL. When a sampler starts, one
+wrapper turns the injections it finds into a `Run`; the run lives in the sampler's own copy of the
+options and dies with it.
 """
 
 from .concepts import (
@@ -19,7 +21,16 @@ from .identity import model_key, require_reference, require_same_model
 from .install import install
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .latents import cell, latent_in, latent_out, to_model_scale
-from .learning import SIDES, FrozenUNet, Interrupted, examples_of, progress, training
+from .learning import (
+    SIDES,
+    FrozenUNet,
+    Interrupted,
+    encoded,
+    examples_of,
+    progress,
+    text_layers,
+    training,
+)
 from .model import (
     KEY,
     TEXT,
@@ -101,6 +112,7 @@ __all__ = [
     "cross_layers",
     "decode",
     "draws_by_unet",
+    "encoded",
     "example_name",
     "examples_of",
     "first_rows",
@@ -146,6 +158,7 @@ __all__ = [
     "self_attentions",
     "tell",
     "text_embeddings",
+    "text_layers",
     "to_model_scale",
     "token_sizes",
     "tower_title",

@@ -1,4 +1,6 @@
-"""A UNet's attention: what the host's patches, its override and other packs' replacements hand to the run, call by call."""
+"""A UNet's attention: what the host's patches, its override and other packs' replacements hand to
+the run, call by call.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def attn2_patch(
 def last_patch(
     n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Behind the others' patches, which may attend to something of their own: the next attention is the block's."""
+    """Behind the others' patches, which may attend to something of their own: the next attention is
+    the block's.
+    """
     run: Run | None = options.get(KEY)
     if isinstance(run, Run) and run.current is not None and run.before is not None:
         run.current = run.settled(run.current, n, context)
@@ -81,7 +85,9 @@ def last_patch(
 
 
 def _hand_on(run: Run, call: AttnCall, options: dict[str, Any]) -> None:
-    """Where another pack's copy of the block's forward asks the next attention, it tells it nothing: then we do."""
+    """Where another pack's copy of the block's forward asks the next attention, it tells it
+    nothing: then we do.
+    """
     run.drop_hook()
     site = run.sites.get(call.block)
     if site is not None and not run.compiled and not hands_on(site.module):
@@ -92,7 +98,9 @@ def _hand_on(run: Run, call: AttnCall, options: dict[str, Any]) -> None:
 
 
 def _say_unheard(run: Run, x: Tensor) -> None:
-    """Say once where something should have been read, but another node computed the attention past the host's function."""
+    """Say once where something should have been read, but another node computed the attention past
+    the host's function.
+    """
     call, run.pending = run.pending, None
     if call is None or call.unknown or not isinstance(run, SamplerRun) or "unheard" in run.ways:
         return
@@ -100,8 +108,10 @@ def _say_unheard(run: Run, x: Tensor) -> None:
     if run.found(call, tokens, tokens, tokens):
         run.ways.add("unheard")
         log.info(
-            "Kindred: another node computes the %s-attention of block %s by itself, at least in some passes, so nothing of ours is "
-            "read there then. PAG does so in its own pass, and there it is right; else remove that node, or put it on a model of its "
+            "Kindred: another node computes the %s-attention of block %s by itself, at least in "
+            "some passes, so nothing of ours is "
+            "read there then. PAG does so in its own pass, and there it is right; else remove that "
+            "node, or put it on a model of its "
             "own.",
             "cross" if call.cross else "self",
             block_name(call.block),
@@ -109,7 +119,9 @@ def _say_unheard(run: Run, x: Tensor) -> None:
 
 
 def unet_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """optimized_attention_override that asks its predecessor (sage, flash, another pack) with the longer keys."""
+    """optimized_attention_override that asks its predecessor (sage, flash, another pack) with the
+    longer keys.
+    """
 
     @torch.compiler.disable
     def override(
@@ -132,9 +144,8 @@ def unet_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tenso
         call = run.pending if isinstance(run, Run) else None
         if call is None or mask is not None or kwargs.get("skip_reshape"):
             return attend(q, k, v, heads, mask)
-        run.pending = (
-            None  # one attention is the block's; what others attend to until the next is theirs
-        )
+        # one attention is the block's; what others attend to until the next is theirs
+        run.pending = None
         for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)
         run.end_if_complete()
@@ -151,9 +162,11 @@ def unet_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tenso
 
 
 class Beside:
-    """A neighbour's replacement f of a block's attention, with ours beside it: f + (ours - plain), which is ours where f is plain.
+    """A neighbour's replacement f of a block's attention, with ours beside it: f + (ours - plain),
+    which is ours where f is plain.
 
-    What f computes by itself stays its own, whether it hands its options on (the override would hear it) or not.
+    What f computes by itself stays its own, whether it hands its options on (the override would
+    hear it) or not.
     """
 
     def __init__(self, f: Callable[..., Tensor]) -> None:

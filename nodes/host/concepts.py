@@ -23,7 +23,9 @@ CONCEPTS = "concept_encoders"  # their folder beside checkpoints and loras
 
 
 def register_folders(shipped: Path) -> None:
-    """models/concept_encoders, and the pack's own for the miniature's. Pickles are listed too, so that the node can say why not."""
+    """models/concept_encoders, and the pack's own for the miniature's. Pickles are listed too, so
+    that the node can say why not.
+    """
     paths, endings = folder_paths.folder_names_and_paths.setdefault(CONCEPTS, ([], set()))
     endings.update((".safetensors", ".sft", ".bin", ".pt", ".ckpt"))
     for folder in (Path(folder_paths.models_dir) / CONCEPTS, shipped):
@@ -35,7 +37,9 @@ def concept_files() -> list[str]:
 
 
 def concept_path(name: str) -> Path:
-    """The file behind a name of the list; FileNotFoundError in the host's words where it is gone."""
+    """The file behind a name of the list; FileNotFoundError in the host's words where it is
+    gone.
+    """
     return Path(folder_paths.get_full_path_or_raise(CONCEPTS, name))
 
 
@@ -45,7 +49,9 @@ def concept_folder() -> Path:  # where a new one is saved
 
 @dataclass(frozen=True, eq=False)
 class ManagedEncoder:
-    """A concept encoder under the host's memory management; `vision` (CLIP_VISION) gives the tokens where it holds no tower."""
+    """A concept encoder under the host's memory management; `vision` (CLIP_VISION) gives the tokens
+    where it holds no tower.
+    """
 
     encoder: ConceptEncoder
     patcher: ModelPatcher
@@ -68,10 +74,13 @@ class ManagedEncoder:
 
     @staticmethod
     def tower_of(vision: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A CLIP_VISION's configuration and weights in transformers' names, to train from; ValueError for towers of other kinds."""
+        """A CLIP_VISION's configuration and weights in transformers' names, to train from;
+        ValueError for towers of other kinds.
+        """
         if vision.model_type != "clip_vision_model":
             raise ValueError(
-                f"Kindred: a concept encoder is made from a CLIP vision model, but the one given is {vision.model_type}. "
+                f"Kindred: a concept encoder is made from a CLIP vision model, but the one given "
+                f"is {vision.model_type}. "
                 "Take CLIP ViT-L or ViT-H."
             )
         config = {
@@ -82,7 +91,9 @@ class ManagedEncoder:
         return config, {k: v.detach().float().cpu().clone() for k, v in vision.get_sd().items()}
 
     def see(self, image: Tensor | None) -> Tensor:
-        """The wired CLIP Vision's penultimate tokens [1 m d] of a picture [Y X c]; None: of zero pixels, which no picture has."""
+        """The wired CLIP Vision's penultimate tokens [1 m d] of a picture [Y X c]; None: of zero
+        pixels, which no picture has.
+        """
         if image is not None:
             return self.vision.encode_image(image[None])["penultimate_hidden_states"]
         comfy.model_management.load_models_gpu([self.vision.patcher])
@@ -92,7 +103,9 @@ class ManagedEncoder:
         )[1]
 
     def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
-        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero pixels instead, b = 1."""
+        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero
+        pixels instead, b = 1.
+        """
         images = images[:1] if empty else images
         tell, given, made = progress(2 * len(images)), [], []
         for i, image in enumerate(images):
@@ -104,17 +117,16 @@ class ManagedEncoder:
             )
         if self.vision is not None:
             if given[0].shape[-1] != (wanted := self.encoder.config.tower_width):
+                tower = {1280: "ViT-H", 1024: "ViT-L"}.get(wanted, "another one")
                 raise ValueError(
-                    f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, but this concept encoder "
-                    f"reads width {wanted}: {'ViT-H' if wanted == 1280 else 'ViT-L' if wanted == 1024 else 'another one'}. "
+                    f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, "
+                    f"but this concept encoder reads width {wanted}: {tower}. "
                     "Connect that CLIP Vision to Concept Encoder Load."
                 )
-        comfy.model_management.load_models_gpu(
-            [self.patcher], force_full_load=True
-        )  # plain layers cannot be loaded in part
-        given = [
-            x.to(next(self.encoder.parameters())) for x in given
-        ]  # --novram leaves them on the CPU
+        # plain layers cannot be loaded in part
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        # --novram leaves them on the CPU
+        given = [x.to(next(self.encoder.parameters())) for x in given]
         for i, x in enumerate(given):
             tell(len(given) + i)
             made.append(
@@ -129,7 +141,8 @@ class ManagedEncoder:
         }
         if not all(torch.isfinite(x).all() for pair in found.values() for x in pair):
             raise ValueError(
-                f"Kindred: {self.name} gives NaN or infinite values for this picture. Use another picture, or copy or train "
+                f"Kindred: {self.name} gives NaN or infinite values for this picture. Use another "
+                f"picture, or copy or train "
                 "the encoder again."
             )
         return found
@@ -142,7 +155,9 @@ def continued_encoder(
     width: int,
     node: str,
 ) -> ConceptEncoder:
-    """A copy of an encoder to train further, in float32 on the CPU; ValueError where it is for another model."""
+    """A copy of an encoder to train further, in float32 on the CPU; ValueError where it is for
+    another model.
+    """
     config = managed.encoder.config
     check_layers(config, family, layers, width, node)
     weights = managed.encoder.state_dict()
@@ -166,7 +181,9 @@ def new_encoder(
     text: Mapping[BlockId, tuple[Tensor, Tensor]],
     node: str,
 ) -> ConceptEncoder:
-    """A new encoder; vision: CLIP_VISION to take the tower from, None for a new one; text: (to_k, to_v) of every layer."""
+    """A new encoder; vision: CLIP_VISION to take the tower from, None for a new one; text: (to_k,
+    to_v) of every layer.
+    """
     tower = None
     if vision is not None:
         config, tower = _with_tower(config, vision, node)

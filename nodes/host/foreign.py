@@ -1,4 +1,6 @@
-"""Transformer blocks whose forward is another pack's copy: their attentions are handed what the host's own forward hands on."""
+"""Transformer blocks whose forward is another pack's copy: their attentions are handed what the
+host's own forward hands on.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ def hands_on(block: nn.Module) -> bool:
 
 
 def told_once(layer: nn.Module, options: dict[str, Any]) -> Callable[[], None] | None:
-    """Hand `options` to the layer's next call, unless its caller does -> what takes that back; None: it takes no options.
+    """Hand `options` to the layer's next call, unless its caller does -> what takes that back;
+    None: it takes no options.
 
-    A hook and not a patch: it may come while the network runs, and other packs' functions stay where they are.
+    A hook and not a patch: it may come while the network runs, and other packs' functions stay
+    where they are.
     """
     try:
         taken = inspect.signature(layer.forward).parameters

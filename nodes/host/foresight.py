@@ -1,4 +1,6 @@
-"""Noise levels foreseen: what a sampler will ask for, so that no step waits for the device to say it."""
+"""Noise levels foreseen: what a sampler will ask for, so that no step waits for the device to say
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from torch import Tensor
 from ...models.story.story import Story
 from .model import KEY
 
-# Their n-th question is at the n-th sigma, and what they draw they draw from their seed: comfy/k_diffusion/sampling.py
+# Their n-th question is at the n-th sigma, and what they draw they draw from their seed:
+# comfy/k_diffusion/sampling.py
 _IN_ORDER = {
     getattr(comfy.k_diffusion.sampling, name, None)
     for name in (
@@ -30,14 +33,15 @@ _IN_ORDER = {
         "sample_deis",
     )
 } - {None}
-LEAPING = frozenset(
-    {"dpm_fast", "dpm_adaptive"}
-)  # levels of their own between the first and the last: comfy/samplers.py, ksampler
+# levels of their own between the first and the last: comfy/samplers.py, ksampler
+LEAPING = frozenset({"dpm_fast", "dpm_adaptive"})
 
 
 @dataclass
 class Foreseen:
-    """Which noise levels a sampler will ask for, so that no step waits for the device to read one; checked after the run."""
+    """Which noise levels a sampler will ask for, so that no step waits for the device to read one;
+    checked after the run.
+    """
 
     ahead: list[float]  # the next one last
     asked: list[Tensor] = field(default_factory=list)  # [1] each
@@ -59,10 +63,11 @@ class Foreseen:
 def foresee(
     sampler: Any, sigmas: Sequence[float], story: Story | None, model_options: dict[str, Any]
 ) -> Foreseen | None:
-    """None where only the question itself tells its noise level, or another node may stand between the sampler and us."""
-    compared = story and (
-        story.stage or story.recorder
-    )  # stages compare each question with the last run's anyway
+    """None where only the question itself tells its noise level, or another node may stand between
+    the sampler and us.
+    """
+    # stages compare each question with the last run's anyway
+    compared = story and (story.stage or story.recorder)
     known = any(getattr(sampler, "sampler_function", None) is f for f in _IN_ORDER)
     if compared or not known or getattr(sampler, "extra_options", {}).get("s_churn"):
         return None

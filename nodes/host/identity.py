@@ -35,11 +35,12 @@ from .model import (
     wrapped_injections,
 )
 
+# how much of the weights a key carries: 16 KB, and a change in one of 2048 values is seen
 TENSORS, ROWS, COLUMNS = (
     64,
     8,
     4,
-)  # how much of the weights a key carries: 16 KB, and a change in one of 2048 values is seen
+)
 REMEDY = {
     "kind": "Wire a MODEL of that kind",
     "weights": "Load the checkpoint that it was made with",
@@ -48,7 +49,7 @@ REMEDY = {
     "injected modules": "Wire a MODEL with the same modules",
 }
 
-# what is read of a tensor ----------------------------------------------------------------------------------------------------
+# what is read of a tensor -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +63,14 @@ class Piece:
 
 
 def _readable(tensor: Tensor) -> Piece:
-    """A tensor of any pack as plain numbers; of quantised ones that the host does not know, the bytes stand for themselves."""
+    """A tensor of any pack as plain numbers; of quantised ones that the host does not know, the
+    bytes stand for themselves.
+    """
     held, params = getattr(tensor, "_qdata", None), getattr(tensor, "_params", None)
     if held is None:
         raw = tensor.detach().as_subclass(Tensor)
-        known = (
-            raw.dtype in FORMATS and raw.shape == tensor.shape
-        )  # a GGUF tensor's own shape is of bytes
+        # a GGUF tensor's own shape is of bytes
+        known = raw.dtype in FORMATS and raw.shape == tensor.shape
         return Piece(
             _spread(raw),
             raw.dtype,
@@ -83,9 +85,8 @@ def _readable(tensor: Tensor) -> Piece:
         and scale.numel() == 1
     ):
         return Piece(_spread(held), held.dtype, scale.detach().reshape(1))
-    numbers = (
-        tensor.detach().dequantize()
-    )  # scaled by blocks or rotated: in what precision, only its kernels know
+    # scaled by blocks or rotated: in what precision, only its kernels know
+    numbers = tensor.detach().dequantize()
     return Piece(
         _spread(numbers),
         numbers.dtype,
@@ -104,7 +105,9 @@ def _piece(tensor: Tensor) -> Piece:
 
 
 def _spread(tensor: Tensor) -> Tensor:
-    """ROWS x COLUMNS of the first two axes, evenly spread, at the middle of the others: a view, in any memory format."""
+    """ROWS x COLUMNS of the first two axes, evenly spread, at the middle of the others: a view, in
+    any memory format.
+    """
     if not tensor.ndim or not tensor.numel():
         return tensor.reshape(-1)
     counts = zip(tensor.shape, (ROWS, COLUMNS))
@@ -158,13 +161,14 @@ def _digest(told: object, size: int) -> str:
     return hashlib.blake2b(repr(told).encode(), digest_size=size).hexdigest()
 
 
-# what is read of a model -----------------------------------------------------------------------------------------------------
+# what is read of a model --------------------------------------------------------------------------
 
 
 def _weights(model: ModelPatcher) -> dict[str, list[Any]]:
     """Every weight of the network as it was before its patches, loaded or not, and these.
 
-    The host's get_key_patches, but for what the state of a quantised layer holds beside its weight, which ends that in an error.
+    The host's get_key_patches, but for what the state of a quantised layer holds beside its weight,
+    which ends that in an error.
     """
     found: dict[str, list[Any]] = {}
     for key in model.model_state_dict("diffusion_model."):
@@ -197,7 +201,9 @@ def _parts(value: object, tensors: list[Tensor]) -> Iterator[object]:
 
 
 def _hooks(model: ModelPatcher) -> list[tuple[str, Any]]:
-    """The pieces of LoRAs in bypass mode, and their layers. The host keeps them in its injections' closures alone."""
+    """The pieces of LoRAs in bypass mode, and their layers. The host keeps them in its injections'
+    closures alone.
+    """
     held = [
         found for many in model.injections.values() for one in many for found in closure(one.inject)
     ]
@@ -229,7 +235,9 @@ def _patches(weights: dict[str, list[Any]], hooks: Sequence[tuple[str, Any]]) ->
 
 
 def _sampling(model: ModelPatcher) -> str:
-    """What the network predicts and at which noise: the host's classes, and not those that a node puts together of them."""
+    """What the network predicts and at which noise: the host's classes, and not those that a node
+    puts together of them.
+    """
     sampling = model.get_model_object("model_sampling")
     classes = [
         c
@@ -244,7 +252,8 @@ def _sampling(model: ModelPatcher) -> str:
 
 
 def model_key(model: ModelPatcher) -> ModelKey:
-    """A name for the weights and their LoRAs that is the same on every machine, "SD15 1a2b3c4d5e6f", and what it is compared by.
+    """A name for the weights and their LoRAs that is the same on every machine, "SD15
+    1a2b3c4d5e6f", and what it is compared by.
 
     It is the same whether the model is loaded, partly loaded or not at all.
     """
@@ -263,16 +272,20 @@ def model_key(model: ModelPatcher) -> ModelKey:
 
 
 def family(model: ModelPatcher) -> str:
-    """The host's name of its kind; behind a slash that of its latents, where they are not its kind's (Playground 2.5 is an SDXL)."""
+    """The host's name of its kind; behind a slash that of its latents, where they are not its
+    kind's (Playground 2.5 is an SDXL).
+    """
     kind, latents = type(model.model.model_config), type(model.get_model_object("latent_format"))
     return kind.__name__ + (f"/{latents.__name__}" if latents is not kind.latent_format else "")
 
 
-# the name as the first references have it: to the letter, or they are refused ------------------------------------------------
+# the name as the first references have it: to the letter, or they are refused ---------------------
 
 
 def _told(value: object, dtype: torch.dtype | None = None) -> Iterable[object]:
-    """What tells one patch of the weights from another, cheaply; dtype: what its tensors will be cast to."""
+    """What tells one patch of the weights from another, cheaply; dtype: what its tensors will be
+    cast to.
+    """
     if isinstance(value, Tensor):
         yield tuple(value.shape)
         yield _first(value).to(dtype or value.dtype).float().tolist()
@@ -314,16 +327,17 @@ def _exact(
                 (key, [tuple(weight.shape), values.tolist()], [list(_told(p)) for p in patches])
             ).encode()
         )
-    sampling = model.get_model_object(
-        "model_sampling"
-    )  # eps, v, zsnr: the same weights read otherwise
+    # eps, v, zsnr: the same weights read otherwise
+    sampling = model.get_model_object("model_sampling")
     digest.update(
         repr(
             ([c.__name__ for c in type(sampling).__mro__], float(sampling.sigma_max), modules)
         ).encode()
     )
     cast = {dtype: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-    if hooks:  # a piece is cast to its layer's precision where it first runs, in place; it is told as it will be then
+    # a piece is cast to its layer's precision where it first runs, in place; it is told as it will
+    # be then
+    if hooks:
         beside = [
             (name, hook.multiplier, [*_told(hook.adapter, cast.get(hook.module.weight.dtype))])
             for name, hook in hooks
@@ -332,19 +346,23 @@ def _exact(
     return digest.hexdigest()
 
 
-# comparing -------------------------------------------------------------------------------------------------------------------
+# comparing ----------------------------------------------------------------------------------------
 
 
 def require_same_model(node: str, what: str, made_with: str, given: str) -> None:
-    """Features of one set of weights mean nothing to another. ValueError says what differs: weights, LoRAs, sampling or modules."""
+    """Features of one set of weights mean nothing to another. ValueError says what differs:
+    weights, LoRAs, sampling or modules.
+    """
     differ = differences(made_with, given)
     if differ == ():
         return
     begin = f"{node}: the {what} was made with model {made_with}, but the model given is {given}"
     if differ is None:
         raise ValueError(
-            f"{begin}. An older Kindred made it, which kept no more than this name: it counts weights, LoRAs, sampling and "
-            f"the precision (fp16, bf16, fp8). Wire the same MODEL in the same precision, or make the {what} again."
+            f"{begin}. An older Kindred made it, which kept no more than this name: it counts "
+            f"weights, LoRAs, sampling and "
+            f"the precision (fp16, bf16, fp8). Wire the same MODEL in the same precision, or make "
+            f"the {what} again."
         )
     told = (
         ""
@@ -355,10 +373,13 @@ def require_same_model(node: str, what: str, made_with: str, given: str) -> None
 
 
 def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
-    """A REFERENCE that this pack and this model can read; ValueError names both versions or both models."""
+    """A REFERENCE that this pack and this model can read; ValueError names both versions or both
+    models.
+    """
     if bank.version != BANK_VERSION:
         raise ValueError(
-            f"{node}: the reference is of version {bank.version}, but this Kindred reads version {BANK_VERSION}. "
+            f"{node}: the reference is of version {bank.version}, but this Kindred reads version "
+            f"{BANK_VERSION}. "
             "Make it again, or use the Kindred that made it."
         )
     require_same_model(node, "reference", bank.model_key, model_key(model))
@@ -366,7 +387,9 @@ def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> No
 
 
 def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
-    """A file may name any model; ValueError where the reference's layers, text or latents are not this one's."""
+    """A file may name any model; ValueError where the reference's layers, text or latents are not
+    this one's.
+    """
     if not draws_by_unet(model):
         return require_channels(node, bank, model)
     sites = attention_sites(network(model))
@@ -377,13 +400,14 @@ def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
     }  # else another node's, refused where it is read
     for layer in bank.layers:
         to_k = own[layer.block][0] if layer.block in own else None
-        widths = (
-            (to_k.in_features, 2 * to_k.out_features) if to_k is not None else ("none",)
-        )  # hidden states; keys and values
+        # hidden states; keys and values
+        widths = (to_k.in_features, 2 * to_k.out_features) if to_k is not None else ("none",)
         if layer.channels not in widths and (layer.block in own or layer.block not in sites):
             raise ValueError(
-                f"{node}: the reference has {layer.channels} channels in {block_name(layer.block)}, but the model given has "
-                f"{' or '.join(map(str, widths))}, though both are called {bank.model_key}. Make the reference again."
+                f"{node}: the reference has {layer.channels} channels in "
+                f"{block_name(layer.block)}, but the model given has "
+                f"{' or '.join(map(str, widths))}, though both are called {bank.model_key}. Make "
+                f"the reference again."
             )
     wanted = (
         model.get_model_object("latent_format").latent_channels,
@@ -395,17 +419,21 @@ def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
     }
     if own and found != {wanted}:
         raise ValueError(
-            f"{node}: the reference has (latent channels, text width) {sorted(found)}, but the model given has {wanted}, "
+            f"{node}: the reference has (latent channels, text width) {sorted(found)}, but the "
+            f"model given has {wanted}, "
             f"though both are called {bank.model_key}. Make the reference again."
         )
 
 
 def require_channels(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
-    """The same of a transformer, whose layers are known by what they are heard to do: latents have channels to compare."""
+    """The same of a transformer, whose layers are known by what they are heard to do: latents have
+    channels to compare.
+    """
     wanted = model.get_model_object("latent_format").latent_channels
     found = bank.trajectory.latents.shape[2]
     if found != wanted:
         raise ValueError(
-            f"{node}: the reference has latents of {found} channels, but the model given has {wanted}, though both are called"
+            f"{node}: the reference has latents of {found} channels, but the model given has "
+            f"{wanted}, though both are called"
             f" {bank.model_key}. Make the reference again."
         )

@@ -25,7 +25,8 @@ from .model import KEY
 
 
 def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
-    """A copy of the options with the run in it; first and last in every chain that matters, so the order of nodes does not.
+    """A copy of the options with the run in it; first and last in every chain that matters, so the
+    order of nodes does not.
 
     watched: also hand outputs of self-attentions and of blocks to the run's watchers.
     """
@@ -38,9 +39,8 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
     previous = transformer.get("optimized_attention_override")
     previous = getattr(previous, KEY, (previous,))[0]
     if run.backbone is not None:
-        add_wrapper_with_key(
-            WrappersMP.APPLY_MODEL, f"{KEY}_pass", joint_pass, transformer
-        )  # six families have no other
+        # six families have no other
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}_pass", joint_pass, transformer)
         transformer["optimized_attention_override"] = joint_override(previous)
         return options
     if run.ends_early:
@@ -66,7 +66,9 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
 
 
 def compiled(model: Any, options: Mapping[str, Any]) -> bool:
-    """Whether torch.compile stands between the model and its UNet: the host's node as a wrapper, others' as the module itself."""
+    """Whether torch.compile stands between the model and its UNet: the host's node as a wrapper,
+    others' as the module itself.
+    """
     return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}) or hasattr(
         model.diffusion_model, "_orig_mod"
     )

@@ -1,6 +1,8 @@
-"""A transformer's attention: one override hears every call, counted from the start of a pass, and brings it into one shape.
+"""A transformer's attention: one override hears every call, counted from the start of a pass, and
+brings it into one shape.
 
-What a reference pass records of a call are the picture's keys and values as the network uses them, side by side.
+What a reference pass records of a call are the picture's keys and values as the network uses them,
+side by side.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def joint_pass(
     transformer_options: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """One pass of the network, x [b c (1) y x]; zeros where it ended early, whose answer is not asked for."""
+    """One pass of the network, x [b c (1) y x]; zeros where it ended early, whose answer is not
+    asked for.
+    """
     run: Run = transformer_options[KEY]
     _check(run, x, kwargs)
     counted = not run.backbone.named
@@ -61,7 +65,9 @@ def joint_pass(
 
 
 def _counting(passing: Pass, options: dict[str, Any]) -> dict[str, Any]:
-    """Options in which a replaced block is known by its own number: its replacement may skip the block, or run it."""
+    """Options in which a replaced block is known by its own number: its replacement may skip the
+    block, or run it.
+    """
     replaced = options.get("patches_replace", {}).get("dit")
     if not replaced:
         return options
@@ -87,13 +93,15 @@ def _check(run: Run, x: Tensor, kwargs: Mapping[str, Any]) -> None:
     """ValueError where the picture's tokens would not be where the family has them."""
     if x.ndim == 5 and x.shape[2] != 1:
         raise ValueError(
-            f"Kindred: the latent has {x.shape[2]} frames, but pictures are read one by one, of 1 frame."
+            f"Kindred: the latent has {x.shape[2]} frames, but pictures are read one by one, of 1 "
+            f"frame."
             " Take a latent of one picture."
         )
     native = [kwargs[name] for name in NATIVE if kwargs.get(name) is not None]
     if not run.backbone.references and any(map(len, native)):
         raise ValueError(
-            f"Kindred: reference latents are wired, and in {run.backbone.family} they move the picture's own tokens,"
+            f"Kindred: reference latents are wired, and in {run.backbone.family} they move the "
+            f"picture's own tokens,"
             " so a Kindred reference cannot be read beside them. Remove ReferenceLatent."
         )
 
@@ -105,8 +113,10 @@ def _miscounted(run: Run, calls: int) -> None:
         return
     ways.add("miscounted")
     warn(
-        f"Kindred: a pass made {calls} attention calls where {run.backbone.family} makes {len(run.backbone.calls)}, which are told apart"
-        " by their number alone. Another node adds or skips some: what is read may come from other blocks. Remove that node."
+        f"Kindred: a pass made {calls} attention calls where {run.backbone.family} makes "
+        f"{len(run.backbone.calls)}, which are told apart"
+        " by their number alone. Another node adds or skips some: what is read may come from other "
+        "blocks. Remove that node."
     )
 
 
@@ -117,7 +127,9 @@ def _told(options: Mapping[str, Any]) -> BlockId | None:
 
 
 def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """optimized_attention_override of a transformer; previous: another pack's, which computes what we ask for."""
+    """optimized_attention_override of a transformer; previous: another pack's, which computes what
+    we ask for.
+    """
 
     @torch.compiler.disable
     def override(
@@ -158,9 +170,8 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         queries, keys = (_picture(run, options, tokens) for tokens in (own_q, own_k))
         call = run.joint_call(block, options, keys, None)
         for watcher in run.watchers:
-            wanted = (
-                block in watcher.blocks
-            )  # else a view: a copy of each block's would take gigabytes
+            # else a view: a copy of each block's would take gigabytes
+            wanted = block in watcher.blocks
             own = own_k[:, keys], own_v[:, keys]
             watcher.self_tokens(call, torch.cat(own, -1) if wanted else own[0])
         if run.backbone.holds_text(block):

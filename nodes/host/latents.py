@@ -1,4 +1,6 @@
-"""LATENTs and the model's own latents: scale, channels, and the frame that some networks have beside y and x."""
+"""LATENTs and the model's own latents: scale, channels, and the frame that some networks have
+beside y and x.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +24,34 @@ def unframed(x: Tensor) -> Tensor:
 
 
 def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
-    """A LATENT's samples in model scale [b c y x], checked: channels, finiteness, and not the empty latent."""
+    """A LATENT's samples in model scale [b c y x], checked: channels, finiteness, and not the empty
+    latent.
+    """
     channels = model.get_model_object("latent_format").latent_channels
     frames = samples.ndim == 5 and framed(model, samples[:, :, 0]).ndim == 5
     if frames and samples.shape[2] != 1:
         raise ValueError(
-            f"{node}: the latent has {samples.shape[2]} frames, but a reference is one picture, of 1 frame. "
+            f"{node}: the latent has {samples.shape[2]} frames, but a reference is one picture, of "
+            f"1 frame. "
             "Encode one picture (VAE Encode)."
         )
     if not (samples.ndim == 4 or frames) or samples.shape[1] != channels:
         raise ValueError(
-            f"{node}: the latent is {list(samples.shape)}, but this model's latents have {channels} channels "
+            f"{node}: the latent is {list(samples.shape)}, but this model's latents have "
+            f"{channels} channels "
             "[b c y x]. Encode the photo with this checkpoint's VAE (VAE Encode)."
         )
     if not torch.isfinite(samples).all():
         bad = (~torch.isfinite(samples)).sum().item()
         raise ValueError(
-            f"{node}: {bad} of {samples.numel()} latent values are NaN or infinite. A VAE in fp16 does this to "
+            f"{node}: {bad} of {samples.numel()} latent values are NaN or infinite. A VAE in fp16 "
+            f"does this to "
             "some pictures: start ComfyUI with --fp32-vae or use another VAE."
         )
     if not samples.any():
         raise ValueError(
-            f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, not Empty Latent Image."
+            f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, "
+            f"not Empty Latent Image."
         )
     return to_model_scale(model, samples)
 
@@ -57,7 +65,9 @@ def to_model_scale(model: ModelPatcher, samples: Tensor) -> Tensor:
 
 
 def latent_out(model: ModelPatcher, samples: Tensor) -> Tensor:
-    """Latents [b c y x] in model scale -> a LATENT's samples, with their frame where the host's have one."""
+    """Latents [b c y x] in model scale -> a LATENT's samples, with their frame where the host's
+    have one.
+    """
     return model.get_model_object("latent_format").process_out(framed(model, samples))
 
 

@@ -26,45 +26,54 @@ from ...models.concept.draws import Examples
 from ...models.concept.encoder import KeysValues
 from ...models.concept.pictures import centre_square
 from ...models.concept.training import Learning, checkpointed
+from ...models.network.blocks import BlockId
 from ...models.network.call import Part, Role
 from ...models.run import Run
 from .install import install
 from .latents import latent_in
-from .model import Conditioning, attention_sites, computes_in, network
+from .model import Conditioning, attention_sites, computes_in, network, require_unet
 
 MOST_PROMPTS = 4096  # kept encoded
+# pixels of a side a family was trained at; else 512
 SIDES = {
     "SDXL": 1024,
     "SD20": 768,
     "KindredMiniature": 128,
-}  # pixels of a side a family was trained at; else 512
-Interrupted = (
-    comfy.model_management.InterruptProcessingException
-)  # a BaseException: the user pressed cancel
+}
+# a BaseException: the user pressed cancel
+Interrupted = comfy.model_management.InterruptProcessingException
 
 
 @contextmanager
 def training(model: ModelPatcher, dtype: torch.dtype, node: str) -> Iterator[ModelPatcher]:
-    """Inside: gradients flow, the host knows, and here is the MODEL again, its weights read anew and its LoRAs on them.
+    """Inside: gradients flow, the host knows, and here is the MODEL again, its weights read anew
+    and its LoRAs on them.
 
-    Weights loaded under inference_mode take no part in a backward pass. The copy and all random draws end with the block.
+    Weights loaded under inference_mode take no part in a backward pass. The copy and all random
+    draws end with the block.
     """
     if model.cached_patcher_init is None or model.injections:
         why = "was made by a node that cannot read its weights again"
         if model.injections:
             theirs = ", ".join(sorted(map(str, model.injections)))
-            why = f"carries what is added while it runs ({theirs:.80}: a LoRA in bypass mode, or another pack's modules)"
+            why = (
+                f"carries what is added while it runs ({theirs:.80}: a LoRA in bypass mode, or "
+                f"another "
+                "pack's modules)"
+            )
         raise ValueError(
-            f"{node}: the model given {why}, so it cannot be trained through. Wire Load Checkpoint or Load Diffusion Model, "
+            f"{node}: the model given {why}, so it cannot be trained through. Wire Load Checkpoint "
+            f"or Load Diffusion Model, "
             "with Load LoRA if you like, into it."
         )
     before = comfy.model_management.in_training
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         copy = model.clone(disable_dynamic=True, force_deepcopy=True)
+        # nobody's clone: what is done to it is done to it alone
         copy.parent, copy.clone_base_uuid = (
             None,
             uuid4(),
-        )  # nobody's clone: what is done to it is done to it alone
+        )
         if computes_in(copy) != dtype:
             copy.set_model_compute_dtype(dtype)
         try:
@@ -76,7 +85,9 @@ def training(model: ModelPatcher, dtype: torch.dtype, node: str) -> Iterator[Mod
 
 
 def progress(total: int) -> Callable[[int, Any], None]:
-    """A bar to be told (steps done, PIL picture or None); raises Interrupted when the user wants it to end."""
+    """A bar to be told (steps done, PIL picture or None); raises Interrupted when the user wants it
+    to end.
+    """
     bar = comfy.utils.ProgressBar(total)
 
     def tell(done: int, picture: Any = None) -> None:
@@ -87,9 +98,11 @@ def progress(total: int) -> Callable[[int, Any], None]:
 
 
 class FrozenUNet:
-    """The Denoiser of models/concept/training.py: the host's model, loaded, with nothing to learn but what it is given to read.
+    """The Denoiser of models/concept/training.py: the host's model, loaded, with nothing to learn
+    but what it is given to read.
 
-    prompts: CONDITIONING by text. Use outside of inference_mode, with weights that were loaded outside of it.
+    prompts: CONDITIONING by text. Use outside of inference_mode, with weights that were loaded
+    outside of it.
     """
 
     def __init__(
@@ -134,7 +147,9 @@ class FrozenUNet:
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
 
     def _encode(self, text: str, x: Tensor) -> dict[str, Tensor]:
-        """What the model reads of one prompt at the size of x: c_crossattn [1 w c], y [1 c] for SDXL."""
+        """What the model reads of one prompt at the size of x: c_crossattn [1 w c], y [1 c] for
+        SDXL.
+        """
         if text not in self.encoded:
             kept = [
                 (
@@ -223,7 +238,8 @@ def examples_of(
     node: str,
     tell: Callable[[int], None],
 ) -> Examples:
-    """IMAGEs, each [b Y X c], as the tower (`small` pixels) and the UNet (latents of `size` pixels) see them.
+    """IMAGEs, each [b Y X c], as the tower (`small` pixels) and the UNet (latents of `size` pixels)
+    see them.
 
     one_subject: each of the batches shows one; tell: is told how many pictures were seen.
     """
@@ -243,3 +259,26 @@ def examples_of(
                 subjects.append(number if one_subject else len(subjects))
     # copies, made outside of inference_mode
     return Examples(torch.stack(latents), torch.stack(pixels), captions, subjects)
+
+
+def text_layers(model: ModelPatcher, node: str) -> dict[BlockId, tuple[Tensor, Tensor]]:
+    """(to_k, to_v) of every cross-attention layer, in float32 on the CPU."""
+    sites = attention_sites(require_unet(model, node))
+    return {
+        b: (s.module.attn2.to_k.weight.float().cpu(), s.module.attn2.to_v.weight.float().cpu())
+        for b, s in sites.items()
+    }
+
+
+def encoded(clip: Any, captions: Sequence[str], width: int, node: str) -> dict[str, Conditioning]:
+    """CONDITIONING by text, of no text too; ValueError for the CLIP of another model."""
+    prompts = {
+        text: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in {*captions, ""}
+    }
+    wide = prompts[""][0][0].shape[-1]
+    if wide != width:
+        raise ValueError(
+            f"{node}: the CLIP given writes text of width {wide}, but the model reads width "
+            f"{width}. Wire the CLIP of the same checkpoint."
+        )
+    return prompts

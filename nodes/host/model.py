@@ -35,13 +35,17 @@ Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 
 def network(model: ModelPatcher) -> torch.nn.Module:
-    """What this MODEL computes with, whatever another one left in its place; the UNet itself where torch.compile stands around it."""
+    """What this MODEL computes with, whatever another one left in its place; the UNet itself where
+    torch.compile stands around it.
+    """
     unet = model.get_model_object("diffusion_model")
     return getattr(unet, "_orig_mod", unet)
 
 
 def other_work(model: ModelPatcher, unet: UNetModel, sampling: object) -> str | None:
-    """What one of the host's UNets does instead of making pictures from text; None where it does just that."""
+    """What one of the host's UNets does instead of making pictures from text; None where it does
+    just that.
+    """
     kinds = {kind.__name__ for kind in type(model.model).__mro__}
     image_to_image = getattr(comfy.model_sampling, "IMG_TO_IMG", ())
     if unet.use_temporal_resblocks or "SVD_img2vid" in kinds:  # SV3D too
@@ -58,7 +62,9 @@ def other_work(model: ModelPatcher, unet: UNetModel, sampling: object) -> str | 
 
 
 def require_unet(model: ModelPatcher, node: str) -> UNetModel:
-    """The UNet behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given otherwise."""
+    """The UNet behind a MODEL of the SD1.x/2.x/SDXL kind; ValueError names what was given
+    otherwise.
+    """
     unet, sampling = network(model), model.get_model_object("model_sampling")
     if not isinstance(unet, UNetModel) or not isinstance(sampling, comfy.model_sampling.EPS):
         why = (
@@ -73,7 +79,8 @@ def require_unet(model: ModelPatcher, node: str) -> UNetModel:
             else "Load an SD1.5, SD2.x or SDXL checkpoint."
         )
         raise ValueError(
-            f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model given is "
+            f"{node}: needs a UNet that predicts noise or v (SD1.5, SD2.x, SDXL), but the model "
+            f"given is "
             f"{type(model.model.model_config).__name__} ({type(unet).__name__}, {why}). {remedy}"
         )
     return unet
@@ -93,14 +100,18 @@ def noise_of(model: ModelPatcher, node: str) -> Diffusion | Flow:
     ):
         return DIFFUSION
     raise ValueError(
-        f"{node}: needs a model that denoises a picture (noise, v or flow prediction), but the model given is "
-        f"{type(model.model.model_config).__name__} ({model.model.model_type.name.lower()}). Load a checkpoint that draws "
+        f"{node}: needs a model that denoises a picture (noise, v or flow prediction), but the "
+        f"model given is "
+        f"{type(model.model.model_config).__name__} ({model.model.model_type.name.lower()}). Load "
+        f"a checkpoint that draws "
         "pictures from text."
     )
 
 
 def require_invertible(model: ModelPatcher, node: str) -> Diffusion | Flow:
-    """The noise path of a model that draws pictures from text; ValueError for others. A transformer is known by its flow."""
+    """The noise path of a model that draws pictures from text; ValueError for others. A transformer
+    is known by its flow.
+    """
     if draws_by_unet(model) or isinstance(
         model.get_model_object("model_sampling"), comfy.model_sampling.EPS
     ):
@@ -113,7 +124,9 @@ def draws_by_unet(model: ModelPatcher) -> bool:
 
 
 def _resizes(layer: torch.nn.Module, way: type[torch.nn.Module]) -> bool:
-    """Whether a layer is a Downsample or an Upsample, or a residual block with one inside (resblock_updown)."""
+    """Whether a layer is a Downsample or an Upsample, or a residual block with one inside
+    (resblock_updown).
+    """
     return isinstance(layer, way) or isinstance(getattr(layer, "h_upd", None), way)
 
 
@@ -149,21 +162,26 @@ def self_attentions(sites: Mapping[BlockId, BlockSite]) -> tuple[BlockId, ...]:
 
 
 def feature_tap(unet: UNetModel, divisor: int) -> int:
-    """The first output block whose incoming features have this divisor: DIFT's up block 0 of SDXL, 1 of SD1.x and 2.x."""
+    """The first output block whose incoming features have this divisor: DIFT's up block 0 of SDXL,
+    1 of SD1.x and 2.x.
+    """
     here = 2 ** sum(_resizes(layer, Downsample) for layers in unet.input_blocks for layer in layers)
     for index, layers in enumerate(unet.output_blocks):
         if here == divisor:
             return index
         here //= 2 ** sum(_resizes(layer, Upsample) for layer in layers)
     raise ValueError(
-        f"Kindred: this UNet has no output block at a {divisor}th of the latent's size. Load an SD1.5, SD2.x or SDXL "
+        f"Kindred: this UNet has no output block at a {divisor}th of the latent's size. Load an "
+        f"SD1.5, SD2.x or SDXL "
         "checkpoint."
     )
 
 
 @contextmanager
 def own_modules(model: ModelPatcher) -> Iterator[None]:
-    """The model's modules as they were loaded: those that another MODEL's object patches put there stay from its run until the next."""
+    """The model's modules as they were loaded: those that another MODEL's object patches put there
+    stay from its run until the next.
+    """
     placed = {
         name: comfy.utils.set_attr(model.model, name, original)
         for name, original in model.object_patches_backup.items()
@@ -177,26 +195,33 @@ def own_modules(model: ModelPatcher) -> Iterator[None]:
 
 
 def closure(function: object) -> Iterator[object]:
-    """What a function holds of where it was written; another pack's may have been given up before all of it was there."""
+    """What a function holds of where it was written; another pack's may have been given up before
+    all of it was there.
+    """
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # an empty cell
             yield cell.cell_contents
 
 
 def is_lora(injection: Any) -> bool:
-    """Whether one of the host's injections is a LoRA in bypass mode: weights, and no module of another pack."""
+    """Whether one of the host's injections is a LoRA in bypass mode: weights, and no module of
+    another pack.
+    """
     return any(isinstance(found, BypassInjectionManager) for found in closure(injection.inject))
 
 
 def _pack(function: object) -> str:
-    """The top package that a function comes from: a pack, or the host's own; "" where it does not say."""
+    """The top package that a function comes from: a pack, or the host's own; "" where it does not
+    say.
+    """
     while hasattr(function, "func"):  # functools.partial
         function = function.func
     return str(getattr(function, "__module__", None) or "").split(".")[0]
 
 
 def wrapped_injections(model: ModelPatcher) -> list[str]:
-    """Keys of the injections that belong to a wrapper: of the same key, or of the same pack. A pass without wrappers goes without them.
+    """Keys of the injections that belong to a wrapper: of the same key, or of the same pack. A pass
+    without wrappers goes without them.
 
     LoRAs in bypass mode are weights and belong to nobody.
     """
@@ -223,9 +248,11 @@ def wrapped_injections(model: ModelPatcher) -> list[str]:
 
 @contextmanager
 def ejected(model: ModelPatcher, keys: Collection[str]) -> Iterator[None]:
-    """Inside: the network of a running model without what it was given under these keys; afterwards it is back.
+    """Inside: the network of a running model without what it was given under these keys; afterwards
+    it is back.
 
-    By the patcher's own methods, which tell others' callbacks; while the rest alone is in, those under these keys are not told of it.
+    By the patcher's own methods, which tell others' callbacks; while the rest alone is in, those
+    under these keys are not told of it.
     """
     if not (keys and model.is_injected):
         yield
@@ -246,7 +273,9 @@ def ejected(model: ModelPatcher, keys: Collection[str]) -> Iterator[None]:
 
 
 def computes_in(model: ModelPatcher) -> torch.dtype:
-    """The dtype of the UNet's hidden states: of this MODEL, as the shared network holds what the one before left there."""
+    """The dtype of the UNet's hidden states: of this MODEL, as the shared network holds what the
+    one before left there.
+    """
     cast = model.get_model_object("manual_cast_dtype")
     return network(model).dtype if cast is None else cast
 
@@ -254,7 +283,8 @@ def computes_in(model: ModelPatcher) -> torch.dtype:
 def token_sizes(
     model: ModelPatcher, latent: Sequence[int], bank: ReferenceBank | None = None
 ) -> dict[BlockId, tuple[int, int]]:
-    """Tokens of one picture and their channels in every self-attention layer; latent: its size (y, x) in cells.
+    """Tokens of one picture and their channels in every self-attention layer; latent: its size (y,
+    x) in cells.
 
     Of a transformer only the layers of the bank, whose keys and values tell the width.
     """
@@ -279,18 +309,22 @@ def token_sizes(
 
 
 def schedule(model: ModelPatcher, scheduler: str, steps: int) -> Tensor:
-    """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the CPU."""
+    """The sigmas a KSampler with this scheduler and step count runs, descending, as [t+1] on the
+    CPU.
+    """
     if scheduler not in schedulers():
         raise ValueError(
-            f"Kindred: this ComfyUI has no scheduler {scheduler!r:.60}. Choose one of {', '.join(map(str, schedulers()))}."
+            f"Kindred: this ComfyUI has no scheduler {scheduler!r:.60}. Choose one of "
+            f"{', '.join(map(str, schedulers()))}."
         )
-    return comfy.samplers.KSampler(
-        model, steps, torch.device("cpu"), "euler", scheduler
-    ).sigmas  # packs change how it computes them
+    # packs change how it computes them
+    return comfy.samplers.KSampler(model, steps, torch.device("cpu"), "euler", scheduler).sigmas
 
 
 def schedulers() -> list[str]:
-    """The host's own list, as its KSampler reads it: packs that load after us add to it, or put another one in its place."""
+    """The host's own list, as its KSampler reads it: packs that load after us add to it, or put
+    another one in its place.
+    """
     return comfy.samplers.KSampler.SCHEDULERS
 
 
@@ -302,7 +336,9 @@ def samplers() -> list[str]:
 def chosen_sigmas(
     model: Any, steps: int, scheduler: str, sigmas: Tensor | None, node: str
 ) -> tuple[Tensor, str]:
-    """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a schedule that cannot be inverted."""
+    """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a
+    schedule that cannot be inverted.
+    """
     name = (
         f"{scheduler}, {steps} steps"
         if sigmas is None
@@ -320,8 +356,10 @@ def chosen_sigmas(
         raise ValueError(
             f"{node}: sigmas ({name}) must fall from step to step and end in 0, but "
             f"{[round(s, 4) for s in sigmas.tolist()[:6]]}... "
-            f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were given. "
-            "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, not flipped ones."
+            f"({len(sigmas)} values, last {sigmas[-1].item() if len(sigmas) else 'none'}) were "
+            f"given. "
+            "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, "
+            "not flipped ones."
         )
     return sigmas, name
 
@@ -329,7 +367,9 @@ def chosen_sigmas(
 def cross_layers(
     model: ModelPatcher, node: str
 ) -> tuple[str, tuple[tuple[BlockId, int], ...], int]:
-    """The model's family, its cross-attention layers with their channels, and the width of the text they read."""
+    """The model's family, its cross-attention layers with their channels, and the width of the text
+    they read.
+    """
     with own_modules(model):
         to_k = {
             block: site.module.attn2.to_k

@@ -12,9 +12,11 @@ log = logging.getLogger(__name__)
 
 
 def tell(node: type[io.ComfyNode], text: str) -> None:
-    """A line under the node's inputs, on the page that asked for the run, in both renderers; nothing in process or in tests.
+    """A line under the node's inputs, on the page that asked for the run, in both renderers;
+    nothing in process or in tests.
 
-    The node's schema needs `hidden=[io.Hidden.unique_id]`. ui.PreviewText alone reaches the API's outputs but no node on the page.
+    The node's schema needs `hidden=[io.Hidden.unique_id]`. ui.PreviewText alone reaches the API's
+    outputs but no node on the page.
     """
     server, hidden = getattr(PromptServer, "instance", None), getattr(node, "hidden", None)
     if server is not None and hidden is not None and hidden.unique_id is not None:

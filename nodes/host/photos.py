@@ -1,4 +1,6 @@
-"""Pictures from the host's folders: the input folder as Load Image lists it, and the pack's examples in the temp folder."""
+"""Pictures from the host's folders: the input folder as Load Image lists it, and the pack's
+examples in the temp folder.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,14 @@ def example_name(picture: Path) -> str:
 
 
 def offer_example(picture: Path) -> None:
-    """Lay an example of the shipped workflows into the host's temp folder, which the host itself empties at start and exit."""
+    """Lay an example of the shipped workflows into the host's temp folder, which the host itself
+    empties at start and exit.
+    """
     target = Path(folder_paths.get_temp_directory(), f"kindred_{picture.name}")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(
-            f".{uuid.uuid4().hex}"
-        )  # another thread may read the name, or do the same, meanwhile
+        # another thread may read the name, or do the same, meanwhile
+        part = target.with_suffix(f".{uuid.uuid4().hex}")
         try:
             shutil.copyfile(picture, part)
             os.replace(part, target)

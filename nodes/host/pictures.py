@@ -1,4 +1,6 @@
-"""Latents of a reference back to pictures: where there is a VAE but no MODEL, and roughly where it is the other way round."""
+"""Latents of a reference back to pictures: where there is a VAE but no MODEL, and roughly where it
+is the other way round.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from torch import Tensor
 def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
     """Latents [b c y x] in model scale -> pictures [b Y X 3] float32 in 0..1 on the CPU.
 
-    made_with: a model_key, whose first word is the family; the family knows the scale of its latents. ValueError where the family
-    is unknown, the VAE reads other channels, or what it gives is not finite.
+    made_with: a model_key, whose first word is the family; the family knows the scale of its
+    latents. ValueError where the family is unknown, the VAE reads other channels, or what it gives
+    is not finite.
     """
     name, _, own = made_with.split(" ")[0].partition("/")
     family = next((kind for kind in comfy.supported_models.models if kind.__name__ == name), None)
@@ -24,13 +27,15 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
     )
     if scale is None:
         raise ValueError(
-            f"{node}: the reference was made with a model of the kind {name}, which this ComfyUI does not know. Update "
+            f"{node}: the reference was made with a model of the kind {name}, which this ComfyUI "
+            f"does not know. Update "
             "ComfyUI, or install the pack that brings this kind."
         )
     channels = getattr(vae, "latent_channels", latents.shape[1])
     if channels != latents.shape[1]:
         raise ValueError(
-            f"{node}: the reference has latents of {latents.shape[1]} channels, but the VAE reads {channels}. Wire the VAE "
+            f"{node}: the reference has latents of {latents.shape[1]} channels, but the VAE reads "
+            f"{channels}. Wire the VAE "
             f"of the checkpoint that made the reference ({made_with})."
         )
     if scale.latent_dimensions == 3:  # of one frame each
@@ -39,14 +44,17 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
     pictures = pictures.flatten(0, 1) if pictures.ndim == 5 else pictures
     if not pictures.isfinite().all():
         raise ValueError(
-            f"{node}: the VAE gave NaN or infinite pixels. A VAE in fp16 does this to some pictures: start ComfyUI with "
+            f"{node}: the VAE gave NaN or infinite pixels. A VAE in fp16 does this to some "
+            f"pictures: start ComfyUI with "
             "--fp32-vae or use another VAE."
         )
     return pictures[..., :3].clamp(0, 1)
 
 
 def rough_pictures(model: ModelPatcher, latents: Tensor) -> Tensor | None:
-    """Latents in model scale [b c y x] -> [b y x 3] in 0..1, in the colours of the host's fast previews; None for a family without."""
+    """Latents in model scale [b c y x] -> [b y x 3] in 0..1, in the colours of the host's fast
+    previews; None for a family without.
+    """
     family = model.get_model_object("latent_format")
     if (
         family.latent_rgb_factors is None or family.latent_rgb_factors_reshape is not None
@@ -60,17 +68,21 @@ def rough_pictures(model: ModelPatcher, latents: Tensor) -> Tensor | None:
 
 
 def pictures_in(images: Any, node: str, name: str) -> Tensor:
-    """An IMAGE [b Y X 1|3|4] -> [b Y X 3] float32 in 0..1 on the CPU, alpha laid over white; ValueError for what is no picture."""
+    """An IMAGE [b Y X 1|3|4] -> [b Y X 3] float32 in 0..1 on the CPU, alpha laid over white;
+    ValueError for what is no picture.
+    """
     shape = list(getattr(images, "shape", ()))
     if len(shape) != 4 or shape[-1] not in (1, 3, 4) or 0 in shape:
         raise ValueError(
-            f"{node}: {name} is {shape or type(images).__name__}; pictures are [b y x 3], one of them at least. Wire an IMAGE "
+            f"{node}: {name} is {shape or type(images).__name__}; pictures are [b y x 3], one of "
+            f"them at least. Wire an IMAGE "
             "into it."
         )
     images = images.detach().float().cpu()
     if not (fine := images.isfinite()).all():
         raise ValueError(
-            f"{node}: {int((~fine).sum())} values of {name} are NaN or infinite. Look at it with Preview Image; a VAE in fp16 "
+            f"{node}: {int((~fine).sum())} values of {name} are NaN or infinite. Look at it with "
+            f"Preview Image; a VAE in fp16 "
             "does this to some pictures: start ComfyUI with --fp32-vae or use another VAE."
         )
     images = images.clamp(0, 1)

@@ -38,19 +38,24 @@ from .run import SamplerRun
 def read_prompt(
     model: ModelPatcher, conditioning: Conditioning, name: str, node: str, pictures: int
 ) -> ReferencePrompt:
-    """The one plain prompt of a reference pass over r pictures; ValueError where several, masked or timed prompts are wired."""
+    """The one plain prompt of a reference pass over r pictures; ValueError where several, masked or
+    timed prompts are wired.
+    """
     special = sorted(
         {k for _, extras in conditioning for k in SPECIAL if extras.get(k) is not None}
     )
     if len(conditioning) != 1 or special:
         raise ValueError(
-            f"{node}: {name} must be one plain prompt such as 'a photo of a cat', but {len(conditioning)} prompts were "
-            f"given{' with ' + ', '.join(special) if special else ''}. Wire Subject Prompts straight into it."
+            f"{node}: {name} must be one plain prompt such as 'a photo of a cat', but "
+            f"{len(conditioning)} prompts were "
+            f"given{' with ' + ', '.join(special) if special else ''}. Wire Subject Prompts "
+            f"straight into it."
         )
     ((cross, extras),) = conditioning
     if cross.shape[0] not in (1, pictures):
         raise ValueError(
-            f"{node}: {name} holds {cross.shape[0]} prompts for {pictures} reference picture{'s' * (pictures > 1)}. "
+            f"{node}: {name} holds {cross.shape[0]} prompts for {pictures} reference "
+            f"picture{'s' * (pictures > 1)}. "
             "Write one line in Subject Prompts, or one line per picture."
         )
     return ReferencePrompt(
@@ -59,7 +64,9 @@ def read_prompt(
 
 
 def first_rows(model: ModelPatcher, conditioning: Conditioning, rows: int) -> ReferencePrompt:
-    """What the first pictures of a batch were asked for; of several prompts the first, without what is not a prompt."""
+    """What the first pictures of a batch were asked for; of several prompts the first, without what
+    is not a prompt.
+    """
     cross, extras = conditioning[0]
     plain = {k: v[:rows] if isinstance(v, Tensor) else v for k, v in _plain(model, extras).items()}
     return ReferencePrompt(
@@ -73,7 +80,8 @@ def first_rows(model: ModelPatcher, conditioning: Conditioning, rows: int) -> Re
 def _plain(model: ModelPatcher, extras: Mapping[str, Any]) -> dict[str, Tensor | int | float | str]:
     """What a prompt says beside its words, as far as a file can hold it and this model reads it.
 
-    Without a text projection in the checkpoint (SD1.5) the host's pooled text is whatever lay in memory; such a model reads none.
+    Without a text projection in the checkpoint (SD1.5) the host's pooled text is whatever lay in
+    memory; such a model reads none.
     """
     unread = (
         ("pooled_output",) if getattr(network(model), "num_classes", "not a UNet") is None else ()
@@ -90,9 +98,11 @@ def _conditioning(prompt: ReferencePrompt) -> Conditioning:
 
 
 def _bare(model_options: dict[str, Any], run: Run | None, watched: bool = False) -> dict[str, Any]:
-    """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or split calls are not for it.
+    """Options of a reference pass: LoRA and patches of the weights stay; wrappers that skip or
+    split calls are not for it.
 
-    Nor are the modules that other packs' wrappers set up (`wrapped_injections`). run: None for a pass of which nothing is read.
+    Nor are the modules that other packs' wrappers set up (`wrapped_injections`). run: None for a
+    pass of which nothing is read.
     """
     kept = {
         k: v
@@ -104,7 +114,9 @@ def _bare(model_options: dict[str, Any], run: Run | None, watched: bool = False)
 
 
 class _ReferenceGuider(comfy.samplers.CFGGuider):
-    """Evaluates cond (and uncond, where its features are wanted) in one call and returns cond: guidance 1."""
+    """Evaluates cond (and uncond, where its features are wanted) in one call and returns cond:
+    guidance 1.
+    """
 
     def predict_noise(
         self,
@@ -120,7 +132,8 @@ class _ReferenceGuider(comfy.samplers.CFGGuider):
 
 
 class _ReferenceSampler(comfy.samplers.Sampler):
-    """Hands a loop of models/noise/inversion.py the host's model as denoise(x, sigma), and keeps what the loop returns.
+    """Hands a loop of models/noise/inversion.py the host's model as denoise(x, sigma), and keeps
+    what the loop returns.
 
     recorder: what it saw last stands for the answer of a pass that ends before there is one.
     """
@@ -166,8 +179,10 @@ class _ReferenceSampler(comfy.samplers.Sampler):
             )
             if not self.checked and not torch.isfinite(seen).all():
                 raise ValueError(
-                    f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or infinite values for the photo. "
-                    "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another VAE."
+                    f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or "
+                    f"infinite values for the photo. "
+                    "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another "
+                    "VAE."
                 )
             self.checked = True
             return denoised
@@ -190,19 +205,22 @@ def reference_pass(
     total: int | None = None,
     ends_early: bool = False,
 ) -> Any:
-    """Run `loop` inside the host's sampling (loading, casts, progress, interrupts) at guidance 1; returns the loop's result.
+    """Run `loop` inside the host's sampling (loading, casts, progress, interrupts) at guidance 1;
+    returns the loop's result.
 
-    shape: [r c y x] of the reference latents; sigmas: descending [t+1], for nodes that look at the schedule; total: UNet
-    calls for the progress bar, where they are not one per step; ends_early: the loop wants no answers, only what `recorder` sees.
+    shape: [r c y x] of the reference latents; sigmas: descending [t+1], for nodes that look at the
+    schedule; total: UNet calls for the progress bar, where they are not one per step; ends_early:
+    the loop wants no answers, only what `recorder` sees.
     """
     bare = model.clone()
     for key in wrapped_injections(model):
         bare.remove_injections(key)
         bare.remove_additional_models(key)
+    # the clone's flag tells of the model that is loaded, which the host ejects first
     bare.wrappers, bare.is_injected = (
         {},
         False,
-    )  # the clone's flag tells of the model that is loaded, which the host ejects first
+    )
     run = None
     if recorder or draws_by_unet(model):  # of any other network nothing is asked but its answer
         watchers = [recorder] if recorder else []
@@ -234,10 +252,11 @@ def reference_pass(
 def reference_tokens(
     run: SamplerRun, bank: ReferenceBank, sigma: float, halves: frozenset[Half]
 ) -> Mapping[Half, Mapping[BlockId, Tensor]]:
-    """The kept tokens [l c] of every block of the bank at this sigma: from the bank where it holds it (cached), else live.
+    """The kept tokens [l c] of every block of the bank at this sigma: from the bank where it holds
+    it (cached), else live.
 
-    Live is a Ref-UNet call on the interpolated trajectory at that very sigma. Remembered for the step, so that chained nodes
-    and repeated evaluations at one sigma share it.
+    Live is a Ref-UNet call on the interpolated trajectory at that very sigma. Remembered for the
+    step, so that chained nodes and repeated evaluations at one sigma share it.
     """
     key = (id(bank), sigma, halves)
     if key not in run.step_tokens:
@@ -245,7 +264,8 @@ def reference_tokens(
         why = (
             "as a transformer's is: one row more in each step"
             if bank.live
-            else f"since it holds no sigma {sigma:.4g} (it was made with {bank.trajectory.schedule})"
+            else f"since it holds no sigma {sigma:.4g} (it was made with "
+            f"{bank.trajectory.schedule})"
         )
         way = f"live, {why}" if step is None else "cached"
         if way.split(",")[0] not in run.ways:
@@ -267,9 +287,12 @@ def _live_tokens(
 ) -> dict[Half, dict[BlockId, Tensor]]:
     if lacking := {*bank.grids.values()} - bank.masks.keys():
         raise ValueError(
-            f"Kindred: this sampler asks for sigma {sigma:.4g}, which the reference does not hold (it was made with "
-            f"{bank.trajectory.schedule}), and to read it there masks of {len(lacking)} grids more than its {len(bank.masks)} "
-            "are needed. Take the sampler, scheduler and steps of the reference, or make it again with a mask wired."
+            f"Kindred: this sampler asks for sigma {sigma:.4g}, which the reference does not hold "
+            f"(it was made with "
+            f"{bank.trajectory.schedule}), and to read it there masks of {len(lacking)} grids more "
+            f"than its {len(bank.masks)} "
+            "are needed. Take the sampler, scheduler and steps of the reference, or make it again "
+            "with a mask wired."
         )
     if bank.live:  # it runs as deep as the last block that is read
         device = run.device_and_dtype[0]

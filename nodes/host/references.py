@@ -21,7 +21,9 @@ REFERENCES = "kindred_references"  # their folder beside checkpoints and loras
 
 
 def register_references(shipped: Path) -> None:
-    """models/kindred_references, the place in the output folder where Save Reference writes unless told otherwise, and the pack's own."""
+    """models/kindred_references, the place in the output folder where Save Reference writes unless
+    told otherwise, and the pack's own.
+    """
     paths, endings = folder_paths.folder_names_and_paths.setdefault(REFERENCES, ([], set()))
     endings.add(".safetensors")
     for folder in (
@@ -33,12 +35,16 @@ def register_references(shipped: Path) -> None:
 
 
 def reference_files() -> list[str]:
-    """Read from the disk each time: the host's cached list misses a file of the same clock tick, and fails when a folder is gone."""
+    """Read from the disk each time: the host's cached list misses a file of the same clock tick,
+    and fails when a folder is gone.
+    """
     return folder_paths.get_filename_list_(REFERENCES)[0]
 
 
 def reference_path(name: str) -> Path:
-    """The file behind a name of the list; FileNotFoundError in the host's words where it is gone, ValueError where there are two."""
+    """The file behind a name of the list; FileNotFoundError in the host's words where it is gone,
+    ValueError where there are two.
+    """
     path = Path(folder_paths.get_full_path_or_raise(REFERENCES, name))
     found = {
         file.resolve()
@@ -47,23 +53,24 @@ def reference_path(name: str) -> Path:
     }
     if len(found) > 1:
         raise ValueError(
-            f"{name} is the name of {len(found)} files: {', '.join(map(str, sorted(found)))}. Rename all but one."
+            f"{name} is the name of {len(found)} files: {', '.join(map(str, sorted(found)))}. "
+            f"Rename all but one."
         )
     return path
 
 
 @contextmanager
 def new_reference_path(prefix: str) -> Iterator[tuple[Path, str]]:
-    """A path that no file has, numbered as the host numbers what it saves, and its name below the output folder; no other process gets
-    it while the block runs.
+    """A path that no file has, numbered as the host numbers what it saves, and its name below the
+    output folder; no other process gets it while the block runs.
 
-    `%date:yyyy-MM-dd%` is filled in as the canvas does. Raises the host's own Exception for a prefix that leads out of the output
-    folder, ValueError for one that no file can have, OSError where the system refuses the folder.
+    `%date:yyyy-MM-dd%` is filled in as the canvas does. Raises the host's own Exception for a
+    prefix that leads out of the output folder, ValueError for one that no file can have, OSError
+    where the system refuses the folder.
     """
     folder, name, counter, subfolder = _numbered(prefix)
-    paths = (
-        Path(folder, f"{name}_{n:05}_.safetensors") for n in count(counter)
-    )  # the host counts from 1 where a prefix ends in a slash
+    # the host counts from 1 where a prefix ends in a slash
+    paths = (Path(folder, f"{name}_{n:05}_.safetensors") for n in count(counter))
     for left in Path(folder).glob(f".{glob.escape(name)}_*_.safetensors.*"):
         if left.suffix in (".claim", ".lock"):  # of a process that was killed behind its last step
             dead(left)
@@ -87,9 +94,8 @@ def _numbered(prefix: str) -> tuple[str, str, int, str]:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             dated(prefix, datetime.now()), folder_paths.get_output_directory()
         )
-        Path(
-            folder, f".{name}_{counter:05}_.safetensors.{'0' * 24}"
-        ).exists()  # as long as the name it is written under
+        # as long as the name it is written under
+        Path(folder, f".{name}_{counter:05}_.safetensors.{'0' * 24}").exists()
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (
             errno.ENAMETOOLONG,
@@ -103,14 +109,17 @@ def _numbered(prefix: str) -> tuple[str, str, int, str]:
             ) from error
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ValueError(
-            f"filename_prefix is {prefix!r:.60}, which no file can be called ({why}). Give a short name such as "
+            f"filename_prefix is {prefix!r:.60}, which no file can be called ({why}). Give a short "
+            f"name such as "
             "kindred/reference."
         ) from error
     return folder, name, counter, subfolder
 
 
 def dated(prefix: str, now: datetime) -> str:
-    """`%date:yyyy-MM-dd hh:mm:ss%` filled in, as the canvas does before it sends a prompt; over the API nobody else would."""
+    """`%date:yyyy-MM-dd hh:mm:ss%` filled in, as the canvas does before it sends a prompt; over the
+    API nobody else would.
+    """
     numbers = {"M": now.month, "d": now.day, "h": now.hour, "m": now.minute, "s": now.second}
 
     def part(match: re.Match[str]) -> str:

@@ -1,4 +1,6 @@
-"""A run under one of the host's guiders: its conds, noise levels and injections, translated for models/run.py."""
+"""A run under one of the host's guiders: its conds, noise levels and injections, translated for
+models/run.py.
+"""
 
 from __future__ import annotations
 
@@ -60,18 +62,24 @@ class SamplerRun(Run):
     asker: Asker = Asker()
 
     def say_unread(self) -> None:
-        """Warn, once the run is over, of each injection that should have been read and was in no block at no step."""
+        """Warn, once the run is over, of each injection that should have been read and was in no
+        block at no step.
+        """
         for node in dict.fromkeys(a.node for a in self.active if id(a) in self.wanted - self.heard):
             warn(
-                f"{node}: nothing of it was read in any block at any step, so it is not in these pictures. Another node computes the "
-                "network's attention by itself, in a copy of its own. Remove that node from the MODEL; if the warning stays, start "
+                f"{node}: nothing of it was read in any block at any step, so it is not in these "
+                f"pictures. Another node computes the "
+                "network's attention by itself, in a copy of its own. Remove that node from the "
+                "MODEL; if the warning stays, start "
                 "ComfyUI again, since some packs leave their copy in the checkpoint."
             )
 
     def begin(
         self, guider: Any, model_options: dict[str, Any], shape: Sequence[int], sigmas: Tensor
     ) -> None:
-        """Called once the host has loaded the model and processed its conds; shape [b c y x] of the sampled latents."""
+        """Called once the host has loaded the model and processed its conds; shape [b c y x] of the
+        sampled latents.
+        """
         self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[-2:])
         self.handed, self.part = None, ""
         self.pictures, self.sigmas = (
@@ -101,7 +109,9 @@ class SamplerRun(Run):
         self._say_other_guidance(guider.conds.get("positive", ()))
 
     def _say_other_guidance(self, conds: Sequence[Mapping[str, Any]]) -> None:
-        """Distilled transformers are told their guidance, and keys and values hang on it: another one than the reference's is said."""
+        """Distilled transformers are told their guidance, and keys and values hang on it: another
+        one than the reference's is said.
+        """
         banks = (getattr(injection, "bank", None) for injection in self.injections)
         read = {
             bank.prompts[Half.COND].extras.get("guidance") for bank in banks if bank is not None
@@ -113,7 +123,8 @@ class SamplerRun(Run):
             ", ".join(map(str, sorted(map(_number, side)))) for side in (read, drawn)
         )
         log.info(
-            "Kindred: the reference is read at another guidance than the pictures are drawn at (%s), which makes it a little less alike."
+            "Kindred: the reference is read at another guidance than the pictures are drawn at "
+            "(%s), which makes it a little less alike."
             " Wire the same FluxGuidance into Ref-UNet Feature Capture.",
             told,
         )
@@ -135,7 +146,9 @@ class SamplerRun(Run):
         return tuple(sampling.timestep(sigmas).float().tolist())
 
     def at(self, *percents: float) -> tuple[float, ...]:
-        """Shares of the schedule (0 = all noise) as the sigmas of this run's own: another node may have changed it behind ours."""
+        """Shares of the schedule (0 = all noise) as the sigmas of this run's own: another node may
+        have changed it behind ours.
+        """
         return tuple(
             float(self.guider.inner_model.model_sampling.percent_to_sigma(p)) for p in percents
         )

@@ -19,7 +19,9 @@ def sites_of(model: ModelPatcher, backbone: Backbone | None) -> dict[BlockId, Bl
 
 
 def require_backbone(model: ModelPatcher, node: str) -> Backbone | None:
-    """None for a UNet that makes pictures from text; ValueError in words for a network that cannot be read."""
+    """None for a UNet that makes pictures from text; ValueError in words for a network that cannot
+    be read.
+    """
     backbone = require_network(model, node)
     if backbone is None:
         require_unet(model, node)

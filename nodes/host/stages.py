@@ -16,7 +16,9 @@ from .model import KEY, log
 
 
 def answering(model_options: Mapping[str, Any]) -> list[Any]:
-    """Keys of the other nodes that stand between the sampler and the model, and may answer in its place."""
+    """Keys of the other nodes that stand between the sampler and the model, and may answer in its
+    place.
+    """
     wrappers = (
         model_options.get("transformer_options", {})
         .get("wrappers", {})
@@ -37,7 +39,9 @@ def begin_keyframes(guider: Any) -> None:
 
 
 def _later(callback: Any, done: int, most: int, both: int) -> Callable[..., Any] | None:
-    """A sampler's callback for the one bar of two stages, `done` of whose steps lie behind; most: steps of this stage."""
+    """A sampler's callback for the one bar of two stages, `done` of whose steps lie behind; most:
+    steps of this stage.
+    """
     return callback and (
         lambda step, denoised, x, total: callback(done + min(step, most - 1), denoised, x, both)
     )
@@ -45,19 +49,20 @@ def _later(callback: Any, done: int, most: int, both: int) -> Callable[..., Any]
 
 @dataclass
 class Stages:
-    """The sampler runs again from the same noise; until the first injection it is handed the first stage's answers.
+    """The sampler runs again from the same noise; until the first injection it is handed the first
+    stage's answers.
 
-    So every sampler may be used, those with memory and those with noise of their own too. Where it asks something else than
-    the first time, the model answers.
+    So every sampler may be used, those with memory and those with noise of their own too. Where it
+    asks something else than the first time, the model answers.
     """
 
     story: Story
-    _answers: list[tuple[float, Tensor, Tensor]] = field(
-        default_factory=list
-    )  # sigma, x, denoised: before the first injection
+    # sigma, x, denoised: before the first injection
+    _answers: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
     _replaying: bool = False
     _heard: int = 0  # questions of the sampler in its last run that came to the story
-    _done: bool = False  # the first injection's noise level was reached: what follows differs in the second stage
+    # the first injection's noise level was reached: what follows differs in the second stage
+    _done: bool = False
 
     def sample(
         self,
@@ -100,7 +105,9 @@ class Stages:
     def _first_stage(
         self, run: Callable[..., Tensor], extra_args: dict[str, Any], callback: Any, noise: Tensor
     ) -> None:
-        """As far as the second one needs it; the draws that it makes are made again in the second."""
+        """As far as the second one needs it; the draws that it makes are made again in the
+        second.
+        """
         devices = [noise.device] if noise.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             try:
@@ -111,13 +118,16 @@ class Stages:
         self._replaying, self._heard = True, 0
 
     def _finish(self, model_options: dict[str, Any], steps: int) -> None:
-        """The story is told; steps that another node answered before it could be asked are named."""
+        """The story is told; steps that another node answered before it could be asked are
+        named.
+        """
         self.story.finish()
         if (
             answering(model_options) and self._heard < steps
         ):  # adaptive samplers may ask less often by themselves
             log.warning(
-                "%s: %d of %d steps were answered by another node without the model, so nothing was shared there. LazyCache does "
+                "%s: %d of %d steps were answered by another node without the model, so nothing "
+                "was shared there. LazyCache does "
                 "this: remove it, or let it begin later.",
                 NODE,
                 steps - self._heard,
@@ -125,7 +135,9 @@ class Stages:
             )
 
     def replayed(self, sigma: float, x: Tensor) -> Tensor | None:
-        """What the first stage answered to this very question, in its order; None: the model has to be asked."""
+        """What the first stage answered to this very question, in its order; None: the model has to
+        be asked.
+        """
         if not (self._replaying and self._answers):
             return None
         asked, seen, answer = self._answers.pop(0)

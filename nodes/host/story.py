@@ -1,4 +1,6 @@
-"""ConsiStory on a MODEL: its configuration, asked by the host's sampling, and where a UNet's features are."""
+"""ConsiStory on a MODEL: its configuration, asked by the host's sampling, and where a UNet's
+features are.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class StoryInjection(StorySetup):
 
 
 def layout_of(unet: Any, sites: Mapping[BlockId, BlockSite]) -> Layout:
-    """Features at twice the maps' resolution, or where there is self-attention beside the middle that is nearest to it."""
+    """Features at twice the maps' resolution, or where there is self-attention beside the middle
+    that is nearest to it.
+    """
     wanted = max(map_divisor(sites) // 2, 1)
     outside = [block for block in self_attentions(sites) if block[0] != "middle"]
     divisor = min(

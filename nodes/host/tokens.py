@@ -1,4 +1,6 @@
-"""A CLIP's tokens as the rows of its CONDITIONING: whose rows they are, and what the host puts around a prompt and cuts again."""
+"""A CLIP's tokens as the rows of its CONDITIONING: whose rows they are, and what the host puts
+around a prompt and cuts again.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,11 @@ from torch import Tensor
 from ...models.subject.words import Piece, byte_level
 
 CLIP = frozenset("lgh")  # the keys of CLIP's own text encoders
-OTHERS = frozenset(
-    {"byt5"}
-)  # encoders whose rows are an input of their own, beside the CONDITIONING
+# encoders whose rows are an input of their own, beside the CONDITIONING
+OTHERS = frozenset({"byt5"})
 TRIALS = "the", "of"  # prompts without a token in common: what both have is the template
-Token = tuple[
-    Any, ...
-]  # (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
+# (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
+Token = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Prompt:
     behind: int = 0  # those of the template behind it
 
     def first_row(self, rows: int) -> int | None:
-        """The row of token 0, negative where the beginning of the template is cut; None where the rows are no part of the tokens."""
+        """The row of token 0, negative where the beginning of the template is cut; None where the
+        rows are no part of the tokens.
+        """
         cut = self.tokens - rows
         if 0 <= cut <= self.before:
             return -cut
@@ -76,34 +78,41 @@ class Reader:
 
 
 def tokens_of(clip: Any, text: str, key: str | None = None) -> Sequence[Sequence[Token]]:
-    """A text's tokens with their word numbers, in chunks, by one encoder; SDXL's two see the same tokens, so the first answers."""
+    """A text's tokens with their word numbers, in chunks, by one encoder; SDXL's two see the same
+    tokens, so the first answers.
+    """
     tokens = clip.tokenize(text, return_word_ids=True)
     return tokens[key] if key else next(iter(tokens.values()))
 
 
 def readers_of(clip: Any) -> tuple[Reader, ...]:
-    """The encoders of which the CONDITIONING's rows may be made, in the order in which they stand in it."""
+    """The encoders of which the CONDITIONING's rows may be made, in the order in which they stand
+    in it.
+    """
     keys = list(clip.tokenize(TRIALS[0]))
     first = Reader(clip, keys[0], _by_the_clip(clip))
     texts = [key for key in keys if key not in CLIP | OTHERS]
     if not texts:
         return (first,)
-    main = (
-        "t5xxl" if "t5xxl" in texts else texts[0]
-    )  # HiDream's Llama is no row, Anima's Qwen is read as T5's tokens
+    # HiDream's Llama is no row, Anima's Qwen is read as T5's tokens
+    main = "t5xxl" if "t5xxl" in texts else texts[0]
     reader = Reader(clip, main, _by_vocabulary(clip, main), _template(clip, main))
     return (first, reader) if keys[0] in CLIP else (reader,)
 
 
 def plain(readers: Sequence[Reader]) -> bool:
-    """Whether all rows are CLIP's own, which UNets read by cross-attention: a text may stand there twice."""
+    """Whether all rows are CLIP's own, which UNets read by cross-attention: a text may stand there
+    twice.
+    """
     return all(reader.key in CLIP for reader in readers)
 
 
 def rows_of_tokens(
     readers: Sequence[Reader], prompts: Sequence[Prompt], cross: Tensor, extras: Mapping[str, Any]
 ) -> list[int | None]:
-    """The row of each encoder's token 0 in a CONDITIONING [1 w c]; None where its tokens make no rows that are known."""
+    """The row of each encoder's token 0 in a CONDITIONING [1 w c]; None where its tokens make no
+    rows that are known.
+    """
     if plain(readers):
         return [0]
     main = prompts[-1]

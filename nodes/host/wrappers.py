@@ -1,4 +1,6 @@
-"""Wrappers of the host's sampling on a MODEL: where a run begins, is asked and ends, and where a step's noise level is told."""
+"""Wrappers of the host's sampling on a MODEL: where a run begins, is asked and ends, and where a
+step's noise level is told.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def _outer_sample(
     injections = original["transformer_options"].get(KEY, ())
     if "multigpu_clones" in original:
         raise ValueError(
-            "Kindred: MultiGPU Work Units split the rows that share a subject over several devices. Remove that node."
+            "Kindred: MultiGPU Work Units split the rows that share a subject over several "
+            "devices. Remove that node."
         )
     backbone = require_backbone(guider.model_patcher, "Kindred")
     for injection in injections:
@@ -55,7 +58,8 @@ def _outer_sample(
 def _prepare_sampling(
     executor: Any, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> Any:
-    """Tell the host what the run will hold beside the UNet's own, in the one unit it knows: more pictures, of two rows each.
+    """Tell the host what the run will hold beside the UNet's own, in the one unit it knows: more
+    pictures, of two rows each.
 
     Else its free memory shrinks under it, and it splits cond and uncond by surprise.
     """
@@ -83,9 +87,8 @@ def _sampler_sample(
         run.asker = asker(executor.class_obj, extra_args["model_options"])
         run.begin(guider, extra_args["model_options"], noise.shape, sigmas)
         sample = run.stages.sample if run.stages else _in_one_stage
-        plain = (
-            options is not extra_args and len(run.sigmas) >= run.steps
-        )  # else some steps are at 0, or at no number
+        # else some steps are at 0, or at no number
+        plain = options is not extra_args and len(run.sigmas) >= run.steps
         run.foreseen = (
             foresee(executor.class_obj, run.sigmas, run.story, run.model_options) if plain else None
         )
@@ -95,14 +98,17 @@ def _sampler_sample(
     if run.foreseen is None or run.foreseen.right:
         return out
     log.info(
-        "Kindred: the model was asked for other noise levels than the sampler's, so the picture is made again with those."
+        "Kindred: the model was asked for other noise levels than the sampler's, so the picture is "
+        "made again with those."
     )
     begin_keyframes(guider)
     return whole(extra_args)
 
 
 def asker(sampler: Any, model_options: Mapping[str, Any]) -> Asker:
-    """A sampler as KSampler lists it, where it is a function as the host's are; else by its class."""
+    """A sampler as KSampler lists it, where it is a function as the host's are; else by its
+    class.
+    """
     function = getattr(getattr(sampler, "sampler_function", None), "__name__", None)
     name = (
         function.removeprefix("sample_").removesuffix("_function")
@@ -159,7 +165,8 @@ def _apply_model(
     options = transformer_options or {}
     run = options.get(KEY)
     if compiled(executor.class_obj, options) and _takes_more(executor.class_obj.diffusion_model):
-        # the compiler keeps no guard on the options: a call that looks like a plain one runs what was compiled for it
+        # the compiler keeps no guard on the options: a call that looks like a plain one runs what
+        # was compiled for it
         kwargs[KEY] = "run"
     story = run.story if isinstance(run, SamplerRun) else None
     if story is not None:
@@ -197,9 +204,8 @@ def _behind_vanilla(
     plain, active, watchers = QueryRecorder(story.settings.blocks), run.active, run.watchers
     try:
         run.active, run.watchers = [a for a in active if a is not story], [plain]
-        kept = control and {
-            k: list(v) if isinstance(v, list) else v for k, v in control.items()
-        }  # the UNet empties the lists
+        # the UNet empties the lists
+        kept = control and {k: list(v) if isinstance(v, list) else v for k, v in control.items()}
         executor(x, t, c_concat, c_crossattn, kept, options, **kwargs)
         run.active, run.watchers, story.vanilla = active, watchers, plain.tokens
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -215,7 +221,9 @@ def injected(model: ModelPatcher) -> tuple[Injection, ...]:
 def inject(
     model: ModelPatcher, injection: Injection, instead_of: Injection | None = None
 ) -> ModelPatcher:
-    """A clone of the MODEL with one more injection, or with one exchanged; the input MODEL is never changed."""
+    """A clone of the MODEL with one more injection, or with one exchanged; the input MODEL is never
+    changed.
+    """
     clone = model.clone()
     transformer = clone.model_options.setdefault("transformer_options", {})
     known = transformer.get(KEY, ())

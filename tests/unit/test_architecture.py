@@ -207,6 +207,18 @@ def test_no_shipped_file_trips_the_registrys_scanner():
     assert not trips, "\n".join(trips)
 
 
+def test_no_line_of_the_product_is_longer_than_100_columns() -> None:
+    """Comments and sentences too, which the formatter leaves alone."""
+    long = [
+        f"{name}:{number}"
+        for name in PACK
+        if not name.startswith("miniature/")
+        for number, line in enumerate((ROOT / name).read_text("utf-8").splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert not long
+
+
 def test_no_file_is_longer_than_500_lines():
     lengths = {
         name: len((ROOT / name).read_text("utf-8").splitlines())

@@ -1,4 +1,6 @@
-"""Which network a MODEL computes with, and what it is to the methods. A family is one function and one row; docs/adding_a_network.md."""
+"""Which network a MODEL computes with, and what it is to the methods. A family is one function and
+one row; docs/adding_a_network.md.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ UNHEARD: dict[str, str] = {
     "comfy.ldm.triposplat": SHAPES,
     "comfy.ldm.cascade": "Stable Cascade's stages are UNets of another kind",
 }
-# SVDQuant's networks run kernels of their own, which hand on no transformer options (ComfyUI-nunchaku)
+# SVDQuant's networks run kernels of their own, which hand on no transformer options
+# (ComfyUI-nunchaku)
 FOREIGN = ("ComfyFluxWrapper", "NunchakuQwenImageTransformer2DModel")
 FUSED = "its attention runs inside kernels of its own (nunchaku), where no other node is asked"
 OWN_WEIGHTS = "Load the same model in bf16, fp8 or GGUF instead."
@@ -58,7 +61,9 @@ def _below(name: str, package: str) -> bool:
 
 
 def _row(names: tuple[str, ...]) -> Row | str | None:
-    """The nearest ancestor's row, or why it is refused; None for a network that nobody has described."""
+    """The nearest ancestor's row, or why it is refused; None for a network that nobody has
+    described.
+    """
     for name in names:
         if name.rpartition(".")[2] in FOREIGN:
             return FUSED
@@ -73,7 +78,8 @@ def _row(names: tuple[str, ...]) -> Row | str | None:
 def recognise(model: ModelPatcher) -> Backbone | None:
     """What a MODEL's network is to the methods; None where it is a UNet, which has code of its own.
 
-    A network that cannot be read comes with `unheard`, a reason and a remedy; require_network makes an error of it.
+    A network that cannot be read comes with `unheard`, a reason and a remedy; require_network makes
+    an error of it.
     """
     net: Any = network(model)
     if isinstance(net, UNetModel):

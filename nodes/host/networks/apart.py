@@ -1,4 +1,6 @@
-"""Networks whose picture attends to itself in a softmax of its own and reads the text by cross-attention."""
+"""Networks whose picture attends to itself in a softmax of its own and reads the text by
+cross-attention.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def _self_and_cross(layers: Any) -> tuple[BlockId | None, ...]:
 
 
 def predict2(network: Any, model: ModelPatcher) -> Backbone:
-    """Cosmos Predict 2 (text to image) and Anima; Anima's text adapter calls no attention that can be heard."""
+    """Cosmos Predict 2 (text to image) and Anima; Anima's text adapter calls no attention that can
+    be heard.
+    """
     if getattr(model.model, "image_to_video", False):
         return refused(model, "it makes videos")
     return known(

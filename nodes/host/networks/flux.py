@@ -1,4 +1,6 @@
-"""FLUX's kin: double blocks, then single ones, text before picture, every block named by the host."""
+"""FLUX's kin: double blocks, then single ones, text before picture, every block named by
+the host.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ def _double_single(network: Any) -> tuple[tuple[str, int, int], ...]:
 def flux(network: Any, model: ModelPatcher) -> Backbone:
     """FLUX.1, FLUX.2 and LongCat-Image, which the host runs with one class.
 
-    LongCat's own BaseModel puts the picture at (1, y + T, x + T) behind a text of T tokens; FLUX.2's puts zeros before the text,
-    up to 512 rows.
+    LongCat's own BaseModel puts the picture at (1, y + T, x + T) behind a text of T tokens;
+    FLUX.2's puts zeros before the text, up to 512 rows.
     """
     of = kinds(model.model)
     moves = "comfy.model_base.LongCatImage" in of
@@ -44,7 +46,9 @@ def chroma(network: Any, model: ModelPatcher) -> Backbone:
 
 
 def hunyuan(network: Any, model: ModelPatcher) -> Backbone:
-    """HunyuanImage 2.1: two refiners of the text first. The same class makes videos, and refines pictures in a second pass."""
+    """HunyuanImage 2.1: two refiners of the text first. The same class makes videos, and refines
+    pictures in a second pass.
+    """
     of = kinds(model.model)
     if "comfy.model_base.HunyuanImage21" not in of:
         return refused(model, "it makes videos")
@@ -61,7 +65,9 @@ def hunyuan(network: Any, model: ModelPatcher) -> Backbone:
 
 
 def krea2(network: Any, model: ModelPatcher) -> Backbone:
-    """Krea 2: the layers of the text model are fused first, twice over layers and twice over tokens."""
+    """Krea 2: the layers of the text model are fused first, twice over layers and twice over
+    tokens.
+    """
     fusion = network.txtfusion
     return known(
         model,

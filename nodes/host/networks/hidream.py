@@ -11,7 +11,9 @@ from .parts import Row, blocks, known, side
 
 
 def i1(network: Any, model: ModelPatcher) -> Backbone:
-    """HiDream-I1: the picture, then T5, Llama's last layer and the block's own layer of it; calls known by their number."""
+    """HiDream-I1: the picture, then T5, Llama's last layer and the block's own layer of it; calls
+    known by their number.
+    """
     calls = blocks("double", network.double_stream_blocks) + blocks(
         "single", network.single_stream_blocks
     )
@@ -19,7 +21,8 @@ def i1(network: Any, model: ModelPatcher) -> Backbone:
 
 
 def o1(network: Any, model: ModelPatcher) -> Backbone:
-    """HiDream-O1: the queries are those of the time token and the picture alone, the keys are everybody's; pixels, no latents.
+    """HiDream-O1: the queries are those of the time token and the picture alone, the keys are
+    everybody's; pixels, no latents.
 
     Reference pictures stand behind the picture and, through the vision tower, inside the text.
     """

@@ -1,4 +1,6 @@
-"""Lumina 2's kin: refiners of the text and of the picture, then joint blocks; the picture's keys move with the text's length."""
+"""Lumina 2's kin: refiners of the text and of the picture, then joint blocks; the picture's keys
+move with the text's length.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from .parts import Row, blocks, known, side, silent, turn
 
 
 def lumina(network: Any, model: ModelPatcher) -> Backbone:
-    """Lumina 2, Z-Image and its pixel variant: the picture at (T + 1, y, x), padded to a multiple of tokens in Z-Image."""
+    """Lumina 2, Z-Image and its pixel variant: the picture at (T + 1, y, x), padded to a multiple
+    of tokens in Z-Image.
+    """
     calls = silent(network.context_refiner, network.noise_refiner) + blocks(
         "double", network.layers
     )
@@ -29,7 +33,9 @@ def lumina(network: Any, model: ModelPatcher) -> Backbone:
 
 
 def omnigen(network: Any, model: ModelPatcher) -> Backbone:
-    """OmniGen 2: the picture at (T, y, x) behind the text and the references; the host names no block."""
+    """OmniGen 2: the picture at (T, y, x) behind the text and the references; the host names no
+    block.
+    """
     calls = silent(network.context_refiner, network.noise_refiner) + blocks(
         "single", network.layers
     )

@@ -1,4 +1,6 @@
-"""What the rows of the table of networks share: names of classes, numbered blocks, the noise, how keys turn."""
+"""What the rows of the table of networks share: names of classes, numbered blocks, the noise, how
+keys turn.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,8 @@ from ....models.network.backbone import Backbone, Turn
 from ....models.network.blocks import BlockId
 from ..identity import family
 
-Row = Callable[
-    [Any, ModelPatcher], Backbone
-]  # the host's network and the MODEL around it -> what it is to the methods
+# the host's network and the MODEL around it -> what it is to the methods
+Row = Callable[[Any, ModelPatcher], Backbone]
 LISTED = (
     "Load an SD1.5, SD2.x, SDXL, SD3.5, FLUX, Chroma, Qwen-Image, Lumina 2 or Z-Image model, "
     "or another that docs/networks.md lists."
@@ -49,9 +50,8 @@ def known(model: ModelPatcher, **facts: Any) -> Backbone:
     """A Backbone with the model's name and noise filled in."""
     sampling = model.get_model_object("model_sampling")
     flow = isinstance(sampling, comfy.model_sampling.CONST)
-    scale = (
-        float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0
-    )  # CONST.noise_scaling alone reads it
+    # CONST.noise_scaling alone reads it
+    scale = float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0
     return Backbone(family=family(model), flow=flow, noise_scale=scale, **facts)
 
 
@@ -61,7 +61,9 @@ def refused(model: ModelPatcher, why: str, remedy: str = LISTED) -> Backbone:
 
 
 def turn(embedder: Any, axes: tuple[float, ...], halves: bool = False) -> Turn:
-    """Keys that move with the text's length, by the host's EmbedND: positions [1 l a] -> [1 1 l d/2 2 2]."""
+    """Keys that move with the text's length, by the host's EmbedND: positions [1 l a] ->
+    [1 1 l d/2 2 2].
+    """
 
     def rotation(positions: torch.Tensor) -> torch.Tensor:
         return embedder(positions[None])[0, 0]

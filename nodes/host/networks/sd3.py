@@ -1,4 +1,6 @@
-"""Stable Diffusion 3's kin: text before picture, positions in the hidden states instead of the keys, calls known by their number."""
+"""Stable Diffusion 3's kin: text before picture, positions in the hidden states instead of the
+keys, calls known by their number.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from .parts import Row, blocks, known, side
 
 
 def sd3(network: Any, model: ModelPatcher) -> Backbone:
-    """SD3 and SD3.5. In 3.5 medium's first blocks a second call holds the picture alone (x_block_self_attn)."""
+    """SD3 and SD3.5. In 3.5 medium's first blocks a second call holds the picture alone
+    (x_block_self_attn).
+    """
     calls: list[BlockId] = []
     for index, block in enumerate(network.joint_blocks):
         calls.append(("double", index, 0))

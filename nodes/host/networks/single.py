@@ -11,7 +11,9 @@ from .parts import Row, blocks, known, side
 
 
 def lens(network: Any, model: ModelPatcher) -> Backbone:
-    """Lens: picture, then text. Its patch of two cells is taken by the autoencoder: a cell of the latent is a token."""
+    """Lens: picture, then text. Its patch of two cells is taken by the autoencoder: a cell of the
+    latent is a token.
+    """
     return known(
         model,
         calls=blocks("double", network.transformer_blocks),
@@ -28,7 +30,9 @@ def pixeldit(network: Any, model: ModelPatcher) -> Backbone:
 
 
 def ideogram(network: Any, model: ModelPatcher) -> Backbone:
-    """Ideogram 4: text, picture. Its patch of two cells is taken by the autoencoder; its guider may sample the negative elsewhere."""
+    """Ideogram 4: text, picture. Its patch of two cells is taken by the autoencoder; its guider may
+    sample the negative elsewhere.
+    """
     return known(model, calls=blocks("single", network.layers), patch=1, stands=Stands.LAST)
 
 
