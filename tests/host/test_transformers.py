@@ -259,21 +259,36 @@ def test_hidden_states_of_a_transformer_are_refused(refused: str) -> None:
 
 
 def test_a_live_pass_ends_behind_the_last_block_that_is_read() -> None:
-    """A reference read in the double blocks alone costs their two calls of four, in each of three steps."""
+    """Of FLUX's four blocks in three steps: as many calls as there are blocks up to the last one read."""
     seen: list[int] = []
 
     def counted(func: Any, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(1)
+        run = kwargs["transformer_options"][host.KEY]
+        seen.append(not isinstance(run, host.SamplerRun))  # the reference's own pass
         return func(*args, **kwargs)
 
     model = tiny("Flux").clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = counted
-    counts = []
-    for blocks in ("double", "double 0", "all"):
+    counts = {}
+    for blocks in ("double 0", "double", "single 0", "all"):
         seen.clear()
         sample(inject(model, bank_of("Flux"), blocks=blocks), "Flux", cfg=1.0)
-        counts.append(len(seen))
-    assert 0 < counts[1] < counts[0] < counts[2]
+        counts[blocks] = sum(seen)
+    # the last block's own call need not be answered: what it reads was seen before
+    assert counts == {"double 0": 0, "double": 3, "single 0": 6, "all": 9}
+
+
+def test_a_repeated_text_is_refused_where_text_and_picture_share_a_softmax() -> None:
+    """What Subject Prompts does to lines of unequal length is right in a cross-attention alone."""
+    from kindred.models.run import REPEATS
+
+    repeated = prompt("Flux", **{REPEATS: (2,)})
+    with pytest.raises(ValueError, match="Flux reads text and picture in one attention"):
+        sample(inject(tiny("Flux"), bank_of("Flux")), "Flux", positive=repeated)
+    beside = prompt("Anima", **{REPEATS: (2,)})
+    assert (
+        sample(inject(tiny("Anima"), bank_of("Anima")), "Anima", positive=beside).isfinite().all()
+    )
 
 
 def test_a_batch_shares_one_pass_over_the_reference() -> None:
