@@ -17,6 +17,7 @@ class Studio:
     """The miniature in the host of this process, driven through the very nodes that a workflow runs."""
 
     size, batch = 128, 4  # of its pictures, and how many of one subject are sampled at once
+    scheduler = "ddim_uniform"
 
     def __init__(self, host: Path, steps: int, cfg: float, cpu: bool = True) -> None:
         import torch
@@ -95,7 +96,7 @@ class Studio:
                 self.steps,
                 cfg,
                 "euler",
-                "ddim_uniform",
+                self.scheduler,
                 positive,
                 self.empty(),
                 latent,
@@ -113,3 +114,16 @@ class Studio:
             yield calls
         finally:
             hook.remove()
+
+
+class FlowStudio(Studio):
+    """The same of the flow miniature, a transformer, at the state of training that is shipped."""
+
+    scheduler = "simple"
+
+    def load(self) -> tuple[Any, Any, Any]:
+        """MODEL, CLIP, VAE, by the host's own loader; the file lies in no folder that it lists."""
+        from comfy.sd import load_checkpoint_guess_config
+        from kindred.miniature.pack import FLOW_CHECKPOINT
+
+        return load_checkpoint_guess_config(str(FLOW_CHECKPOINT))[:3]

@@ -7,15 +7,19 @@ side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch
 from torch import Tensor
 
-from ...models.attention.fused import FusedAttend
+from ...models.attention.fused import Attend, FusedAttend
 from ...models.attention.joint import attend_rows
+from ...models.attention.parts import References
+from ...models.attention.sharing import Sharing
 from ...models.network.backbone import ALONE, CROSS
 from ...models.network.blocks import BlockId
 from ...models.network.call import Pass
@@ -26,8 +30,6 @@ from .networks.shapes import joined, plain
 from .page import warn
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
-
-
 # where the host hands native references to the networks that Backbone.references is False for
 NATIVE = ("ref_latents", "ref_patches", "ref_pixel_values")
 
@@ -126,6 +128,88 @@ def _told(options: Mapping[str, Any]) -> BlockId | None:
     return None if kind is None or index is None else (kind, index, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class _BlockCall:
+    """A block's attention in the layout of the methods: q [b n (h d)], k v [b m (h d)]."""
+
+    run: Run
+    block: BlockId
+    options: Mapping[str, Any]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+
+    def picture(self, tokens: Tensor) -> slice:
+        """Where the picture stands among the tokens [b n c]."""
+        count, native = self._counts()
+        return self.run.backbone.picture(tokens.shape[1], count, native)
+
+    def show(self) -> None:
+        """Hand what passes to the watchers: the picture's keys and values, and where it looks at
+        the text.
+        """
+        if self.block[0] == CROSS:  # it has no block of its own
+            return self._show_words((ALONE, *self.block[1:]), self.q)
+        keys = self.picture(self.k)
+        call = self.run.joint_call(self.block, self.options, keys, None)
+        for watcher in self.run.watchers:
+            own_k, own_v = self.k[:, keys], self.v[:, keys]
+            wanted = self.block in watcher.blocks  # else a view: copies of all take gigabytes
+            watcher.self_tokens(call, torch.cat([own_k, own_v], -1) if wanted else own_k)
+        if self.run.backbone.holds_text(self.block):
+            self._show_words(self.block, self.q[:, self.picture(self.q)])
+
+    def references(self) -> list[References | Sharing]:
+        """What the picture's queries read beside the keys of the call."""
+        if self.block[0] == CROSS:
+            return []
+        call = self.run.joint_call(self.block, self.options, self.picture(self.k), None)
+        self.run.hear(call)
+        return self.run.found(call, self.q[:, self.picture(self.q)], self.k, self.v)
+
+    def read(
+        self,
+        references: Sequence[References | Sharing],
+        attend: Attend,
+        kernel: Attend,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """[b n (h d)]: the picture's queries read them by `kernel`, all others are `attend`'s
+        alone.
+        """
+        keys = self.picture(self.k)
+
+        def of_picture(q: Tensor, mask: Tensor | None) -> Tensor:
+            call = self.run.joint_call(self.block, self.options, keys, mask)
+            return self.run.read(call, references, kernel, q, self.k, self.v, self.heads)
+
+        queries = self.picture(self.q)
+        return attend_rows(attend, self.q, self.k, self.v, self.heads, queries, of_picture, mask)
+
+    def _show_words(self, block: BlockId, q: Tensor) -> None:
+        """The picture's queries q [b n c] of a block, and those of the keys that are the text's."""
+        watchers = [watcher for watcher in self.run.watchers if block in watcher.map_blocks]
+        if not watchers:
+            return
+        count, native = self._counts()
+
+        def stands(rows: int) -> slice | None:
+            return self.run.backbone.text(self.k.shape[1], count, rows, native)
+
+        call, text = self.run.text_call(block, self.options, self.k.shape[1], stands)
+        for watcher in watchers:
+            watcher.cross(call, q, self.k[:, text], self.heads)
+
+    def _counts(self) -> tuple[int, int]:
+        """Tokens of the picture, and of the host's own reference latents, which it counts in a
+        list.
+        """
+        y, x = self.run.passing.grid
+        native = self.options.get("reference_image_num_tokens") or 0
+        return y * x, native if isinstance(native, int) else sum(native)
+
+
 def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
     """optimized_attention_override of a transformer; previous: another pack's, which computes what
     we ask for.
@@ -141,86 +225,41 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        def host(
-            q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **how: Any
-        ) -> Tensor:
-            if previous is not None:
-                return previous(func, q, k, v, heads, mask=mask, **how)
-            return func(q, k, v, heads, mask=mask, **how)
-
+        host = func if previous is None else partial(previous, func)
         options = kwargs.get("transformer_options") or {}
-        run = options.get(KEY)
-        if not isinstance(run, Run) or run.passing is None:
-            return host(q, k, v, heads, mask, **kwargs)
-        block = run.passing.next(_told(options), k.shape[2 if kwargs.get("skip_reshape") else 1])
-        if block is None or not (run.watchers or run.active):
-            return host(q, k, v, heads, mask, **kwargs)
-        own_q, own_k, own_v, restored = joined(q, k, v, heads, kwargs)
-        if block[0] == CROSS:
-            _show_words(run, (ALONE, *block[1:]), options, own_q, own_k, heads)
-            run.end_if_complete()
-            return host(q, k, v, heads, mask, **kwargs)
-        rest = plain(kwargs)
-
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
-        ) -> Tensor:
-            return host(q, k, v, heads, mask, **rest)
-
-        queries, keys = (_picture(run, options, tokens) for tokens in (own_q, own_k))
-        call = run.joint_call(block, options, keys, None)
-        for watcher in run.watchers:
-            # else a view: a copy of each block's would take gigabytes
-            wanted = block in watcher.blocks
-            own = own_k[:, keys], own_v[:, keys]
-            watcher.self_tokens(call, torch.cat(own, -1) if wanted else own[0])
-        if run.backbone.holds_text(block):
-            _show_words(run, block, options, own_q[:, queries], own_k, heads)
+        block = _block_of(options, k.shape[2 if kwargs.get("skip_reshape") else 1])
+        if block is None:
+            return host(q, k, v, heads, mask=mask, **kwargs)
+        run: Run = options[KEY]
+        *tokens, restored = joined(q, k, v, heads, kwargs)
+        call = _BlockCall(run, block, options, *tokens, heads)
+        call.show()
         run.end_if_complete()
-        run.hear(call)
-        found = run.found(call, own_q[:, queries], own_k, own_v)
-        if not found:
-            return host(q, k, v, heads, mask, **kwargs)
+        references = call.references()
+        if not references:
+            return host(q, k, v, heads, mask=mask, **kwargs)
+        attend = _in_layout(host, plain(kwargs))
         fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
         kernel = FusedAttend(attend) if fused else attend
-
-        def read(q: Tensor, mask: Tensor | None) -> Tensor:
-            call = run.joint_call(block, options, keys, mask)
-            return run.read(call, found, kernel, q, own_k, own_v, heads)
-
-        return restored(attend_rows(attend, own_q, own_k, own_v, heads, queries, read, mask))
+        return restored(call.read(references, attend, kernel, mask))
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
 
 
-def _show_words(
-    run: Run, block: BlockId, options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int
-) -> None:
-    """Hand on the picture's queries q [b n c] and, of the keys k [b m c], those of the text."""
-    watchers = [watcher for watcher in run.watchers if block in watcher.map_blocks]
-    if not watchers:
-        return
-    y, x = run.passing.grid
-    references = _counted(options.get("reference_image_num_tokens"))
-
-    def stands(rows: int) -> slice | None:
-        return run.backbone.text(k.shape[1], y * x, rows, references)
-
-    call, text = run.text_call(block, options, k.shape[1], stands)
-    for watcher in watchers:
-        watcher.cross(call, q, k[:, text], heads)
+def _block_of(options: Mapping[str, Any], keys: int) -> BlockId | None:
+    """The block whose attention is asked, with so many keys; None where it is none of ours."""
+    run = options.get(KEY)
+    if not isinstance(run, Run) or run.passing is None:
+        return None
+    block = run.passing.next(_told(options), keys)
+    return block if run.watchers or run.active else None
 
 
-def _counted(counts: Any) -> int:
-    """Tokens of the host's own reference latents: a list of their counts, or none."""
-    if not counts:
-        return 0
-    return sum(counts) if isinstance(counts, (list, tuple)) else int(counts)
+def _in_layout(host: Callable[..., Tensor], rest: Mapping[str, Any]) -> Attend:
+    """The host's attention of tokens [b n (h d)]."""
 
+    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+        return host(q, k, v, heads, mask=mask, **rest)
 
-def _picture(run: Run, options: Mapping[str, Any], tokens: Tensor) -> slice:
-    """Where the picture stands among the tokens [b n c] of a call."""
-    y, x = run.passing.grid
-    references = _counted(options.get("reference_image_num_tokens"))
-    return run.backbone.picture(tokens.shape[1], y * x, references)
+    return attend
