@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from .denoiser import add_host, build_text, load_tokenizer
 from .layout import FLOW_LAYOUT
 from .pack import CHECKPOINT, TABLE
+from .world import CLASSES
 
 SILENT = (
     "img_mod.lin",
@@ -46,40 +45,13 @@ def build_flow(host: Path) -> nn.Module:
     return flow
 
 
-def attend(
-    func: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None = None,
-    **rest: Any,
-) -> Tensor:
-    """Plain matrix products [b h n d] -> [b n (h d)], in the host's override: faster in the backward pass on a CPU."""
-    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1)
-    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-
-
-def velocity(flow: nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    """x [b c y x] at noise level sigma [b] in 0..1, context [b 77 64], pooled [b 64] -> dx/dsigma [b c y x]."""
-    return flow(
-        x, sigma, context, pooled, transformer_options={"optimized_attention_override": attend}
+def class_rows(host: Path, captions: Sequence[str]) -> Tensor:
+    """The row of each caption's class word among its tokens [captions]; 0 where it has none."""
+    tokens, alone = (
+        load_tokenizer(host)(texts) for texts in (list(captions), [f"a {c}" for c in CLASSES])
     )
-
-
-@contextmanager
-def training(host: Path) -> Iterator[None]:
-    """The host's rotary kernels have a gradient only while it trains, and its blocks write into what the backward pass reads."""
-    add_host(host)
-    import comfy.model_management
-
-    before = comfy.model_management.in_training
-    comfy.model_management.in_training = True
-    try:
-        with torch.autograd.graph.allow_mutation_on_saved_tensors():
-            yield
-    finally:
-        comfy.model_management.in_training = before
+    found = torch.isin(tokens, alone[:, 2])  # behind the start token and "a"
+    return torch.where(found.any(1), found.int().argmax(1), 0)
 
 
 @torch.no_grad()

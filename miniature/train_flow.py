@@ -1,19 +1,24 @@
 """Trains the flow miniature's transformer on latents of renderings: rectified flow (Liu et al. 2022), z_s = (1 - s) x + s noise.
 
-Noise levels are logit-normal (Esser et al. 2024), with mean 0.6 and deviation 1.
+Noise levels are logit-normal (Esser et al. 2024), with mean 0.6 and deviation 1. A small loss pulls
+the class word's maps towards the subject's true mask, as in the UNet miniature's training.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .data import training_set
-from .flow import build_flow, captions_encoded, training, velocity
+from .flow import build_flow, captions_encoded, class_rows
+from .flow_forward import Forward
 from .latents import latents_of
 from .layout import FLOW
 from .training import (
@@ -22,6 +27,7 @@ from .training import (
     average_gradients,
     build_optimizers,
     follow,
+    location_loss,
     rate,
     resume,
     save,
@@ -32,7 +38,9 @@ from .world import CLASSES, SCENES, all_captions, caption
 log = logging.getLogger(__name__)
 DECAY = 0.998  # of the averaged weights
 MEAN, DEVIATION = 0.6, 1.0  # of the logits of the noise levels
+MASK_WEIGHT = 0.01
 SAVE_EVERY = 200
+PROGRESS = "flow %d/%d velocity %.4f mask %.3f %.3f s/step"
 AT_THE_RIM = (
     "img_in.",
     "txt_in.",
@@ -50,6 +58,82 @@ def noise_levels(count: int, draw: torch.Generator) -> Tensor:
     ).float()
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from."""
+
+    clean: Tensor  # latents of spread 1 [b c y x]
+    noise: Tensor
+    sigma: Tensor  # [b]
+    context: Tensor  # [b 77 64]
+    pooled: Tensor  # [b 64]
+    word: Tensor  # the class word's row of the text [b]; 0: the caption has none
+    masks: Tensor  # how much of each token the subject covers [b (y x)]
+
+    @property
+    def noised(self) -> Tensor:
+        s = self.sigma[:, None, None, None]
+        return (1 - s) * self.clean + s * self.noise
+
+
+class Examples:
+    """The renderings of one worker, from which each step draws its own."""
+
+    def __init__(self, run: Run, host: Path, latents: Tensor, spread: float, count: int) -> None:
+        """latents [r c y x]: this worker's share of the first `count` renderings."""
+        captions = all_captions()
+        everything = training_set(run.folder, run.renderings)
+        share = slice(run.rank, count, run.workers)
+        self.run, self.latents, self.spread = run, latents, spread
+        self.labels = everything.labels[share]
+        self.masks = covered(everything.masks[share], latents.shape[-1])
+        self.rows = {text: row for row, text in enumerate(captions)}
+        context, pooled = captions_encoded(host, captions)
+        words = class_rows(host, captions)
+        self.texts = tuple(part.to(run.device) for part in (context, pooled, words))
+
+    def draw(self, step: int, size: int) -> Batch:
+        """The same for the same seed, step and worker."""
+        run = self.run
+        draw = torch.Generator().manual_seed((run.seed << 40) + step * run.workers + run.rank)
+        index = torch.randint(len(self.latents), (size,), generator=draw)
+        seeds = torch.randint(1 << 30, (size,), generator=draw).tolist()
+        drawn = zip(self.labels[index].tolist(), seeds, strict=True)
+        text = [self.rows[caption(CLASSES[c], SCENES[s], seed)] for (c, s, *_), seed in drawn]
+        clean = self.latents[index].float() / self.spread
+        noise = torch.randn(clean.shape, generator=draw)
+        sigma = noise_levels(size, draw)
+        moved = (part.to(run.device) for part in (clean, noise, sigma))
+        return Batch(
+            *moved, *(part[text] for part in self.texts), self.masks[index].float().to(run.device)
+        )
+
+
+def covered(masks: np.ndarray, grid: int) -> Tensor:
+    """Subject masks bool [r y x] -> the share of each token that is the subject [r (grid grid)]."""
+    parts = [
+        F.avg_pool2d(torch.from_numpy(part).unsqueeze(1).float(), masks.shape[-1] // grid)
+        for part in np.array_split(masks, max(len(masks) // 1000, 1))
+    ]
+    return torch.cat(parts).flatten(1).half()
+
+
+def losses_of(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The velocity's squared error, and how far the class word's maps are from the masks."""
+    predicted, maps = forward(batch.noised, batch.sigma, batch.context, batch.pooled, batch.word)
+    named = batch.word.nonzero()[:, 0]
+    located = location_loss([shown[named] for shown in maps], batch.masks[named])
+    return (predicted.float() - (batch.noise - batch.clean)).square().mean(), located
+
+
+def learners(flow: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """What Muon trains, the matrices of the blocks, and what AdamW trains."""
+    named = list(flow.named_parameters())
+    matrices = [p for n, p in named if p.ndim > 1 and not n.startswith(AT_THE_RIM)]
+    chosen = {id(p) for p in matrices}
+    return matrices, [p for _, p in named if id(p) not in chosen]
+
+
 def train_flow(
     run: Run, host: Path, steps: int, batch: int = 32, peak: float = 2e-3, count: int = 16_000
 ) -> None:
@@ -57,51 +141,32 @@ def train_flow(
     path = run.folder / f"{FLOW}transformer.pt"
     torch.manual_seed(run.seed)
     flow = build_flow(host).to(run.device)
-    matrices = [
-        p for n, p in flow.named_parameters() if p.ndim > 1 and not n.startswith(AT_THE_RIM)
-    ]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in flow.parameters() if id(p) not in chosen]
+    matrices, others = learners(flow)
     optimizers = build_optimizers(matrices, others, peak, run)
     average, state = resume(path, flow, optimizers, run)
     start = state["step"] if state else 0
-    captions = all_captions()
-    rows = {text: row for row, text in enumerate(captions)}
-    context, pooled = (part.to(run.device) for part in captions_encoded(host, captions))
     latents = latents_of(run, count, FLOW)
     spread = spread_of(latents, state, run)
-    labels = training_set(run.folder, run.renderings).labels[run.rank : count : run.workers]
-    rows_each = batch // run.workers
-    began, total = time.monotonic(), 0.0
+    examples = Examples(run, host, latents, spread, count)
+    forward = Forward(flow).compiled() if run.compiled else Forward(flow)
+    began, totals = time.monotonic(), np.zeros(2)
     for step in range(start, steps):
-        draw = torch.Generator().manual_seed((run.seed << 40) + step * run.workers + run.rank)
-        index = torch.randint(len(latents), (rows_each,), generator=draw)
-        seeds = torch.randint(1 << 30, (rows_each,), generator=draw).tolist()
-        drawn = zip(index.tolist(), seeds, strict=True)
-        text = torch.tensor(
-            [rows[caption(CLASSES[labels[i, 0]], SCENES[labels[i, 1]], seed)] for i, seed in drawn]
-        )
-        clean = (latents[index].float() / spread).to(run.device)
-        noise = torch.randn(clean.shape, generator=draw).to(run.device)
-        sigma = noise_levels(rows_each, draw).to(run.device)
-        s = sigma[:, None, None, None]
-        with training(host), torch.autocast(run.device.type, torch.bfloat16):
-            predicted = velocity(
-                flow, (1 - s) * clean + s * noise, sigma, context[text], pooled[text]
-            ).float()
-            loss = (predicted - (noise - clean)).square().mean()
+        with torch.autocast(run.device.type, torch.bfloat16):
+            losses = losses_of(forward, examples.draw(step, batch // run.workers))
             flow.zero_grad(set_to_none=True)
-            loss.backward()
+            (losses[0] + MASK_WEIGHT * losses[1]).backward()
         average_gradients([*matrices, *others], run.workers)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         advance(optimizers, rate(step, steps, peak))
         follow(average, flow, step, DECAY)
-        total += float(loss.detach())
-        if (step + 1) % 50 == 0 and run.rank == 0:
+        totals += [float(loss.detach()) for loss in losses]
+        if run.rank:
+            continue
+        if (step + 1) % 50 == 0:
             seconds = (time.monotonic() - began) / (step + 1 - start)
-            log.info("flow %d/%d velocity %.4f %.3f s/step", step + 1, steps, total / 50, seconds)
-            total = 0.0
-        if ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps) and run.rank == 0:
+            log.info(PROGRESS, step + 1, steps, *(totals / 50), seconds)
+            totals[:] = 0
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {
                 "model": flow.state_dict(),
                 "average": average,
@@ -109,6 +174,6 @@ def train_flow(
                 "step": step + 1,
                 "spread": spread,
                 "seed": run.seed,
-                "loss": float(loss.detach()),
+                "loss": float(losses[0].detach()),
             }
             save(path, state)

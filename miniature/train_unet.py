@@ -25,6 +25,7 @@ from .training import (
     average_gradients,
     build_optimizers,
     follow,
+    location_loss,
     rate,
     resume,
     save,
@@ -61,15 +62,7 @@ def mask_loss(maps: dict[tuple[str, int], Tensor], word: Tensor, target: Tensor)
     target: mask coverage [b n] in 0..1.
     """
     rows = word.nonzero()[:, 0]
-    share = target[rows] / target[rows].sum(1, keepdim=True)
-    losses = []
-    for layer in MASK_LAYERS:
-        column = maps[layer][rows, :, word[rows]]
-        column = column / column.sum(1, keepdim=True)
-        losses.append(
-            (share * (share.clamp(min=1e-6).log() - column.clamp(min=1e-6).log())).sum(1).mean()
-        )
-    return torch.stack(losses).mean()
+    return location_loss([maps[layer][rows, :, word[rows]] for layer in MASK_LAYERS], target[rows])
 
 
 def train_unet(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class Run:
     renderings: int = 24_000
     workers: int = 1  # processes that share one step and average their gradients (gloo); 1 trains in this process
     rank: int = 0
+    compiled: bool = False  # the flow's forward pass: needs a C++ compiler
 
 
 def as_pictures(images: np.ndarray, device: torch.device) -> Tensor:
@@ -100,6 +102,20 @@ def spread_of(latents: Tensor, state: dict | None, run: Run) -> float:
         torch.distributed.broadcast(shared, 0)
         spread = float(shared)
     return spread
+
+
+def location_loss(columns: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Cross-entropy between where a word is looked at and where its subject is, mean over layers.
+
+    columns: of each layer, how much every position looks at the word [b n]; target: how much of
+    each position the subject covers [b n] in 0..1.
+    """
+    share = target / target.sum(1, keepdim=True)
+    losses = []
+    for column in columns:
+        seen = (column / column.sum(1, keepdim=True)).clamp(min=1e-6).log()
+        losses.append((share * (share.clamp(min=1e-6).log() - seen)).sum(1).mean())
+    return torch.stack(losses).mean()
 
 
 def average_gradients(parameters: list[Tensor], workers: int) -> None:
