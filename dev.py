@@ -10,7 +10,7 @@ python3 dev.py soak       hundreds of mixed prompts to one server: memory, times
 python3 dev.py workflows  makes the canvas workflows and their pictures from workflows/api
 python3 dev.py setup      only make (or repair) the environment
 
-The environment is one virtual environment and one ComfyUI in your cache folder, named by the hash of tools/pins.
+The environment is one virtual environment and one ComfyUI in your cache folder, named by the hash of tools/workshop/pins.
 `--host DIR --python PATH` uses a ComfyUI and a Python of your own instead.
 """
 
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools" / room) for room in ("client", "workshop")]
 
 from environment import Environment, Refusal, clean_environment, existing, setup  # noqa: E402
 from results import IN_GIT  # noqa: E402
@@ -203,6 +203,12 @@ PASSED_ON = {  # programs of tools/ with command lines of their own
 }
 
 
+def program(command: str) -> Path:
+    """The file that a command of PASSED_ON is passed on to."""
+    room = "evidence" if command == "evaluate" else "workshop"
+    return ROOT / "tools" / room / f"{command}.py"
+
+
 def command_line() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument(
@@ -238,7 +244,7 @@ def command_line() -> argparse.ArgumentParser:
             help=text,
             description=text,
             allow_abbrev=False,
-            usage=f"dev.py {name} [options of tools/{name}.py]",
+            usage=f"dev.py {name} [options of {program(name).relative_to(ROOT).as_posix()}]",
         )
     return parser
 
@@ -255,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
             signal.SIGTERM, lambda *_: sys.exit(143)
         )  # so that children are stopped on the way out
     try:
-        if passes_on and not (ROOT / "tools" / f"{chosen.command}.py").is_file():
+        if passes_on and not program(chosen.command).is_file():
             raise Refusal(f"This version of Kindred has no `{chosen.command}` yet.")
         own_host = chosen.host or chosen.python
         environment = (
@@ -270,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
             return test(environment, chosen.k, chosen.fast)
         if chosen.command == "serve":
             return serve(environment, chosen.port, chosen.cpu, chosen.base)
-        return run(environment, [str(ROOT / "tools" / f"{chosen.command}.py"), *rest])
+        return run(environment, [str(program(chosen.command)), *rest])
     except Refusal as refusal:
         print(f"\n{refusal}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ SCENES, SEED = ("beach", "meadow"), 2
 
 def make(host: Path, path: Path) -> float:
     """Samples the anchors and writes them to `path`; returns the file's MiB."""
-    sys.path.append(str(ROOT / "tools"))
+    sys.path.append(str(ROOT / "tools" / "workshop"))
     import torch
     from miniature_host import Studio
 

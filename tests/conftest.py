@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [
     place for place in sys.path if Path(place or ".").resolve() != ROOT
 ]  # `python -m pytest` puts it there
-sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path += [str(ROOT / "tools" / room) for room in ("client", "workshop", "evidence")]
+sys.path.append(str(ROOT / "tests"))
 
 from checkout import as_kindred  # noqa: E402
 from environment import STRAYS  # noqa: E402

@@ -40,7 +40,7 @@ def read_full_face(
     if given != mlp or not all(shapes[name] for name in mlp):
         raise ValueError(
             f"{path.name} is {kind_of(given)}. Choose a file that Concept Encoder Train or "
-            f"tools/train_concept_encoder.py "
+            f"tools/workshop/train_concept_encoder.py "
             "made, or IP-Adapter full-face weights."
         )
     tower_width = shapes["image_proj.proj.0.weight"][0]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != TESTS.parent]
-sys.path += [str(TESTS.parent / "tools"), str(TESTS / "host")]
+sys.path += [str(TESTS.parent / "tools" / "workshop"), str(TESTS / "host")]
 
 from boot import boot  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""tools/automate.py as its user starts it, without a package, against real hosts: one subject on two of them, Ctrl-C, a restart.
+"""tools/client/automate.py as its user starts it, without a package, against real hosts: one subject on two of them, Ctrl-C, a restart.
 
 The subject has five steps, so that making it and drawing with it is quick.
 """
@@ -52,7 +52,7 @@ def start(workflow: Path | str, *words: object) -> subprocess.Popen:
             "-E",
             "-s",
             "-S",
-            str(ROOT / "tools" / "automate.py"),
+            str(ROOT / "tools" / "client" / "automate.py"),
             str(path),
             "--json",
             *map(str, words),
@@ -358,7 +358,7 @@ def documented() -> list[list[str]]:
             commands += [
                 shlex.split(line)[2:]
                 for line in lines
-                if line.startswith("python3 tools/automate.py")
+                if line.startswith("python3 tools/client/automate.py")
             ]
     return commands
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py as a user starts it: the same numbers twice, a stop and its continuation, and a checkpoint of one's own."""
+"""tools/evidence/evaluate.py as a user starts it: the same numbers twice, a stop and its continuation, and a checkpoint of one's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ pytestmark = [
 
 def begin(out: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--out", str(out), *words],
+        [
+            sys.executable,
+            str(ROOT / "tools" / "evidence" / "evaluate.py"),
+            "--out",
+            str(out),
+            *words,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -94,7 +94,7 @@ def test_every_command_of_the_readme_is_run_here() -> None:
 @pytest.mark.slow
 def test_the_readmes_commands_run_in_their_order_in_one_clone(clone: Path) -> None:
     before = subprocess.run(
-        [sys.executable, "tools/archive.py"], cwd=clone, capture_output=True, text=True
+        [sys.executable, "tools/workshop/archive.py"], cwd=clone, capture_output=True, text=True
     ).stdout
     for name in commands():
         command, *more = name.split()
@@ -120,7 +120,10 @@ def test_the_readmes_commands_run_in_their_order_in_one_clone(clone: Path) -> No
         assert git(clone, "status", "--porcelain") == "", name
         assert (
             subprocess.run(
-                [sys.executable, "tools/archive.py"], cwd=clone, capture_output=True, text=True
+                [sys.executable, "tools/workshop/archive.py"],
+                cwd=clone,
+                capture_output=True,
+                text=True,
             ).stdout
             == before
         ), name

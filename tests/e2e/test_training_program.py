@@ -1,4 +1,6 @@
-"""tools/train_concept_encoder.py as a user starts it, on the miniature with a dozen pictures: runs, kills, two processes, a full disk.
+"""tools/workshop/train_concept_encoder.py as a user starts it, on the miniature with a dozen pictures.
+
+Runs, kills, two processes, a full disk.
 
 A start costs ten seconds, so the tests share their runs: `whole` steps 1 to 8 at once, `begun` is its first step by itself.
 """
@@ -23,7 +25,7 @@ from kindred.models.concept.file import load_concept_encoder
 from PIL import Image
 
 HOST = os.environ.get("KINDRED_HOST")
-PROGRAM = str(ROOT / "tools" / "train_concept_encoder.py")
+PROGRAM = str(ROOT / "tools" / "workshop" / "train_concept_encoder.py")
 TOWER = (
     '{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, '
     '"patch_size": 8, "hidden_act": "quick_gelu"}'

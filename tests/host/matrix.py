@@ -302,7 +302,7 @@ def seeded(model: Any, s: Setting, mark: Marks | None = None) -> tuple[Tensor, s
 
 def main(host: str, file: str) -> None:
     """Every row's plain pictures, by a host without the pack."""
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tools" / "workshop"))
     from boot import boot
 
     torch.set_num_threads(1)

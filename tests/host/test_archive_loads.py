@@ -30,7 +30,7 @@ def test_the_archive_is_the_pack(host, tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(ROOT / "tools"), str(folder)],
+        [sys.executable, "-c", SCRIPT, str(ROOT / "tools" / "workshop"), str(folder)],
         capture_output=True,
         text=True,
         cwd=tmp_path,

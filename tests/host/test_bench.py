@@ -1,4 +1,7 @@
-"""tools/bench.py as a user starts it, on the tiny model: every case, its UNet calls counted exactly, and the JSON that tells them."""
+"""tools/workshop/bench.py as a user starts it, on the tiny model.
+
+Every case, its UNet calls counted exactly, and the JSON that tells them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def bench(*words: str, family: str = "tiny") -> subprocess.CompletedProcess:
     return subprocess.run(
         [
             sys.executable,
-            str(ROOT / "tools" / "bench.py"),
+            str(ROOT / "tools" / "workshop" / "bench.py"),
             "--host",
             os.environ["KINDRED_HOST"],
             "--family",

@@ -1,4 +1,4 @@
-"""Rounds that nobody measured: what the laws of tools/bench.py are said in."""
+"""Rounds that nobody measured: what the laws of tools/workshop/bench.py are said in."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_git_reads_comfyignore_as_we_do():
     "name",
     [
         "tests/unit/test_archive.py",
-        "tools/archive.py",
+        "tools/workshop/archive.py",
         "dev.py",
         ".github/workflows/test.yml",
         ".comfyignore",
@@ -177,10 +177,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_another_repository_in_the_environment_is_not_asked(checkout: Path, tmp_path: Path) -> None:
     """As git leaves it to its hooks, to `rebase --exec` and to aliases of another clone."""
-    tools = checkout / "tools"
-    tools.mkdir()
-    for name in ("archive.py", "terminal.py"):
-        (tools / name).write_bytes((ROOT / "tools" / name).read_bytes())
+    for name in ("tools/workshop/archive.py", "tools/client/terminal.py"):
+        (checkout / name).parent.mkdir(parents=True)
+        (checkout / name).write_bytes((ROOT / name).read_bytes())
     other = tmp_path / "other"
     other.mkdir()
     git("init", "-q", cwd=other)
@@ -194,7 +193,7 @@ def test_another_repository_in_the_environment_is_not_asked(checkout: Path, tmp_
         "GIT_OBJECT_DIRECTORY": other / ".git" / "objects",
         "GIT_COMMON_DIR": other / ".git",
     }
-    program = f"import sys; sys.path.insert(0, {str(tools)!r}); import archive; print(*archive.files('.py'))"
+    program = f"import sys; sys.path.insert(0, {str(checkout / 'tools' / 'workshop')!r}); import archive; print(*archive.files('.py'))"
     for names in (["GIT_DIR"], ["GIT_INDEX_FILE"], ["GIT_WORK_TREE", "GIT_DIR"], [*theirs]):
         told = subprocess.run(
             [sys.executable, "-c", program],
@@ -207,8 +206,8 @@ def test_another_repository_in_the_environment_is_not_asked(checkout: Path, tmp_
         assert told.stdout.split() == [
             "kept.py",
             "new.py",
-            "tools/archive.py",
-            "tools/terminal.py",
+            "tools/client/terminal.py",
+            "tools/workshop/archive.py",
             "tracked.py",
         ], names
 

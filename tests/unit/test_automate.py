@@ -1,4 +1,7 @@
-"""tools/automate.py against hosts that only pretend: faults on the line, restarts, refusals, several hosts, Ctrl-C, and what is saved."""
+"""tools/client/automate.py against hosts that only pretend.
+
+Faults on the line, restarts, refusals, several hosts, Ctrl-C, and what is saved.
+"""
 
 from __future__ import annotations
 
@@ -397,7 +400,7 @@ def test_ctrl_c_takes_back_its_own_prompt_and_says_so(host, tmp_path, deaf):
     program = subprocess.Popen(
         [
             sys.executable,
-            str(ROOT / "tools" / "automate.py"),
+            str(ROOT / "tools" / "client" / "automate.py"),
             "w.json",
             "--server",
             host.url,
@@ -489,7 +492,14 @@ def test_the_program_needs_nothing_but_python(tmp_path):
 
     def run(*words):
         return subprocess.run(
-            [sys.executable, "-E", "-s", "-S", str(ROOT / "tools" / "automate.py"), *words],
+            [
+                sys.executable,
+                "-E",
+                "-s",
+                "-S",
+                str(ROOT / "tools" / "client" / "automate.py"),
+                *words,
+            ],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -511,7 +521,7 @@ def test_the_client_needs_two_files_beside_it_and_no_package():
         "print(*sorted(n for n, m in sys.modules.items() if (getattr(m, '__file__', 0) or '').startswith(sys.argv[1])))"
     )
     done = subprocess.run(
-        [sys.executable, "-E", "-s", "-S", "-c", script, str(ROOT / "tools")],
+        [sys.executable, "-E", "-s", "-S", "-c", script, str(ROOT / "tools" / "client")],
         capture_output=True,
         text=True,
         check=True,

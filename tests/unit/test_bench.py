@@ -1,4 +1,4 @@
-"""Laws of tools/bench.py without a host: the table, the block of a page, the command line, refusals."""
+"""Laws of tools/workshop/bench.py without a host: the table, the block of a page, the command line, refusals."""
 
 from __future__ import annotations
 

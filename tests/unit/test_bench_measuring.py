@@ -1,4 +1,4 @@
-"""Laws of how tools/bench.py measures: what rounds say, how cases are chosen, clocks."""
+"""Laws of how tools/workshop/bench.py measures: what rounds say, how cases are chosen, clocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/canvas.py finds the browser that is there."""
+"""tools/workshop/canvas.py finds the browser that is there."""
 
 import pytest
 

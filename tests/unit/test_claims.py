@@ -12,7 +12,7 @@ from kindred.models.claims import dead, first_free, hold, release
 from kindred.models.files import whole
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAD = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); from checkout import as_kindred; as_kindred()\n"
+HEAD = f"import sys; sys.path.insert(0, {str(ROOT / 'tools' / 'workshop')!r}); from checkout import as_kindred; as_kindred()\n"
 SAVES = (
     HEAD
     + """

@@ -155,7 +155,8 @@ def test_an_archive_that_would_leave_its_folder_is_refused(tmp_path, name):
 def test_two_setups_do_not_meet(tmp_path):
     """While the lock is held another process waits; when the holder is gone it gets through."""
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); from pathlib import Path; from environment import only_one\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools' / 'workshop')!r})\n"
+        "from pathlib import Path; from environment import only_one\n"
         f"with only_one(Path({str(tmp_path / 'l')!r})): print('in', flush=True)"
     )
     with only_one(tmp_path / "l"):

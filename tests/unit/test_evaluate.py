@@ -14,8 +14,8 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+import workers
 from evaluate import alone, bounded, fill, jobs_of, measure, measured, strip
-from evaluation import workers
 from evaluation.catalogue import DEFAULT, PLAIN, TABLES
 from evaluation.ground import BOUNDS, SHOWN, Job, Setting
 from evaluation.journal import Journal
@@ -23,9 +23,9 @@ from evaluation.options import chosen, parse
 from evaluation.report import family, plots
 from evaluation.rows import INPUTS, Row
 from evaluation.tables import MINIATURE, Filled, Table
-from evaluation.workers import WorkerError, one_thread, pooled, stoppable
 from hypothesis import given
 from hypothesis import strategies as st
+from workers import WorkerError, one_thread, pooled, stoppable
 
 # rows ------------------------------------------------------------------------------------------------------------------------
 

@@ -36,8 +36,8 @@ GRAPH = {
 def test_the_programs_are_found() -> None:
     assert {
         "dev.py",
-        "tools/automate.py",
-        "tools/archive.py",
+        "tools/client/automate.py",
+        "tools/workshop/archive.py",
         "miniature/train.py",
         "miniature/album.py",
     } <= set(PROGRAMS)
@@ -53,13 +53,15 @@ def test_every_program_runs_as_the_laws_below_want_it(name: str) -> None:
 
 
 def three_jobs(folder: Path, **more: object) -> subprocess.CompletedProcess[bytes]:
-    """tools/automate.py with titles and lines in Chinese."""
+    """tools/client/automate.py with titles and lines in Chinese."""
     (folder / "w.json").write_text(json.dumps(GRAPH), "utf-8")
     (folder / "lines.txt").write_text("\u4e00\n\u4e8c\n\u4e09\n", "utf-8")
     with FakeHost() as host:
         words = ["w.json", "--server", host.url, "--each", "2.prompts=@lines.txt"]
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tools" / "automate.py"), *words], cwd=folder, **more
+            [sys.executable, str(ROOT / "tools" / "client" / "automate.py"), *words],
+            cwd=folder,
+            **more,
         )
     assert len(host.posts) == len(list((folder / "pictures").glob("*.png"))) == 3, done
     return done
@@ -132,7 +134,10 @@ def test_jobs_go_on_without_standard_streams(tmp_path: Path, closed: str) -> Non
 def settled(lines: str, **more: object) -> subprocess.CompletedProcess[str]:
     """A program of these lines, begun as all of them are."""
     own = "".join(f"    {line}\n" for line in lines.splitlines())
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import terminal\ndef main():\n{own}\nterminal.run_program(main)\n"
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools' / 'client')!r}); import terminal\n"
+        f"def main():\n{own}\nterminal.run_program(main)\n"
+    )
     return subprocess.run(
         [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, **more
     )
@@ -222,7 +227,10 @@ def text_of(program: str) -> str:
     """A program with the files of the room that its options lie in, where it has one."""
     text = (ROOT / program).read_text("utf-8")
     for room in re.findall(r"^from (\w+)\.options import", text, re.M):
-        text += "".join(f.read_text("utf-8") for f in sorted((ROOT / "tools" / room).glob("*.py")))
+        text += "".join(
+            f.read_text("utf-8")
+            for f in sorted((ROOT / program).parent.joinpath(room).glob("*.py"))
+        )
     return text
 
 
@@ -283,7 +291,7 @@ def test_a_folder_that_a_program_makes_in_the_repository_is_none_of_its_files(
         words = [tmp_path / "w.json", "--server", host.url, "--out", out]
         for _ in range(2):
             subprocess.run(
-                [sys.executable, "tools/automate.py", *words],
+                [sys.executable, "tools/client/automate.py", *words],
                 cwd=repository,
                 check=True,
                 capture_output=True,
@@ -291,7 +299,7 @@ def test_a_folder_that_a_program_makes_in_the_repository_is_none_of_its_files(
     assert len(list((repository / out).glob("*.png"))) == 2
     assert git("status", "--porcelain", cwd=repository).stdout == ""
     listed = subprocess.run(
-        [sys.executable, "tools/archive.py"],
+        [sys.executable, "tools/workshop/archive.py"],
         cwd=repository,
         check=True,
         capture_output=True,
@@ -341,7 +349,11 @@ def test_every_program_with_outputs_prepares_them() -> None:
         if options:
             with_outputs[name] = options
             assert re.search(r"\b(prepare|make_folder|HostServer)\(", text), (name, options)
-    assert {"tools/automate.py", "tools/bench.py", "tools/evaluate.py"} <= set(with_outputs)
+    assert {
+        "tools/client/automate.py",
+        "tools/workshop/bench.py",
+        "tools/evidence/evaluate.py",
+    } <= set(with_outputs)
 
 
 def test_figures_at_the_top_are_nobodys() -> None:

@@ -1,4 +1,4 @@
-"""Laws of tools/soak.py without a host: what breaks a law, what does not, and that no prompt repeats another."""
+"""Laws of tools/workshop/soak.py without a host: what breaks a law, what does not, and that no prompt repeats another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ComfyUI's page in a headless Chromium: load a workflow, press Run, wait, look. For the browser tests and tools/workflows.py.
+"""ComfyUI's page in a headless Chromium: load a workflow, press Run, wait, look. For the browser tests and tools/workshop/workflows.py.
 
 with browser() as chromium, chromium.page(server.url, vue=True) as canvas:
     canvas.load(workflow)

@@ -23,6 +23,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
+
 from benching.catalogue import CASES, GROUPS, PLAIN, Key, chosen, left_out, name_of
 from benching.clocks import Clock, clock_of, forget_peak, peak_of_process
 from benching.ground import DTYPES, Ground, Setting
@@ -39,9 +41,9 @@ from benching.report import (
 )
 from benching.rounds import Job, play, table
 from boot import ATTENTION
-from evaluation.workers import stoppable
 from results import prepare
 from terminal import run_program
+from workers import stoppable
 
 STOPPED, REFUSED = 130, 2
 PATIENCE = 20  # seconds that a stopped child has to print its table

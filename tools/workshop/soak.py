@@ -24,6 +24,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
+
 from checkout import version
 from client import Client, HostError, Interrupted, NodeFailed, Progress, PromptRefused
 from host_server import HostServer

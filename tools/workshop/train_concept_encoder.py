@@ -1,10 +1,11 @@
 """Trains a concept encoder for a base model from a folder of pictures (paper A, arXiv 2403.11284, section 2.3 and 3.1).
 
-  accelerate launch tools/train_concept_encoder.py --host COMFYUI --checkpoint sd15.safetensors --clip-vision vit-l.safetensors \\
-      --images FOLDER --prompt "a photo of a face" --out RUN
+  accelerate launch tools/workshop/train_concept_encoder.py --host COMFYUI --checkpoint sd15.safetensors \\
+      --clip-vision vit-l.safetensors --images FOLDER --prompt "a photo of a face" --out RUN
 
-One process, on a GPU or (--cpu) the CPU. Several GPUs: accelerate launch --multi_gpu --num_processes 4 tools/train_concept_encoder.py ...
-Several processes on a CPU, where accelerate launch starts but one: python -m torch.distributed.run --nproc_per_node 2 tools/... --cpu
+One process, on a GPU or (--cpu) the CPU. Several GPUs: accelerate launch --multi_gpu --num_processes 4 tools/workshop/...
+Several processes on a CPU, where accelerate launch starts but one:
+  python -m torch.distributed.run --nproc_per_node 2 tools/workshop/... --cpu
 p processes with --batch b are one with --batch p * b. The same command goes on from the newest state in --out after any kill.
 Pictures may lie in subfolders, one per subject: then the tower sees another picture of the subject than the UNet draws.
 NAME.txt beside NAME.png is its prompt. Writes RUN/<name>.safetensors (put it into models/concept_encoders), log.csv, validation
@@ -15,11 +16,15 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
+
 from boot import boot
 from concept_training.options import parse
 from concept_training.run import Training

@@ -1,9 +1,9 @@
 """What the nodes have promised: the golden record of their shape, the English locale, and which translations are out of date.
 
-python3 tools/schemas.py               what differs from tests/host/object_info.json and locales/en
-python3 tools/schemas.py --accept      write both anew: the change is meant
-python3 tools/schemas.py --stale       English strings that changed since their Chinese was written
-python3 tools/schemas.py --translated  the Chinese was looked at: it is up to date now
+python3 tools/workshop/schemas.py               what differs from tests/host/object_info.json and locales/en
+python3 tools/workshop/schemas.py --accept      write both anew: the change is meant
+python3 tools/workshop/schemas.py --stale       English strings that changed since their Chinese was written
+python3 tools/workshop/schemas.py --translated  the Chinese was looked at: it is up to date now
 
 Runs in the environment of dev.py, or with KINDRED_HOST in the Python at hand.
 """
@@ -21,15 +21,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
+
 from terminal import run_program
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN, MADE_FROM = (
     ROOT / "tests" / "host" / "object_info.json",
     ROOT / "tests" / "host" / "translated_from.json",
 )
 LOCALES = ROOT / "locales"
-HOW = "If that is meant: python3 tools/schemas.py --accept"
+HOW = "If that is meant: python3 tools/workshop/schemas.py --accept"
 WORDS = {"tooltip", "display_name"}  # told by the locales, free to change
 FILE = re.compile(r".+\.(safetensors|ckpt|pt|pth|bin|png|jpg|jpeg|webp)( \[\w+\])?")
 

@@ -18,10 +18,13 @@ DECIDES = (
     "models/**/*.py",
     "miniature/*.py",
     "miniature/weights/**/*.safetensors",
-    "tools/miniature_host.py",
-    "tools/boot.py",
-    "tools/pictures.py",
-    *(f"tools/evaluation/{name}.py" for name in ("personalize", "story", "real", "judges")),
+    "tools/workshop/miniature_host.py",
+    "tools/workshop/boot.py",
+    "tools/workshop/pictures.py",
+    *(
+        f"tools/evidence/evaluation/{name}.py"
+        for name in ("personalize", "story", "real", "judges")
+    ),
 )
 
 

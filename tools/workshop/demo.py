@@ -4,7 +4,7 @@ Without arguments it uses the miniature and a rendered subject that the miniatur
 With --checkpoint and --reference the same job runs on your own SD1.5, SD2.x or SDXL checkpoint and photo.
 Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.json with self-attention injection, with the concept
 encoder, with both, and with both strengths 0. A checkpoint of your own has a concept encoder only if you give one.
-With --story the pictures share a subject of their own instead: tools/demo.py --story --help.
+With --story the pictures share a subject of their own instead: tools/workshop/demo.py --story --help.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
 from checkout import ROOT, as_kindred, version
 from client import Client, HostError, Progress
@@ -314,7 +316,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--story",
         action="store_true",
-        help="a story instead; tools/demo.py --story --help tells its options",
+        help="a story instead; tools/workshop/demo.py --story --help tells its options",
     )
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Makes the canvas form of every shipped workflow from its API form: python3 dev.py workflows [NAME ...]
 
 workflows/api/<name>.json is the source. The real page loads it, this program lays it out (groups from `_meta.group`, in the order of
-the file, left to right; the note of tools/workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
+the file, left to right; the note of workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
 With --run it also presses Run and keeps the thumbnail, and the pictures of the help pages (web/docs/images) come from the same runs.
 """
 
@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
 from canvas import Canvas, browser
 from checkout import ROOT
@@ -161,9 +164,9 @@ def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     made = without_nulls(drawn)
     versions = {
         "kindred": version(),
-        "comfy-core": json.loads((ROOT / "tools" / "pins" / "host.json").read_text("utf-8"))[
-            "comfyui"
-        ],
+        "comfy-core": json.loads(
+            (ROOT / "tools" / "workshop" / "pins" / "host.json").read_text("utf-8")
+        )["comfyui"],
     }
     for node in made["nodes"]:
         if node["type"] == "MarkdownNote":

@@ -26,15 +26,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path[1:1] = [str(Path(__file__).resolve().parents[1] / room) for room in ("client", "workshop")]
+
 from checkout import as_kindred, version
 from evaluation import real
 from evaluation.ground import BOUNDS, SHOWN, Job, Miniature, Setting
 from evaluation.journal import Journal, fingerprint
 from evaluation.options import chosen, parse
 from evaluation.tables import MINIATURE, Filled, Ground, Table, listed
-from evaluation.workers import WorkerError, pooled, stoppable
 from results import prepare
 from terminal import run_program
+from workers import WorkerError, pooled, stoppable
 
 PLAINLY_NAMED = (
     "table_2",

@@ -1,6 +1,6 @@
 """Make Kindred's environment, once: a virtual environment and a real ComfyUI in the user's cache folder, hash-checked.
 
-Standard library only: this runs before anything is installed. The pins are in tools/pins; the folder is named by their hash.
+Standard library only: this runs before anything is installed. The pins are in tools/workshop/pins; the folder is named by their hash.
 """
 
 from __future__ import annotations

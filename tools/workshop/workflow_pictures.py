@@ -1,6 +1,6 @@
 """Runs the shipped workflows in the page and keeps their pictures: thumbnails of the template browser, pictures of the help pages.
 
-tools/workflows.py --run calls this. A help page shows the node as the canvas draws it, over what a workflow made with it.
+tools/workshop/workflows.py --run calls this. A help page shows the node as the canvas draws it, over what a workflow made with it.
 """
 
 from __future__ import annotations

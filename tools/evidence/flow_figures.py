@@ -1,6 +1,6 @@
 """Paper A's training-free half on the flow miniature as it is shipped: a photo, and the same subject in another scene.
 
-python3 tools/flow_figures.py [--count 6] [--first 300] [--steps 16] [--out SHEET.png]
+python3 tools/evidence/flow_figures.py [--count 6] [--first 300] [--steps 16] [--out SHEET.png]
 
 Held-out identities, each photo of one class and scene, drawn again in another scene, CFG 4. The reader tells how alike the identity
 is; beside it stand a random other identity (floor), the same one rendered again (ceiling), and the photo of the next identity.
@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path[1:1] = [str(Path(__file__).resolve().parents[1] / room) for room in ("client", "workshop")]
 
 from miniature_host import FlowStudio
 from results import prepare

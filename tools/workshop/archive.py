@@ -1,6 +1,6 @@
 """What users install: the files that git tracks, less those that .comfyignore names, as `comfy node pack` puts them together.
 
-python3 tools/archive.py    lists them with their sizes
+python3 tools/workshop/archive.py    lists them with their sizes
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import subprocess
+import sys
 from pathlib import Path, PurePosixPath
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
 from terminal import run_program
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # names another repository, as git itself does for its hooks and aliases; what `git rev-parse --local-env-vars` tells, less settings
 ELSEWHERE = (
     "GIT_DIR",

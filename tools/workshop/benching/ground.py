@@ -45,7 +45,7 @@ def refuse_other_attention(attention: str) -> None:
         raise RuntimeError(
             f"--attention {attention}: the host was asked for {wanted} with {flag}, but took "
             f"{optimized_attention.__name__}. Another "
-            "version of it may call it otherwise; take the ComfyUI that tools/pins names."
+            "version of it may call it otherwise; take the ComfyUI that tools/workshop/pins names."
         )
 
 

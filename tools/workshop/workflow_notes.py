@@ -1,4 +1,4 @@
-"""What each shipped workflow says on the canvas: its title and its note. tools/workflows.py puts them there.
+"""What each shipped workflow says on the canvas: its title and its note. tools/workshop/workflows.py puts them there.
 
 Names in ** ** are titles of the workflow's own nodes, or their inputs; a test looks them up.
 """
@@ -161,6 +161,6 @@ NOTES = {
         "**Before**: the miniature's encoder fits no other family. "
         + SIZES
         + "The paper takes 100,000 steps at 1e-5; for days of "
-        "training, tools/train_concept_encoder.py is the same loop.",
+        "training, tools/workshop/train_concept_encoder.py is the same loop.",
     ),
 }

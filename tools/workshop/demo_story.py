@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
 from checkout import ROOT
 from client import Client
@@ -179,10 +182,13 @@ def saved_name(told: Told) -> str:
 
 @contextmanager
 def counting_server(given: argparse.Namespace) -> Iterator[HostServer]:
-    """A host with the pack and tools/count_calls.py."""
+    """A host with the pack and tools/workshop/count_calls.py."""
     with tempfile.TemporaryDirectory(prefix="kindred-", ignore_cleanup_errors=True) as base:
         (Path(base) / "custom_nodes").mkdir()
-        link(ROOT / "tools" / "count_calls.py", Path(base) / "custom_nodes" / "count_calls.py")
+        link(
+            ROOT / "tools" / "workshop" / "count_calls.py",
+            Path(base) / "custom_nodes" / "count_calls.py",
+        )
         models = {"checkpoints": [given.checkpoint]} if given.checkpoint else None
         with HostServer(given.host, base=Path(base), models=models) as server:
             yield server

@@ -1,7 +1,7 @@
 """Writes the table of laws in docs/networks.md: every family of transformers against every law, from a run of the tests.
 
-python3 tools/law_table.py             runs them (two minutes) and writes the table
-python3 tools/law_table.py --from FILE  takes the JUnit report of a run that there was
+python3 tools/workshop/law_table.py             runs them (two minutes) and writes the table
+python3 tools/workshop/law_table.py --from FILE  takes the JUnit report of a run that there was
 
 Runs in the environment of dev.py, or with KINDRED_HOST in the Python at hand.
 """
@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
+
 from terminal import run_program
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "networks.md"
-BEGIN, END = "<!-- laws: tools/law_table.py writes this -->", "<!-- end of laws -->"
+BEGIN, END = "<!-- laws: tools/workshop/law_table.py writes this -->", "<!-- end of laws -->"
 ROOM = "tests/host"
 LAWS = {  # heading of a column: file and test
     "calls": "test_networks.py::test_a_pass_makes_the_calls_that_the_backbone_says",

@@ -1,1 +1,0 @@
-"""Prompts and laws of tools/soak.py."""

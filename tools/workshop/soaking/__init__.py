@@ -1,0 +1,1 @@
+"""Prompts and laws of tools/workshop/soak.py."""
