@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from uuid import uuid4
 
 from torch import Tensor
 
@@ -19,14 +18,29 @@ from .attention.parts import References
 from .attention.sharing import Sharing
 from .network.backbone import Backbone
 from .network.blocks import BlockId, Grid, block_name
-from .network.call import Asker, AttnCall, Joint, Part, Pass, Role, is_resized
+from .network.call import Asker, AttnCall, Joint, Part, Pass, is_resized
 from .network.sites import BlockSite
 from .network.traced import Traced, trace
 from .network.watch import ActiveInjection, PassEnds, Watcher
 
-# what Subject Prompts leaves inside CONDITIONING: where the subject's words stand
-SUBJECT = "kindred_subject"
-REPEATS = "kindred_repeats"  # and how many times each row's text stands in it
+
+@dataclass(frozen=True)
+class Said:
+    """What the host says of a call of the model, and of the attention in it that is asked.
+
+    names: of the call's parts, in the order of its rows; rows, size: of the latents that the model
+    was called with; block, grid: of the attention.
+    """
+
+    names: tuple[Any, ...] = ()
+    rows: int = 0
+    size: Grid | None = None
+    block: BlockId | None = None
+    grid: Grid = (0, 0)
+
+
+def _as_it_is(said: Said) -> Said:
+    return said
 
 
 @dataclass
@@ -39,7 +53,9 @@ class Run:
     # nobody wants the UNet's answer: a pass ends with what the last watcher waits for
     ends_early: bool = False
     sites: dict[BlockId, BlockSite] = field(default_factory=dict)
-    parts: dict[Any, Part] = field(default_factory=dict)  # by the cond's uuid
+    parts: dict[Any, Part] = field(default_factory=dict)  # by the names that calls give them
+    # what the host hands to a call -> what it says
+    translate: Callable[[Any], Said] = _as_it_is
     latent: Grid = (0, 0)
     handed: Grid | None = None  # size of what the sampler asks about now; None: the latent's
     part: str = ""  # as of AttnCall
@@ -57,6 +73,8 @@ class Run:
     drop: Callable[[], None] | None = None  # takes away what was left on a module for its next call
     wanted: set[int] = field(default_factory=set)  # ids of active ones that should have been read
     heard: set[int] = field(default_factory=set)  # of those that an attention asked
+    # what was said of this run, each once; None: nothing is said of it
+    ways: set[str] | None = None
 
     def asks(self, size: Grid, who: Asker) -> None:
         """The sampler is about to ask for a picture of this size."""
@@ -67,38 +85,27 @@ class Run:
             else f"{who} asks the model about {y}x{x} of a latent of {height}x{width}"
         )
 
-    def read_conds(self, conds: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Give every processed cond its own uuid (the host shares one between area twins) and
-        remember its role.
-        """
-        for kind, entries in conds.items():
-            role = Role.UNCOND if "negative" in kind else Role.COND
-            for entry in entries:
-                entry["uuid"] = uuid4()
-                text = getattr(entry.get("model_conds", {}).get("c_crossattn"), "cond", None)
-                self.parts[entry["uuid"]] = Part(
-                    role,
-                    tuple(entry["area"]) if entry.get("area") else None,
-                    None if text is None else text.shape[1],
-                    entry.get(REPEATS, (1,)),
-                    entry.get(SUBJECT),
-                    None if (rows := entry.get("cross_attn")) is None else rows.shape[1],
-                )
+    def expect(self, parts: Mapping[Any, Part]) -> None:
+        """Parts that calls will name."""
+        self.parts.update(parts)
 
-    def parts_of(self, options: Mapping[str, Any]) -> list[Part]:
+    def parts_of(self, asked: Any) -> list[Part]:
         """The parts of a call in their order. Tiled diffusion stacks several tiles of all of them,
         one tile behind the other.
         """
-        # called past the sampler: nobody we know
-        parts = [self.parts.get(u, Part()) for u in options.get("uuids") or (None,)]
-        rows, whole = options.get("original_shape", (0,))[0], len(parts) * self.pictures
-        return parts * (rows // whole) if whole and rows > whole and not rows % whole else parts
+        return self._parts(self.translate(asked))
 
-    def call(self, options: Mapping[str, Any], text: int | None = None) -> AttnCall:
-        """Translate extra_options; text: tokens of the context of a cross-attention, None in
-        self-attention.
-        """
-        parts = self.parts_of(options)
+    def _parts(self, said: Said) -> list[Part]:
+        # called past the sampler: nobody we know
+        parts = [self.parts.get(name, Part()) for name in said.names or (None,)]
+        whole = len(parts) * self.pictures
+        several = whole and said.rows > whole and not said.rows % whole
+        return parts * (said.rows // whole) if several else parts
+
+    def call(self, asked: Any, text: int | None = None) -> AttnCall:
+        """A UNet's call; text: tokens of a cross-attention's context, None in self-attention."""
+        said = self.translate(asked)
+        parts = self._parts(said)
         repeats = (
             ()
             if text is None
@@ -107,25 +114,25 @@ class Run:
             )
         )
         return AttnCall(
-            (*options["block"], options["block_index"]),
-            tuple(options["activations_shape"][2:]),
+            said.block,
+            said.grid,
             tuple(p.role for p in parts),
             tuple(p.area for p in parts),
             self.handed or self.latent,
             text is not None,
             repeats if any(r != 1 for part in repeats for r in part) else (),
             tuple(parts),
-            tuple(options["original_shape"][2:]) if "original_shape" in options else None,
+            said.size,
             part=self.part,
         )
 
     def joint_call(
-        self, block: BlockId, options: Mapping[str, Any], picture: slice, mask: Tensor | None
+        self, block: BlockId, asked: Any, picture: slice, mask: Tensor | None
     ) -> AttnCall:
-        """A call of a transformer, translated; picture: of its keys. ValueError where a text stands
-        there several times.
+        """A call of a transformer; picture: of its keys. ValueError where a text stands there
+        several times.
         """
-        parts = self.parts_of(options)
+        parts = self.parts_of(asked)
         if self.backbone.joint and any(r != 1 for part in parts for r in part.repeats):
             raise ValueError(
                 f"Kindred: lines of unequal length were made equal by repeating the shorter ones, "
@@ -149,7 +156,7 @@ class Run:
     def text_call(
         self,
         block: BlockId,
-        options: Mapping[str, Any],
+        asked: Any,
         keys: int,
         stands: Callable[[int], slice | None],
     ) -> tuple[AttnCall, slice]:
@@ -159,7 +166,7 @@ class Run:
         keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as
         Backbone.text says.
         """
-        call = self.joint_call(block, options, slice(0), None)
+        call = self.joint_call(block, asked, slice(0), None)
         rows = [p.rows for p in call.texts] if self.backbone.joint else [keys for _ in call.texts]
         where = [None if r is None else stands(r) for r in rows]
         seen = [at for at in where if at is not None]

@@ -12,10 +12,9 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.run import REPEATS, SUBJECT
 from ..models.subject.words import SubjectTokens, positions_of, subjects_in
 from . import host
-from .host import TEXT, Prompt
+from .host import REPEATS, SUBJECT, TEXT, Prompt
 
 NODE = "Subject Prompts"
 MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common multiple

@@ -33,6 +33,9 @@ from .learning import (
 )
 from .model import (
     KEY,
+    REPEATS,
+    SAMPLER,
+    SUBJECT,
     TEXT,
     Conditioning,
     Encoder,
@@ -95,9 +98,12 @@ __all__ = [
     "ManagedEncoder",
     "Prompt",
     "REFERENCES",
+    "REPEATS",
     "Reader",
     "Reference",
+    "SAMPLER",
     "SIDES",
+    "SUBJECT",
     "SamplerRun",
     "StoryInjection",
     "TEXT",

@@ -18,7 +18,6 @@ from ...models.network.watch import PassEnds
 from ...models.run import Run
 from .foreign import hands_on, told_once
 from .model import KEY, log
-from .run import SamplerRun
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
 
@@ -102,7 +101,7 @@ def _say_unheard(run: Run, x: Tensor) -> None:
     the host's function.
     """
     call, run.pending = run.pending, None
-    if call is None or call.unknown or not isinstance(run, SamplerRun) or "unheard" in run.ways:
+    if call is None or call.unknown or run.ways is None or "unheard" in run.ways:
         return
     tokens = x.new_empty(run.asked)
     if run.found(call, tokens, tokens, tokens):

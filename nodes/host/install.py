@@ -20,6 +20,7 @@ from .attention import (
     unet_override,
     until_complete,
 )
+from .calls import said_in
 from .joint import joint_override, joint_pass
 from .model import KEY
 
@@ -32,7 +33,7 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
     """
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = options.setdefault("transformer_options", {})
-    transformer[KEY] = run
+    transformer[KEY], run.translate = run, said_in
     run.compiled = run.compiled or COMPILE_KEY in transformer.get("wrappers", {}).get(
         WrappersMP.APPLY_MODEL, {}
     )

@@ -26,7 +26,10 @@ from ...models.noise.path import DIFFUSION, Diffusion, Flow
 from ...models.reference.bank import ReferenceBank
 
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
-TEXT = "kindred_text"  # what Subject Prompts leaves inside CONDITIONING, beside SUBJECT and REPEATS
+SAMPLER = "kindred_sampler"  # and of a sampler's own run, beside what its calls read
+# what Subject Prompts leaves inside CONDITIONING: the text, where the subject's words stand in it,
+# and how many times each row's text stands there
+TEXT, SUBJECT, REPEATS = "kindred_text", "kindred_subject", "kindred_repeats"
 SPECIAL = ("area", "mask", "control", "hooks", "gligen", "start_percent", "end_percent")
 Inversion, Reference = io.Custom("KINDRED_INVERSION"), io.Custom("KINDRED_REFERENCE")
 Encoder = io.Custom("KINDRED_CONCEPT_ENCODER")

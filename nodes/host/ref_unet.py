@@ -17,12 +17,15 @@ from ...models.network.call import Half
 from ...models.noise.inversion import Loop
 from ...models.reference.bank import ReferenceBank, ReferencePrompt
 from ...models.reference.recorder import Recorder
-from ...models.run import SUBJECT, Run
+from ...models.run import Run
+from .calls import named_parts
 from .install import install
 from .latents import framed, unframed
 from .model import (
     KEY,
+    SAMPLER,
     SPECIAL,
+    SUBJECT,
     TEXT,
     Conditioning,
     draws_by_unet,
@@ -107,7 +110,7 @@ def _bare(model_options: dict[str, Any], run: Run | None, watched: bool = False)
     kept = {
         k: v
         for k, v in model_options.get("transformer_options", {}).items()
-        if k not in ("wrappers", "callbacks", KEY)
+        if k not in ("wrappers", "callbacks", KEY, SAMPLER)
     }
     options = {"transformer_options": kept}
     return options if run is None else install(options, run, watched)
@@ -174,7 +177,7 @@ class _ReferenceSampler(comfy.samplers.Sampler):
             )
             seen = (
                 next(reversed(self.recorder.tokens.values()), denoised)
-                if self.run and self.run.ends_early
+                if self.run and self.run.calls.ends_early
                 else denoised
             )
             if not self.checked and not torch.isfinite(seen).all():
@@ -224,9 +227,9 @@ def reference_pass(
     run = None
     if recorder or draws_by_unet(model):  # of any other network nothing is asked but its answer
         watchers = [recorder] if recorder else []
-        run = SamplerRun(watchers=watchers, ends_early=ends_early, backbone=recognise(model))
+        run = SamplerRun(Run(watchers, ends_early, backbone=recognise(model)))
     guider = _ReferenceGuider(bare)
-    guider.model_options = _bare(bare.model_options, run)
+    guider.model_options = _bare(bare.model_options, run and run.calls)
     guider.inner_set_conds(
         {"positive": _conditioning(positive)}
         | ({"negative": _conditioning(negative)} if negative else {})
@@ -268,8 +271,8 @@ def reference_tokens(
             f"{bank.trajectory.schedule})"
         )
         way = f"live, {why}" if step is None else "cached"
-        if way.split(",")[0] not in run.ways:
-            run.ways.add(way.split(",")[0])
+        if way.split(",")[0] not in run.calls.ways:
+            run.calls.ways.add(way.split(",")[0])
             log.info("Kindred: the reference is read %s.", way)
         run.step_tokens = {
             key: _live_tokens(run, bank, sigma, halves)
@@ -324,11 +327,11 @@ def watch_reference(
         watchers=[recorder],
         ends_early=True,
         latent=tuple(x.shape[-2:]),
-        sites=run.sites,
-        compiled=run.compiled,
+        sites=run.calls.sites,
+        compiled=run.calls.compiled,
         backbone=run.backbone,
     )
-    inner.read_conds(conds)
+    inner.expect(named_parts(conds))
     try:
         patcher = run.guider.model_patcher
         with (

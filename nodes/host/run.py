@@ -15,13 +15,15 @@ from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.network.blocks import BlockId
-from ...models.network.call import Asker, Half
+from ...models.network.backbone import Backbone
+from ...models.network.blocks import BlockId, Grid
+from ...models.network.call import Asker, Half, Part
 from ...models.network.watch import ActiveInjection
 from ...models.reference.bank import ReferenceBank
 from ...models.reference.rows import RowReader
 from ...models.run import Run
 from ...models.story.story import Story
+from .calls import named_parts
 from .foresight import Foreseen
 from .model import log, network
 from .page import warn
@@ -42,9 +44,10 @@ class Injection(Protocol):
 
 
 @dataclass
-class SamplerRun(Run):
-    """A run under one of the host's guiders."""
+class SamplerRun:
+    """A run under one of the host's guiders; calls: what its attentions read."""
 
+    calls: Run
     injections: tuple[Injection, ...] = ()
     stages: Stages | None = None  # of a story that needs two
     guider: Any = None
@@ -52,8 +55,6 @@ class SamplerRun(Run):
     step_tokens: dict[
         tuple[int, float, frozenset[Half]], Mapping[Half, Mapping[BlockId, Tensor]]
     ] = field(default_factory=dict)
-    ways: set[str] = field(default_factory=set)  # cached, live: each is logged once
-    pictures: int = 0  # in the sampled batch
     sigmas: tuple[float, ...] = ()  # of this sampler run, descending, without the last 0
     steps: int = 0
     story: Story | None = None
@@ -61,11 +62,35 @@ class SamplerRun(Run):
     foreseen: Foreseen | None = None
     asker: Asker = Asker()
 
+    def __post_init__(self) -> None:
+        self.calls.ways = set()
+
+    @property
+    def parts(self) -> Mapping[Any, Part]:
+        """Of the prompts, by the names that calls give them."""
+        return self.calls.parts
+
+    @property
+    def latent(self) -> Grid:
+        """Size of the sampled latents."""
+        return self.calls.latent
+
+    @property
+    def pictures(self) -> int:
+        """In the sampled batch."""
+        return self.calls.pictures
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """Of a transformer; None: a UNet."""
+        return self.calls.backbone
+
     def say_unread(self) -> None:
         """Warn, once the run is over, of each injection that should have been read and was in no
         block at no step.
         """
-        for node in dict.fromkeys(a.node for a in self.active if id(a) in self.wanted - self.heard):
+        unread = self.calls.wanted - self.calls.heard
+        for node in dict.fromkeys(a.node for a in self.calls.active if id(a) in unread):
             warn(
                 f"{node}: nothing of it was read in any block at any step, so it is not in these "
                 f"pictures. Another node computes the "
@@ -80,33 +105,31 @@ class SamplerRun(Run):
         """Called once the host has loaded the model and processed its conds; shape [b c y x] of the
         sampled latents.
         """
-        self.guider, self.model_options, self.latent = guider, model_options, tuple(shape[-2:])
-        self.handed, self.part = None, ""
-        self.pictures, self.sigmas = (
-            shape[0],
-            tuple(s for s in sigmas.float().tolist() if 0 < s < math.inf),
-        )  # float32
+        self.guider, self.model_options = guider, model_options
+        self.sigmas = tuple(s for s in sigmas.float().tolist() if 0 < s < math.inf)  # float32
         self.steps = len(sigmas) - 1
-        unet = network(guider.model_patcher)
-        self.sites = sites_of(guider.model_patcher, self.backbone)
-        self.compiled = (
-            self.compiled
-            or unet is not guider.model_patcher.get_model_object("diffusion_model")
-            or any(hasattr(module, "_orig_mod") for module in unet.modules())
-        )
-        self.read_conds(guider.conds)
-        self.wanted, self.heard = set(), set()
+        self._begin_calls(guider, shape)
         self.rows = RowReader(self.device_and_dtype[0], pins=not args.disable_pinned_memory)
-        self.active = [
-            active
-            for injection in self.injections
-            if (active := injection.start_run(self)) is not None
-        ]
-        stories = [active for active in self.active if isinstance(active, Story)]
-        self.watchers = [w for w in self.watchers if w is not self.story] + stories
+        self._begin_injections()
+        self._say_other_guidance(guider.conds.get("positive", ()))
+
+    def _begin_calls(self, guider: Any, shape: Sequence[int]) -> None:
+        calls, patcher = self.calls, guider.model_patcher
+        calls.latent, calls.pictures = tuple(shape[-2:]), shape[0]
+        calls.handed, calls.part = None, ""
+        calls.sites = sites_of(patcher, calls.backbone)
+        calls.compiled = calls.compiled or _is_compiled(patcher)
+        calls.expect(named_parts(guider.conds))
+        calls.wanted, calls.heard = set(), set()
+
+    def _begin_injections(self) -> None:
+        calls = self.calls
+        started = (injection.start_run(self) for injection in self.injections)
+        calls.active = [active for active in started if active is not None]
+        stories = [active for active in calls.active if isinstance(active, Story)]
+        calls.watchers = [w for w in calls.watchers if w is not self.story] + stories
         self.story = next(iter(stories), None)
         self.stages = Stages(self.story) if self.story else None
-        self._say_other_guidance(guider.conds.get("positive", ()))
 
     def _say_other_guidance(self, conds: Sequence[Mapping[str, Any]]) -> None:
         """Distilled transformers are told their guidance, and keys and values hang on it: another
@@ -159,9 +182,17 @@ class SamplerRun(Run):
         return self.guider.model_patcher.load_device, self.guider.inner_model.get_dtype_inference()
 
     def close(self) -> None:
-        super().close()
+        self.calls.close()
         self.guider, self.model_options, self.step_tokens = None, {}, {}
         self.story = self.stages = self.rows = self.foreseen = None
+
+
+def _is_compiled(patcher: ModelPatcher) -> bool:
+    """Whether torch.compile stands somewhere in the network."""
+    unet = network(patcher)
+    return unet is not patcher.get_model_object("diffusion_model") or any(
+        hasattr(module, "_orig_mod") for module in unet.modules()
+    )
 
 
 def _number(guidance: float | None) -> float:

@@ -22,7 +22,7 @@ from ...models.story.sources import QueryRecorder
 from ...models.story.story import Story
 from .foresight import foresee
 from .install import compiled, install
-from .model import KEY, Conditioning, log
+from .model import KEY, SAMPLER, Conditioning, log
 from .run import Injection, SamplerRun
 from .sites import require_backbone
 from .stages import answering, begin_keyframes
@@ -42,10 +42,11 @@ def _outer_sample(
     backbone = require_backbone(guider.model_patcher, "Kindred")
     for injection in injections:
         injection.check(guider.model_patcher)
-    run = SamplerRun(injections=injections, backbone=backbone)
+    run = SamplerRun(Run(backbone=backbone), injections)
     guider.model_options = install(
-        original, run, watched=any(injection.watches for injection in injections)
+        original, run.calls, watched=any(injection.watches for injection in injections)
     )
+    guider.model_options["transformer_options"][SAMPLER] = run
     try:
         out = executor(noise, latent, *args, **kwargs)
         run.say_unread()
@@ -63,8 +64,8 @@ def _prepare_sampling(
 
     Else its free memory shrinks under it, and it splits cond and uncond by surprise.
     """
-    run = (kwargs.get("model_options") or {}).get("transformer_options", {}).get(KEY)
-    if isinstance(run, SamplerRun) and len(noise_shape) in (4, 5):
+    run = (kwargs.get("model_options") or {}).get("transformer_options", {}).get(SAMPLER)
+    if run is not None and len(noise_shape) in (4, 5):
         more = sum(injection.held(model, noise_shape) for injection in run.injections)
         picture = model.model.memory_required([2, *noise_shape[1:]])
         noise_shape = [noise_shape[0] + math.ceil(more / picture), *noise_shape[1:]]
@@ -81,7 +82,7 @@ def _sampler_sample(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    run: SamplerRun = extra_args["model_options"]["transformer_options"][KEY]
+    run: SamplerRun = extra_args["model_options"]["transformer_options"][SAMPLER]
 
     def whole(options: dict[str, Any]) -> Tensor:
         run.asker = asker(executor.class_obj, extra_args["model_options"])
@@ -125,7 +126,7 @@ def _in_one_stage(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
 def _predict_noise(
     executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None
 ) -> Tensor:
-    run: SamplerRun = model_options["transformer_options"][KEY]
+    run: SamplerRun = model_options["transformer_options"][SAMPLER]
     sigma = run.foreseen.next(timestep) if run.foreseen else None
     if sigma is None:
         sigma = float(timestep.flatten()[0])
@@ -138,13 +139,13 @@ def _predict_noise(
         ):  # CFG++ samplers listen to each call
             return known
     size = tuple(x.shape[-2:])
-    run.asks(size, run.asker)
+    run.calls.asks(size, run.asker)
     if run.story:
         run.story.require_size(size, sigma, run.asker)
-    for injection in run.active:
+    for injection in run.calls.active:
         injection.begin_step(sigma)
         if injection.wants:
-            run.wanted.add(id(injection))
+            run.calls.wanted.add(id(injection))
     denoised = executor(x, timestep, model_options, seed)
     if run.stages:
         run.stages.answered(sigma, x, denoised)
@@ -163,12 +164,12 @@ def _apply_model(
 ) -> Tensor:
     """One call of the model; of ConsiStory eq. (4) two passes, where the story asks for it."""
     options = transformer_options or {}
-    run = options.get(KEY)
+    run, sampler = options.get(KEY), options.get(SAMPLER)
     if compiled(executor.class_obj, options) and _takes_more(executor.class_obj.diffusion_model):
         # the compiler keeps no guard on the options: a call that looks like a plain one runs what
         # was compiled for it
         kwargs[KEY] = "run"
-    story = run.story if isinstance(run, SamplerRun) else None
+    story = sampler and sampler.story
     if story is not None:
         story.begin_call()
     try:
@@ -189,7 +190,7 @@ def _takes_more(network: torch.nn.Module) -> bool:
 
 
 def _behind_vanilla(
-    run: SamplerRun,
+    run: Run,
     story: Story,
     executor: Any,
     x: Tensor,

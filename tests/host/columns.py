@@ -16,7 +16,7 @@ from typing import Any
 import comfy.samplers
 import torch
 from kindred.models.reference.bank import ReferenceBank
-from kindred.models.run import SUBJECT
+from kindred.nodes.host import SUBJECT
 from kindred.models.subject.words import SubjectTokens
 from kindred.nodes.anchors import AnchorSampler
 from kindred.nodes.consistory import ConsiStory

@@ -100,19 +100,19 @@ def leaving_nothing() -> Iterator[None]:
     """Whatever happens inside: no run of ours outlives it, MODEL is as it was, and so is the plain picture bit for bit."""
     picture, model = untouched()
     seen: list[weakref.ref] = []
-    read = Run.read_conds
+    read = Run.expect
 
-    def read_conds(self: Run, conds: Any) -> None:
+    def expect(self: Run, parts: Any) -> None:
         seen.append(weakref.ref(self))
-        read(self, conds)
+        read(self, parts)
 
     gc.collect()
     gc.freeze()  # what lives already is not looked through again
-    Run.read_conds = read_conds
+    Run.expect = expect
     try:
         yield
     finally:
-        Run.read_conds = read
+        Run.expect = read
         gc.collect()
         gc.unfreeze()
     left = [referrer for run in seen if run() for referrer in gc.get_referrers(run())]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from encoders import KINDS, PADDED, clip, spelled, tokens
-from kindred.models.run import REPEATS, SUBJECT
-from kindred.nodes.host import TEXT
+from kindred.nodes.host import REPEATS, SUBJECT, TEXT
 from kindred.nodes.prompts import SubjectPrompts
 from torch import Tensor
 

@@ -12,11 +12,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kindred.models.network.blocks import select_blocks
-from kindred.models.run import SUBJECT
 from kindred.models.subject.words import subjects_in
 from kindred.nodes.comparison import ComparisonGrid
 from kindred.nodes.concept import ConceptEncoderLoad
-from kindred.nodes.host import TEXT, attention_sites, concept_folder, new_reference_path
+from kindred.nodes.host import (
+    SUBJECT,
+    TEXT,
+    attention_sites,
+    concept_folder,
+    new_reference_path,
+)
 from kindred.nodes.host.tokens import tokens_of
 from kindred.nodes.library import LoadReference
 from kindred.nodes.prompts import SubjectPrompts

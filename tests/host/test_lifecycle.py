@@ -18,7 +18,7 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from kindred.models.network.call import Half
 from kindred.models.run import Run
-from kindred.nodes.host import KEY, SamplerRun
+from kindred.nodes.host import KEY, SAMPLER
 from networks import build_model, random_model
 from studio import (
     SCHEDULER,
@@ -49,13 +49,13 @@ LAW = pytest.mark.parametrize
 def runs(monkeypatch):
     """Weak references to every run that begins."""
     seen: list[weakref.ref] = []
-    read = Run.read_conds
+    read = Run.expect
 
-    def read_conds(self, conds):
+    def expect(self, parts):
         seen.append(weakref.ref(self))
-        read(self, conds)
+        read(self, parts)
 
-    monkeypatch.setattr(Run, "read_conds", read_conds)
+    monkeypatch.setattr(Run, "expect", expect)
     return seen
 
 
@@ -138,24 +138,24 @@ def test_a_run_dies_with_an_interrupt(runs):
 
 def test_an_abandoned_run_holds_no_tensors():
     """Whoever keeps the run's options (a guider in a traceback, another node) keeps no features."""
-    kept = []
+    kept, samplers = [], []
     model = inject(MODEL, bank_of(steps=5))
 
     def patch(n, context, value, options):
         kept.append(options[KEY])
+        samplers.append(options.get(SAMPLER))
         return n, context, value
 
     model.set_model_attn1_patch(patch)
     sample(model)
-    assert {type(run) for run in kept} == {Run, SamplerRun}  # the live pass and the sampler's own
+    assert {run.ways is None for run in kept} == {True, False}  # the live pass, the sampler's own
     assert not any(
         run.watchers or run.active or run.sites or run.parts or run.pending for run in kept
     )
     assert not any(
-        run.step_tokens or run.guider or run.model_options
-        for run in kept
-        if isinstance(run, SamplerRun)
+        run.step_tokens or run.guider or run.model_options for run in samplers if run is not None
     )
+    assert [run is None for run in samplers] == [run.ways is None for run in kept]
 
 
 def test_nothing_of_ours_lies_in_the_options_afterwards():

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import comfy.sd1_clip
 import pytest
 import torch
-from kindred.models.run import SUBJECT
 from kindred.models.subject.words import SubjectTokens, positions_of
-from kindred.nodes.host import TEXT
+from kindred.nodes.host import SUBJECT, TEXT
 from kindred.nodes.host.tokens import tokens_of
 from kindred.nodes.prompts import SubjectPrompts, batch_rows
 from words import WIDTH, clip, pieces_of, tokenizer

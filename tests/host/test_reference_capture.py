@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from kindred.models.network.call import Half
-from kindred.models.run import SUBJECT
+from kindred.nodes.host import SUBJECT
 from kindred.models.subject.masks import resize_user_mask
 from kindred.models.subject.words import SubjectTokens
 from networks import random_model

@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from kindred.models.attention.fused import FusedAttend
 from kindred.models.reference.builder import Keeps
+from kindred.models.run import Run
 from kindred.nodes.host import SamplerRun, attention, foresight, injected, install, wrappers
 from networks import random_model
 from studio import (
@@ -341,7 +342,7 @@ def test_more_rows_than_torchs_attention_takes_are_left_to_the_host(monkeypatch)
 @LAW("how", [{"skip_reshape": True}, {"mask": torch.zeros(1)}], ids=["heads apart", "mask"])
 def test_an_attention_of_another_layout_or_with_a_mask_is_not_the_blocks(how):
     """It is the caller's own, and the block's is still to come."""
-    run, asked = SamplerRun(), []
+    run, asked = Run(), []
     run.pending = call = object()
     options = install({}, run)["transformer_options"]
     options["optimized_attention_override"](

@@ -15,7 +15,7 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from kindred.models.network.call import Half
 from kindred.models.reference.bank import ReferenceBank
-from kindred.models.run import REPEATS, SUBJECT
+from kindred.nodes.host import REPEATS, SUBJECT
 from networks import build_model
 from stories import FELT, MODEL, SHARING, TIGHT, plain, told
 from studio import (

@@ -295,7 +295,7 @@ def stop() -> None:
 WHEN = {
     "stage 1": lambda run: run.story.stage == 1 and run.story.sigma < 10,
     "stage 2": lambda run: run.story.stage == 2,
-    "vanilla pass": lambda run: bool(run.watchers) and run.watchers != [run.story],
+    "vanilla pass": lambda run: bool(run.calls.watchers) and run.calls.watchers != [run.story],
 }
 
 
@@ -304,7 +304,7 @@ def failing(model, when: str, action):
     m = model.clone()
 
     def patch(n, context, value, options):
-        run = options["kindred"]
+        run = options["kindred_sampler"]
         if options["block"] == ("output", 1) and WHEN[when](run):
             action()
         return n, context, value
@@ -317,17 +317,17 @@ def failing(model, when: str, action):
 def alive(monkeypatch):
     """How many runs and stories that began are still held."""
     seen: list[weakref.ref] = []
-    read, made = Run.read_conds, Story.__post_init__
+    read, made = Run.expect, Story.__post_init__
 
-    def read_conds(self, conds):
+    def expect(self, parts):
         seen.append(weakref.ref(self))
-        read(self, conds)
+        read(self, parts)
 
     def post(self):
         seen.append(weakref.ref(self))
         made(self)
 
-    monkeypatch.setattr(Run, "read_conds", read_conds)
+    monkeypatch.setattr(Run, "expect", expect)
     monkeypatch.setattr(Story, "__post_init__", post)
 
     def count() -> tuple[int, int]:
@@ -364,15 +364,15 @@ def test_an_abandoned_run_holds_no_tensors():
     kept, m = [], story(MODEL)
 
     def patch(n, context, value, options):
-        kept.append(options["kindred"])
+        kept.append(options["kindred_sampler"])
         return n, context, value
 
     m.set_model_attn1_patch(patch)
     pictures(m)
     (run,) = {id(run): run for run in kept}.values()
     assert not (
-        run.watchers
-        or run.active
+        run.calls.watchers
+        or run.calls.active
         or run.story
         or run.stages
         or run.step_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from math import log
 from uuid import uuid4
@@ -14,7 +15,7 @@ from kindred.models.attention.references import ReferenceTokens
 from kindred.models.attention.weights import WeightMode
 from kindred.models.network.call import AttnCall, Part, Role
 from kindred.models.network.sites import BlockSite
-from kindred.models.run import Run
+from kindred.models.run import Run, Said
 from kindred.models.subject.target import TargetMask
 from small_attention import sdpa_attend
 from torch import Tensor, nn
@@ -194,8 +195,8 @@ def test_rows_stay_in_the_convex_hull(weight) -> None:
 
 def run_of(
     *known: tuple[Role, int | None, tuple[int, ...]], active: Sequence[Reads] = ()
-) -> tuple[Run, dict]:
-    """A run that knows its parts, (role, tokens of the text, repeats per row), and the options of a call with all of them."""
+) -> tuple[Run, Said]:
+    """A run that knows its parts, (role, tokens of the text, repeats per row), and what is said of a call with all of them."""
     run, names = (
         Run(sites={BLOCK: BlockSite(nn.Identity(), 2)}, latent=(4, 6), active=list(active)),
         [],
@@ -203,24 +204,15 @@ def run_of(
     for role, text, repeats in known:
         names.append(uuid4())
         run.parts[names[-1]] = Part(role, None, text, repeats)
-    return run, {
-        "uuids": names,
-        "block": BLOCK[:2],
-        "block_index": 0,
-        "activations_shape": [len(known) * B, C, 2, 3],
-    }
+    return run, Said(tuple(names), block=BLOCK, grid=(2, 3))
 
 
 def test_a_call_knows_its_repeats() -> None:
-    run, options = run_of(
-        (COND, 3, (1, 2)), (UNCOND, 6, (1,)), (COND, 12, (1,)), (OTHER, None, (1,))
-    )
-    assert run.call(options, 12).repeats == ((4, 8), (2,), (1,), (1,))
-    assert run.call(options | {"uuids": options["uuids"][2:]}, 12).repeats == ()
-    assert (
-        run.call(options | {"uuids": [uuid4()]}, 12).repeats == () and run.call(options, 12).cross
-    )
-    assert not run.call(options).cross and run.call(options).repeats == ()
+    run, said = run_of((COND, 3, (1, 2)), (UNCOND, 6, (1,)), (COND, 12, (1,)), (OTHER, None, (1,)))
+    assert run.call(said, 12).repeats == ((4, 8), (2,), (1,), (1,))
+    assert run.call(replace(said, names=said.names[2:]), 12).repeats == ()
+    assert run.call(replace(said, names=(uuid4(),)), 12).repeats == () and run.call(said, 12).cross
+    assert not run.call(said).cross and run.call(said).repeats == ()
 
 
 @BOTH

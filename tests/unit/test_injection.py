@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
-from uuid import uuid4
 
 import pytest
 import torch
 from kindred.models.attention.parts import References, gather_parts, take_parts
 from kindred.models.attention.references import ReferenceTokens
 from kindred.models.attention.weights import WeightMode
-from kindred.models.network.call import AttnCall, Half, Role, is_resized
+from kindred.models.network.call import AttnCall, Half, Part, Role, is_resized
 from kindred.models.network.sites import BlockSite
 from kindred.models.reference.bank import ReferencePrompt
 from kindred.models.reference.recorder import Recorder
-from kindred.models.run import Run
+from kindred.models.run import Run, Said
 from kindred.models.subject.masks import token_map
 from kindred.models.subject.target import TargetMask
 from kindred.models.subject.words import SubjectTokens
@@ -373,34 +372,12 @@ def test_rows_of_one_tensor_are_taken_where_they_are_what_is_read() -> None:
     )
 
 
-def test_conds_get_names_of_their_own() -> None:
-    """The host gives the twin of an area prompt the same uuid; PerpNeg and DualCFG have kinds of their own."""
-    twin = uuid4()
-    conds = {
-        "positive": [{"uuid": twin}, {"uuid": twin, "area": (2, 3, 0, 1)}],
-        "negative": [{"uuid": twin, "area": None}],
-        "middle": [{"uuid": twin}],
-        "empty_negative_prompt": [{"uuid": twin}],
-    }
+def test_a_call_knows_its_parts_by_their_names() -> None:
     run = Run(latent=(4, 6))
-    run.read_conds(conds)
-    entries = [e for kind in conds.values() for e in kind]
-    assert len({e["uuid"] for e in entries}) == len(entries)
-    options = {
-        "uuids": [e["uuid"] for e in entries] + [uuid4()],
-        "block": ("output", 4),
-        "block_index": 1,
-        "activations_shape": [12, 8, 5, 7],
-    }
-    seen = run.call(options)
-    assert seen.roles == (COND, COND, UNCOND, COND, UNCOND, OTHER) and seen.areas == (
-        None,
-        (2, 3, 0, 1),
-        None,
-        None,
-        None,
-        None,
-    )
+    run.expect({"a": Part(COND), "b": Part(COND, (2, 3, 0, 1)), "c": Part(UNCOND)})
+    seen = run.call(Said(("a", "b", "c", "a stranger"), block=("output", 4, 1), grid=(5, 7)))
+    assert seen.roles == (COND, COND, UNCOND, OTHER)
+    assert seen.areas == (None, (2, 3, 0, 1), None, None)
     assert seen.block == ("output", 4, 1) and seen.grid == (5, 7) and seen.latent == (4, 6)
 
 
