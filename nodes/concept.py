@@ -6,27 +6,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..models.attention.parts import Merge, References
-from ..models.attention.references import ReferenceTokens
+from ..models.attention.parts import Merge
 from ..models.attention.weights import CONCEPT_ODDS, WeightMode, dial
-from ..models.concept.config import check_layers
+from ..models.concept.config import ConceptConfig, check_layers
 from ..models.concept.encoder import KeysValues
 from ..models.concept.file import load_concept_encoder
+from ..models.concept.inject import NODE as INJECT
+from ..models.concept.inject import ActiveConcept, ConceptReading
 from ..models.network.blocks import BlockId, select_blocks
-from ..models.network.call import AttnCall, Half, Halves, Role
-from ..models.network.sites import BlockSite
-from ..models.subject.target import TargetMask
+from ..models.network.call import Half, Halves
 from . import host
 
-LOAD, INJECT = "Concept Encoder Load", "Cross-Attn Detail Inject"
+LOAD = "Concept Encoder Load"
 AS_TRAINED = "as trained"
 # measured: docs/evaluation.md; from the first step on, likeness is less and guidance bends scenes
 START = 0.2
@@ -118,22 +116,9 @@ class ConceptEncoderLoad(io.ComfyNode):
         return f"{stat.st_mtime_ns} {stat.st_size}"
 
 
-@dataclass(frozen=True)
-class ConceptInjection:
-    """Configuration of one Cross-Attn Detail Inject node: keys and values are there before the run
-    begins.
-    """
+class ConceptInjection(ConceptReading):
+    """Configuration of one Cross-Attn Detail Inject node."""
 
-    # (k, v) [1 m c] per block, in host memory; uncond: of the empty image
-    keys_values: Mapping[Half, KeysValues]
-    pictures: int
-    weight: float
-    mode: WeightMode
-    merge: Merge
-    start: float  # shares of the sampled schedule between which the concept is read
-    end: float
-    halves: Halves
-    target_mask: Tensor | None = None  # [1|b y x] at its own size
     watches: ClassVar[bool] = False
 
     def check(self, model: Any) -> None:
@@ -142,69 +127,11 @@ class ConceptInjection:
         """
 
     def held(self, model: Any, shape: Sequence[int]) -> int:
-        """Bytes on the device: the keys and values of every layer, for the whole run."""
-        tokens = (t for layers in self.keys_values.values() for kv in layers.values() for t in kv)
-        return sum(t.numel() for t in tokens) * host.computes_in(model).itemsize
+        """Bytes on the device."""
+        return self.bytes_held(host.computes_in(model).itemsize)
 
     def start_run(self, run: host.SamplerRun) -> ActiveConcept:
-        """Eq. (6) once per run: here the keys and values come to the device, in the dtype of the
-        run.
-        """
-        device, dtype = run.device_and_dtype
-        share = -math.log(self.pictures)  # R equal pictures are one (I9)
-        made = {}
-        for half, layers in self.keys_values.items():
-            for block, (k, v) in layers.items():
-                k, v = k.to(device, dtype), v.to(device, dtype)
-                log_mask = (
-                    torch.full((k.shape[1],), share, device=device)
-                    if self.pictures > 1 and half is Half.COND
-                    else None
-                )
-                made[half, block] = ReferenceTokens(k, v, self.weight, self.mode, log_mask)
-        target = None if self.target_mask is None else TargetMask(self.target_mask, INJECT)
-        return ActiveConcept(self, made, target, run.at(self.start, self.end))
-
-
-@dataclass
-class ActiveConcept:
-    """A ConceptInjection during one run."""
-
-    config: ConceptInjection
-    tokens: Mapping[tuple[Half, BlockId], ReferenceTokens]
-    target: TargetMask | None
-    window: tuple[float, ...]  # sigmas: from, until
-    inside: bool = False
-    node: ClassVar[str] = INJECT
-
-    @property
-    def wants(self) -> bool:
-        return self.inside
-
-    def concerns(self, call: AttnCall) -> bool:
-        return call.cross and self.inside and (Half.COND, call.block) in self.tokens
-
-    def begin_step(self, sigma: float) -> None:
-        self.inside = self.window[1] <= sigma <= self.window[0]
-
-    def references(
-        self, call: AttnCall, site: BlockSite, q: Tensor, k: Tensor, v: Tensor
-    ) -> list[References]:
-        if not self.concerns(call):
-            return []
-        halves = self.config.halves
-        source = {
-            role: s
-            for role in dict.fromkeys(call.roles)
-            if role is not Role.OTHER and (s := halves.source(role.half))
-        }
-        return [
-            References(
-                {role: self.tokens[half, call.block] for role, half in source.items()},
-                self.target(call, q) if self.target else None,
-                self.config.merge,
-            )
-        ]
+        return self.active(*run.device_and_dtype, run.at(self.start, self.end))
 
 
 def plain_colours(image: Tensor) -> Tensor:
@@ -363,38 +290,54 @@ class CrossAttnDetailInject(io.ComfyNode):
         halves: str = Halves.BOTH.value,
         target_mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        family, layers, width = host.cross_layers(model, INJECT)
-        config = concept_encoder.encoder.config
-        check_layers(config, family, layers, width, INJECT)
-        wanted = select_blocks(blocks, [block for block, _ in layers], INJECT)
-        if not 0 <= weight < math.inf:
-            raise ValueError(
-                f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as "
-                f"trained."
-            )
-        how, mode = config.merge if merge == AS_TRAINED else Merge(merge), WeightMode(weight_mode)
-        weight *= dial(
-            strength,
-            INJECT,
-            CONCEPT_ODDS if how is Merge.CONCAT and mode is WeightMode.LOGIT_BIAS else 0.0,
-        )
+        wanted = readable_layers(model, concept_encoder.encoder.config, blocks)
+        how = concept_encoder.encoder.config.merge if merge == AS_TRAINED else Merge(merge)
+        mode, chosen = WeightMode(weight_mode), Halves(halves)
+        weight = full_weight(weight, strength, how, mode)
         image = plain_colours(image)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
-        if (
-            weight == 0
-            or start_percent >= end_percent
-            or (mask is not None and not (mask > 0.5).any())
-        ):
+        nowhere = mask is not None and not (mask > 0.5).any()
+        if weight == 0 or start_percent >= end_percent or nowhere:
             return io.NodeOutput(model.clone())
-        chosen = Halves(halves)
-        made = {Half.COND: concept_encoder.encode(image)}
-        if chosen is Halves.BOTH:
-            made[Half.UNCOND] = concept_encoder.encode(image, empty=True)
-        tokens = {
-            half: {b: tuple(t.flatten(0, 1)[None] for t in kv[b]) for b in wanted}
-            for half, kv in made.items()
-        }
+        tokens = keys_values(concept_encoder, image, chosen, wanted)
         injection = ConceptInjection(
             tokens, len(image), weight, mode, how, start_percent, end_percent, chosen, mask
         )
         return io.NodeOutput(host.inject(model, injection))
+
+
+def readable_layers(model: Any, config: ConceptConfig, blocks: str) -> tuple[BlockId, ...]:
+    """The cross-attentions that `blocks` names; ValueError where the encoder is for another
+    model.
+    """
+    family, layers, width = host.cross_layers(model, INJECT)
+    check_layers(config, family, layers, width, INJECT)
+    return select_blocks(blocks, [block for block, _ in layers], INJECT)
+
+
+def full_weight(weight: float, strength: float, merge: Merge, mode: WeightMode) -> float:
+    """W_C at this strength; ValueError for one that is none."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(
+            f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as "
+            f"trained."
+        )
+    one_softmax = merge is Merge.CONCAT and mode is WeightMode.LOGIT_BIAS
+    return weight * dial(strength, INJECT, CONCEPT_ODDS if one_softmax else 0.0)
+
+
+def keys_values(
+    encoder: host.ManagedEncoder, image: Tensor, halves: Halves, blocks: Sequence[BlockId]
+) -> dict[Half, KeysValues]:
+    """(k, v) [1 m c] of the pictures [b y x 3] together, per half and block."""
+    by_half = {Half.COND: encoder.encode(image)}
+    if halves is Halves.BOTH:
+        by_half[Half.UNCOND] = encoder.encode(image, empty=True)
+    return {
+        half: {block: _as_one(*layers[block]) for block in blocks}
+        for half, layers in by_half.items()
+    }
+
+
+def _as_one(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return k.flatten(0, 1)[None], v.flatten(0, 1)[None]

@@ -316,16 +316,9 @@ class ConsistencyScore(io.ComfyNode):
             scores = read_scores(images, known, lines)
         else:
             scores = clip_scores(images, known, masks, reference_masks, lines, clip_vision, clip)
-        log.info(
-            "%s: %s: %s",
-            SCORE,
-            scores.judge,
-            ", ".join(f"{name} {digits(value)}" for name, value, _ in scores.figures()),
-        )
-        table, picture = (
-            markdown(scores, lines),
-            as_image(score_card(card_of(scores, images, known, lines))),
-        )
+        log_scores(scores)
+        table = markdown(scores, lines)
+        picture = as_image(score_card(card_of(scores, images, known, lines)))
         shown = ui.ImageSaveHelper.save_images(
             picture, "kindred_consistency_score", io.FolderType.temp, cls, compress_level=1
         )
@@ -337,6 +330,11 @@ class ConsistencyScore(io.ComfyNode):
             picture,
             ui=ui.SavedImages(shown).as_dict() | ui.PreviewText(table).as_dict(),
         )
+
+
+def log_scores(scores: Scores) -> None:
+    said = ", ".join(f"{name} {digits(value)}" for name, value, _ in scores.figures())
+    log.info("%s: %s: %s", SCORE, scores.judge, said)
 
 
 def require_judgeable(

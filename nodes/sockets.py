@@ -48,45 +48,37 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     schema = node.define_schema()
     execute = node.execute.__func__
     signature = inspect.signature(execute)
-    kinds = {
-        i.id: (
-            i.template.input if isinstance(i, io.Autogrow.Input) else i,
-            isinstance(i, io.Autogrow.Input),
-        )
-        for i in schema.inputs
-    }
-
+    inputs = {i.id: i for i in schema.inputs}
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    known = inputs if open_ended else signature.parameters
 
     @functools.wraps(execute)
     def checked(cls: type, *args: Any, **kwargs: Any) -> Any:
-        unknown = next(
-            (
-                name
-                for name in kwargs
-                if name not in (kinds if open_ended else signature.parameters)
-            ),
-            None,
-        )
+        unknown = next((name for name in kwargs if name not in known), None)
         if unknown is not None:  # the host drops values of other names, but not wires
             raise ValueError(
                 f"{schema.display_name}: there is no input {unknown!r:.40}. Remove it; there are "
-                f"{', '.join(kinds)}."
+                f"{', '.join(inputs)}."
             )
         for name, value in given(signature.bind_partial(cls, *args, **kwargs)):
-            if name in kinds:
-                asked, grows = kinds[name]
-                for one in (
-                    (v for v in value.values() if v is not None)
-                    if grows and isinstance(value, Mapping)
-                    else (value,)
-                ):
-                    for single in one if schema.is_input_list and isinstance(one, list) else (one,):
-                        refuse(schema.display_name, name, asked, single)
+            if name in inputs:
+                check_input(schema, inputs[name], value)
         return execute(cls, *args, **kwargs)
 
     node.execute = classmethod(checked)
     return node
+
+
+def check_input(schema: io.Schema, asked: io.Input, value: Any) -> None:
+    """ValueError where one of the values of an input is none of its type: some grow, some nodes
+    take lists.
+    """
+    grows = isinstance(asked, io.Autogrow.Input)
+    kind = asked.template.input if grows else asked
+    several = grows and isinstance(value, Mapping)
+    for one in (v for v in value.values() if v is not None) if several else (value,):
+        for single in one if schema.is_input_list and isinstance(one, list) else (one,):
+            refuse(schema.display_name, asked.id, kind, single)
 
 
 def given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ same form.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..attention.parts import Merge
@@ -47,17 +47,7 @@ def read_full_face(
     width = shapes["image_proj.proj.3.weight"][0]
     family, stages = FAMILIES.get(width, (None, {}))
     theirs = {block: f"ip_adapter.{2 * n + 1}.to_" for n, block in enumerate(numbered(stages))}
-    layered = {name for name in shapes if name.startswith("ip_adapter.")}
-    if family is None or layered != {
-        f"{n}{half}_ip.weight" for n in theirs.values() for half in "kv"
-    }:
-        raise ValueError(
-            f"{path.name} is IP-Adapter full-face weights for a base model Kindred does not know: "
-            f"text width {width}, "
-            f"{sum(n.endswith('to_k_ip.weight') for n in layered)} layers. Use weights for SD1.5 "
-            f"(768 and 16), SD2.x "
-            "(1024 and 16) or SDXL (2048 and 70)."
-        )
+    require_known_model(path, shapes, family, width, theirs.values())
     names = {"mlp." + name.removeprefix("image_proj.proj."): name for name in mlp}
     channels: dict[BlockId, int] = {}
     for block, name in theirs.items():
@@ -76,6 +66,28 @@ def read_full_face(
         family, tuple(layers), width, tower_width, merge=Merge.ADD, training=source
     )
     return config, names
+
+
+def require_known_model(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    family: str | None,
+    width: int,
+    layers: Iterable[str],
+) -> None:
+    """ValueError where the layers are not those of the family that this text width belongs to;
+    layers: the beginnings of their names.
+    """
+    layered = {name for name in shapes if name.startswith("ip_adapter.")}
+    wanted = {f"{name}{half}_ip.weight" for name in layers for half in "kv"}
+    if family is None or layered != wanted:
+        raise ValueError(
+            f"{path.name} is IP-Adapter full-face weights for a base model Kindred does not know: "
+            f"text width {width}, "
+            f"{sum(n.endswith('to_k_ip.weight') for n in layered)} layers. Use weights for SD1.5 "
+            f"(768 and 16), SD2.x "
+            "(1024 and 16) or SDXL (2048 and 70)."
+        )
 
 
 def numbered(stages: Mapping[str, Mapping[int, int]]) -> list[BlockId]:

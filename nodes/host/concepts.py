@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,45 +107,56 @@ class ManagedEncoder:
         pixels instead, b = 1.
         """
         images = images[:1] if empty else images
-        tell, given, made = progress(2 * len(images)), [], []
+        tell, pictures, layers = progress(2 * len(images)), [], []
         for i, image in enumerate(images):
             tell(i)
-            given.append(
-                self.encoder.config.preprocessing(image[None].cpu()) * (not empty)
-                if self.vision is None
-                else self.see(None if empty else image)
-            )
-        if self.vision is not None:
-            if given[0].shape[-1] != (wanted := self.encoder.config.tower_width):
-                tower = {1280: "ViT-H", 1024: "ViT-L"}.get(wanted, "another one")
-                raise ValueError(
-                    f"{self.name}: the CLIP Vision given has tokens of width {given[0].shape[-1]}, "
-                    f"but this concept encoder reads width {wanted}: {tower}. "
-                    "Connect that CLIP Vision to Concept Encoder Load."
-                )
+            pictures.append(self._look(image, empty))
         # plain layers cannot be loaded in part
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
         # --novram leaves them on the CPU
-        given = [x.to(next(self.encoder.parameters())) for x in given]
-        for i, x in enumerate(given):
-            tell(len(given) + i)
-            made.append(
-                self.encoder(x)
-                if self.vision is None
-                else self.encoder.keys_values(self.encoder.features(x))
+        pictures = [x.to(next(self.encoder.parameters())) for x in pictures]
+        for i, x in enumerate(pictures):
+            tell(len(pictures) + i)
+            layers.append(self._keys_values(x))
+        tell(2 * len(pictures))
+        keys_values = {block: _together([kv[block] for kv in layers]) for block in layers[0]}
+        self._require_finite(keys_values)
+        return keys_values
+
+    def _look(self, image: Tensor, empty: bool) -> Tensor:
+        """What the encoder reads of a picture [Y X c]: its pixels, or the tokens of the wired CLIP
+        Vision. ValueError where those are of another width.
+        """
+        if self.vision is None:
+            return self.encoder.config.preprocessing(image[None].cpu()) * (not empty)
+        tokens = self.see(None if empty else image)
+        if tokens.shape[-1] != (wanted := self.encoder.config.tower_width):
+            tower = {1280: "ViT-H", 1024: "ViT-L"}.get(wanted, "another one")
+            raise ValueError(
+                f"{self.name}: the CLIP Vision given has tokens of width {tokens.shape[-1]}, "
+                f"but this concept encoder reads width {wanted}: {tower}. "
+                "Connect that CLIP Vision to Concept Encoder Load."
             )
-        tell(2 * len(given))
-        found = {
-            block: tuple(torch.cat([m[block][i] for m in made]).cpu() for i in (0, 1))
-            for block in made[0]
-        }
-        if not all(torch.isfinite(x).all() for pair in found.values() for x in pair):
+        return tokens
+
+    def _keys_values(self, x: Tensor) -> KeysValues:
+        if self.vision is None:
+            return self.encoder(x)
+        return self.encoder.keys_values(self.encoder.features(x))
+
+    def _require_finite(self, keys_values: KeysValues) -> None:
+        if not all(torch.isfinite(x).all() for pair in keys_values.values() for x in pair):
             raise ValueError(
                 f"Kindred: {self.name} gives NaN or infinite values for this picture. Use another "
                 f"picture, or copy or train "
                 "the encoder again."
             )
-        return found
+
+
+def _together(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(k, v) [1 m c] of each picture -> [b m c], in host memory."""
+    k, v = (torch.cat(parts).cpu() for parts in zip(*pairs))
+    return k, v
 
 
 def continued_encoder(

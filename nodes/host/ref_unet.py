@@ -175,19 +175,8 @@ class _ReferenceSampler(comfy.samplers.Sampler):
                     seed=None,
                 )
             )
-            seen = (
-                next(reversed(self.recorder.tokens.values()), denoised)
-                if self.run and self.run.calls.ends_early
-                else denoised
-            )
-            if not self.checked and not torch.isfinite(seen).all():
-                raise ValueError(
-                    f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or "
-                    f"infinite values for the photo. "
-                    "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another "
-                    "VAE."
-                )
-            self.checked = True
+            if not self.checked:
+                self._require_finite(denoised, sigma)
             return denoised
 
         def progress(step: int, denoised: Tensor, x: Tensor) -> None:
@@ -195,6 +184,20 @@ class _ReferenceSampler(comfy.samplers.Sampler):
 
         self.result = self.loop(denoise, noise.device, progress)
         return noise
+
+    def _require_finite(self, denoised: Tensor, sigma: Tensor) -> None:
+        """Once: of a pass that ends early, what was seen last."""
+        seen = denoised
+        if self.run and self.run.calls.ends_early:
+            seen = next(reversed(self.recorder.tokens.values()), denoised)
+        if not torch.isfinite(seen).all():
+            raise ValueError(
+                f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or "
+                f"infinite values for the photo. "
+                "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another "
+                "VAE."
+            )
+        self.checked = True
 
 
 def reference_pass(

@@ -13,9 +13,10 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from kindred.models.attention.parts import Merge
 from kindred.models.attention.weights import WeightMode
+from kindred.models.concept.inject import ActiveConcept
 from kindred.models.network.call import Half, Halves, Part, Role
 from kindred.models.run import Run
-from kindred.nodes.concept import ActiveConcept, ConceptInjection
+from kindred.nodes.concept import ConceptInjection
 from kindred.nodes.host import KEY, attention_sites, install
 from networks import build_model, random_model
 from studio import (

@@ -14,6 +14,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from kindred.models.concept.inject import ActiveConcept
 from kindred.models.reference.bank import ReferenceBank
 from kindred.models.reference.builder import BankBuilder
 from kindred.models.reference.file import Parcel
@@ -22,7 +23,6 @@ from kindred.models.run import Run
 from kindred.models.story.anchors import AnchorRecorder
 from kindred.models.story.sources import QueryRecorder
 from kindred.models.story.story import Story
-from kindred.nodes.concept import ActiveConcept
 from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
 from kindred.nodes.host.stages import Stages
 from kindred.nodes.library import SaveReference
