@@ -269,76 +269,66 @@ class Mutator:
                 or not isinstance(node.get("class_type"), str)
             ):
                 continue
-            inputs, kinds = (
-                node["inputs"],
-                self.kinds(node["class_type"]) if node["class_type"] in self.info else {},
-            )
-            at = rng.choice(sorted(inputs) or ["x"])
-            kind, options = kinds.get(at, ("*", {}))
-            free = isinstance(kind, str) and kind in (
-                *WIRED,
-                "STRING",
-                "BOOLEAN",
-            )  # the host takes anything there
-            which = rng.choice(
-                (1, 3, 6, 7, 8, 9, 10, 11)
-                if may_run
-                else (0, 2, 2, 4, 5)
-                if free
-                else (0, 2, 2, 4, 5, 7, 7, 7)
-            )
-            if which == 0:
-                inputs.pop(at, None)
-            elif which == 1:
-                extra = rng.choice(
-                    (
-                        "extra",
-                        "",
-                        "__class__",
-                        "self",
-                        "cls",
-                        "kwargs",
-                        "image9999",
-                        "images.image7",
-                    )
-                )
-                inputs[extra] = rng.choice((5, "x", None, [key, 0]))
-            elif which in (2, 3):
-                inputs[at] = (
-                    rng.choice(([key, 0], ["999", 0], [key, 99], [key], ["", 0]))
-                    if which == 2
-                    else self.broken_link(rng, graph, key)
-                )
-            elif which == 4:
-                node["class_type"] = rng.choice(
-                    (None, 5, "", "Nope", "KindredNope", rng.choice(self.kindred), [], "__class__")
-                )
-            elif which == 5:
-                graph.pop(
-                    key
-                )  # a node without inputs that nothing reads is taken, and ends the host's own worker (execution.py)
-            elif kind in ("MODEL", "IMAGE", "LATENT") and which == 6:
-                inputs[at] = [key, 0]
-            elif not (
-                node["class_type"].startswith("Kindred")
-                or isinstance(kind, list)
-                or kind in ("COMBO", "STRING")
-            ):
-                inputs[at] = rng.choice(
-                    ("x", None, [], -1)
-                )  # the host's own nodes may take hours over large numbers
-            elif may_run:
-                inputs[at] = self.value(rng, kind, options, at)
-            else:
-                inputs[at] = (
-                    rng.choice((None, [], {}, ["a"]))
-                    if kind in ("INT", "FLOAT")
-                    else rng.choice(COMBOS)
-                )
-            words.append(
-                f"{which} {node.get('class_type')!s:.30} {at} = {str(inputs.get(at, 'none'))[:50]!r}"
-            )
+            words.append(self.changed(rng, graph, key, may_run))
         return graph, f"{name}: {'; '.join(words)}"
+
+    def changed(self, rng: random.Random, graph: Prompt, key: str, may_run: bool) -> str:
+        """Change one input of a node, or the node itself: -> what was done."""
+        node = graph[key]
+        inputs = node["inputs"]
+        kinds = self.kinds(node["class_type"]) if node["class_type"] in self.info else {}
+        at = rng.choice(sorted(inputs) or ["x"])
+        kind, options = kinds.get(at, ("*", {}))
+        # the host takes anything there
+        free = isinstance(kind, str) and kind in (*WIRED, "STRING", "BOOLEAN")
+        which = rng.choice(
+            (1, 3, 6, 7, 8, 9, 10, 11)
+            if may_run
+            else (0, 2, 2, 4, 5)
+            if free
+            else (0, 2, 2, 4, 5, 7, 7, 7)
+        )
+        if which < 6:
+            self.broken(rng, graph, key, at, which)
+        elif kind in ("MODEL", "IMAGE", "LATENT") and which == 6:
+            inputs[at] = [key, 0]
+        else:
+            inputs[at] = self.another(rng, node, at, may_run)
+        return f"{which} {node.get('class_type')!s:.30} {at} = {str(inputs.get(at, 'none'))[:50]!r}"
+
+    def broken(self, rng: random.Random, graph: Prompt, key: str, at: str, which: int) -> None:
+        """Take an input or a node away, add one, or make it what none can be."""
+        node = graph[key]
+        inputs = node["inputs"]
+        if which == 0:
+            inputs.pop(at, None)
+        elif which == 1:
+            names = ("extra", "", "__class__", "self", "cls", "kwargs", "image9999")
+            extra = rng.choice((*names, "images.image7"))
+            inputs[extra] = rng.choice((5, "x", None, [key, 0]))
+        elif which == 2:
+            inputs[at] = rng.choice(([key, 0], ["999", 0], [key, 99], [key], ["", 0]))
+        elif which == 3:
+            inputs[at] = self.broken_link(rng, graph, key)
+        elif which == 4:
+            node["class_type"] = rng.choice(
+                (None, 5, "", "Nope", "KindredNope", rng.choice(self.kindred), [], "__class__")
+            )
+        else:
+            # a node without inputs that nothing reads is taken, and ends the host's own worker (execution.py)
+            graph.pop(key)
+
+    def another(self, rng: random.Random, node: dict, at: str, may_run: bool) -> Any:
+        """A value of another kind, or out of its bounds."""
+        known = node["class_type"] in self.info
+        kind, options = (self.kinds(node["class_type"]) if known else {}).get(at, ("*", {}))
+        ours = node["class_type"].startswith("Kindred")
+        if not (ours or isinstance(kind, list) or kind in ("COMBO", "STRING")):
+            # the host's own nodes may take hours over large numbers
+            return rng.choice(("x", None, [], -1))
+        if may_run:
+            return self.value(rng, kind, options, at)
+        return rng.choice((None, [], {}, ["a"]) if kind in ("INT", "FLOAT") else COMBOS)
 
     def taken(self, rng: random.Random, kind: Any, options: dict, name: str, own: Any) -> Any:
         """Another value that the host takes; `own` where there is none."""
