@@ -142,9 +142,9 @@ def unread(path: Path, error: OSError) -> Exception:
     """
     if not of_system(error):
         return torn(path, error)
-    told = type(error)(f"{path.name} could not be read in {path.parent}: {error.strerror}")
-    told.errno = error.errno
-    return told
+    named = type(error)(f"{path.name} could not be read in {path.parent}: {error.strerror}")
+    named.errno = error.errno
+    return named
 
 
 def of_system(error: Exception) -> bool:

@@ -125,7 +125,7 @@ class Sketch:
         same = self.digest == other.digest and self.values.shape == other.values.shape
         return same and bool(alike(self.values, other.values).all())
 
-    def told(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """For JSON; little-endian float32."""
         raw = self.values.numpy().astype("<f4").tobytes()
         return {
@@ -136,19 +136,21 @@ class Sketch:
         }
 
     @classmethod
-    def read(cls, told: Mapping[str, Any]) -> Sketch:
-        """ValueError, KeyError or TypeError where `told` is not what `told()` gives."""
-        raw = bytearray(base64.b64decode(told["values"], validate=True))
+    def read(cls, description: Mapping[str, Any]) -> Sketch:
+        """ValueError, KeyError or TypeError where it is not what `description()` gives."""
+        raw = bytearray(base64.b64decode(description["values"], validate=True))
         if len(raw) % 8 or len(raw) > 8 * MOST:
             raise ValueError(f"a model's key of {len(raw)} bytes")
         flat = torch.frombuffer(raw, dtype=torch.float32) if raw else torch.zeros(0)
         if (
-            not isinstance(told["digest"], str)
-            or type(told["layers"]) is not int
-            or not isinstance(told["stored"], str)
+            not isinstance(description["digest"], str)
+            or type(description["layers"]) is not int
+            or not isinstance(description["stored"], str)
         ):
             raise TypeError("a model's key of other kinds")
-        return cls(told["digest"], flat.view(2, -1), told["layers"], told["stored"])
+        return cls(
+            description["digest"], flat.view(2, -1), description["layers"], description["stored"]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,37 +196,37 @@ def tell_parts(key: str) -> dict[str, Any] | None:
     if (parts := parts_of(key)) is None:
         return None
     return {
-        "weights": parts.weights.told(),
-        "patches": parts.patches.told(),
+        "weights": parts.weights.description(),
+        "patches": parts.patches.description(),
         "sampling": parts.sampling,
         "modules": [*parts.modules],
     }
 
 
-def read_parts(name: str, told: Mapping[str, Any] | None) -> str:
-    """The key of that name; ValueError, KeyError or TypeError where `told` is not what tell_parts
+def read_parts(name: str, description: Mapping[str, Any] | None) -> str:
+    """The key of that name; ValueError, KeyError or TypeError where it is not what tell_parts
     gives.
     """
-    if told is None:
+    if description is None:
         return name
-    words = [told["sampling"], *told["modules"]]
+    words = [description["sampling"], *description["modules"]]
     if not all(isinstance(word, str) for word in words):
         raise TypeError("a model's key without words")
-    weights, patches = Sketch.read(told["weights"]), Sketch.read(told["patches"])
+    weights, patches = Sketch.read(description["weights"]), Sketch.read(description["patches"])
     return ModelKey(name, Parts(weights, patches, words[0], tuple(words[1:])))
 
 
 def tell_key(key: str) -> str:
     """A key as one text, for a file that keeps nothing but plain values."""
-    told = tell_parts(key)
-    return str(key) if told is None else json.dumps({"name": key, **told})
+    description = tell_parts(key)
+    return str(key) if description is None else json.dumps({"name": key, **description})
 
 
 def read_key(text: object) -> str:
     """What tell_key wrote; anything else as the text that it is."""
     try:
-        told = json.loads(str(text))
-        return read_parts(told["name"], told)
+        description = json.loads(str(text))
+        return read_parts(description["name"], description)
     except (ValueError, KeyError, TypeError, RecursionError):  # a damaged one may be nested deep
         return str(text)
 
@@ -235,12 +237,12 @@ def without_latents(key: str) -> str:
     return f"{kind.partition('/')[0]} {rest}"
 
 
-def differences(made_with: str, given: str) -> tuple[str, ...] | None:
+def differences(made_with: str, current: str) -> tuple[str, ...] | None:
     """What of two models differs, of ALIKE, or "kind"; () where they are one; None where they
     differ and a name is all there is.
     """
-    ours, theirs = (without_latents(key) for key in (made_with, given))
-    a, b = parts_of(made_with), parts_of(given)
+    ours, theirs = (without_latents(key) for key in (made_with, current))
+    a, b = parts_of(made_with), parts_of(current)
     if a is None or b is None:
         return (
             ()
@@ -260,9 +262,9 @@ def differences(made_with: str, given: str) -> tuple[str, ...] | None:
     return tuple(name for name, alike in zip(ALIKE, same) if not alike)
 
 
-def explain(made_with: str, given: str, differ: Iterable[str]) -> str:
+def explain(made_with: str, current: str, differ: Iterable[str]) -> str:
     """Both sides of every difference, for a sentence: "LoRAs (none there, on 4 layers here)"."""
-    a, b = parts_of(made_with), parts_of(given)
+    a, b = parts_of(made_with), parts_of(current)
     if a is None or b is None:
         return ", ".join(differ)
 

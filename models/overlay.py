@@ -67,11 +67,11 @@ def draw_heat(images: Tensor, maps: Tensor) -> Tensor:
     _same_count(images, maps, "maps")
     maps = maps.float().to(images.device)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    told = says_something(maps)
-    shares = (maps - low) / (high - low).where(told, torch.ones_like(low))
+    varied = says_something(maps)
+    shares = (maps - low) / (high - low).where(varied, torch.ones_like(low))
     shares = resize_soft(shares, (images.shape[1], images.shape[2])).clamp(0, 1)
     drawn = torch.lerp(_grey(images).expand_as(images), heat_colours(shares).to(images), ALPHA)
-    return torch.where(told[..., None], drawn, images)
+    return torch.where(varied[..., None], drawn, images)
 
 
 def draw_matches(

@@ -89,11 +89,11 @@ class Run:
         """Parts that calls will name."""
         self.parts.update(parts)
 
-    def parts_of(self, asked: Any) -> list[Part]:
+    def parts_of(self, options: Any) -> list[Part]:
         """The parts of a call in their order. Tiled diffusion stacks several tiles of all of them,
         one tile behind the other.
         """
-        return self._parts(self.translate(asked))
+        return self._parts(self.translate(options))
 
     def _parts(self, said: Said) -> list[Part]:
         # called past the sampler: nobody we know
@@ -102,9 +102,9 @@ class Run:
         several = whole and said.rows > whole and not said.rows % whole
         return parts * (said.rows // whole) if several else parts
 
-    def call(self, asked: Any, text: int | None = None) -> AttnCall:
+    def call(self, options: Any, text: int | None = None) -> AttnCall:
         """A UNet's call; text: tokens of a cross-attention's context, None in self-attention."""
-        said = self.translate(asked)
+        said = self.translate(options)
         parts = self._parts(said)
         repeats = (
             ()
@@ -127,12 +127,12 @@ class Run:
         )
 
     def joint_call(
-        self, block: BlockId, asked: Any, picture: slice, mask: Tensor | None
+        self, block: BlockId, options: Any, picture: slice, mask: Tensor | None
     ) -> AttnCall:
         """A call of a transformer; picture: of its keys. ValueError where a text stands there
         several times.
         """
-        parts = self.parts_of(asked)
+        parts = self.parts_of(options)
         if self.backbone.joint and any(r != 1 for part in parts for r in part.repeats):
             raise ValueError(
                 f"Kindred: lines of unequal length were made equal by repeating the shorter ones, "
@@ -156,7 +156,7 @@ class Run:
     def text_call(
         self,
         block: BlockId,
-        asked: Any,
+        options: Any,
         keys: int,
         stands: Callable[[int], slice | None],
     ) -> tuple[AttnCall, slice]:
@@ -166,7 +166,7 @@ class Run:
         keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as
         Backbone.text says.
         """
-        call = self.joint_call(block, asked, slice(0), None)
+        call = self.joint_call(block, options, slice(0), None)
         rows = [p.rows for p in call.texts] if self.backbone.joint else [keys for _ in call.texts]
         where = [None if r is None else stands(r) for r in rows]
         seen = [at for at in where if at is not None]
@@ -205,10 +205,10 @@ class Run:
         known = cross, *shapes, *map(id, call.texts)
         if self.traced.get(known) is None and (known, call.block) not in self.traced:
             once = [p.text or text.shape[1] for p in call.texts]
-            found = trace(len(call.roles), was, n, *((text, context, once) if cross else ()))
-            self.traced[known if found else (known, call.block)] = found
-        if (found := self.traced.get(known)) is not None:
-            return call.after(found)
+            traced = trace(len(call.roles), was, n, *((text, context, once) if cross else ()))
+            self.traced[known if traced else (known, call.block)] = traced
+        if (traced := self.traced.get(known)) is not None:
+            return call.after(traced)
         return replace(
             call,
             unknown=f"another node's {'cross' if cross else 'self'}-attention patch gives block "

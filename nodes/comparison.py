@@ -110,17 +110,17 @@ class ComparisonGrid(io.ComfyNode):
         known = None if reference is None else host.pictures_in(reference, GRID, "reference")
         most = max(map(len, batches))
         names = texts(labels, len(batches), "labels", "batches")
-        asked = texts(captions, most, "captions", "pictures in its longest batch")
+        below = texts(captions, most, "captions", "pictures in its longest batch")
         require_room(len(batches), most, cell)
         rows = [as_pictures(batch) for batch in batches]
         if batches_as == COLUMNS:
-            rows, names, asked = (
+            rows, names, below = (
                 [[row[i] for row in rows if i < len(row)] for i in range(most)],
-                asked,
+                below,
                 names,
             )
         sheet = as_image(
-            comparison(rows, names, asked, [] if known is None else as_pictures(known), cell)
+            comparison(rows, names, below, [] if known is None else as_pictures(known), cell)
         )
         shown = ui.ImageSaveHelper.save_images(
             sheet, "kindred_comparison", io.FolderType.temp, cls, compress_level=1

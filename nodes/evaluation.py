@@ -43,7 +43,7 @@ def read_scores(images: Tensor, reference: Tensor | None, prompts: Sequence[str]
     texts = tuple(agreement(reading, i, line) for i, line in enumerate(prompts)) or (None,) * len(
         images
     )
-    found = tuple(
+    seen = tuple(
         f"shows a {kind}, {scene}"
         for kind, scene in zip(reading.names("class"), reading.names("scene"))
     )
@@ -53,7 +53,7 @@ def read_scores(images: Tensor, reference: Tensor | None, prompts: Sequence[str]
         known,
         texts,
         "no prompt names a class or scene of the miniature" if prompts else "no prompts",
-        found,
+        seen,
         READER_SCALE,
     )
 
@@ -64,15 +64,17 @@ def agreement(reading: Reading, index: int, line: str) -> float | None:
     """
     words = {
         word
-        for found in re.findall(r"[a-z]+", line.lower())
-        for word in (found, found.removesuffix("s"))
+        for word_found in re.findall(r"[a-z]+", line.lower())
+        for word in (word_found, word_found.removesuffix("s"))
     }
-    asked = {
+    wanted = {
         kind: words.intersection(names) for kind, names in (("class", CLASSES), ("scene", SCENES))
     }
-    if not any(asked.values()):
+    if not any(wanted.values()):
         return None
-    return float(all(reading.names(kind)[index] in names for kind, names in asked.items() if names))
+    return float(
+        all(reading.names(kind)[index] in names for kind, names in wanted.items() if names)
+    )
 
 
 def clip_scores(
@@ -122,7 +124,9 @@ def clip_scores(
 def markdown(scores: Scores, prompts: Sequence[str]) -> str:
     """The numbers, and what they are of, picture by picture."""
     lines = [f"**{SCORE}**, judged by {scores.judge}", "", "| score | value | |", "|---|---:|---|"]
-    lines += [f"| {name} | {digits(value)} | {told} |" for name, value, told in scores.figures()]
+    lines += [
+        f"| {name} | {digits(value)} | {meaning} |" for name, value, meaning in scores.figures()
+    ]
     others = (
         mean_with_others(scores.pairs).tolist()
         if len(scores.pairs) > 1
@@ -161,10 +165,10 @@ def card_of(
 ) -> Card:
     """The same, to be drawn."""
 
-    def beside(found: str, value: float | None) -> str:
-        if value is None or not found:
-            return found if value is None else f"text {value:.3f}"
-        return f"{found}: {'as asked' if value else 'not as asked'}"
+    def beside(seen: str, value: float | None) -> str:
+        if value is None or not seen:
+            return seen if value is None else f"text {value:.3f}"
+        return f"{seen}: {'as asked' if value else 'not as asked'}"
 
     lines = [
         Line(prompt, beside(found, value), bool(found) and value == 0)

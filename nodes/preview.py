@@ -194,14 +194,14 @@ def matches_panel(pictures: Tensor, bank: ReferenceBank) -> Tensor:
             .view(r, n)
         )
     kept = subjects[0].nonzero().squeeze(1)
-    found = correspond(features[1:], subjects[1:], features[:1], [kept] * (r - 1))
+    matches = correspond(features[1:], subjects[1:], features[:1], [kept] * (r - 1))
     own = torch.arange(n)[None]
     return draw_matches(
         pictures,
         grids[0],
         subjects,
-        torch.cat([own, found.source]),
-        torch.cat([subjects[:1], found.keep]),
+        torch.cat([own, matches.source]),
+        torch.cat([subjects[:1], matches.keep]),
     )
 
 

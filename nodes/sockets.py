@@ -60,7 +60,7 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
                 f"{schema.display_name}: there is no input {unknown!r:.40}. Remove it; there are "
                 f"{', '.join(inputs)}."
             )
-        for name, value in given(signature.bind_partial(cls, *args, **kwargs)):
+        for name, value in bound_inputs(signature.bind_partial(cls, *args, **kwargs)):
             if name in inputs:
                 check_input(schema, inputs[name], value)
         return execute(cls, *args, **kwargs)
@@ -69,19 +69,19 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     return node
 
 
-def check_input(schema: io.Schema, asked: io.Input, value: Any) -> None:
+def check_input(schema: io.Schema, socket: io.Input, value: Any) -> None:
     """ValueError where one of the values of an input is none of its type: some grow, some nodes
     take lists.
     """
-    grows = isinstance(asked, io.Autogrow.Input)
-    kind = asked.template.input if grows else asked
+    grows = isinstance(socket, io.Autogrow.Input)
+    kind = socket.template.input if grows else socket
     several = grows and isinstance(value, Mapping)
     for one in (v for v in value.values() if v is not None) if several else (value,):
         for single in one if schema.is_input_list and isinstance(one, list) else (one,):
-            refuse(schema.display_name, asked.id, kind, single)
+            refuse(schema.display_name, socket.id, kind, single)
 
 
-def given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+def bound_inputs(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
     """Every input by its name, also those that a node takes together."""
     for name, value in bound.arguments.items():
         if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
@@ -90,11 +90,11 @@ def given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def refuse(node: str, name: str, asked: Any, value: Any) -> None:
+def refuse(node: str, name: str, socket: Any, value: Any) -> None:
     """ValueError where the value of one input is none of its type."""
-    kind = asked.get_io_type()
+    kind = socket.get_io_type()
     if kind in WIRES:
-        if value is None and asked.optional or fits(kind, value):
+        if value is None and socket.optional or fits(kind, value):
             return
         raise ValueError(
             f"{node}: {name} is {type(value).__name__} {str(value)!r:.40}, where a wire of {kind} "
@@ -108,7 +108,7 @@ def refuse(node: str, name: str, asked: Any, value: Any) -> None:
         and not math.isfinite(value)
     ):
         raise ValueError(
-            f"{node}: {name} is {value}. Give a number from {asked.min} to {asked.max}."
+            f"{node}: {name} is {value}. Give a number from {socket.min} to {socket.max}."
         )
     if (
         kind == "STRING" and name not in SAID and any("\ud800" <= c <= "\udfff" for c in str(value))

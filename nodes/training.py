@@ -400,9 +400,9 @@ class ConceptEncoderTrain(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images: list[Tensor], prompt: list[str], **given: list[Any]) -> io.NodeOutput:
+    def execute(cls, images: list[Tensor], prompt: list[str], **inputs: list[Any]) -> io.NodeOutput:
         order = Order(
-            images=images, prompt=prompt, **{name: value[0] for name, value in given.items()}
+            images=images, prompt=prompt, **{name: value[0] for name, value in inputs.items()}
         )
         encoder, losses = train(order)
         curve = draw_curve(losses, order.steps)

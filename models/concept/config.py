@@ -112,17 +112,17 @@ def read_layers(layers: Sequence[Any]) -> tuple[tuple[BlockId, int], ...]:
     """[stage, index, depth, channels] each -> (block, channels); ValueError or TypeError where they
     are none of a UNet.
     """
-    found = tuple(
+    known = tuple(
         (
             (stage, number(i, 0, 99, "a block"), number(d, 0, 99, "a block")),
             number(channels, 1, 65536, "channels"),
         )
         for stage, i, d, channels in layers
     )
-    unknown = any(block[0] not in UNET_STAGES for block, _ in found)
-    if not found or len(found) > 1000 or unknown or len(dict(found)) < len(found):
+    unknown = any(block[0] not in UNET_STAGES for block, _ in known)
+    if not known or len(known) > 1000 or unknown or len(dict(known)) < len(known):
         raise ValueError("layers are no cross-attention layers of a UNet")
-    return found
+    return known
 
 
 def check_pixels(config: ConceptConfig) -> None:
@@ -147,19 +147,19 @@ def check_layers(
     """An encoder's layers against a UNet's, [(block, channels)] and the width of its text;
     ValueError names both.
     """
-    own, given = dict(config.layers), dict(layers)
-    if config.width != width or own != given:
-        first = next((b for b in {**own, **given} if own.get(b) != given.get(b)), None)
+    own, wanted = dict(config.layers), dict(layers)
+    if config.width != width or own != wanted:
+        first = next((b for b in {**own, **wanted} if own.get(b) != wanted.get(b)), None)
         where = (
             first
             and f"; {block_name(first)} has {own.get(first, 'no')} channels there and "
-            f"{given.get(first, 'none')} here"
+            f"{wanted.get(first, 'none')} here"
             or ""
         )
         raise ValueError(
             f"{node}: the concept encoder was trained for {config.family} ({len(own)} "
             f"cross-attention layers, text width "
-            f"{config.width}), but the model given is {family} ({len(given)} layers, text width "
+            f"{config.width}), but the model given is {family} ({len(wanted)} layers, text width "
             f"{width}){where}. "
             f"Use an encoder trained for {family}, or a {config.family} checkpoint."
         )

@@ -35,11 +35,11 @@ def read_full_face(
     """IP-Adapter full-face tensors -> configuration, and their names by ours; ValueError for any
     other file.
     """
-    given = {name for name in shapes if name.startswith("image_proj.")}
+    projection = {name for name in shapes if name.startswith("image_proj.")}
     mlp = {f"image_proj.proj.{i}.{kind}" for i in (0, 2, 3) for kind in ("weight", "bias")}
-    if given != mlp or not all(shapes[name] for name in mlp):
+    if projection != mlp or not all(shapes[name] for name in mlp):
         raise ValueError(
-            f"{path.name} is {kind_of(given)}. Choose a file that Concept Encoder Train or "
+            f"{path.name} is {kind_of(projection)}. Choose a file that Concept Encoder Train or "
             f"tools/workshop/train_concept_encoder.py "
             "made, or IP-Adapter full-face weights."
         )

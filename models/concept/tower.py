@@ -103,5 +103,5 @@ class VisionTower(nn.Module):
         "vision_model."; RuntimeError if some lack.
         """
         own = self.model.state_dict()
-        given = {name.removeprefix("vision_model."): value for name, value in weights.items()}
-        self.model.load_state_dict({name: given[name] for name in own if name in given})
+        renamed = {name.removeprefix("vision_model."): value for name, value in weights.items()}
+        self.model.load_state_dict({name: renamed[name] for name in own if name in renamed})

@@ -100,18 +100,18 @@ def unlike_moments(state: Mapping[str, Any], learning: Sequence[Tensor]) -> str:
     return ""
 
 
-def unlike_tensors(what: str, given: Any, own: Mapping[str, Tensor]) -> str:
+def unlike_tensors(what: str, loaded: Any, own: Mapping[str, Tensor]) -> str:
     """How tensors of a file differ from those they are to replace, in names, shapes or finiteness;
     "" where they do not.
     """
-    if not isinstance(given, Mapping) or given.keys() != own.keys():
+    if not isinstance(loaded, Mapping) or loaded.keys() != own.keys():
         return f"its {what} has other names"
     for name, value in own.items():
-        if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
-            shape = list(getattr(given[name], "shape", ()))
+        if not isinstance(loaded[name], Tensor) or loaded[name].shape != value.shape:
+            shape = list(getattr(loaded[name], "shape", ()))
             return f"{name} of its {what} is {shape}, but {list(value.shape)} is needed"
         if value.is_floating_point() and not (
-            given[name].is_floating_point() and torch.isfinite(given[name]).all()
+            loaded[name].is_floating_point() and torch.isfinite(loaded[name]).all()
         ):
             return f"{name} of its {what} holds NaN or infinite values"
     return ""

@@ -64,16 +64,16 @@ def trace(
     if len(orders) != 1:
         return None
     order = orders[0]
-    found = tuple(places[i][p] for i, p in enumerate(order))
+    standing = tuple(places[i][p] for i, p in enumerate(order))
     repeats: list[tuple[int, ...] | None] = []
-    for i, (part, place) in enumerate(zip(order, found)):
+    for i, (part, place) in enumerate(zip(order, standing)):
         if left is None or (place is None and count == parts):
             repeats.append(None)
         elif place is not None:
             repeats.append((_copies(place, once[part]),))
         else:
             repeats.append(tuple(_repeated(row) for row in left[i]))
-    return Traced(order, found, tuple(repeats))
+    return Traced(order, standing, tuple(repeats))
 
 
 def _alike(was: Tensor, now: Tensor, rows: int, parts: int) -> list[tuple[int, ...]]:

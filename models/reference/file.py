@@ -51,7 +51,7 @@ TRANSFORMER_VERSION = BANK_VERSION + 1
 STAGE = re.compile("[a-z]{1,16}")
 AGAIN = "Copy it again, or save the reference again."
 MOST = 1 << 40  # of anything counted; a real file is far below
-Told = Mapping[str, Any]
+Description = Mapping[str, Any]
 
 
 def save_reference(bank: ReferenceBank, path: Path) -> None:
@@ -69,11 +69,11 @@ def save_reference(bank: ReferenceBank, path: Path) -> None:
     parcel = Parcel()
     try:
         check(bank)
-        told = parcel.bank(bank)
+        description = parcel.bank(bank)
     except ValueError as error:
         raise ValueError(f"the reference cannot be saved: {error}. Make it again.") from error
     with whole(path, parcel.tensors.values()) as partial:
-        save_file(parcel.tensors, partial, {FORMAT: json.dumps(told)})
+        save_file(parcel.tensors, partial, {FORMAT: json.dumps(description)})
 
 
 def load_reference(
@@ -89,7 +89,7 @@ def load_reference(
     check_safetensors(path)
     try:
         with safe_open(path, "pt") as file:
-            told, names = read_metadata(path, file.metadata() or {}), set(file.keys())
+            description, names = read_metadata(path, file.metadata() or {}), set(file.keys())
             tell, read = progress(len(names)), set()
 
             def tensor(name: str) -> Tensor:
@@ -99,7 +99,7 @@ def load_reference(
                 read.add(name)
                 return file.get_tensor(name).clone()  # out of the mapped file
 
-            bank = read_bank(told, tensor)
+            bank = read_bank(description, tensor)
             check(bank)
             tell(len(names))
     except OSError as error:
@@ -123,24 +123,24 @@ class Refused(ValueError):
     """A file that is no reference of this version; its sentence is complete."""
 
 
-def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
+def read_metadata(path: Path, metadata: Mapping[str, str]) -> Description:
     """The description of a reference of this version; Refused for any other file."""
     if FORMAT not in metadata:
         ours, names = (
             [n for n in sorted(metadata) if n.startswith(start)] for start in ("kindred.", "")
         )
-        found = (
+        content = (
             f"of format {', '.join(ours):.80}"
             if ours
             else f"no reference (its metadata names {', '.join(names) or 'nothing':.80})"
         )
         raise Refused(
-            f"{path.name} is {found}, but a reference is of format {FORMAT}. Choose a file that "
+            f"{path.name} is {content}, but a reference is of format {FORMAT}. Choose a file that "
             f"Save Reference wrote."
         )
     try:
-        told = json.loads(metadata[FORMAT])
-        version = number(told["version"], 0, MOST, "version")
+        description = json.loads(metadata[FORMAT])
+        version = number(description["version"], 0, MOST, "version")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise Refused(
             f"{path.name}: its description is damaged ({error!r:.120}). {AGAIN}"
@@ -151,7 +151,7 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> Told:
             f"{BANK_VERSION} and "
             f"{TRANSFORMER_VERSION}. Update Kindred, or make and save the reference again."
         )
-    return told
+    return description
 
 
 # writing ------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Parcel:
                 half.value: self.prompt(f"prompt.{half.value}", prompt)
                 for half, prompt in bank.prompts.items()
             },
-            "layers": layers_told(bank.layers),
+            "layers": described_layers(bank.layers),
             "masks": [list(grid) for grid in bank.masks],
             "features": {
                 half.value: self.rows(f"features.{half.value}", rows)
@@ -242,7 +242,7 @@ class Parcel:
             "model": str(path.model_key),
             "schedule": path.schedule,
             "noise_maps": self.optional("trajectory.noise_maps", path.noise_maps),
-            **noise_told(path.noise),
+            **described_noise(path.noise),
         }
 
     def prompt(self, name: str, prompt: ReferencePrompt) -> dict[str, Any]:
@@ -265,28 +265,28 @@ class Parcel:
             },
         }
 
-    def anchors(self, made: AnchorFeatures) -> dict[str, Any]:
+    def anchors(self, anchors: AnchorFeatures) -> dict[str, Any]:
         return {
-            "kept": self.kept("anchors.kept", made.kept),
-            "first_kept": self.kept("anchors.first_kept", made.first_kept),
+            "kept": self.kept("anchors.kept", anchors.kept),
+            "first_kept": self.kept("anchors.first_kept", anchors.first_kept),
             "first": {
                 half.value: self.rows(f"anchors.first.{half.value}", rows)
-                for half, rows in made.first.items()
+                for half, rows in anchors.first.items()
             },
-            "outputs": self.rows("anchors.outputs", made.outputs),
-            "output_layers": layers_told(made.output_layers),
-            "features": self.optional("anchors.features", made.features),
-            "subject": self.optional("anchors.subject", made.subject),
-            "settings": dict(made.settings),
+            "outputs": self.rows("anchors.outputs", anchors.outputs),
+            "output_layers": described_layers(anchors.output_layers),
+            "features": self.optional("anchors.features", anchors.features),
+            "subject": self.optional("anchors.subject", anchors.subject),
+            "settings": dict(anchors.settings),
         }
 
 
-def noise_told(noise: Noise) -> dict[str, Any]:
+def described_noise(noise: Noise) -> dict[str, Any]:
     """Nothing of a diffusion: its file stays the one that every Kindred reads."""
     return {"flow": {"scale": noise.scale}} if isinstance(noise, Flow) else {}
 
 
-def layers_told(layers: Sequence[Layer]) -> list[list[Any]]:
+def described_layers(layers: Sequence[Layer]) -> list[list[Any]]:
     return [[*layer.block, *layer.grid, layer.channels] for layer in layers]
 
 
@@ -295,14 +295,14 @@ def layers_told(layers: Sequence[Layer]) -> list[list[Any]]:
 Source = Callable[[str], Tensor]  # a tensor of the file by its name
 
 
-def read_bank(told: Told, tensor: Source) -> ReferenceBank:
+def read_bank(description: Description, tensor: Source) -> ReferenceBank:
     """ValueError, KeyError, TypeError, AttributeError or IndexError where the description is not
     what Parcel.bank says.
     """
     # older references have the name alone
     path, model = (
-        told["trajectory"],
-        read_parts(word(told["model"]), told.get("identity")),
+        description["trajectory"],
+        read_parts(word(description["model"]), description.get("identity")),
     )
     trajectory = InversionTrajectory(
         tensor("trajectory.sigmas"),
@@ -312,30 +312,31 @@ def read_bank(told: Told, tensor: Source) -> ReferenceBank:
         model if path["model"] == model else word(path["model"]),
         word(path["schedule"]),
         tensor("trajectory.noise_maps") if path["noise_maps"] else None,
-        read_noise(path) if told["version"] == TRANSFORMER_VERSION else DIFFUSION,
+        read_noise(path) if description["version"] == TRANSFORMER_VERSION else DIFFUSION,
     )
     prompts = {
         Half(half): read_prompt(own, f"prompt.{half}", tensor)
-        for half, own in told["prompts"].items()
+        for half, own in description["prompts"].items()
     }
     masks = {
-        grid: tensor(f"mask.{grid[0]}x{grid[1]}") for grid in (read_grid(*g) for g in told["masks"])
+        grid: tensor(f"mask.{grid[0]}x{grid[1]}")
+        for grid in (read_grid(*g) for g in description["masks"])
     }
     return ReferenceBank(
         trajectory,
         prompts,
-        read_layers(told["layers"], told["version"]),
+        read_layers(description["layers"], description["version"]),
         masks,
-        read_halves(told["features"], "features", tensor),
+        read_halves(description["features"], "features", tensor),
         model,
-        tensor("maps") if told["maps"] else None,
-        None if told["anchors"] is None else read_anchors(told["anchors"], tensor),
+        tensor("maps") if description["maps"] else None,
+        None if description["anchors"] is None else read_anchors(description["anchors"], tensor),
         BANK_VERSION,
-        read_share(told.get("share", 1.0)),
+        read_share(description.get("share", 1.0)),
     )
 
 
-def read_noise(path: Told) -> Diffusion | Flow:
+def read_noise(path: Description) -> Diffusion | Flow:
     """The noise path of a trajectory."""
     flow = path.get("flow")
     if flow is None:
@@ -352,41 +353,41 @@ def read_share(value: Any) -> float:
     return float(value)
 
 
-def read_prompt(told: Told, name: str, tensor: Source) -> ReferencePrompt:
+def read_prompt(description: Description, name: str, tensor: Source) -> ReferencePrompt:
     extras = {
         word(key): tensor(f"{name}.extra.{key}") if value is None else scalar(value)
-        for key, value in told["extras"]
+        for key, value in description["extras"]
     }
-    subject = told["subject"]
+    subject = description["subject"]
     if subject is not None:
         subject = SubjectTokens(
             tuple(map(word, subject["words"])),
             places(subject["positions"]),
             tuple(places(own) for own in subject["by_word"]),
         )
-    return ReferencePrompt(word(told["text"]), tensor(f"{name}.cross"), extras, subject)
+    return ReferencePrompt(word(description["text"]), tensor(f"{name}.cross"), extras, subject)
 
 
-def read_anchors(told: Told, tensor: Source) -> AnchorFeatures:
+def read_anchors(description: Description, tensor: Source) -> AnchorFeatures:
     return AnchorFeatures(
-        read_kept(told["kept"], "anchors.kept", tensor),
-        read_halves(told["first"], "anchors.first", tensor),
-        read_kept(told["first_kept"], "anchors.first_kept", tensor),
-        read_rows(told["outputs"], "anchors.outputs", tensor),
-        read_layers(told["output_layers"], BANK_VERSION),
-        tensor("anchors.features") if told["features"] else None,
-        tensor("anchors.subject") if told["subject"] else None,
-        {key: scalar(value) for key, value in told["settings"].items()},
+        read_kept(description["kept"], "anchors.kept", tensor),
+        read_halves(description["first"], "anchors.first", tensor),
+        read_kept(description["first_kept"], "anchors.first_kept", tensor),
+        read_rows(description["outputs"], "anchors.outputs", tensor),
+        read_layers(description["output_layers"], BANK_VERSION),
+        tensor("anchors.features") if description["features"] else None,
+        tensor("anchors.subject") if description["subject"] else None,
+        {key: scalar(value) for key, value in description["settings"].items()},
     )
 
 
-def read_rows(told: Told | None, name: str, tensor: Source) -> Rows:
+def read_rows(description: Description | None, name: str, tensor: Source) -> Rows:
     stored = tensor(name)
-    if told is None:
+    if description is None:
         return stored
     lengths, dtypes = (
-        [number(n, 0, MOST, f"a row of {name}") for n in told["lengths"]],
-        [DTYPES[kind] for kind in told["dtypes"]],
+        [number(n, 0, MOST, f"a row of {name}") for n in description["lengths"]],
+        [DTYPES[kind] for kind in description["dtypes"]],
     )
     if stored.ndim != 1 or sum(lengths) != len(stored):
         raise ValueError(
@@ -401,22 +402,24 @@ def read_rows(told: Told | None, name: str, tensor: Source) -> Rows:
     return tuple(row.to(kind) for row, kind in zip(stored.split(lengths), dtypes))
 
 
-def read_kept(told: Sequence[Any], name: str, tensor: Source) -> Kept:
-    return {read_grid(y, x): read_rows(own, f"{name}.{y}x{x}", tensor) for y, x, own in told}
+def read_kept(description: Sequence[Any], name: str, tensor: Source) -> Kept:
+    return {read_grid(y, x): read_rows(own, f"{name}.{y}x{x}", tensor) for y, x, own in description}
 
 
-def read_halves(told: Told, name: str, tensor: Source) -> dict[Half, Rows]:
-    return {Half(half): read_rows(own, f"{name}.{half}", tensor) for half, own in told.items()}
+def read_halves(description: Description, name: str, tensor: Source) -> dict[Half, Rows]:
+    return {
+        Half(half): read_rows(own, f"{name}.{half}", tensor) for half, own in description.items()
+    }
 
 
-def read_layers(told: Sequence[Any], version: int) -> tuple[Layer, ...]:
+def read_layers(description: Sequence[Any], version: int) -> tuple[Layer, ...]:
     layers = tuple(
         Layer(
             (stage, number(i, 0, 999, "a block"), number(d, 0, 999, "a block")),
             read_grid(y, x),
             number(c, 1, MOST, "channels"),
         )
-        for stage, i, d, y, x, c in told
+        for stage, i, d, y, x, c in description
     )
     unknown = next(
         (
@@ -436,8 +439,10 @@ def read_grid(y: Any, x: Any) -> Grid:
     return number(y, 1, 1 << 20, "a grid"), number(x, 1, 1 << 20, "a grid")
 
 
-def places(told: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(number(i, 0, MOST, "a token's position") for i in row) for row in told)
+def places(description: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple(number(i, 0, MOST, "a token's position") for i in row) for row in description
+    )
 
 
 def word(value: Any) -> str:

@@ -67,16 +67,16 @@ def positions_of(prompt: Sequence[Piece], words: Iterable[Sequence[Piece]]) -> t
     Korean words may go on (particles). All pieces of all occurrences count (method.md 3.6 Q4).
     """
     text, places = _spelled(prompt)
-    found: set[int] = set()
+    indices: set[int] = set()
     for word in words:
         wanted = _spelled(word)[0].strip()
         start = text.find(wanted) if any(map(_is_letter, wanted)) else -1
         while start >= 0:
             end = start + len(wanted)
             if _begins(text, start) and _ends(text, end):
-                found.update(place for held in places[start:end] for place in held)
+                indices.update(place for held in places[start:end] for place in held)
             start = text.find(wanted, start + 1)
-    return tuple(sorted(found))
+    return tuple(sorted(indices))
 
 
 def _spelled(pieces: Sequence[Piece]) -> tuple[str, list[tuple[int, ...]]]:

@@ -186,14 +186,14 @@ def tiles(
 ) -> None:
     """The numbers that matter, large, each with its name and what it is of."""
     each = min(300, width // len(figures))
-    for number, (name, value, told) in enumerate(figures):
+    for number, (name, value, meaning) in enumerate(figures):
         x = left + number * each
         write(pen, x, top, name, 15, GREY)
         if value is None:
-            write(pen, x, top + 22, told, 15, GREY, width=each - 20, lines=2)
+            write(pen, x, top + 22, meaning, 15, GREY, width=each - 20, lines=2)
         else:
             write(pen, x, top + 16, f"{round(value, 3) + 0.0:.3f}", 44)
-            write(pen, x, top + 68, told, 13, GREY, width=each - 20, lines=1)
+            write(pen, x, top + 68, meaning, 13, GREY, width=each - 20, lines=1)
 
 
 def legend(

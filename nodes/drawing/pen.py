@@ -101,14 +101,14 @@ def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
     """A text in at most so many lines of at most this width; what does not fit ends in an ellipsis.
     Words are broken if they must.
     """
-    made: list[str] = []
+    pieces: list[str] = []
     for word in " ".join(text.split())[
         : lines * int(width) + 1
     ].split():  # what can be seen is a pixel wide at least
-        while word and len(made) <= lines:
-            joined = f"{made[-1]} {word}" if made else word
-            if made and font.getlength(joined) <= width:
-                made[-1], word = joined, ""
+        while word and len(pieces) <= lines:
+            joined = f"{pieces[-1]} {word}" if pieces else word
+            if pieces and font.getlength(joined) <= width:
+                pieces[-1], word = joined, ""
             else:
                 cut = max(
                     bisect_right(
@@ -116,13 +116,13 @@ def wrapped(text: str, font: Any, width: float, lines: int) -> list[str]:
                     ),
                     1,
                 )
-                made, word = [*made, word[:cut]], word[cut:]
-    if len(made) > lines:
-        last = made[lines - 1]
+                pieces, word = [*pieces, word[:cut]], word[cut:]
+    if len(pieces) > lines:
+        last = pieces[lines - 1]
         while last and font.getlength(last + "...") > width:
             last = last[:-1]
-        made = [*made[: lines - 1], last.rstrip() + "..."]
-    return made
+        pieces = [*pieces[: lines - 1], last.rstrip() + "..."]
+    return pieces
 
 
 def write(
@@ -140,7 +140,7 @@ def write(
     `lines` lines.
     """
     font = typeface(size, text)
-    made = wrapped(text, font, width, lines) if width else [text]
-    down = {"a": 0.0, "m": (1 - len(made)) / 2, "d": 1.0 - len(made)}[anchor[1]]
-    for number, line in enumerate(made):
+    pieces = wrapped(text, font, width, lines) if width else [text]
+    down = {"a": 0.0, "m": (1 - len(pieces)) / 2, "d": 1.0 - len(pieces)}[anchor[1]]
+    for number, line in enumerate(pieces):
         pen.text((x, y + round((down + number) * 1.3 * size)), line, colour, font, anchor)

@@ -120,17 +120,17 @@ def _spread(tensor: Tensor) -> Tensor:
 
 def _fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each as [n] float32 on the CPU; one copy and one wait for every device."""
-    found: list[Tensor] = [torch.zeros(0)] * len(tensors)
+    fetched: list[Tensor] = [torch.zeros(0)] * len(tensors)
     for device in {t.device for t in tensors}:
         here = [i for i, t in enumerate(tensors) if t.device == device]
         flat = torch.cat([tensors[i].detach().flatten().float() for i in here]).cpu()
         for i, part in zip(here, flat.split([tensors[i].numel() for i in here])):
-            found[i] = part
-    return found
+            fetched[i] = part
+    return fetched
 
 
-def _sketch(told: object, tensors: Sequence[Tensor], layers: int) -> Sketch:
-    """told: what has to be equal to the letter."""
+def _sketch(facts: object, tensors: Sequence[Tensor], layers: int) -> Sketch:
+    """facts: what has to be equal to the letter."""
     pieces = [_piece(t) for t in _evenly(tensors)]
     scaled = [piece for piece in pieces if piece.scale is not None]
     fetched = _fetch([piece.values for piece in pieces] + [piece.scale for piece in scaled])
@@ -141,7 +141,7 @@ def _sketch(told: object, tensors: Sequence[Tensor], layers: int) -> Sketch:
         own = piece.dtype if piece.scale is not None else held_as(values, piece.dtype)
         kept.append(cells(values, own, scale))
     stored = next((piece.stored for piece in pieces if piece.stored), "")
-    digest = _digest([told, [piece.stored for piece in pieces]], 16)
+    digest = _digest([facts, [piece.stored for piece in pieces]], 16)
     return Sketch(digest, torch.cat(kept, 1) if kept else torch.zeros(2, 0), layers, stored)
 
 
@@ -157,8 +157,8 @@ def _evenly(many: Sequence[Tensor]) -> list[Tensor]:
     )
 
 
-def _digest(told: object, size: int) -> str:
-    return hashlib.blake2b(repr(told).encode(), digest_size=size).hexdigest()
+def _digest(facts: object, size: int) -> str:
+    return hashlib.blake2b(repr(facts).encode(), digest_size=size).hexdigest()
 
 
 # what is read of a model --------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def _weights(model: ModelPatcher) -> dict[str, list[Any]]:
     The host's get_key_patches, but for what the state of a quantised layer holds beside its weight,
     which ends that in an error.
     """
-    found: dict[str, list[Any]] = {}
+    weights: dict[str, list[Any]] = {}
     for key in model.model_state_dict("diffusion_model."):
         if key in model.hook_backup:
             weight = model.hook_backup[key][0]
@@ -182,8 +182,8 @@ def _weights(model: ModelPatcher) -> dict[str, list[Any]]:
             except AttributeError:
                 continue
         if isinstance(weight, Tensor):
-            found[key] = [weight, *model.patches.get(key, ())]
-    return found
+            weights[key] = [weight, *model.patches.get(key, ())]
+    return weights
 
 
 def _parts(value: object, tensors: list[Tensor]) -> Iterator[object]:
@@ -222,16 +222,16 @@ def _hooks(model: ModelPatcher) -> list[tuple[str, Any]]:
 def _patches(weights: dict[str, list[Any]], hooks: Sequence[tuple[str, Any]]) -> Sketch:
     """LoRAs, merges and whatever else is added to weights, and LoRAs in bypass mode."""
     tensors: list[Tensor] = []
-    told: list[object] = [
+    patched: list[object] = [
         (key, list(_parts(patches, tensors)))
         for key, (_, *patches) in sorted(weights.items())
         if patches
     ]
-    told += [
+    patched += [
         ("bypass", name, hook.multiplier, list(_parts(hook.adapter, tensors)))
         for name, hook in hooks
     ]
-    return _sketch(told, tensors, len(told))
+    return _sketch(patched, tensors, len(patched))
 
 
 def _sampling(model: ModelPatcher) -> str:
@@ -349,14 +349,14 @@ def _exact(
 # comparing ----------------------------------------------------------------------------------------
 
 
-def require_same_model(node: str, what: str, made_with: str, given: str) -> None:
+def require_same_model(node: str, what: str, made_with: str, current: str) -> None:
     """Features of one set of weights mean nothing to another. ValueError says what differs:
     weights, LoRAs, sampling or modules.
     """
-    differ = differences(made_with, given)
+    differ = differences(made_with, current)
     if differ == ():
         return
-    begin = f"{node}: the {what} was made with model {made_with}, but the model given is {given}"
+    begin = f"{node}: the {what} was made with model {made_with}, but the model given is {current}"
     if differ is None:
         raise ValueError(
             f"{begin}. An older Kindred made it, which kept no more than this name: it counts "
@@ -364,12 +364,14 @@ def require_same_model(node: str, what: str, made_with: str, given: str) -> None
             f"the precision (fp16, bf16, fp8). Wire the same MODEL in the same precision, or make "
             f"the {what} again."
         )
-    told = (
+    difference = (
         ""
         if differ == ("kind",)
-        else f": {explain(made_with, given, differ)} differ{'s' * (differ[-1] == 'sampling')}"
+        else f": {explain(made_with, current, differ)} differ{'s' * (differ[-1] == 'sampling')}"
     )
-    raise ValueError(f"{begin}{told}. {REMEDY[differ[0]]}, or make the {what} again with this one.")
+    raise ValueError(
+        f"{begin}{difference}. {REMEDY[differ[0]]}, or make the {what} again with this one."
+    )
 
 
 def require_reference(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
@@ -413,13 +415,13 @@ def require_layers(node: str, bank: ReferenceBank, model: ModelPatcher) -> None:
         model.get_model_object("latent_format").latent_channels,
         next((k.in_features for _, k in own.values()), None),
     )
-    found = {
+    held = {
         (bank.trajectory.latents.shape[2], prompt.cross.shape[-1])
         for prompt in bank.prompts.values()
     }
-    if own and found != {wanted}:
+    if own and held != {wanted}:
         raise ValueError(
-            f"{node}: the reference has (latent channels, text width) {sorted(found)}, but the "
+            f"{node}: the reference has (latent channels, text width) {sorted(held)}, but the "
             f"model given has {wanted}, "
             f"though both are called {bank.model_key}. Make the reference again."
         )
@@ -430,10 +432,10 @@ def require_channels(node: str, bank: ReferenceBank, model: ModelPatcher) -> Non
     channels to compare.
     """
     wanted = model.get_model_object("latent_format").latent_channels
-    found = bank.trajectory.latents.shape[2]
-    if found != wanted:
+    channels = bank.trajectory.latents.shape[2]
+    if channels != wanted:
         raise ValueError(
-            f"{node}: the reference has latents of {found} channels, but the model given has "
+            f"{node}: the reference has latents of {channels} channels, but the model given has "
             f"{wanted}, though both are called"
             f" {bank.model_key}. Make the reference again."
         )

@@ -66,11 +66,11 @@ def text_towers(clip: Any) -> dict[int, tuple[str, SDClipModel]]:
     """The text encoders of a CLIP that reach a space shared with pictures: by that space's width,
     an encoder's name and itself.
     """
-    found: dict[int, tuple[str, SDClipModel]] = {}
+    towers: dict[int, tuple[str, SDClipModel]] = {}
     for name, part in clip.cond_stage_model.named_children():
         if isinstance(part, SDClipModel) and hasattr(part.transformer, "text_projection"):
-            found.setdefault(part.transformer.text_projection.weight.shape[0], (name, part))
-    return found
+            towers.setdefault(part.transformer.text_projection.weight.shape[0], (name, part))
+    return towers
 
 
 def text_embeddings(clip: Any, width: int, texts: Sequence[str], node: str) -> Tensor:

@@ -166,11 +166,11 @@ class FrozenUNet:
                 "positive",
                 latent_image=x[:1],
             )  # inpainting models ask for its size
-            found = {k: getattr(c, "cond", None) for k, c in cond["model_conds"].items()}
+            read = {k: getattr(c, "cond", None) for k, c in cond["model_conds"].items()}
             if len(self.encoded) >= MOST_PROMPTS:
                 del self.encoded[next(iter(self.encoded))]
             self.encoded[text] = {
-                k: c.detach().to(self.device) for k, c in found.items() if isinstance(c, Tensor)
+                k: c.detach().to(self.device) for k, c in read.items() if isinstance(c, Tensor)
             }
         return self.encoded[text]
 
@@ -185,7 +185,7 @@ class FrozenUNet:
         rows = [self._encode(text, x) for text in prompts]
         longest = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
         repeats = tuple(longest // row["c_crossattn"].shape[1] for row in rows)
-        given = {
+        conds = {
             k: torch.cat(
                 [
                     row[k].repeat(1, n, 1) if k == "c_crossattn" else row[k]
@@ -208,7 +208,7 @@ class FrozenUNet:
             "cond_or_uncond": [0],
             "sigmas": sigma,
         }
-        return self.model.apply_model(x, sigma, transformer_options=options, **given)
+        return self.model.apply_model(x, sigma, transformer_options=options, **conds)
 
 
 def _products(

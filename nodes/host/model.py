@@ -347,10 +347,10 @@ def chosen_sigmas(
         if sigmas is None
         else f"custom, {max(sigmas.numel() - 1, 0)} steps"
     )
-    given = (schedule(model, scheduler, steps) if sigmas is None else sigmas).float().cpu()
-    sigmas = given.flatten()
+    levels = (schedule(model, scheduler, steps) if sigmas is None else sigmas).float().cpu()
+    sigmas = levels.flatten()
     if (
-        given.ndim != 1
+        levels.ndim != 1
         or len(sigmas) < 2
         or not torch.isfinite(sigmas).all()
         or (sigmas.diff() >= 0).any()

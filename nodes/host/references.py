@@ -46,14 +46,14 @@ def reference_path(name: str) -> Path:
     ValueError where there are two.
     """
     path = Path(folder_paths.get_full_path_or_raise(REFERENCES, name))
-    found = {
+    files = {
         file.resolve()
         for folder in folder_paths.get_folder_paths(REFERENCES)
         if (file := Path(folder, name)).is_file()
     }
-    if len(found) > 1:
+    if len(files) > 1:
         raise ValueError(
-            f"{name} is the name of {len(found)} files: {', '.join(map(str, sorted(found)))}. "
+            f"{name} is the name of {len(files)} files: {', '.join(map(str, sorted(files)))}. "
             f"Rename all but one."
         )
     return path

@@ -142,14 +142,14 @@ class SamplerRun:
         drawn = {cond.get("guidance") for cond in conds}
         if self.backbone is None or not read or read == drawn or not (read | drawn) - {None}:
             return
-        told = " and ".join(
+        sides = " and ".join(
             ", ".join(map(str, sorted(map(_number, side)))) for side in (read, drawn)
         )
         log.info(
             "Kindred: the reference is read at another guidance than the pictures are drawn at "
             "(%s), which makes it a little less alike."
             " Wire the same FluxGuidance into Ref-UNet Feature Capture.",
-            told,
+            sides,
         )
 
     def blocks_read(self, bank: ReferenceBank) -> frozenset[BlockId]:

@@ -131,11 +131,11 @@ def _predict_noise(
     if sigma is None:
         sigma = float(timestep.flatten()[0])
     if run.stages:
-        told = [
+        listeners = [
             len(o.get("sampler_post_cfg_function", ())) for o in (model_options, run.model_options)
         ]
         if (
-            told[0] == told[1] and (known := run.stages.replayed(sigma, x)) is not None
+            listeners[0] == listeners[1] and (known := run.stages.replayed(sigma, x)) is not None
         ):  # CFG++ samplers listen to each call
             return known
     size = tuple(x.shape[-2:])

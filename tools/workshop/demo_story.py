@@ -25,7 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
 from checkout import ROOT
 from client import Client
-from demo import Stopwatch, native_size, report, with_progress
+from demo_report import Stopwatch, native_size, report, with_progress
 from host_server import HostServer, link
 from PIL import Image, ImageDraw, ImageFont
 from results import IN_GIT, prepare

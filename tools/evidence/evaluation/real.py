@@ -291,7 +291,7 @@ class RealStudio(Studio):
 
     def load(self) -> tuple[Any, Any, Any]:
         import comfy.sd
-        from demo import native_size
+        from demo_report import native_size
 
         files = self.files
         self.size = files.size or native_size(files.checkpoint)
