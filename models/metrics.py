@@ -136,7 +136,8 @@ def face_identity(
     Raises ValueError where those of pictures and of photos differ in width, and for an embedding
     that is zero or not finite.
     """
-    shown, known = ([face for face in faces if face is not None] for faces in (pictures, photos))
+    shown = [face for face in pictures if face is not None]
+    known = [face for face in photos if face is not None]
     values = iter(())
     if shown and known:
         cosines = cosine_similarity(torch.stack(shown), torch.stack(known))

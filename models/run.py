@@ -106,13 +106,7 @@ class Run:
         """A UNet's call; text: tokens of a cross-attention's context, None in self-attention."""
         said = self.translate(options)
         parts = self._parts(said)
-        repeats = (
-            ()
-            if text is None
-            else tuple(
-                tuple(r * max(text // (p.text or text), 1) for r in p.repeats) for p in parts
-            )
-        )
+        repeats = () if text is None else tuple(_repeats(part, text) for part in parts)
         return AttnCall(
             said.block,
             said.grid,
@@ -120,7 +114,7 @@ class Run:
             tuple(p.area for p in parts),
             self.handed or self.latent,
             text is not None,
-            repeats if any(r != 1 for part in repeats for r in part) else (),
+            repeats if any(map(_several, repeats)) else (),
             tuple(parts),
             said.size,
             part=self.part,
@@ -133,7 +127,7 @@ class Run:
         several times.
         """
         parts = self.parts_of(options)
-        if self.backbone.joint and any(r != 1 for part in parts for r in part.repeats):
+        if self.backbone.joint and any(_several(part.repeats) for part in parts):
             raise ValueError(
                 f"Kindred: lines of unequal length were made equal by repeating the shorter ones, "
                 f"but {self.backbone.family} reads text "
@@ -173,15 +167,7 @@ class Run:
         text = slice(
             min((at.start for at in seen), default=0), max((at.stop for at in seen), default=0)
         )
-        places = tuple(
-            None
-            if at is None
-            else tuple(
-                i if 0 <= (i := key - at.start) < at.stop - at.start else -1
-                for key in range(text.start, text.stop)
-            )
-            for at in where
-        )
+        places = tuple(None if at is None else _places(at, text) for at in where)
         return replace(call, cross=True, places=places), text
 
     def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
@@ -270,3 +256,21 @@ class Run:
     ) -> Tensor:
         """The same with what was found for the call."""
         return read(call, references, self.sites[call.block], attend, q, k, v, heads)
+
+
+def _repeats(part: Part, text: int) -> tuple[int, ...]:
+    """How many times each row's text stands among `text` tokens of the context."""
+    again = max(text // (part.text or text), 1)
+    return tuple(once * again for once in part.repeats)
+
+
+def _several(repeats: Sequence[int]) -> bool:
+    return any(count != 1 for count in repeats)
+
+
+def _places(own: slice, text: slice) -> tuple[int, ...]:
+    """The places of the keys of `text` in a text that stands at `own`; -1 for those of others."""
+    return tuple(
+        key - own.start if own.start <= key < own.stop else -1
+        for key in range(text.start, text.stop)
+    )

@@ -4,7 +4,9 @@ ablation figure).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import itemgetter
+from typing import Any
 
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
@@ -114,11 +116,7 @@ class ComparisonGrid(io.ComfyNode):
         require_room(len(batches), most, cell)
         rows = [as_pictures(batch) for batch in batches]
         if batches_as == COLUMNS:
-            rows, names, below = (
-                [[row[i] for row in rows if i < len(row)] for i in range(most)],
-                below,
-                names,
-            )
+            rows, names, below = turned(rows, most), below, names
         sheet = as_image(
             comparison(rows, names, below, [] if known is None else as_pictures(known), cell)
         )
@@ -126,6 +124,11 @@ class ComparisonGrid(io.ComfyNode):
             sheet, "kindred_comparison", io.FolderType.temp, cls, compress_level=1
         )
         return io.NodeOutput(sheet, ui=ui.SavedImages(shown))
+
+
+def turned(rows: Sequence[Sequence[Any]], most: int) -> list[list[Any]]:
+    """Columns as rows; shorter rows leave their places out."""
+    return [[row[i] for row in rows if i < len(row)] for i in range(most)]
 
 
 def wired_batches(images: io.Autogrow.Type) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -173,11 +174,8 @@ def matches_panel(pictures: Tensor, bank: ReferenceBank) -> Tensor:
     features = bank.anchors.features
     r, n = features.shape[:2]
     latent = tuple(bank.trajectory.latents.shape[-2:])
-    grids = [
-        grid
-        for grid in (*bank.masks, *(grid_of(latent, 2**k) for k in range(6)))
-        if grid[0] * grid[1] == n
-    ]
+    halved = (grid_of(latent, 2**k) for k in range(6))
+    grids = [grid for grid in (*bank.masks, *halved) if math.prod(grid) == n]
     if not grids:
         raise ValueError(
             f"{NODE}: the reference's features have {n} tokens a picture, which fits no grid of a "

@@ -35,11 +35,13 @@ def batch_rows(
             f"to similar lengths, or "
             "sample them apart."
         )
-    moved = tuple(
-        tuple(p + start for start in range(0, w, row.shape[1]) for p in places)
-        for row, places in zip(rows, positions)
-    )
+    moved = tuple(repeated(places, row.shape[1], w) for row, places in zip(rows, positions))
     return torch.cat([row.repeat(1, w // row.shape[1], 1) for row in rows]), moved
+
+
+def repeated(places: Sequence[int], length: int, whole: int) -> tuple[int, ...]:
+    """Positions in a text of `length` tokens, in all of its copies in `whole` tokens."""
+    return tuple(place + start for start in range(0, whole, length) for place in places)
 
 
 def encode(clip: Any, text: str) -> tuple[Tensor, dict[str, Any]]:
@@ -77,10 +79,8 @@ def words_in(
     spelled = [[reader(word).pieces for reader in readers] for word in words]
     each, seen = [], set()
     for number, (text, prompt) in enumerate(zip(texts, prompts), 1):
-        places = [
-            tuple(positions_of(p.pieces, [word]) for p, word in zip(prompt, by)) for by in spelled
-        ]
-        here = {word for word, found in zip(words, places) if any(found)}
+        places = [places_in(prompt, by) for by in spelled]
+        here = {word for word, own in zip(words, places) if any(own)}
         if not here:
             raise ValueError(
                 f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
@@ -97,6 +97,11 @@ def words_in(
                 "Correct the word or take it out of the subject field."
             )
     return each
+
+
+def places_in(prompt: Sequence[Prompt], word: Sequence[Any]) -> Places:
+    """Where the pieces of a word stand in a line, by each encoder."""
+    return tuple(positions_of(own.pieces, [pieces]) for own, pieces in zip(prompt, word))
 
 
 def rows_of(word: Places, starts: Sequence[int | None]) -> tuple[int, ...]:
@@ -130,12 +135,10 @@ def subject_tokens(
             "the subject, wire a mask."
         )
         return None
-    union = [tuple(sorted({place for word in line for place in word})) for line in by_line]
-    by_word = (
-        tuple(batch_rows(rows, [line[i] for line in by_line])[1] for i in range(len(words)))
-        if len(words) > 1
-        else ()
-    )
+    union = [tuple(sorted(set().union(*line))) for line in by_line]
+    by_word = ()
+    if len(words) > 1:
+        by_word = tuple(batch_rows(rows, of_word)[1] for of_word in zip(*by_line))
     return SubjectTokens(tuple(words), batch_rows(rows, union)[1], by_word)
 
 

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..network.blocks import block_name
-from ..network.blocks import UNET_STAGES
+from ..network.blocks import UNET_STAGES, Grid, block_name
 from ..network.call import Half
 from ..safetensor import GREATEST
 from .bank import AnchorFeatures, Kept, ReferenceBank, ReferencePrompt
@@ -70,10 +69,12 @@ def check_masks(bank: ReferenceBank) -> None:
     photos = bank.anchors is None
     lacking = {*bank.grids.values(), *([whole] if photos else [])} - bank.masks.keys()
     if lacking and (photos or bank.masks):
-        have, need = (
-            " and ".join(f"{y}x{x}" for y, x in grids) for grids in (bank.masks, sorted(lacking))
-        )
+        have, need = _names(bank.masks), _names(sorted(lacking))
         raise ValueError(f"there are masks of {have or 'no grid'}, but none of {need}")
+
+
+def _names(grids: Iterable[Grid]) -> str:
+    return " and ".join(f"{y}x{x}" for y, x in grids)
 
 
 def check_anchors(bank: ReferenceBank, anchors: AnchorFeatures, t: int) -> None:

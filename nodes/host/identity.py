@@ -147,14 +147,10 @@ def _sketch(facts: object, tensors: Sequence[Tensor], layers: int) -> Sketch:
 
 def _evenly(many: Sequence[Tensor]) -> list[Tensor]:
     """TENSORS of them, from the first to the last."""
-    return (
-        [
-            many[i]
-            for i in sorted({round(i * (len(many) - 1) / (TENSORS - 1)) for i in range(TENSORS)})
-        ]
-        if many
-        else []
-    )
+    if not many:
+        return []
+    wanted = {round(i * (len(many) - 1) / (TENSORS - 1)) for i in range(TENSORS)}
+    return [many[i] for i in sorted(wanted)]
 
 
 def _digest(facts: object, size: int) -> str:

@@ -151,13 +151,7 @@ class FrozenUNet:
         SDXL.
         """
         if text not in self.encoded:
-            kept = [
-                (
-                    cross.clone(),
-                    {k: v.clone() if isinstance(v, Tensor) else v for k, v in extras.items()},
-                )
-                for cross, extras in self.prompts[text]
-            ]
+            kept = [(cross.clone(), _copied(extras)) for cross, extras in self.prompts[text]]
             (cond,) = comfy.samplers.encode_model_conds(
                 self.model.extra_conds,
                 comfy.sampler_helpers.convert_cond(kept),
@@ -185,15 +179,11 @@ class FrozenUNet:
         rows = [self._encode(text, x) for text in prompts]
         longest = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
         repeats = tuple(longest // row["c_crossattn"].shape[1] for row in rows)
-        conds = {
-            k: torch.cat(
-                [
-                    row[k].repeat(1, n, 1) if k == "c_crossattn" else row[k]
-                    for row, n in zip(rows, repeats)
-                ]
-            )
-            for k in rows[0]
-        }
+        rows = [
+            row | {"c_crossattn": row["c_crossattn"].repeat(1, n, 1)}
+            for row, n in zip(rows, repeats)
+        ]
+        conds = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
         run, part = (
             Run(
                 sites=self.sites,
@@ -209,6 +199,10 @@ class FrozenUNet:
             "sigmas": sigma,
         }
         return self.model.apply_model(x, sigma, transformer_options=options, **conds)
+
+
+def _copied(extras: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in extras.items()}
 
 
 def _products(

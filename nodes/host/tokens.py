@@ -148,12 +148,14 @@ def _by_vocabulary(clip: Any, key: str) -> Callable[[int], str]:
     return lambda token: byte_level(names.get(token, "\ufffd"))
 
 
+def _said(clip: Any, text: str, key: str) -> list[int]:
+    """The ids of a prompt without start, end and pads."""
+    return [t[0] for chunk in tokens_of(clip, text, key) for t in chunk if not _pads(t)]
+
+
 def _template(clip: Any, key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that stand before and behind every prompt, start, end and pads apart."""
-    one, other = (
-        [t[0] for chunk in tokens_of(clip, text, key) for t in chunk if not _pads(t)]
-        for text in TRIALS
-    )
+    one, other = (_said(clip, text, key) for text in TRIALS)
 
     def common(pairs: zip) -> tuple[int, ...]:
         return tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
