@@ -174,6 +174,35 @@ def test_the_rule_lets_through(name, level, module):
     assert breach(name, level, module) is None
 
 
+HOST_KEYS = {
+    "transformer_options",
+    "model_conds",
+    "cross_attn",
+    "c_crossattn",
+    "uuid",
+    "uuids",
+    "cond_or_uncond",
+    "original_shape",
+    "activations_shape",
+    "block_index",
+    "patches_replace",
+}
+
+
+def test_models_read_no_dict_of_the_host():
+    """Its keys stand in nodes/host/ alone, which hands their values."""
+    read = {
+        (name, node.value)
+        for name in PACK
+        for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value in HOST_KEYS
+    }
+    assert {name.split("/")[0] for name, _ in read} >= {"nodes"}
+    assert not {(name, key) for name, key in read if name.startswith("models/")}
+
+
 def siblings(name: str) -> set[str]:
     """The files of the pack that a file of it imports, wherever the import stands and for types
     alone too.
