@@ -22,7 +22,7 @@ from ..models.concept.inject import NODE as INJECT
 from ..models.concept.inject import ActiveConcept, ConceptReading
 from ..models.network.blocks import BlockId, select_blocks
 from ..models.network.call import Half, Halves
-from . import host
+from . import host, inputs
 
 LOAD = "Concept Encoder Load"
 AS_TRAINED = "as trained"
@@ -188,34 +188,18 @@ class CrossAttnDetailInject(io.ComfyNode):
                 io.Image.Input(
                     "image", tooltip="The subject. Several pictures of it describe it together."
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="How much of the photo's subject comes through: 0 is the plain "
+                inputs.strength(
+                    "How much of the photo's subject comes through: 0 is the plain "
                     "picture, 1 all of it. Start with 1 "
                     "and turn it down where the prompt is no longer heard.",
                 ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip="W_C at full strength: 1 as it was trained, more is more identity "
+                inputs.weight(
+                    "W_C at full strength: 1 as it was trained, more is more identity "
                     "until the prompt is no longer "
                     "heard.",
                 ),
-                io.Combo.Input(
-                    "weight_mode",
-                    options=[m.value for m in WeightMode],
-                    default=WeightMode.LOGIT_BIAS.value,
-                    advanced=True,
-                    tooltip="How the weight acts when concatenated. logit bias: renormalised "
+                inputs.weight_mode(
+                    "How the weight acts when concatenated. logit bias: renormalised "
                     "inside the softmax. post softmax: "
                     "on its output. key scale: on the keys. output blend: between plain and "
                     "concatenated.",
@@ -229,46 +213,26 @@ class CrossAttnDetailInject(io.ComfyNode):
                     "attention of its own, added "
                     "(IP-Adapter). as trained: what the encoder's file says.",
                 ),
-                io.String.Input(
-                    "blocks",
-                    default="all",
-                    advanced=True,
-                    tooltip="Where the photo is read: all, encoder, middle, decoder, or a list "
+                inputs.blocks(
+                    "Where the photo is read: all, encoder, middle, decoder, or a list "
                     "such as output 3-5, middle 0.",
                 ),
-                io.Float.Input(
+                inputs.percent(
                     "start_percent",
-                    default=START,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="When in the sampling the photo starts to be read. Before, the prompt "
+                    START,
+                    "When in the sampling the photo starts to be read. Before, the prompt "
                     "alone lays the picture out.",
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="When in the sampling it stops to be read.",
-                ),
-                io.Combo.Input(
-                    "halves",
-                    options=[h.value for h in Halves],
-                    default=Halves.BOTH.value,
-                    advanced=True,
-                    tooltip="Which half of CFG reads the photo. both gives the negative half an "
+                inputs.percent("end_percent", 1.0, "When in the sampling it stops to be read."),
+                inputs.halves(
+                    Halves.BOTH,
+                    "Which half of CFG reads the photo. both gives the negative half an "
                     "empty picture, as IP-Adapter "
                     "does; cond only lets guidance amplify the photo; shared gives both halves the "
                     "photo.",
                 ),
-                io.Mask.Input(
-                    "target_mask",
-                    optional=True,
-                    tooltip="Only this part of the new picture reads the photo. White is where.",
+                inputs.target_mask(
+                    "Only this part of the new picture reads the photo. White is where.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],

@@ -104,7 +104,11 @@ def breach_of_nodes(name: str, level: int, module: str) -> str | None:
     top, *below = module.split(".")
     if level == 0 and top not in MODELS | STDLIB | HOST | {"comfy_api", "PIL"}:
         return f"{module} is not what the host brings"
-    if level == 1 and name != "nodes/__init__.py" and top not in ("host", "drawing", "sockets", ""):
+    if (
+        level == 1
+        and name != "nodes/__init__.py"
+        and top not in ("host", "drawing", "inputs", "sockets", "")
+    ):
         return f"a family of nodes does not import another one ({module}): put what they share into models/, host/ or drawing/"
     if level == 2 and top == "miniature" and below[:1] not in (["reader"], ["world"]):
         return f"of the miniature a node takes the reader and the world that pictures are judged by, not {module}"

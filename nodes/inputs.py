@@ -1,0 +1,66 @@
+"""Inputs that several nodes have, of one shape wherever they stand; what they mean is the node's to
+say.
+"""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..models.attention.weights import WeightMode
+from ..models.network.call import Halves
+
+
+def strength(tooltip: str) -> io.Float.Input:
+    """0 is the plain picture, 1 all of it."""
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        display_mode=io.NumberDisplay.slider,
+        tooltip=tooltip,
+    )
+
+
+def weight(tooltip: str) -> io.Float.Input:
+    """What strength 1 stands for."""
+    return io.Float.Input(
+        "weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True, tooltip=tooltip
+    )
+
+
+def weight_mode(tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "weight_mode",
+        options=[mode.value for mode in WeightMode],
+        default=WeightMode.LOGIT_BIAS.value,
+        advanced=True,
+        tooltip=tooltip,
+    )
+
+
+def blocks(tooltip: str, default: str = "all") -> io.String.Input:
+    return io.String.Input("blocks", default=default, advanced=True, tooltip=tooltip)
+
+
+def percent(name: str, default: float, tooltip: str) -> io.Float.Input:
+    """A share of the sampling."""
+    return io.Float.Input(
+        name, default=default, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=tooltip
+    )
+
+
+def halves(default: Halves, tooltip: str) -> io.Combo.Input:
+    """Of classifier-free guidance."""
+    return io.Combo.Input(
+        "halves",
+        options=[half.value for half in Halves],
+        default=default.value,
+        advanced=True,
+        tooltip=tooltip,
+    )
+
+
+def target_mask(tooltip: str) -> io.Mask.Input:
+    return io.Mask.Input("target_mask", optional=True, tooltip=tooltip)
