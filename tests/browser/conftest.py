@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from canvas import Browser, Canvas, NoBrowser, browser
+from checkout import ROOT
 from host_server import HostServer
 
 HOST = os.environ.get("KINDRED_HOST")
@@ -32,10 +33,10 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[HostServer]:
-    """One server for the whole room."""
+    """One server for the whole room, with small random files for the workflows that name people's own."""
     if not HOST:
         pytest.skip("no host: KINDRED_HOST names a ComfyUI folder (python3 dev.py test sets it)")
-    with HostServer(cpu=True, threads=1) as running:
+    with HostServer(cpu=True, threads=1, packs=[ROOT / "tests" / "small_models"]) as running:
         yield running
 
 

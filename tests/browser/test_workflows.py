@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from workflows import CANVAS, api_form, arrange, cleaned, draw, names
+from workflows import CANVAS, api_form, arrange, cleaned, draw, names, transformers
 
 STEPS = 10  # a divisor of 1000: ddim_uniform then has as many steps as asked for
 SHOWING = {
@@ -21,6 +21,7 @@ SHOWING = {
     "KindredConsistencyScore",
 }
 AS_THEY_ARE = ("story_more_pictures",)  # its steps are those of its subject
+SMALL = {"steps": 3, "width": 128, "height": 128}  # for transformers: their photos are larger
 
 
 def overlap(a, b) -> bool:
@@ -78,9 +79,9 @@ def test_it_runs_at_a_press_of_run(chromium, server, name, shots):
         canvas.load(CANVAS / f"{name}.json")
         if name not in AS_THEY_ARE:
             canvas.page.evaluate(
-                """steps => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
-                                    if (w.name === 'steps') w.value = steps }""",
-                STEPS,
+                """wanted => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
+                                    if (w.name in wanted) w.value = wanted[w.name] }""",
+                SMALL if name in transformers() else {"steps": STEPS},
             )
         ended = canvas.run(300)
         assert ended["kind"] == "execution_success", ended

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from workflows import api_form, names
+from workflows import api_form, names, on_the_miniature
 
 HEAVY = {
     "steps",
@@ -193,7 +193,8 @@ class Mutator:
     def __init__(self, info: dict[str, Any]) -> None:
         self.info = info
         self.kindred = sorted(name for name in info if name.startswith("Kindred"))
-        self.graphs = {name: small(name) for name in names()}
+        # the others name files that no server here has, and no node of ours more
+        self.graphs = {name: small(name) for name in names() if on_the_miniature(name)}
 
     def kinds(self, class_type: str) -> dict[str, tuple[Any, dict]]:
         """Input -> type and options."""

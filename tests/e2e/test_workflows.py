@@ -14,7 +14,7 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 from evaluation.story import FREEU
 from workflow_notes import NOTES
 
-from workflows import CANVAS, api_form, names
+from workflows import CANVAS, api_form, names, transformers
 
 QUIET = {"DO_NOT_TRACK": "1", "COMFY_CLI_NO_REMOTE_REFRESH": "1", "PYTHONUTF8": "1"}
 
@@ -87,7 +87,8 @@ def test_the_canvas_form_says_who_brings_each_node_and_what_to_change(name):
     made = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))
     notes = [node for node in made["nodes"] if node["type"] == "MarkdownNote"]
     assert len(notes) == 1 and NOTES[name].title in notes[0]["widgets_values"][0]
-    assert "SDXL" in notes[0]["widgets_values"][0]
+    family = "Qwen-Image" if name in transformers() else "SDXL"
+    assert family in notes[0]["widgets_values"][0]
     for node in made["nodes"]:
         if node["type"] != "MarkdownNote":
             ours = node["type"].startswith("Kindred")

@@ -63,7 +63,8 @@ class HostServer:
     """A ComfyUI process with this pack, in a base directory of its own; always gone when the `with` block is left.
 
     host: ComfyUI's folder, default $KINDRED_HOST; python: what runs it; cpu: None asks torch for a device;
-    models: model folder -> files to link into it; base: keep this base directory instead of a temporary one;
+    models: model folder -> files to link into it; packs: folders of other custom nodes;
+    base: keep this base directory instead of a temporary one;
     log: the host's output goes there (default: a file in the base directory; None: to the terminal).
     """
 
@@ -75,6 +76,7 @@ class HostServer:
         port: int | None = None,
         cpu: bool | None = None,
         models: Mapping[str, Iterable[Path]] | None = None,
+        packs: Iterable[Path] = (),
         base: Path | None = None,
         log: Path | str | None = "",
         api_nodes: bool = False,
@@ -106,6 +108,7 @@ class HostServer:
             base,
             log,
         )
+        self.packs = (ROOT, *packs)
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> HostServer:
@@ -180,7 +183,8 @@ class HostServer:
         folders = ["custom_nodes", "input", "output", "temp", "user", "models/checkpoints"]
         for name in folders + [f"models/{kind}" for kind in self.models]:
             (self.base / name).mkdir(parents=True, exist_ok=True)
-        links = [(ROOT, self.base / "custom_nodes" / "kindred")]
+        nodes = self.base / "custom_nodes"
+        links = [(pack, nodes / ("kindred" if pack == ROOT else pack.name)) for pack in self.packs]
         links += [
             (Path(file).resolve(), self.base / "models" / kind / Path(file).name)
             for kind, files in self.models.items()

@@ -20,6 +20,51 @@ MEMORY = "SDXL takes much memory for 50 steps: write *decoder* into **blocks**, 
 SAMPLED = "The paper samples with DDIM, 50 steps, CFG 5 and ComfyUI's FreeU (b1 1.1, b2 1.2, s1 0.6, s2 0.4)"
 SCORES = "The scores are the miniature's reader and mean nothing for other pictures: wire Load CLIP Vision into them. "
 READER = "Let them read it as part of the prompt"
+# what the workflows for transformers hold, a line each; a test compares them with the nodes
+CHOICES = {
+    "personalize_flux": "*FLUX.1 dev* (workflow *Personalize with FLUX.1*): 20 steps, euler, simple, Flux Guidance 3.5 without cfg, "
+    "1024 x 1024, blocks *single*. The photo goes to noise at guidance 1 and is read at that of the pictures. Files: "
+    "flux1-dev.safetensors, clip_l.safetensors, t5xxl_fp16.safetensors (or t5xxl_fp8_e4m3fn.safetensors), ae.safetensors.",
+    "personalize_flux2": "*FLUX.2 Klein, base* (workflow *Personalize with FLUX.2*): 20 steps, euler, Flux2Scheduler, cfg 5, "
+    "1024 x 1024, blocks *single*. Files: flux-2-klein-base-4b-fp8.safetensors, qwen_3_4b.safetensors, flux2-vae.safetensors.",
+    "personalize_qwen_image": "*Qwen-Image* (workflow *Personalize with Qwen-Image*): 20 steps (50 for the best), euler, simple, cfg 4, "
+    "shift 3.1, 1328 x 1328, blocks *decoder*. Files: qwen_image_fp8_e4m3fn.safetensors, qwen_2.5_vl_7b_fp8_scaled.safetensors, "
+    "qwen_image_vae.safetensors.",
+    "personalize_z_image": "*Z-Image Turbo* (workflow *Personalize with Z-Image*): 8 steps, res_multistep, simple, cfg 1, shift 3, "
+    "1024 x 1024, blocks *decoder*, the photo by *forward noise*. Files: z_image_turbo_bf16.safetensors, qwen_3_4b.safetensors, "
+    "ae.safetensors.",
+    "personalize_sd35": "*SD3.5 large* (workflow *Personalize with SD3.5*): 28 steps, euler, sgm_uniform, cfg 4.5, 1024 x 1024, "
+    "blocks *all*. Files: sd3.5_large.safetensors, clip_l.safetensors, clip_g.safetensors, t5xxl_fp16.safetensors.",
+}
+KIN = (
+    "*FLUX.1 schnell*: as FLUX.1 dev, with 4 steps, without guidance, the photo by *forward noise* (*method* of DDIM Invert).",
+    "*FLUX.2 dev*: as Klein, with flux2_dev_fp8mixed.safetensors and mistral_3_small_flux2_bf16.safetensors, cfg 1, and Flux Guidance 4 "
+    "behind both prompts, the photo's too.",
+    "*Qwen-Image with a Lightning LoRA*: 8 steps, cfg 1, the photo by *forward noise*; the LoRA stands before the shift.",
+    "*Z-Image base*: as Turbo, with z_image_bf16.safetensors, 30 to 50 steps, cfg 3 to 5, an empty negative, the photo by *fireflow*.",
+    "*Chroma*: as Qwen-Image, with Chroma1-HD.safetensors, Load CLIP of type *chroma* with t5xxl_fp16.safetensors, ae.safetensors, "
+    "without the shift, 26 to 40 steps, cfg 4, 1024 x 1024, blocks *single*.",
+    "*SD3.5 without its VAE (a diffusion model alone)*: Load Diffusion Model and Load VAE in place of the checkpoint.",
+)
+CHOOSE = "Choose your own files in the loaders; the canvas offers those that are missing, where ComfyUI knows a link. "
+TOGETHER = (
+    "Steps, schedule and size are the same for the photo and the pictures: change them together. "
+)
+LIVE = (
+    " The photo is read anew in every step, beside the pictures: one call of the network more for all of them."
+    "\n\nTurn **strength**: 0 is the plain picture, bit for bit, 1 all of the likeness."
+)
+EQUAL = "The lines of **New pictures, one per line** have the same number of tokens in this family; else sample them one by one. "
+FAMILY_BLOCKS = (
+    "**blocks**, in both nodes: published methods read in FLUX's single blocks, in the later half of Qwen-Image's and Z-Image's, and in "
+    "all of SD3.5's; early blocks bring more of the photo's layout along. Nothing was measured on these weights here. **end_percent** "
+    "below 1 leaves the last steps to the prompt."
+)
+FAMILY_MEMORY = (
+    "Memory: of every block that is read, a step holds two numbers for each channel of each token on the subject (FLUX.1 at 1024 x 1024, "
+    "38 blocks, a subject on a quarter of it: 0.5 GB). Fewer **blocks**, a smaller mask or a **token_share** of 0.5 need less; sampled one "
+    "by one, pictures need less too."
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +76,20 @@ class Note:
 
 def _personal(*more: str) -> str:
     return YOURS + PHOTO + SIZES + STEPS + "".join(more) + MEMORY
+
+
+def _family(title: str, text: str, *more: str) -> Note:
+    """A workflow for one family of transformers; every note has the lines of all of them."""
+    lines = "\n".join(f"- {line}" for line in (*CHOICES.values(), *KIN))
+    return Note(
+        title,
+        "One photo, new pictures of the same subject; nothing is trained. " + text + LIVE,
+        CHOOSE
+        + PHOTO
+        + TOGETHER
+        + "".join(more)
+        + f"\n\n### What to choose\n\n{lines}\n\n{FAMILY_BLOCKS}\n\n{FAMILY_MEMORY}",
+    )
 
 
 NOTES = {
@@ -162,5 +221,29 @@ NOTES = {
         + SIZES
         + "The paper takes 100,000 steps at 1e-5; for days of "
         "training, tools/workshop/train_concept_encoder.py is the same loop.",
+    ),
+    "personalize_flux": _family(
+        "Personalize with FLUX.1",
+        "The form of most FLUX.1 workflows: three loaders, guidance in the prompt, a guider without cfg. The photo is inverted at "
+        "guidance 1, as published inversions of FLUX do, and read at the guidance of the pictures.",
+    ),
+    "personalize_flux2": _family(
+        "Personalize with FLUX.2",
+        "FLUX.2 has its own schedule, which depends on the size: **Steps** goes to the photo and to the sampler alike.",
+        "**Steps** has the **width** and **height** of **Size**. ",
+    ),
+    "personalize_qwen_image": _family(
+        "Personalize with Qwen-Image",
+        "The shift stands before everything, so that photo and pictures have one schedule.",
+        EQUAL,
+    ),
+    "personalize_z_image": _family(
+        "Personalize with Z-Image",
+        "A model of eight steps cannot be inverted: the photo gets one noise, as much as each step has (**method** *forward noise*).",
+        EQUAL,
+    ),
+    "personalize_sd35": _family(
+        "Personalize with SD3.5",
+        "The checkpoint holds transformer and VAE; the three text encoders are files of their own.",
     ),
 }

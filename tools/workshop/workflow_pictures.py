@@ -1,12 +1,16 @@
 """Runs the shipped workflows in the page and keeps their pictures: thumbnails of the template browser, pictures of the help pages.
 
 tools/workshop/workflows.py --run calls this. A help page shows the node as the canvas draws it, over what a workflow made with it.
+A workflow for people's own files does not run here: its thumbnail is the canvas.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 
 from canvas import Browser, Canvas
@@ -14,7 +18,7 @@ from checkout import ROOT
 from host_server import HostServer
 from PIL import Image
 
-from workflows import CANVAS, api_form
+from workflows import CANVAS, api_form, on_the_miniature
 
 THUMBNAIL, HELP_WIDTH, GAP = 480, 640, 8
 IMAGES = ROOT / "web" / "docs" / "images"
@@ -42,6 +46,11 @@ ALONE = (
     "KindredComparisonGrid",
 )  # what they make says enough
 Pictures = Mapping[int, list[Image.Image]]
+Box = tuple[float, float, float, float]  # left, top, right, bottom on the canvas
+DRAW = """([left, top, right, bottom]) => { const c = app.canvas, e = c.canvas, d = c.ds;
+    const scale = Math.min(e.clientWidth / (right - left), e.clientHeight / (bottom - top)); d.scale = scale;
+    d.offset = [(e.clientWidth / scale - left - right) / 2, (e.clientHeight / scale - top - bottom) / 2];
+    c.draw(true, true); return e.toDataURL('image/png').split(',')[1] }"""
 
 
 def make_pictures(
@@ -49,6 +58,12 @@ def make_pictures(
 ) -> None:
     """Thumbnails of the workflows, and the pictures of every help page that one of them is for."""
     for name in names:
+        if not on_the_miniature(name):
+            with chromium.page(server.url, vue=False, size=(1600, 800)) as canvas:
+                canvas.load(CANVAS / f"{name}.json")
+                plan(canvas, name).save(CANVAS / f"{name}.jpg", quality=86, optimize=True)
+            print(f"{name}: its plan kept", flush=True)
+            continue
         with chromium.page(server.url, vue=True, size=(1600, 1000)) as canvas:
             canvas.load(CANVAS / f"{name}.json")
             pictures = run(canvas, name)
@@ -133,6 +148,34 @@ def help_picture(node: Image.Image | None, made: Sequence[Image.Image]) -> Image
             page.paste(picture, (left, top))
             left += picture.width + GAP
         top += line[0].height + GAP
+    return page
+
+
+def halves(name: str) -> tuple[Box, Box]:
+    """A workflow's groups in two rows of about one width."""
+    groups = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))["groups"]
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in groups)]
+    middle = boxes[-1][2] / 2
+    cut = min(range(1, len(boxes)), key=lambda i: abs(boxes[i][0] - middle))
+    first, second = (list(accumulate(part, around))[-1] for part in (boxes[:cut], boxes[cut:]))
+    return first, second
+
+
+def around(one: Box, other: Box) -> Box:
+    """The least box that holds both."""
+    left, top = min(one[0], other[0]), min(one[1], other[1])
+    return left, top, max(one[2], other[2]), max(one[3], other[3])
+
+
+def plan(canvas: Canvas, name: str) -> Image.Image:
+    """A square of the canvas itself, in two rows."""
+    page = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
+    for row, box in enumerate(halves(name)):
+        drawn = base64.b64decode(canvas.page.evaluate(DRAW, list(box)))
+        picture = Image.open(BytesIO(drawn)).convert("RGB")
+        page.paste(
+            picture.resize((THUMBNAIL, THUMBNAIL // 2), Image.LANCZOS), (0, row * THUMBNAIL // 2)
+        )
     return page
 
 

@@ -23,6 +23,7 @@ from checkout import ROOT
 from host_server import HostServer
 from results import prepare
 from terminal import run_program
+from workflow_models import files_of, models_of
 from workflow_notes import NOTES
 
 API, CANVAS = ROOT / "workflows" / "api", ROOT / "workflows"
@@ -57,7 +58,8 @@ SIZES = {
     "KindredConsiStory": (330, 480),
     "KSampler": (300, 270),
 }
-NOTE_WIDTH = 420
+# in pixels, and how many letters stand in a line; the families' notes are longer
+NOTE_WIDTH, WIDE_NOTE = (420, 62), (640, 96)
 Node = dict[str, Any]
 
 
@@ -75,6 +77,18 @@ def api_form(name: str) -> dict[str, Node]:
     return json.loads((API / f"{name}.json").read_text("utf-8"))
 
 
+def on_the_miniature(name: str) -> bool:
+    """Whether it runs on what the pack ships; the others name files that people have."""
+    return "kindred_miniature.safetensors" in (
+        file for node in api_form(name).values() for file in files_of(node)
+    )
+
+
+def transformers() -> list[str]:
+    """The workflows for people's own transformer files, by name."""
+    return [name for name in names() if not on_the_miniature(name)]
+
+
 def groups_of(graph: Mapping[str, Node]) -> dict[str, list[int]]:
     """Group -> node ids, both in the file's order, which is the order of reading."""
     groups: dict[str, list[int]] = {}
@@ -87,12 +101,13 @@ def note(name: str, key: int) -> Node:
     """The workflow's note as a node of the canvas."""
     told = NOTES[name]
     text = f"## {told.title}\n\n{told.text}\n\n---\n\n{told.yours}"
-    lines = sum(1 + len(line) // 62 for line in text.splitlines())
+    width, letters = NOTE_WIDTH if on_the_miniature(name) else WIDE_NOTE
+    lines = sum(1 + len(line) // letters for line in text.splitlines())
     return {
         "id": key,
         "type": "MarkdownNote",
         "title": "What this is",
-        "size": [NOTE_WIDTH, 60 + 19 * lines],
+        "size": [width, 60 + 19 * lines],
         "flags": {},
         "mode": 0,
         "order": 0,
@@ -161,7 +176,7 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
 
 def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the file: no nulls but those of sockets, an id that stays, and who brings each node."""
-    made = without_nulls(drawn)
+    made, graph = without_nulls(drawn), api_form(name)
     versions = {
         "kindred": version(),
         "comfy-core": json.loads(
@@ -178,6 +193,8 @@ def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
             "cnr_id": pack,
             "ver": versions[pack],
         }
+        if models := models_of(graph[str(node["id"])]):
+            node["properties"]["models"] = models
     made["nodes"].sort(key=lambda node: int(node["id"]))
     extra = {"ds": {"scale": 0.7, "offset": [60, 120]}}
     return (
@@ -241,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(given.name) - set(names()))
     if unknown:
         parser.error(f"there is no workflows/api/{unknown[0]}.json; there are {', '.join(names())}")
-    with HostServer(given.host, cpu=True, threads=1) as server, browser() as chromium:
+    small = [ROOT / "tests" / "small_models"]  # else the page complains of missing files
+    with HostServer(given.host, cpu=True, threads=1, packs=small) as server, browser() as chromium:
         with chromium.page(server.url, vue=False) as canvas:
             for name in given.name or names():
                 print(
