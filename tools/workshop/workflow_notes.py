@@ -37,13 +37,14 @@ CHOICES = {
     "blocks *all*. Files: sd3.5_large.safetensors, clip_l.safetensors, clip_g.safetensors, t5xxl_fp16.safetensors.",
 }
 KIN = (
-    "*FLUX.1 schnell*: as FLUX.1 dev, with 4 steps, without guidance, the photo by *forward noise* (*method* of DDIM Invert).",
+    "*FLUX.1 schnell*: as FLUX.1 dev, with 4 steps, without guidance, the photo by *forward noise* (the *method* of DDIM Invert).",
     "*FLUX.2 dev*: as Klein, with flux2_dev_fp8mixed.safetensors and mistral_3_small_flux2_bf16.safetensors, cfg 1, and Flux Guidance 4 "
     "behind both prompts, the photo's too.",
-    "*Qwen-Image with a Lightning LoRA*: 8 steps, cfg 1, the photo by *forward noise*; the LoRA stands before the shift.",
+    "*Qwen-Image with a Lightning LoRA*: 8 steps, cfg 1; the LoRA stands before the shift, and DDIM Invert with *forward noise* "
+    "before Ref-UNet Feature Capture, as in *Personalize with Z-Image*.",
     "*Z-Image base*: as Turbo, with z_image_bf16.safetensors, 30 to 50 steps, cfg 3 to 5, an empty negative, the photo by *fireflow*.",
     "*Chroma*: as Qwen-Image, with Chroma1-HD.safetensors, Load CLIP of type *chroma* with t5xxl_fp16.safetensors, ae.safetensors, "
-    "without the shift, 26 to 40 steps, cfg 4, 1024 x 1024, blocks *single*.",
+    "without the shift, 26 to 40 steps, cfg 4, 1024 x 1024, blocks *single*; lines of equal length too.",
     "*SD3.5 without its VAE (a diffusion model alone)*: Load Diffusion Model and Load VAE in place of the checkpoint.",
 )
 CHOOSE = "Choose your own files in the loaders; the canvas offers those that are missing, where ComfyUI knows a link. "
