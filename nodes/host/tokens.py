@@ -17,6 +17,7 @@ CLIP = frozenset("lgh")  # the keys of CLIP's own text encoders
 # encoders whose rows are an input of their own, beside the CONDITIONING
 OTHERS = frozenset({"byt5"})
 TRIALS = "the", "of"  # prompts without a token in common: what both have is the template
+WORD_PIECES = {"[CLS]", "##s"}  # of BERT's vocabularies alone
 # (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
 Token = tuple[Any, ...]
 
@@ -143,6 +144,8 @@ def _by_vocabulary(clip: Any, key: str) -> Callable[[int], str]:
     if tokenizer is None:
         return _by_the_clip(clip)
     names = tokenizer.inv_vocab
+    if WORD_PIECES <= {*names.values()}:
+        return lambda token: byte_level(_continued(names.get(token, "\ufffd")))
     if "\u2581" not in names.values():  # else of sentencepiece, whose pieces are text
         return lambda token: names.get(token, "\ufffd")
     return lambda token: byte_level(names.get(token, "\ufffd"))
@@ -151,6 +154,11 @@ def _by_vocabulary(clip: Any, key: str) -> Callable[[int], str]:
 def _said(clip: Any, text: str, key: str) -> list[int]:
     """The ids of a prompt without start, end and pads."""
     return [t[0] for chunk in tokens_of(clip, text, key) for t in chunk if not _pads(t)]
+
+
+def _continued(piece: str) -> str:
+    """A piece of WordPiece's as sentencepiece spells it: "cat" -> "\u2581cat", "##s" -> "s"."""
+    return piece[2:] if piece.startswith("##") else f"\u2581{piece}"
 
 
 def _template(clip: Any, key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -89,6 +89,9 @@ KINDS: dict[str, Kind] = {
     "Ideogram4": Kind("ideogram4", "Ideogram4Tokenizer", "Ideogram4TEModel", one("qwen3vl_8b", 13), (7,)),
     "Boogu": Kind("boogu", "BooguTokenizer", "BooguTEModel", one("qwen3vl_8b"), (33,)),
     "Omnigen2": Kind("omnigen2", "Omnigen2Tokenizer", "Omnigen2Model", one("qwen25_3b"), (27,)),
+    "HunyuanDiT": Kind("hydit", "HyditTokenizer", "HyditModel",
+                       {**one("hydit_clip"), **one("mt5xl")}, (5,), reads="hydit_clip"),
+    "ErnieImage": Kind("ernie", "ErnieTokenizer", "ErnieTEModel", one("ministral3_3b"), ()),
     "Lumina2": Kind("lumina2", "LuminaTokenizer", "LuminaModel", one("gemma2_2b"), ()),
     "PixelDiT": Kind("pixeldit", "PixelDiTGemma2Tokenizer", "PixelDiTGemma2TE", one("gemma2_2b"), ()),
     "Flux2": Kind("flux", "Flux2Tokenizer", "Flux2TEModel", one("mistral3_24b", 3), ()),
@@ -105,6 +108,7 @@ PADDED = (
     "Klein",
     "LongCatImage",
     "PixelDiT",
+    "HunyuanDiT",
 )  # short lines are equally long
 
 
@@ -128,6 +132,9 @@ VOCABULARIES: dict[str, Callable[[], dict[str, Any]]] = {
     "Lens": lambda: {"tokenizer_json": qwen_bytes()},
 }
 VOCABULARIES["PixelDiT"] = VOCABULARIES["Lumina2"]
+VOCABULARIES["HunyuanDiT"] = lambda: {
+    "mt5xl.spiece_model": VOCABULARIES["Lumina2"]()["spiece_model"]
+}
 
 
 def lens_encoder(tokenizer: Any) -> nn.Module:
