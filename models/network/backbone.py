@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .blocks import BlockId, Grid
+from .unplaced import Unplaced
 
 # the stage of a block whose call holds the picture's tokens and no text: a softmax of their own
 ALONE = "self"
@@ -78,6 +79,10 @@ class Backbone:
     # the CONDITIONING's rows are the last of the text's part: pads, if any, stand before them
     text_last: bool = False
     turn: Turn | None = None  # None: keys stay where they are, however long the text is
+    unplaced: Unplaced | None = None  # keys are kept without positions; None: as they come
+    # where the network hides its attention from the host's override: the module that makes each
+    # call, as "blocks.0.attn"; (): the override hears them
+    hidden: tuple[str, ...] = ()
     flow: bool = True  # x = (1 - sigma) x0 + sigma eps; False: x = x0 + sigma eps
     noise_scale: float = 1.0  # what eps is multiplied by (HiDream-O1: 8)
     # native reference latents may stand beside; False: they move the picture's keys or add calls

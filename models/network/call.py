@@ -131,7 +131,9 @@ class Pass:
         """
         whole = keys >= self.grid[0] * self.grid[1]
         if self.backbone.named:
-            if not whole or told in self.done or told not in self.backbone.blocks:
+            if told is None or told in self.done or told not in self.backbone.calls:
+                return None
+            if told[0] != CROSS and not whole:
                 return None
             self.done.add(told)
             return told

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, turned
 from .blocks import BlockId, select_blocks
+from .unplaced import placed
 
 # method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
 MASK_DIVISOR = 4
@@ -41,14 +42,19 @@ class BlockSite:
     backbone: Backbone | None = None
 
     def keys_values(
-        self, tokens: Tensor, texts: tuple[int | None, int | None] = (None, None)
+        self,
+        tokens: Tensor,
+        texts: tuple[int | None, int | None] = (None, None),
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Kept tokens [b l c] -> k, v [b l (h d)]; texts: how long it was beside the reference, and
-        is here, for keys that it moves.
+        is here, for keys that it moves; places: as of `placed`, for keys that are kept without.
         """
         if self.backbone is None:
             return keys_values(self.module.attn1, tokens)
         k, v = tokens.chunk(2, -1)
+        if places is not None:
+            return placed(k, places), v
         there, here = (None if t is None else self.backbone.text_tokens(t) for t in texts)
         if self.backbone.turn is not None and None not in (there, here) and there != here:
             k = turned(k, self.backbone.turn, here - there)

@@ -112,6 +112,14 @@ class ReferenceBank:
         }
 
     @cached_property
+    def cells(self) -> dict[Grid, Tensor]:
+        """Where in its picture each kept token stands, (y, x) [l 2], per grid."""
+        return {
+            grid: torch.stack((at % (grid[0] * grid[1]) // grid[1], at % grid[1]), -1)
+            for grid, at in self.kept.items()
+        }
+
+    @cached_property
     def loudness(self) -> dict[Grid, float]:
         """How many tokens of the subject each kept one stands for, per grid: 1 where all
         are kept.

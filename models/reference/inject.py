@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -18,9 +18,10 @@ from ..attention.joint import TextShare
 from ..attention.parts import References
 from ..attention.references import ReferenceTokens
 from ..attention.weights import WeightMode
-from ..network.blocks import BlockId
+from ..network.blocks import BlockId, Grid
 from ..network.call import AttnCall, Half, Halves, Role
 from ..network.sites import BlockSite
+from ..network.unplaced import Unplaced
 from ..subject.target import TargetMask
 from .bank import ReferenceBank
 
@@ -79,6 +80,8 @@ class ActiveMaskedSelf:
     window: tuple[float, ...]  # sigmas: from, until
     tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     target: TargetMask | None = None
+    # by grid and length of the text
+    places: dict[tuple[Grid, int], Tensor] = field(default_factory=dict)
     node: ClassVar[str] = NODE
 
     @property
@@ -132,12 +135,27 @@ class ActiveMaskedSelf:
             return site.keys_values(tokens[0] if len(tokens) == 1 else torch.cat(tokens))
         here = next((part.text for part in call.texts if part.role is not Role.OTHER), None)
         prompts = self.config.bank.prompts
+        places = self._places(call.block, site.backbone.unplaced, here or 0, q.device)
         pairs = [
-            site.keys_values(kept, (prompts[half].cross.shape[1], here))
+            site.keys_values(kept, (prompts[half].cross.shape[1], here), places)
             for half, kept in zip(halves, tokens)
         ]
         k, v = zip(*pairs)
         return torch.cat(k), torch.cat(v)
+
+    def _places(
+        self, block: BlockId, unplaced: Unplaced | None, text: int, device: torch.device
+    ) -> Tensor | None:
+        """What places the kept keys beside a text of so many tokens [l d/2 2 2], made once in a
+        run; None where keys are kept in their places.
+        """
+        if unplaced is None:
+            return None
+        grid = self.config.bank.grids[block]
+        if (grid, text) not in self.places:
+            cells = self.config.bank.cells[grid].to(device)
+            self.places[grid, text] = unplaced.places(text, cells)
+        return self.places[grid, text]
 
     def _weight(self, block: BlockId, k: Tensor) -> tuple[float, Tensor | None]:
         """The weight and what is added to the logits [l], where each kept token stands for several

@@ -47,7 +47,6 @@ from .model import (
     cross_layers,
     draws_by_unet,
     noise_of,
-    require_invertible,
     require_unet,
     samplers,
     schedulers,
@@ -80,7 +79,7 @@ from .references import (
     register_references,
 )
 from .run import Injection, SamplerRun
-from .sites import require_sites
+from .sites import require_invertible, require_sites
 from .story import StoryInjection, layout_of
 from .tokens import Prompt, Reader, plain, readers_of, rows_of_tokens
 from .wrappers import inject, injected, sample

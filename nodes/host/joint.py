@@ -25,6 +25,7 @@ from ...models.network.blocks import BlockId
 from ...models.network.call import Pass
 from ...models.network.watch import PassEnds
 from ...models.run import Run
+from .hearing import UNPLACED, handing_on
 from .model import KEY
 from .networks.shapes import joined, plain
 from .page import warn
@@ -56,7 +57,8 @@ def joint_pass(
     for watcher in run.watchers:
         watcher.begin_pass()
     try:
-        out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        with handing_on(transformer_options):
+            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     except PassEnds:
         return torch.zeros_like(x)
     finally:
@@ -154,11 +156,18 @@ class _BlockCall:
         keys = self.picture(self.k)
         call = self.run.joint_call(self.block, self.options, keys, None)
         for watcher in self.run.watchers:
-            own_k, own_v = self.k[:, keys], self.v[:, keys]
             wanted = self.block in watcher.blocks  # else a view: copies of all take gigabytes
-            watcher.self_tokens(call, torch.cat([own_k, own_v], -1) if wanted else own_k)
+            watcher.self_tokens(call, self._kept(keys) if wanted else self.k[:, keys])
         if self.run.backbone.holds_text(self.block):
             self._show_words(self.block, self.q[:, self.picture(self.q)])
+
+    def _kept(self, keys: slice) -> Tensor:
+        """What a reference is of these keys: they and their values, side by side; unplaced where
+        the network's keys are kept so.
+        """
+        unplaced = self.options.get(UNPLACED)
+        k = self.k if unplaced is None else unplaced()
+        return torch.cat([k[:, keys], self.v[:, keys]], -1)
 
     def references(self) -> list[References | Sharing]:
         """What the picture's queries read beside the keys of the call."""

@@ -111,17 +111,6 @@ def noise_of(model: ModelPatcher, node: str) -> Diffusion | Flow:
     )
 
 
-def require_invertible(model: ModelPatcher, node: str) -> Diffusion | Flow:
-    """The noise path of a model that draws pictures from text; ValueError for others. A transformer
-    is known by its flow.
-    """
-    if draws_by_unet(model) or isinstance(
-        model.get_model_object("model_sampling"), comfy.model_sampling.EPS
-    ):
-        require_unet(model, node)
-    return noise_of(model, node)
-
-
 def draws_by_unet(model: ModelPatcher) -> bool:
     return isinstance(network(model), UNetModel)
 

@@ -19,6 +19,7 @@ from ...models.reference.bank import ReferenceBank, ReferencePrompt
 from ...models.reference.recorder import Recorder
 from ...models.run import Run
 from .calls import named_parts
+from .hearing import heard
 from .install import install
 from .latents import framed, unframed
 from .model import (
@@ -241,14 +242,15 @@ def reference_pass(
     sampler = _ReferenceSampler(loop, run, total, recorder)
     empty = framed(bare, torch.zeros(list(shape)))
     try:
-        guider.sample(
-            empty,
-            empty,
-            sampler,
-            sigmas,
-            callback=latent_preview.prepare_callback(bare, total),
-            seed=0,
-        )
+        with heard(bare, run and run.calls.backbone):
+            guider.sample(
+                empty,
+                empty,
+                sampler,
+                sigmas,
+                callback=latent_preview.prepare_callback(bare, total),
+                seed=0,
+            )
     finally:
         if run is not None:
             run.close()

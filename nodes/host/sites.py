@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import comfy.model_sampling
 from comfy.model_patcher import ModelPatcher
 
 from ...models.network.backbone import Backbone
 from ...models.network.blocks import BlockId
 from ...models.network.sites import BlockSite
-from .model import attention_sites, network, require_unet
+from ...models.noise.path import Diffusion, Flow
+from .model import attention_sites, draws_by_unet, network, noise_of, require_unet
 from .networks import require_network
 
 
@@ -31,3 +33,13 @@ def require_backbone(model: ModelPatcher, node: str) -> Backbone | None:
 def require_sites(model: ModelPatcher, node: str) -> dict[BlockId, BlockSite]:
     """The sites of a network that can be read; ValueError in words for one that cannot."""
     return sites_of(model, require_backbone(model, node))
+
+
+def require_invertible(model: ModelPatcher, node: str) -> Diffusion | Flow:
+    """The noise path of a model that draws pictures from text; ValueError for others. A transformer
+    is known by its flow, or by its network.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if draws_by_unet(model) or isinstance(sampling, comfy.model_sampling.EPS):
+        require_backbone(model, node)
+    return noise_of(model, node)

@@ -21,6 +21,7 @@ from ...models.run import Run
 from ...models.story.sources import QueryRecorder
 from ...models.story.story import Story
 from .foresight import foresee
+from .hearing import heard
 from .install import compiled, install
 from .model import KEY, SAMPLER, Conditioning, log
 from .run import Injection, SamplerRun
@@ -48,7 +49,8 @@ def _outer_sample(
     )
     guider.model_options["transformer_options"][SAMPLER] = run
     try:
-        out = executor(noise, latent, *args, **kwargs)
+        with heard(guider.model_patcher, backbone):
+            out = executor(noise, latent, *args, **kwargs)
         run.say_unread()
         return out
     finally:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
+import pydoc
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import comfy.model_base
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import WrappersMP
 from kindred.models.network.backbone import CROSS, Backbone, turned
-from kindred.nodes.host.networks import NETWORKS, UNHEARD, UNSEEN, recognise, require_network
+from kindred.models.network.unplaced import placed
+from kindred.nodes.host import hearing, networks
+from kindred.nodes.host.networks import NETWORKS, UNHEARD, recognise, require_network
 from kindred.nodes.host.networks.shapes import joined, plain
 from networks import random_model
 from tiny_networks import FLUX, READ, REFUSED, Family, build, denoised, latent, prompt, tiny
 from torch import Tensor, nn
 
 TURNING = ("LongCatImage", "Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
+UNPLACED = ("ErnieImage",)  # keys are kept before they have positions
 # the picture alone first
 REFINING = ("Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
 # references stand beside the picture
@@ -38,6 +47,7 @@ class Heard:
     v: Tensor
     block: tuple[str, int] | None
     references: int
+    unplaced: Tensor | None  # keys before they have positions, where they are kept so
 
 
 def listening(heard: list[Heard]) -> Callable[..., Tensor]:
@@ -60,21 +70,31 @@ def listening(heard: list[Heard]) -> Callable[..., Tensor]:
             else None
         )
         references = sum(options.get("reference_image_num_tokens", ()))
-        heard.append(Heard(rows, keys.clone(), values.clone(), block, references))
+        before = options[hearing.UNPLACED]() if hearing.UNPLACED in options else None
+        heard.append(Heard(rows, keys.clone(), values.clone(), block, references, before))
         return restored(func(rows, keys, values, heads, mask=mask, **plain(kw)))
 
     return attend
+
+
+def handing(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """APPLY_MODEL: what a hidden attention hands on are the options of this pass."""
+    options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
+    with hearing.handing_on(options):
+        return executor(x, *args, **kwargs)
 
 
 def listen(
     name: str, noisy: Tensor | None = None, positive: list | None = None
 ) -> tuple[list[Heard], Tensor]:
     """Every call of one pass over a picture, and the pass's answer."""
-    heard: list[Heard] = []
+    calls: list[Heard] = []
     model = tiny(name).clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = listening(heard)
+    model.model_options["transformer_options"]["optimized_attention_override"] = listening(calls)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "handing", handing)
     noisy = latent(name) if noisy is None else noisy
-    return heard, denoised(model, noisy, prompt(name) if positive is None else positive)
+    with hearing.heard(model, recognise(model)):
+        return calls, denoised(model, noisy, prompt(name) if positive is None else positive)
 
 
 @cache
@@ -266,6 +286,17 @@ def test_keys_beside_another_text_are_those_that_the_backbone_turns(name):
     )
     scale = of_long.abs().max()
     assert (found.turn is not None) == (name in TURNING)
+    assert (found.unplaced is not None) == (name in UNPLACED)
+    if found.unplaced is not None:
+        cells = torch.cartesian_prod(*map(torch.arange, grid))
+        for one, other in ((short, long), (long, short)):
+            text = other.k.shape[1] - math.prod(grid)
+            own = one.unplaced[:, found.picture(one.k.shape[1], math.prod(grid))]
+            there = other.k[:, found.picture(other.k.shape[1], math.prod(grid))]
+            assert (there - one.k[:, : there.shape[1]]).abs().max() > 0.1 * scale
+            placed_there = placed(own, found.unplaced.places(text, cells))
+            assert (placed_there - there).abs().max() <= 1e-6 * scale
+        return
     if found.turn is None:
         assert (of_short - of_long).abs().max() <= 1e-6 * scale
         return
@@ -331,7 +362,7 @@ def test_a_unet_goes_its_own_way(family):
     )
 
 
-UNSEEN_FAMILIES = ("PixArtSigma", "HunyuanDiT", "ErnieImage")
+HIDDEN = ("PixArtSigma", "HunyuanDiT", "ErnieImage")
 
 
 def test_every_refused_package_is_one_of_this_host():
@@ -339,11 +370,28 @@ def test_every_refused_package_is_one_of_this_host():
         assert importlib.util.find_spec(name)
 
 
-@pytest.mark.parametrize("name", UNSEEN_FAMILIES)
-def test_the_unseen_call_no_override(name):
+def described(kind: type) -> bool:
+    """Whether a class of networks is a UNet, a row of the table or refused with a reason."""
+    names = tuple(f"{k.__module__}.{k.__qualname__}" for k in kind.__mro__)
+    return issubclass(kind, UNetModel) or networks._row(names) is not None
+
+
+def test_every_network_of_this_host_is_read_or_refused_with_its_reason():
+    """A newcomer is described, or says why not: docs/adding_a_network.md."""
+    source = inspect.getsource(comfy.model_base)
+    names = set(re.findall(r"unet_model=([\w.]+)", source)) - {"unet_model"}
+    found = {getattr(comfy.model_base, name, None) or pydoc.locate(name) for name in names}
+    assert len(found) > 40 and not [kind.__name__ for kind in found if not described(kind)]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_hidden_ask_no_override(name):
     """Where a newer host hands these on, they are a row like any other."""
-    heard, answer = listen(name)
-    assert not heard and torch.isfinite(answer).all()
+    calls: list[Heard] = []
+    model = tiny(name).clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = listening(calls)
+    denoised(model, latent(name), prompt(name))
+    assert bool(calls) is (name not in HIDDEN) and bool(backbone(name).hidden) is (name in HIDDEN)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -358,7 +406,7 @@ def test_what_cannot_be_read_is_refused_in_words(name):
 def reason(name: str) -> str:
     if name == "HunyuanImage21Refiner":
         return "it refines a finished picture"
-    return UNSEEN if name in UNSEEN_FAMILIES else "it makes videos"
+    return "it makes videos"
 
 
 class ComfyFluxWrapper(nn.Module):

@@ -17,6 +17,7 @@ from test_transformers import FAMILIES, FELT, apart, bank_of, plain
 from tiny_networks import READ, latent, prompt, sample, tiny
 from torch import Tensor
 
+BESIDE = {"HunyuanDiT": 256}  # tokens of another encoder behind the rows
 WORD = 3  # the row of the CONDITIONING that the subject's word is
 
 
@@ -35,8 +36,9 @@ class Planted:
         count = count[0] * count[1]
         rows = rows_of(self.name)
         text = found.text(k.shape[1], count, rows)
-        least = rows if any(call and call[0] == CROSS for call in found.calls) else count + rows
-        if q.shape[1] < count or k.shape[1] < least or (least == rows) is not (k.shape[1] == rows):
+        apart = any(call and call[0] == CROSS for call in found.calls)
+        least = rows + BESIDE.get(self.name, 0) if apart else count + rows
+        if q.shape[1] < count or k.shape[1] < least or (apart and k.shape[1] != least):
             return q, k, v, restored
         self.heard += 1
         picture = found.picture(q.shape[1], count)

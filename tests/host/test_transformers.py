@@ -49,20 +49,21 @@ def bank_of(name: str, masked: bool = True, **how: Any) -> ReferenceBank:
     return capture(tiny(name), photo, prompt(name, seed=4), **steps, mask=mask, **how)[0]
 
 
-def way_of(name: str, **how: Any) -> tuple[Tensor, InversionTrajectory]:
-    """A plain picture, and its own way through the noise as if it were a photo's."""
+def way_of(name: str, model: Any = None, **how: Any) -> tuple[Tensor, InversionTrajectory]:
+    """A plain picture, and its own way through the noise as if it were a photo's; model: not the family's plain one."""
     seen: dict[float, Tensor] = {}
 
     def noted(executor: Any, x: Tensor, timestep: Tensor, *args: Any) -> Tensor:
         seen[float(timestep.flatten()[0])] = flat(x).float().clone()
         return executor(x, timestep, *args)
 
-    model = tiny(name).clone()
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "noted", noted)
-    picture = sample(model, name, **how)
+    asked = model or tiny(name)
+    watched = asked.clone()
+    watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "noted", noted)
+    picture = sample(watched, name, **how)
     sigmas = sorted(seen)
     way = torch.stack([torch.zeros_like(seen[sigmas[0]]), *(seen[s] for s in sigmas)])
-    noise, key = host.noise_of(tiny(name), "test"), host.model_key(tiny(name))
+    noise, key = host.noise_of(tiny(name), "test"), host.model_key(asked)
     return picture, InversionTrajectory(
         torch.tensor([0.0, *sigmas]), way, "fireflow", "", key, "simple", noise=noise
     )
@@ -318,7 +319,7 @@ def test_references_by_pixels_are_refused_where_they_stand_behind_the_picture() 
         sample(model, "HiDreamO1", positive=prompt("HiDreamO1", reference_latents=native))
 
 
-@pytest.mark.parametrize("name", ["SD3.5", "AuraFlow", "HiDream", "PixelDiT", "Flux"])
+@pytest.mark.parametrize("name", ["SD3.5", "AuraFlow", "HiDream", "PixelDiT", "Flux", "HunyuanDiT"])
 def test_a_replaced_block_that_runs_the_block_changes_nothing(name: str) -> None:
     """Where blocks are counted too: a replacement may skip its block, so it says itself which one it is."""
 
@@ -377,7 +378,9 @@ def test_two_checkpoints_of_one_family_have_two_names() -> None:
 
 @pytest.mark.parametrize("keeps", ["automatic", "keys and values"])
 @pytest.mark.parametrize("longer", [False, True])
-@pytest.mark.parametrize("name", ["Flux", "LongCatImage", "Lumina2", "ZImage", "Omnigen2", "Boogu"])
+@pytest.mark.parametrize(
+    "name", ["Flux", "LongCatImage", "Lumina2", "ZImage", "Omnigen2", "Boogu", "ErnieImage"]
+)
 def test_each_half_of_guidance_reads_beside_its_own_text(
     name: str, longer: bool, keeps: str
 ) -> None:
@@ -408,7 +411,7 @@ def test_chained_references_dim_the_text_only_where_one_of_them_does(name: str) 
     assert apart(sample(dimmed, name, cfg=1.0), alone) > FELT
 
 
-@pytest.mark.parametrize("name", ["Flux", "SD3.5", "ZImage", "Anima"])
+@pytest.mark.parametrize("name", ["Flux", "SD3.5", "ZImage", "Anima", "PixArtSigma", "ErnieImage"])
 def test_an_error_inside_of_the_network_leaves_nothing(name: str) -> None:
     network, seen = tiny(name).model.diffusion_model, []
     block = next(
@@ -491,7 +494,7 @@ def test_an_empty_negative_of_no_rows_is_saved(tmp_path: Path) -> None:
     assert load_reference(tmp_path / "saved.safetensors").layers == bank.layers
 
 
-@pytest.mark.parametrize("name", ["HiDream", "Flux", "SD3.5", "Lumina2"])
+@pytest.mark.parametrize("name", ["HiDream", "Flux", "SD3.5", "Lumina2", "HunyuanDiT"])
 def test_beside_the_hosts_compiler_it_is_felt(name: str) -> None:
     """The host's Torch Compile node stands as a wrapper around the network; the compiler itself does not run here."""
     from comfy_api.torch_helpers.torch_compile import COMPILE_KEY

@@ -254,11 +254,11 @@ READ: dict[str, Family] = {
     "Lens": Family("Lens", LENS, channels=128, patch=1, extras=masked),
     "PixelDiT": Family("PixelDiTT2I", PIXELDIT, channels=3, patch=4),
     "Ideogram4": Family("Ideogram4", IDEOGRAM, channels=128, patch=1, extras=masked),
-}
-REFUSED: dict[str, Family] = {
     "PixArtSigma": Family("PixArtSigma", PIXART, channels=4, grid=(20, 16), odd=False),
     "HunyuanDiT": Family("HunyuanDiT", HYDIT, channels=4, extras=two_texts, words=77),
     "ErnieImage": Family("ErnieImage", ERNIE, channels=128, patch=1),
+}
+REFUSED: dict[str, Family] = {
     "Wan2.1": Family("WAN21_T2V", WAN, frames=True),
     "Wan2.2-5B": Family("WAN22_T2V", WAN | dict(in_dim=48, out_dim=48), channels=48, frames=True),
     "HunyuanVideo1.5": Family(

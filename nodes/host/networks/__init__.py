@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....models.network.backbone import Backbone
 from ..model import network
-from . import apart, flux, hidream, lumina, qwen, sd3, single
+from . import apart, flux, hidden, hidream, lumina, qwen, sd3, single
 from .parts import LISTED, Row, kinds, refused
 
 # by the full name of the network's class or of one that it derives from
@@ -23,17 +23,14 @@ NETWORKS: dict[str, Row] = {
     **hidream.NETWORKS,
     **apart.NETWORKS,
     **single.NETWORKS,
+    **hidden.NETWORKS,
 }
 
-UNSEEN = "ComfyUI hands its attention to no other node"
 VIDEO, SOUND, SHAPES = "it makes videos", "it makes sound", "it makes shapes"
-LARGER = "it enlarges a finished picture"
+LARGER, LOOKING = "it enlarges a finished picture", "it looks at pictures and draws none"
 
 # why a network cannot be read, by the package or the class that it comes from
 UNHEARD: dict[str, str] = {
-    "comfy.ldm.pixart": UNSEEN,
-    "comfy.ldm.hydit": UNSEEN,
-    "comfy.ldm.ernie": UNSEEN,
     "comfy.ldm.wan": VIDEO,
     "comfy.ldm.lightricks": VIDEO,
     "comfy.ldm.genmo": VIDEO,
@@ -47,6 +44,9 @@ UNHEARD: dict[str, str] = {
     "comfy.ldm.hunyuan3d": SHAPES,
     "comfy.ldm.hunyuan3dv2_1": SHAPES,
     "comfy.ldm.triposplat": SHAPES,
+    "comfy.ldm.rt_detr": LOOKING,
+    "comfy.ldm.sam3": LOOKING,
+    "comfy.ldm.depth_anything_3": LOOKING,
     "comfy.ldm.cascade": "Stable Cascade's stages are UNets of another kind",
 }
 # SVDQuant's networks run kernels of their own, which hand on no transformer options

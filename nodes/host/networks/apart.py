@@ -8,14 +8,8 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
-from ....models.network.backbone import ALONE, CROSS, Backbone
-from ....models.network.blocks import BlockId
-from .parts import Row, kinds, known, refused, side, silent
-
-
-def _self_and_cross(layers: Any) -> tuple[BlockId | None, ...]:
-    """Two calls a block: the picture's own, then the text's."""
-    return tuple((stage, index, 0) for index, _ in enumerate(layers) for stage in (ALONE, CROSS))
+from ....models.network.backbone import Backbone
+from .parts import Row, kinds, known, refused, self_and_cross, side, silent
 
 
 def predict2(network: Any, model: ModelPatcher) -> Backbone:
@@ -25,7 +19,7 @@ def predict2(network: Any, model: ModelPatcher) -> Backbone:
     if getattr(model.model, "image_to_video", False):
         return refused(model, "it makes videos")
     return known(
-        model, calls=_self_and_cross(network.blocks), joint=False, patch=side(network.patch_spatial)
+        model, calls=self_and_cross(network.blocks), joint=False, patch=side(network.patch_spatial)
     )
 
 
@@ -33,7 +27,7 @@ def kandinsky(network: Any, model: ModelPatcher) -> Backbone:
     """Kandinsky 5 Image: blocks of the text alone first. The same class makes videos."""
     if "comfy.model_base.Kandinsky5Image" not in kinds(model.model):
         return refused(model, "it makes videos")
-    calls = silent(network.text_transformer_blocks) + _self_and_cross(
+    calls = silent(network.text_transformer_blocks) + self_and_cross(
         network.visual_transformer_blocks
     )
     return known(model, calls=calls, joint=False, patch=side(network.patch_size))

@@ -11,7 +11,7 @@ import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....models.network.backbone import Backbone, Turn
+from ....models.network.backbone import ALONE, CROSS, Backbone, Turn
 from ....models.network.blocks import BlockId
 from ..identity import family
 
@@ -34,6 +34,11 @@ def kinds(thing: object) -> tuple[str, ...]:
 def blocks(stage: str, layers: Iterable[object]) -> tuple[BlockId, ...]:
     """One block for every layer of a list: ("single", 0, 0), ("single", 1, 0), ..."""
     return tuple((stage, index, 0) for index, _ in enumerate(layers))
+
+
+def self_and_cross(layers: Iterable[object]) -> tuple[BlockId, ...]:
+    """Two calls for every layer: the picture's own, then the text's."""
+    return tuple((stage, index, 0) for index, _ in enumerate(layers) for stage in (ALONE, CROSS))
 
 
 def silent(*lists: Iterable[object]) -> tuple[None, ...]:
