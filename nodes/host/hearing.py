@@ -67,7 +67,7 @@ def deaf(model: ModelPatcher, places: tuple[str, ...]) -> str:
     """The first of these attentions whose forward another pack put there, without a call of the
     host's attention that could be heard; "": there is none.
     """
-    return next((p for p in places if _telling(_found(model, _name(p))) is None), "")
+    return next((p for p in places if _rebound(_object_at(model, _name(p))) is None), "")
 
 
 def _name(place: str) -> str:
@@ -75,7 +75,7 @@ def _name(place: str) -> str:
     return f"diffusion_model.{place}.forward"
 
 
-def _found(model: ModelPatcher, name: str) -> Any:
+def _object_at(model: ModelPatcher, name: str) -> Any:
     """What this MODEL has at a place, whatever a run or another MODEL left there."""
     thing, path = model.model, ""
     for part in name.split("."):
@@ -91,26 +91,26 @@ def _found(model: ModelPatcher, name: str) -> Any:
 
 def _patch(model: ModelPatcher, place: str, block: BlockId, backbone: Backbone) -> Forward:
     """The forward of an attention which says whose call it is, to be put in its place."""
-    forward, unplaced = _found(model, _name(place)), backbone.unplaced
-    attention = _found(model, _name(place).removesuffix(".forward"))
-    telling = _telling(forward)
+    forward, unplaced = _object_at(model, _name(place)), backbone.unplaced
+    attention = _object_at(model, _name(place).removesuffix(".forward"))
+    rebound = _rebound(forward)
 
     @torch.compiler.disable
     def patched(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         options = _options.get()
         if options is None:
             return forward(x, *args, **kwargs)
-        said = {**options, "block_type": block[0], "block_index": block[1]}
+        named = {**options, "block_type": block[0], "block_index": block[1]}
         if unplaced is not None:
-            said[UNPLACED] = partial(unplaced.keys, attention, x)
-        with handing_on(said):
-            return telling(x, *args, **kwargs)
+            named[UNPLACED] = partial(unplaced.keys, attention, x)
+        with handing_on(named):
+            return rebound(x, *args, **kwargs)
 
     setattr(patched, KEY, forward)
     return patched
 
 
-def _telling(forward: Forward) -> Forward | None:
+def _rebound(forward: Forward) -> Forward | None:
     """The same code, in which the name of the host's attention means one that hands on the options;
     None where it does not use that name.
     """
@@ -122,10 +122,8 @@ def _telling(forward: Forward) -> Forward | None:
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         return names[ATTENTION](*args, **{**kwargs, "transformer_options": _options.get()})
 
-    same = FunctionType(
-        code, {**names, ATTENTION: attention}, code.co_name, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
+    own = {**names, ATTENTION: attention}
+    same = FunctionType(code, own, code.co_name, function.__defaults__, function.__closure__)
     same.__kwdefaults__ = function.__kwdefaults__
     owner = getattr(forward, "__self__", None)
     return same if owner is None else MethodType(same, owner)
