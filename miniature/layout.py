@@ -22,6 +22,9 @@ FLOW_LAYOUT = {  # of the host's Flux: two double and eight single blocks on 16 
     "txt_ids_dims": [],
 }
 FLOW_SHIFT = 3.0  # of the noise levels that its sampler takes
+FLOW_OFFERED = (
+    False  # in Load Checkpoint, among the workflows and in the archive: once it draws well
+)
 FLOW = "flow-"  # before the names of its files in a work folder
 CONTEXT = 64  # width of the text encoder
 WORDS = 77

@@ -26,6 +26,7 @@ from .pack import CHECKPOINT, TABLE, load_autoencoder
 from .program import prepare, run_program
 from .reader import Reading, load_reader
 from .train_reader import accuracy
+from .train_whole import verdicts
 from .world import CLASSES, SCENES, prompt, rgb
 
 log = logging.getLogger(__name__)
@@ -209,10 +210,13 @@ def mask_figures(model: Miniature, pictures: Renderings, latents: Tensor) -> dic
 
 
 def body_spread(reading: Reading) -> float:
-    """Spread of the read body colours: root of the summed variances of red, green and blue in 0..1."""
-    colours = zip(
-        *(reading.colours[name].tolist() for name in ("hue", "saturation", "value")), strict=True
-    )
+    """Spread of the read body colours."""
+    return colour_spread(*(reading.colours[name] for name in ("hue", "saturation", "value")))
+
+
+def colour_spread(hue: Tensor, saturation: Tensor, value: Tensor) -> float:
+    """Root of the summed variances of red, green and blue in 0..1 of these colours, [b] each."""
+    colours = zip(hue.tolist(), saturation.tolist(), value.tolist(), strict=True)
     return float(np.sqrt((np.asarray([rgb(*colour) for colour in colours]) / 255).var(0).sum()))
 
 
@@ -251,6 +255,9 @@ def measure(
     figures["scene_accuracy.prompts"] = _share(
         reading.names("scene"), [scene for _, scene in pairs]
     )
+    figures["whole_subject.prompts"] = whole_share(reading)
+    figures["whole_subject.renderings"] = whole_share(reader.read(rebuilt))
+    figures["reader.one_whole"] = verdicts(reader, 50)["balanced"]
     figures["spread_ratio"] = body_spread(reading) / body_spread(reader.read(rebuilt))
     figures["count.pictures"] = len(pairs)
     for kind in CLASSES:
@@ -261,6 +268,11 @@ def measure(
     if sheet is not None:
         save_sheet(made, count, sheet)
     return figures
+
+
+def whole_share(reading: Reading) -> float:
+    """The share of pictures that show one whole subject."""
+    return float((reading.whole > 0.5).float().mean())
 
 
 def _share(read: list[str], wanted: list[str]) -> float:

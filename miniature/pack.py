@@ -21,10 +21,8 @@ from .world import world_hash
 log = logging.getLogger(__name__)
 VERSION = "1"
 CHECKPOINT = READER.parent / "checkpoints" / "kindred_miniature.safetensors"
-FLOW_CHECKPOINT = (
-    READER.parent / "flow" / "kindred_flow_miniature.safetensors"
-)  # not yet in Load Checkpoint
-FLOW_AUTOENCODER = READER.parent / "flow" / "autoencoder.safetensors"  # the flow miniature's, alone
+FLOW_CHECKPOINT = READER.parent / "flow" / "kindred_flow_miniature.safetensors"
+FLOW_AUTOENCODER = READER.parent / "kindred_flow_autoencoder.safetensors"  # alone
 TABLE = 49_408  # rows of the standard token table
 
 
@@ -32,12 +30,13 @@ def load_autoencoder(path: Path = CHECKPOINT) -> Autoencoder:
     """The autoencoder of a packed checkpoint in float32; its latents are the raw ones, not yet divided by their spread."""
     from safetensors.torch import load_file
 
-    model, prefix = Autoencoder(), "first_stage_model."
+    prefix = "first_stage_model."
     weights = {
         name.removeprefix(prefix): value.float()
         for name, value in load_file(path).items()
         if name.startswith(prefix + "taesd")
     }
+    model = Autoencoder(weights["taesd_decoder.1.weight"].shape[1])
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
@@ -86,21 +85,33 @@ def pack(folder: Path) -> None:
         weights, metadata = checkpoint_weights(folder)
         save_file(weights, CHECKPOINT, metadata)
         log.info("%s %.2f MiB %s", CHECKPOINT.name, CHECKPOINT.stat().st_size / 2**20, metadata)
-    reader = load(folder / "reader.pt", torch.device("cpu"))
-    if reader is not None:
-        metadata = {
-            "kindred.reader": VERSION,
-            "kindred.world": world_hash(),
-            "kindred.steps": str(reader["step"]),
-        }
-        save_file(
-            {name: value.half().contiguous() for name, value in reader["model"].items()},
-            READER,
-            metadata,
-        )
-        log.info("%s %.2f MiB", READER.name, READER.stat().st_size / 2**20)
+    pack_reader(folder)
     pack_flow(folder)
     pack_control(folder)
+
+
+def pack_reader(folder: Path) -> None:
+    """Writes the reader if its training has begun in `folder`, and its head for one whole subject if that one's has.
+
+    What the folder does not have of them stays as it is shipped, to the bit.
+    """
+    from safetensors.torch import load_file
+
+    states = {
+        name: load(folder / f"{name}.pt", torch.device("cpu")) for name in ("reader", "whole")
+    }
+    if not any(states.values()):
+        return
+    weights, metadata = (load_file(READER), _facts(READER)) if READER.exists() else ({}, {})
+    metadata |= {"kindred.reader": VERSION, "kindred.world": world_hash()}
+    for (name, state), prefix, steps in zip(
+        states.items(), ("", "whole."), ("kindred.steps", "kindred.whole_steps"), strict=True
+    ):
+        if state is not None:
+            weights |= {f"{prefix}{n}": v.half().contiguous() for n, v in state["model"].items()}
+            metadata[steps] = str(state["step"])
+    save_file(weights, READER, metadata)
+    log.info("%s %.2f MiB %s", READER.name, READER.stat().st_size / 2**20, metadata)
 
 
 def pack_flow(folder: Path) -> None:

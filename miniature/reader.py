@@ -39,6 +39,7 @@ class Reading:
     probabilities: dict[str, Tensor]  # "class" [b 5], "scene" [b 8], "pattern" [b 4], "hat" [b 4]
     colours: dict[str, Tensor]  # "hue", "saturation", "value", "second_hue", "hat_hue": [b] in 0..1
     mask: Tensor  # [b 16 16], probability that this is the subject
+    whole: Tensor  # [b], probability that the picture shows one whole subject
 
     def names(self, kind: str) -> list[str]:
         """The likeliest name of "class", "scene", "pattern" or "hat" for every picture."""
@@ -48,32 +49,51 @@ class Reading:
         return len(self.mask)
 
 
+def _layer(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False),
+        nn.GroupNorm(8, n_out),
+        nn.ReLU(),
+    ]
+
+
+class OneWhole(nn.Module):
+    """The head that looks for one whole subject: none, two, a copy in a corner, two heads or a half are none."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.near = nn.Sequential(*_layer(80 + 1, width, 2))
+        self.far = nn.Sequential(*_layer(width + 112, width), *_layer(width, width, 2))
+        self.told = nn.Sequential(nn.Linear(16 * width, width), nn.ReLU(), nn.Linear(width, 1))
+
+    def forward(self, near: Tensor, far: Tensor, subject: Tensor) -> Tensor:
+        """The reader's features [b 80 16 16] and [b 112 8 8] and mask logits [b 1 16 16] -> logits [b]."""
+        seen = self.far(torch.cat((self.near(torch.cat((near, subject), 1)), far), 1))
+        return self.told(seen.flatten(1))[:, 0]
+
+
 class Reader(nn.Module):
-    """A plain convolutional network with a head per attribute."""
+    """A plain convolutional network with a head per attribute, and one that learns when the others have."""
 
     def __init__(self) -> None:
         super().__init__()
-
-        def layer(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
-            return [
-                nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False),
-                nn.GroupNorm(8, n_out),
-                nn.ReLU(),
-            ]
-
         self.near = nn.Sequential(
-            *layer(3, 32), *layer(32, 48, 2), *layer(48, 48), *layer(48, 80, 2), *layer(80, 80)
+            *_layer(3, 32), *_layer(32, 48, 2), *_layer(48, 48), *_layer(48, 80, 2), *_layer(80, 80)
         )
-        self.far = nn.Sequential(*layer(80, 112, 2), *layer(112, 112))
+        self.far = nn.Sequential(*_layer(80, 112, 2), *_layer(112, 112))
         self.subject = nn.Conv2d(80, 1, 1)
         self.kinds = nn.ModuleDict(
             {kind: nn.Linear(2 * 112 + 80, len(names)) for kind, names in KINDS.items()}
         )
         self.hues = nn.Linear(2 * 112 + 80, 2 * len(HUES))  # cosine and sine of each
         self.tones = nn.Linear(2 * 112 + 80, 2)  # saturation, value
+        self.whole = OneWhole()
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Pictures [b 3 64 64] in 0..1 -> logits by kind, "hues" [b 3 2], "tones" [b 2], "mask" logits [b 16 16]."""
+        """Pictures [b 3 64 64] in 0..1 -> logits by kind, "hues" [b 3 2], "tones" [b 2], "mask" logits [b 16 16], "whole" logits [b].
+
+        No gradient goes from the last one into what it shares with the others.
+        """
         near = self.near(pictures - 0.5)
         far = self.far(near)
         subject = self.subject(near)
@@ -88,6 +108,7 @@ class Reader(nn.Module):
             "hues": hues,
             "tones": self.tones(seen).float(),
             "mask": subject[:, 0].float(),
+            "whole": self.whole(near.detach(), far.detach(), subject.detach()).float(),
         }
 
     @torch.no_grad()
@@ -104,7 +125,10 @@ class Reader(nn.Module):
             zip(("saturation", "value"), out["tones"].clamp(0, 1).unbind(1), strict=True)
         )
         return Reading(
-            {kind: out[kind].softmax(1) for kind in KINDS}, colours, out["mask"].sigmoid()
+            {kind: out[kind].softmax(1) for kind in KINDS},
+            colours,
+            out["mask"].sigmoid(),
+            out["whole"].sigmoid(),
         )
 
 

@@ -19,6 +19,7 @@ from .layout import (
     CONTEXT,
     FLOW_CHANNELS,
     FLOW_LAYOUT,
+    FLOW_OFFERED,
     FLOW_PREVIEW,
     FLOW_PREVIEW_BIAS,
     FLOW_SHIFT,
@@ -155,3 +156,5 @@ def register() -> None:
     ]
     for kind in ("checkpoints", "controlnet"):
         folder_paths.add_model_folder_path(kind, str(WEIGHTS / kind))
+    if FLOW_OFFERED:
+        folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS / "flow"))

@@ -30,6 +30,7 @@ STEPS = {
     "reader": 1200,
     "tower": 1500,
     "unet": 4500,
+    "whole": 3000,
 }
 
 
@@ -155,6 +156,15 @@ def _reader(run: Run, host: Path, steps: int) -> None:
     train_reader(run, steps)
 
 
+def _whole(run: Run, host: Path, steps: int) -> None:
+    """Learns on the packed reader and autoencoders."""
+    from .pack import pack_reader
+    from .train_whole import train_whole
+
+    train_whole(run, steps)
+    pack_reader(run.folder)
+
+
 def _tower(run: Run, host: Path, steps: int) -> None:
     from .train_tower import train_tower
 
@@ -187,10 +197,26 @@ PARTS: dict[str, Callable[[Run, Path, int], None]] = {
     "reader": _reader,
     "tower": _tower,
     "pack": _pack,
+    "whole": _whole,
     "control": _control,
 }
-ALL = ("autoencoder", "unet", "decoder", "reader", "tower", "pack", "control")  # in this order
-ALONE = ("reader", "tower", "pack", "control")  # are made by one process, whatever --workers
+ALL = (
+    "autoencoder",
+    "unet",
+    "decoder",
+    "reader",
+    "tower",
+    "pack",
+    "whole",
+    "control",
+)  # in this order
+ALONE = (
+    "reader",
+    "tower",
+    "pack",
+    "whole",
+    "control",
+)  # are made by one process, whatever --workers
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _block(x0: float, y0: float, x1: float, y1: float, paint: str = "body") -> P
 
 @dataclass(frozen=True)
 class Figure:
-    """One class: parts behind, parts that carry the pattern, parts in front; where a hat sits and its half width."""
+    """One class: parts behind, parts that carry the pattern, parts in front; where hat and head sit."""
 
     behind: tuple[Part, ...]
     body: tuple[Part, ...]
@@ -174,6 +174,7 @@ class Figure:
     hat_at: Point
     hat_width: float
     patch: Part
+    head: tuple[float, float, float]  # centre and radius of a circle around it
 
 
 _FIGURES = {
@@ -199,6 +200,7 @@ _FIGURES = {
         hat_at=(0, -0.72),
         hat_width=0.3,
         patch=_oval(0.22, 0.4, 0.34, 0.4),
+        head=(0, -0.4, 0.62),
     ),
     "dog": Figure(  # stands, seen from the side, looks to the right
         behind=(
@@ -224,6 +226,7 @@ _FIGURES = {
         hat_at=(0.62, -0.76),
         hat_width=0.27,
         patch=_oval(-0.3, 0.05, 0.34, 0.4),
+        head=(0.75, -0.4, 0.52),
     ),
     "bird": Figure(  # stands on two thin legs, seen from the side
         behind=(
@@ -243,6 +246,7 @@ _FIGURES = {
         hat_at=(0.42, -0.77),
         hat_width=0.26,
         patch=_oval(0.32, 0.22, 0.3, 0.36),
+        head=(0.56, -0.46, 0.5),
     ),
     "fish": Figure(  # swims in the air, seen from the side
         behind=(
@@ -260,6 +264,7 @@ _FIGURES = {
         hat_at=(0.42, -0.42),
         hat_width=0.26,
         patch=_oval(0.24, 0.02, 0.26, 0.5),
+        head=(0.66, 0.02, 0.48),
     ),
     "robot": Figure(  # stands, seen from the front, all boxes
         behind=(
@@ -281,6 +286,7 @@ _FIGURES = {
         hat_at=(0, -0.82),
         hat_width=0.36,
         patch=_block(-0.1, -0.18, 0.58, 0.4),
+        head=(0, -0.54, 0.56),
     ),
 }
 
@@ -329,18 +335,34 @@ def _pose(class_name: str, rng: np.random.Generator) -> Pose:
     return Pose(x, foot - scale, scale, radians(rng.uniform(-7, 7)), bool(rng.random() < 0.5))
 
 
-def render(identity: Identity, class_name: str, scene: str, seed: int) -> Rendering:
-    """Draws one subject in one scene; `seed` chooses its pose and the scene's details, never anything of the identity.
-
-    Raises ValueError for an unknown class or scene.
-    """
+def _stage(class_name: str, scene: str, seed: int) -> tuple[Pose, Image.Image]:
+    """Where the subject will stand, and the scene around it, supersampled."""
     if class_name not in CLASSES or scene not in SCENES:
         raise ValueError(
             f"Unknown class {class_name!r} or scene {scene!r}; classes are {CLASSES}, scenes are {SCENES}."
         )
     rng = np.random.default_rng([seed, 3])
-    pose, figure = _pose(class_name, rng), _FIGURES[class_name]
-    image = PAINTERS[scene](rng)
+    return _pose(class_name, rng), PAINTERS[scene](rng)
+
+
+def backdrop(class_name: str, scene: str, seed: int) -> np.ndarray:
+    """`render`'s picture before its subject is drawn: uint8 [y x 3]. Raises ValueError as `render` does."""
+    return np.asarray(_stage(class_name, scene, seed)[1].reduce(SUPER))
+
+
+def head_of(class_name: str, scene: str, seed: int) -> tuple[float, float, float]:
+    """Where `render` draws the head: centre x, y and radius in picture sizes. Raises ValueError as `render` does."""
+    pose, (x, y, radius) = _stage(class_name, scene, seed)[0], _FIGURES[class_name].head
+    ((across, down),) = pose.place([(x, y)])
+    return across / (SIZE * SUPER), down / (SIZE * SUPER), radius * pose.scale
+
+
+def render(identity: Identity, class_name: str, scene: str, seed: int) -> Rendering:
+    """Draws one subject in one scene; `seed` chooses its pose and the scene's details, never anything of the identity.
+
+    Raises ValueError for an unknown class or scene.
+    """
+    (pose, image), figure = _stage(class_name, scene, seed), _FIGURES[class_name]
     pixels = SIZE * SUPER
     silhouette = Image.new("L", (pixels, pixels))
     draw, draw_silhouette = ImageDraw.Draw(image), ImageDraw.Draw(silhouette)
