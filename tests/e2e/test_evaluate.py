@@ -88,6 +88,7 @@ def test_a_folder_holds_what_was_measured(once):
         "| cross",
         "| self",
         "| full",
+        "| shuffled",
     ]
     figures = json.loads((out / "figures.json").read_text())["figures"]
     assert figures == json.loads((out / "report.json").read_text())["figures"]
@@ -100,13 +101,15 @@ def test_a_folder_holds_what_was_measured(once):
         "identity.ceiling",
         "scene_accuracy.full",
         "class_accuracy.plain",
+        "whole_subject.self",
+        "identity.shuffled",
         "count.identities",
     } <= figures.keys()
     report = (out / "report.md").read_text()
     assert all(line in report for line in tables(told)) and "table_2_front.png" in report
     assert (
-        Image.open(out / "table_2_pictures.jpg").width > 5 * 112
-    )  # photo, plain, cross, self, full
+        Image.open(out / "table_2_pictures.jpg").width > 6 * 112
+    )  # photo, plain, cross, self, full, shuffled
 
 
 def test_a_second_run_gives_the_same_numbers_with_any_number_of_processes(once, tmp_path):
@@ -130,10 +133,10 @@ def test_a_stopped_run_goes_on(once, tmp_path):
     _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 130 and "the same command goes on from here" in said
     before = journal.read_text().splitlines()
-    assert 3 <= len(before) < 10
+    assert 3 <= len(before) < 12
     assert tables(run(tmp_path, *SMALL, "--processes", "1")) == tables(told)
     after = journal.read_text().splitlines()
-    assert after[: len(before)] == before and len(after) == 10
+    assert after[: len(before)] == before and len(after) == 12
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +270,24 @@ def test_what_cannot_be_judged_ends_before_the_work(own, tmp_path):
         and "nothing would be judged" in said
         and not (tmp_path / "out").exists()
     )
+
+
+def test_the_flow_miniature_is_measured_and_goes_on(tmp_path):
+    """Same figure names as the UNet miniature's; a second run measures nothing anew."""
+    words = ("--miniature", "flow", "--count", "2", "--steps", "2", "--processes", "2")
+    table = tables(run(tmp_path, *words, "--table", "table_2", "--seeds", "1"))
+    assert [line.split(" | ")[0] for line in table[3:]] == ["| plain", "| self", "| shuffled"]
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert (
+        figures["miniature"] == "flow"
+        and {
+            "identity.shuffled",
+            "whole_subject.plain",
+            "whole_subject.self",
+            "mask.iou",
+        }
+        <= figures["figures"].keys()
+    )
+    lines = (tmp_path / "journal.jsonl").read_text().count("\n")
+    assert tables(run(tmp_path, *words, "--table", "table_2", "--seeds", "1")) == table
+    assert (tmp_path / "journal.jsonl").read_text().count("\n") == lines == 8

@@ -203,6 +203,7 @@ def values(identity, scene=(1.0, 1.0), kind=(1.0, 1.0), seconds=2.0):
         "identity": identity,
         "scene": list(scene),
         "class": list(kind),
+        "whole": [1.0, 0.0],
         "seconds": seconds,
         "unet_calls": 50,
     }
@@ -224,10 +225,12 @@ def test_a_table_by_hand():
     filled = by_hand()
     lines = filled.markdown().splitlines()
     assert lines[0] == "**By hand**: 2 identities, 1 seed; floor 0.100, ceiling 1.000"
-    assert lines[2] == "| | identity | s.e. | of the way | scene right | class right |"
+    assert (
+        lines[2] == "| | identity | s.e. | of the way | scene right | class right | whole subject |"
+    )
     assert lines[4:] == [
-        "| plain | 0.200 | 0.050 | 0.00 | 1.00 | 1.00 |",
-        "| made | 0.700 | 0.100 | 0.62 | 0.75 | 0.75 |",
+        "| plain | 0.200 | 0.050 | 0.00 | 1.00 | 1.00 | 0.50 |",
+        "| made | 0.700 | 0.100 | 0.62 | 0.75 | 0.75 | 0.50 |",
     ]
     assert (
         filled.scores["made"]["text"].mean == 0.5
@@ -241,6 +244,7 @@ def test_a_table_by_hand():
         and figures["identity.ceiling"] == 1.0
         and figures["count.identities"] == 2
     )
+    assert figures["whole_subject.made"] == 0.5
     assert figures["scene_accuracy.made"] == 0.75 and figures["seconds.made"] == 3.0
     assert figures["error.identity.made"] == pytest.approx(0.1) and figures[
         "mask.iou"
@@ -302,7 +306,7 @@ def test_what_was_not_measured_is_absent():
     )
     assert (
         figures["unet_calls.story"] == 88
-        and "| story | 0.400 |  | 1.00 | 1.00 |  | 88 |" in filled.markdown()
+        and "| story | 0.400 |  | 1.00 | 1.00 |  |  | 88 |" in filled.markdown()
     )
     assert (
         "of the way" not in filled.markdown()
@@ -318,6 +322,7 @@ def test_layouts_are_told_as_a_multiple_of_the_plain_ones():
             "consistency": consistency,
             "scene": [1.0],
             "class": [1.0],
+            "whole": [0.0],
             "layout_spread": spread,
             "seconds": 1.0,
             "unet_calls": 50,
@@ -328,7 +333,7 @@ def test_layouts_are_told_as_a_multiple_of_the_plain_ones():
         "story": {0: [told(0.1, 0.6)], 1: [told(0.2, 0.6)]},
     }
     assert (
-        "| story | 0.600 | 0.000 | 0.67 | 1.00 | 1.00 | 0.75 | 50 |"
+        "| story | 0.600 | 0.000 | 0.67 | 1.00 | 1.00 | 0.00 | 0.75 | 50 |"
         in Filled(table, MINIATURE["story"], found, 0.1, 0.8).markdown()
     )
 
@@ -523,16 +528,16 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, handlers):
     assert list(partly.found) == ["plain", "cross"] and partly.ceiling == 1.0
     monkeypatch.setattr(Pretended, "stop_at", 99)
     journal = Journal(tmp_path / "journal.jsonl")
-    assert measure(words, tables, journal, setting) and len(Pretended.done) == 10
+    assert measure(words, tables, journal, setting) and len(Pretended.done) == 12
     (whole,) = fill(tables, 1, journal, setting)
     assert {len(seeds) for seeds in whole.found.values()} == {2} and whole.scores["full"][
         "identity"
     ].mean == pytest.approx(0.05)
     assert (
         measure(words, tables, Journal(tmp_path / "journal.jsonl"), setting)
-        and len(Pretended.done) == 10
+        and len(Pretended.done) == 12
     )
-    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 10
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 12
     assert (
         json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])["of"]["task"]
         == "personalize"

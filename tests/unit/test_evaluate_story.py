@@ -45,7 +45,8 @@ def certain(*identities: Identity, masks: torch.Tensor | None = None) -> Reading
     b = len(identities)
     rows |= {"class": torch.eye(5)[:1].expand(b, 5), "scene": torch.eye(8)[:1].expand(b, 8)}
     colours = {name: torch.tensor([getattr(who, name) for who in identities]) for name in COLOURS}
-    return Reading(rows, colours, torch.zeros(b, 16, 16) if masks is None else masks)
+    masks = torch.zeros(b, 16, 16) if masks is None else masks
+    return Reading(rows, colours, masks, torch.ones(b))
 
 
 def unsure(b: int, seed: int, sharpness: float = 1.0) -> Reading:
@@ -58,6 +59,7 @@ def unsure(b: int, seed: int, sharpness: float = 1.0) -> Reading:
         kinds,
         {name: torch.rand(b, generator=g) for name in COLOURS},
         torch.rand(b, 16, 16, generator=g),
+        torch.rand(b, generator=g),
     )
 
 
@@ -99,12 +101,15 @@ def test_doubt_is_an_expectation():
     who = Identity(0.0, 0.9, 0.9, 0.5, "stripes", "cone", 0.25)
     seen = certain(who)
     half = Reading(
-        seen.probabilities | {"pattern": torch.tensor([[0, 0.5, 0.5, 0]])}, seen.colours, seen.mask
+        seen.probabilities | {"pattern": torch.tensor([[0, 0.5, 0.5, 0]])},
+        seen.colours,
+        seen.mask,
+        seen.whole,
     )
     assert float(pairwise_similarity(half, seen)) == pytest.approx(1 - 0.25 / 2)
     assert float(pairwise_similarity(half, half)) == pytest.approx(1 - 0.25 / 2)
     torn, elsewhere = {"hat": torch.tensor([[0.5, 0.5, 0, 0]])}, {"hat_hue": torch.tensor([0.375])}
-    hat = Reading(seen.probabilities | torn, seen.colours | elsewhere, seen.mask)
+    hat = Reading(seen.probabilities | torn, seen.colours | elsewhere, seen.mask, seen.whole)
     assert float(pairwise_similarity(hat, seen)) == pytest.approx(0.85 + 0.15 * 0.5 * 0.5)
     assert float(pairwise_similarity(hat, hat)) == pytest.approx(0.85 + 0.15 * 0.5)
     bare = certain(Identity(0.0, 0.9, 0.9, 0.5, "stripes", "none", 0.8))

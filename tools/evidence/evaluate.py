@@ -6,10 +6,11 @@ the first pictures go into one folder (--out), together with a journal: the same
 nothing twice. The miniature's numbers depend on neither the machine's cores nor --processes.
 
 --table takes some of the tables, --task all of paper A's (personalize) or B's (story), or the miniature's own figures (miniature).
+--miniature flow measures the flow miniature, a transformer; what it has not yet for a table is said before the work.
 --variant "name: input=value, ..." is a row of your own, beside plain. For personalize: inputs of Ref-UNet Feature Capture and Masked
 Self-Attn Inject, concept.INPUT for Cross-Attn Detail Inject (on where one is given), self=off, mask=true or none (the renderer's own
-mask, no mask), inverted=yes (DDIM Invert first), cfg. For story: inputs of ConsiStory Shared Attention, node=off, mask=none, cfg,
-freeu=yes (ComfyUI's FreeU before it, with the paper's numbers).
+mask, no mask), photo=another (the control: another identity's photo), inverted=yes (DDIM Invert first, with its method), cfg. For
+story: inputs of ConsiStory Shared Attention, node=off, mask=none, cfg, freeu=yes (ComfyUI's FreeU before it, with the paper's numbers).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,9 +30,10 @@ from typing import Any
 sys.path[1:1] = [str(Path(__file__).resolve().parents[1] / room) for room in ("client", "workshop")]
 
 from checkout import as_kindred, version
-from evaluation import real
+from evaluation import own, real
 from evaluation.ground import BOUNDS, SHOWN, Job, Miniature, Setting
 from evaluation.journal import Journal, fingerprint
+from evaluation.miniatures import UNET
 from evaluation.options import chosen, parse
 from evaluation.tables import MINIATURE, Filled, Ground, Table, listed
 from results import prepare
@@ -44,6 +46,7 @@ PLAINLY_NAMED = (
     "story",
     "own",
 )  # tables whose figures have names without the table's
+PICTURES = 20  # of every class and scene, for --task miniature
 LIKENESS = (
     "dino",
     "dino_consistency",
@@ -88,10 +91,22 @@ def strip(of: Mapping[str, Any]) -> str:
 def measure(
     given: argparse.Namespace, tables: Sequence[Table], journal: Journal, setting: Setting
 ) -> bool:
-    """Measures what the journal does not have; False where Ctrl-C ended it first."""
+    """Measures what the journal does not have of the tables; False where Ctrl-C ended it first."""
+    jobs = list(jobs_of(tables, given.seeds, setting, given.out / "pictures"))
+    make = partial(real.Real if given.files else Miniature, setting)
+    return work_off(jobs, make, given.processes, journal, setting)
+
+
+def work_off(
+    jobs: Sequence[Job],
+    make: Callable[[], Callable[[Job], Any]],
+    processes: int,
+    journal: Journal,
+    setting: Setting,
+) -> bool:
+    """Measures the jobs that the journal does not have; False where Ctrl-C ended it first."""
     from tqdm import tqdm
 
-    jobs = list(jobs_of(tables, given.seeds, setting, given.out / "pictures"))
     todo = [job for job in jobs if journal.get(setting.of(job)) is None]
     if not todo:
         return True
@@ -100,11 +115,7 @@ def measure(
     ) as bar:
         try:
             with stoppable():
-                for job, values in pooled(
-                    todo,
-                    partial(real.Real if given.files else Miniature, setting),
-                    min(given.processes, len(todo)),
-                ):
+                for job, values in pooled(todo, make, min(processes, len(todo))):
                     journal.add(setting.of(job), values)
                     bar.set_postfix_str(str(job), refresh=False)
                     bar.update()
@@ -212,7 +223,11 @@ def tabulate(given: argparse.Namespace) -> int:
             f"evaluate: the plots need {missing.name}. Install it into this Python: pip install {missing.name}"
         ) from None
     tables, common = chosen(given), (given.host, given.steps, given.cfg, fingerprint(given.host))
-    setting = real.RealSetting(*common, given.files) if given.files else Setting(*common)
+    setting = (
+        real.RealSetting(*common, given.files)
+        if given.files
+        else Setting(*common, miniature=given.miniature)
+    )
     began = time.monotonic()
     prepare(given.out, given.json)
     with alone(given.out):
@@ -255,6 +270,7 @@ def write_folder(
         "seed": 0,
         "steps": given.steps,
         "cfg": given.cfg,
+        **({} if given.files else {"miniature": given.miniature}),
         "complete": whole,
         "figures": figures,
     }
@@ -282,20 +298,48 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def miniature(given: argparse.Namespace) -> int:
-    """The miniature's own figures."""
-    from boot import boot
-
-    boot(given.host)
-    from kindred.miniature.measure import measure as figures_of
-
+    """The miniature's own figures -> exit code."""
     prepare(None, given.json)
-    figures = figures_of(given.host, given.count or 20)
+    figures = (unet_figures if given.miniature == UNET else flow_figures)(given)
+    if figures is None:
+        print("evaluate: stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
     for name, value in sorted(figures.items()):
         print(f"  {name:28} {value:.3f}")
     if given.json:
         report = {"command": given.command, "version": version(), "seed": 0, "figures": figures}
         given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return 0
+
+
+def unet_figures(given: argparse.Namespace) -> dict[str, float]:
+    from boot import boot
+
+    boot(given.host)
+    from kindred.miniature.measure import measure as figures_of
+
+    return figures_of(given.host, given.count or PICTURES)
+
+
+def flow_figures(given: argparse.Namespace) -> dict[str, float] | None:
+    """None where Ctrl-C ended it; what was measured until then is in the journal of --out."""
+    as_kindred()
+    from kindred.miniature.pack import FLOW_CHECKPOINT
+
+    common = (given.host, given.steps, given.cfg, fingerprint(given.host))
+    setting = Setting(*common, miniature=given.miniature)
+    jobs, make = own.jobs(given.count or PICTURES), partial(own.OwnFigures, setting)
+    prepare(given.out)
+    with alone(given.out):
+        journal = Journal(given.out / "journal.jsonl")
+        try:
+            whole = work_off(jobs, make, given.processes, journal, setting)
+        except WorkerError as error:
+            raise SystemExit(f"evaluate: {error}") from error
+    if not whole:
+        return None
+    found = {job: journal.get(setting.of(job)) for job in jobs}
+    return own.figures(found, FLOW_CHECKPOINT.stat().st_size / 2**20)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

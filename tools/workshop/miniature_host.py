@@ -18,6 +18,7 @@ class Studio:
 
     size, batch = 128, 4  # of its pictures, and how many of one subject are sampled at once
     scheduler = "ddim_uniform"
+    first = "time_embed"  # a part of its network that runs once in every evaluation
 
     def __init__(self, host: Path, steps: int, cfg: float, cpu: bool = True) -> None:
         import torch
@@ -105,11 +106,10 @@ class Studio:
 
     @contextmanager
     def counted(self) -> Iterator[list[Any]]:
-        """A list that grows by one with every evaluation of the UNet, also one that a wrapper makes inside another."""
+        """A list that grows by one with every evaluation of the network, also one that a wrapper makes inside another."""
         calls: list[Any] = []
-        hook = self.model.model.diffusion_model.time_embed.register_forward_hook(
-            lambda *_: calls.append(None)
-        )
+        part = getattr(self.model.model.diffusion_model, self.first)
+        hook = part.register_forward_hook(lambda *_: calls.append(None))
         try:
             yield calls
         finally:
@@ -120,6 +120,7 @@ class FlowStudio(Studio):
     """The same of the flow miniature, a transformer, at the state of training that is shipped."""
 
     scheduler = "simple"
+    first = "img_in"
 
     def load(self) -> tuple[Any, Any, Any]:
         """MODEL, CLIP, VAE, by the host's own loader; the file lies in no folder that it lists."""

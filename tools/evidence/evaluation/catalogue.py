@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from .miniatures import ENCODER, JOINT, STORIES as TELLING
 from .rows import rows_of
 from .tables import Table
 
 PLAIN_PHOTO, PLAIN_STORY = "self=off", "node=off"
+CONTROL = "photo=another"  # what another subject's photo brings: the floor, if identity is what comes through
 TABLE_2 = {
     "plain": PLAIN_PHOTO,
     "cross": "self=off, concept.strength=1",
     "self": "",
     "full": "concept.strength=1",
+    "shuffled": f"concept.strength=1, {CONTROL}",
 }
 W_S, W_C, DROPOUTS = (0.25, 0.5, 1, 2, 4), (0.25, 0.5, 1, 2, 4), (0, 0.15, 0.5, 0.7)
 
@@ -81,6 +84,32 @@ FULL = {
     "self decoder": "concept.strength=1, blocks=decoder",
     "inverted first": "concept.strength=1, inverted=yes",
 }
+FLOW_SETTINGS = {
+    "plain": PLAIN_PHOTO,
+    "as it comes": "",
+    "shuffled": CONTROL,
+    "text_share plain": "text_share=plain",
+    "W_S 0.5": "weight=0.5",
+    "W_S 2": "weight=2",
+    "W_S 3": "weight=3",
+    "double": "blocks=double",
+    "single": "blocks=single",
+    "first half": "blocks=encoder",
+    "last half": "blocks=decoder",
+    "to 0.5": "end_percent=0.5",
+    "to 0.8": "end_percent=0.8",
+    "from 0.1": "start_percent=0.1",
+    "both halves": "halves=both",
+    "shared halves": "halves=shared",
+    "true mask": "mask=true",
+    "no mask": "mask=none",
+    "1 mask step": "mask_steps=1",
+    "5 mask steps": "mask_steps=5",
+    "mask by double": "mask_blocks=double",
+    "mask by single": "mask_blocks=single",
+    "inverted first": "inverted=yes, method=fireflow",
+    "forward noise": "inverted=yes, method=forward noise",
+}
 DIALS = {
     "plain": PLAIN_PHOTO,
     **{f"self {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)},
@@ -148,6 +177,7 @@ TABLES = {
             TOLD,
             rows_of(TOLD, ABLATION),
             5,
+            needs=TELLING,
         ),
         Table(
             "pareto",
@@ -155,6 +185,7 @@ TABLES = {
             TOLD,
             rows_of(TOLD, PARETO),
             5,
+            needs=TELLING,
             axis="dropout",
         ),
         Table(
@@ -163,6 +194,7 @@ TABLES = {
             TOLD,
             rows_of(TOLD, SAMPLED),
             20,
+            needs=TELLING,
         ),
         Table(
             "settings_self",
@@ -179,6 +211,16 @@ TABLES = {
             rows_of(PHOTO, FULL),
             6,
             CHOSEN_ON,
+            ENCODER,
+        ),
+        Table(
+            "settings_flow",
+            "Settings of Masked Self-Attn Inject on a transformer",
+            PHOTO,
+            rows_of(PHOTO, FLOW_SETTINGS),
+            6,
+            CHOSEN_ON,
+            JOINT,
         ),
         Table(
             "settings_story",
@@ -187,6 +229,7 @@ TABLES = {
             rows_of(TOLD, STORIES),
             5,
             CHOSEN_ON,
+            TELLING,
         ),
         Table(
             "dials",
@@ -195,7 +238,7 @@ TABLES = {
             rows_of(PHOTO, DIALS),
             6,
             CHOSEN_ON,
-            "strength",
+            axis="strength",
         ),
         Table(
             "dial_story",
@@ -204,6 +247,7 @@ TABLES = {
             rows_of(TOLD, STORY_DIAL),
             5,
             CHOSEN_ON,
+            TELLING,
             "strength",
         ),
     )

@@ -1,11 +1,12 @@
-"""Where jobs are measured: the miniature in the host of a process."""
+"""Where jobs are measured: a miniature in the host of a process."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .miniatures import FLOW, UNET
 from .rows import Row
 
 SHOWN = 2  # cases of a table whose pictures are kept, for its sheet
@@ -36,11 +37,12 @@ class Setting:
     steps: int
     cfg: float
     code: str  # fingerprint of what decides the numbers
+    miniature: str = field(default=UNET, kw_only=True)
 
     def of(self, job: Job) -> dict[str, Any]:
         """Everything that decides a job's numbers: its key in the journal."""
         told = {
-            "ground": "miniature",
+            "ground": "miniature" if self.miniature == UNET else f"{self.miniature} miniature",
             "task": job.task,
             "inputs": dict(job.row.inputs),
             "case": job.case,
@@ -53,15 +55,21 @@ class Setting:
         )
 
 
+def studio_of(setting: Setting) -> Any:
+    """The miniature in the host of this process, which starts now, with one thread: numbers depend on no number of processes."""
+    import torch
+    from miniature_host import FlowStudio, Studio
+
+    torch.set_num_threads(1)
+    kind = FlowStudio if setting.miniature == FLOW else Studio
+    return kind(setting.host, setting.steps, setting.cfg)
+
+
 class Miniature:
-    """The miniature, and paper A's and paper B's ways to measure it; the host starts when it is made."""
+    """A miniature, and paper A's and paper B's ways to measure it; the host starts when it is made."""
 
     def __init__(self, setting: Setting) -> None:
-        import torch
-        from miniature_host import Studio
-
-        torch.set_num_threads(1)  # the numbers do not depend on how many processes share the work
-        studio = Studio(setting.host, setting.steps, setting.cfg)
+        studio = studio_of(setting)
         from .personalize import Identities, Personalize
         from .story import Scenes, Story
 

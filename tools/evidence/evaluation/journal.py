@@ -23,7 +23,7 @@ DECIDES = (
     "tools/workshop/pictures.py",
     *(
         f"tools/evidence/evaluation/{name}.py"
-        for name in ("personalize", "story", "real", "judges")
+        for name in ("personalize", "story", "own", "real", "judges")
     ),
 )
 

@@ -14,8 +14,11 @@ from results import IN_GIT
 
 from . import real
 from .catalogue import DEFAULT, PLAIN, TABLES
+from .miniatures import FLOW, UNET, fitting, refuse
 from .rows import Row
 from .tables import Table
+
+OUT = "kindred-evaluation"
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
@@ -39,6 +42,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     given.command = " ".join(["evaluate", *(sys.argv[1:] if argv is None else argv)])
     refuse_too_small(given, parser)
     refuse_without_effect(given, parser)
+    given.miniature = given.miniature or UNET
+    given.out = given.out or Path(OUT + ("-flow" if given.miniature == FLOW else ""))
     given.host = Path(
         given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate")
     )
@@ -48,6 +53,9 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
 def common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=("all", "personalize", "story", "miniature"), default="all"
+    )
+    parser.add_argument(
+        "--miniature", choices=(UNET, FLOW), help=f"whose pictures (default {UNET})"
     )
     parser.add_argument(
         "--table", action="append", choices=sorted(TABLES), help="repeat it for several"
@@ -84,8 +92,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("kindred-evaluation"),
-        help=f"folder (default %(default)s{IN_GIT})",
+        help=f"folder (default {OUT}, of the flow miniature {OUT}-flow{IN_GIT})",
     )
     parser.add_argument("--json", type=Path, help="write the figures into this file too")
     parser.add_argument(
@@ -180,6 +187,7 @@ def refuse_without_effect(given: argparse.Namespace, parser: argparse.ArgumentPa
         ("table", given.variant, "--variant makes a table of its own"),
         ("table", given.task != "all", "--task takes all tables of one paper"),
         ("variant", given.task == "miniature", "--task miniature has no rows"),
+        ("miniature", given.files, "--checkpoint is measured"),
         ("first", given.files, "a checkpoint's cases are your photos, from the first on"),
     ):
         if getattr(given, option) not in (None, []) and without:
@@ -205,7 +213,7 @@ def files_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> real
 
 
 def chosen(given: argparse.Namespace) -> list[Table]:
-    """The tables to measure, with this run's cases. SystemExit where the words do not fit together."""
+    """The tables to measure, with this run's cases; what the miniature has not for them is said. SystemExit where words do not fit."""
     if given.variant:
         tables = [own_table(given)]
     elif given.files:
@@ -214,7 +222,9 @@ def chosen(given: argparse.Namespace) -> list[Table]:
         names = given.table or [
             name for name in DEFAULT if given.task in ("all", TABLES[name].task)
         ]
-        tables = [TABLES[name] for name in names]
+        tables, told = fitting([TABLES[name] for name in names], given.miniature, bool(given.table))
+        for sentence in told:
+            print(f"evaluate: {sentence}", file=sys.stderr)
     if given.files:
         return [replace(t, count=min(given.count or t.count, t.count)) for t in tables]
     return [
@@ -240,5 +250,6 @@ def own_table(given: argparse.Namespace) -> Table:
         count = real.tables(given.files, given.task)[0].count
         real.refuse(rows, given.files)
     else:
+        refuse(rows, given.task, given.miniature)
         count = 12 if given.task == "personalize" else 6
     return Table("own", "Rows of your own", given.task, rows, count)

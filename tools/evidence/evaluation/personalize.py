@@ -26,6 +26,12 @@ class Subject:
     prompts: tuple[str, ...]
     judge: Callable[[Any], dict[str, Any]]  # pictures [b y x 3] -> values
     mask: Any = None  # the true one [y x], where it is known
+    another: tuple[Any, Any] | None = None  # another subject's photo in the same pose, and its mask
+
+    def shown(self, row: Row) -> tuple[Any, Any]:
+        """The photo that a row reads, and its true mask: the control reads another subject's."""
+        another = row.get("photo", "own") == "another"
+        return self.another if another else (self.photo, self.mask)
 
 
 class Personalize:
@@ -71,8 +77,9 @@ class Personalize:
         studio, model, told = self.studio, self.studio.model, {}
         if row.get("self", "on") == "on":
             bank, told["seconds_reference"] = self.reference(row, subject)
-            if row.get("mask", "word") == "word" and subject.mask is not None:
-                told["mask_iou"] = overlap(bank, subject.mask)
+            mask = subject.shown(row)[1]
+            if row.get("mask", "word") == "word" and mask is not None:
+                told["mask_iou"] = overlap(bank, mask)
             model = studio.run(
                 "KindredMaskedSelfAttnInject", model=model, reference=bank, **row.of(INJECT)
             )[0]
@@ -81,7 +88,7 @@ class Personalize:
                 "KindredCrossAttnDetailInject",
                 model=model,
                 concept_encoder=studio.encoder,
-                image=subject.photo,
+                image=subject.shown(row)[0],
                 **concept,
             )[0]
         return model, told
@@ -93,33 +100,39 @@ class Personalize:
             row.get("inverted", "no") == "yes",
             row.get("mask", "word"),
         )
-        key = (tuple(sorted(row.of(CAPTURE).items())), both, inverted, mask)
+        own = tuple(row.get(name, "") for name in ("photo", "method"))
+        key = (tuple(sorted(row.of(CAPTURE).items())), both, inverted, mask, own)
         if key not in self.banks:
             studio, start = self.studio, time.monotonic()
+            photo, drawn = subject.shown(row)
             latent, coarse = (
-                studio.encode(subject.photo),
+                studio.encode(photo),
                 studio.prompts([subject.coarse], subject.word),
             )
             shared = {
                 "model": studio.model,
                 "positive": coarse,
                 "steps": studio.steps,
-                "scheduler": "ddim_uniform",
+                "scheduler": studio.scheduler,
             }
             inputs: dict[str, Any] = {"negative": studio.empty()} if both else {}
             if inverted:
                 inputs["inversion"] = studio.run(
-                    "KindredDDIMInvert", latent=latent, check=False, **shared
+                    "KindredDDIMInvert",
+                    latent=latent,
+                    check=False,
+                    **row.of(("method",)),
+                    **shared,
                 )[0]
             else:
                 inputs["latent"] = latent
             if mask != "word":
-                drawn = (
-                    studio.torch.from_numpy(subject.mask)
+                white = (
+                    studio.torch.from_numpy(drawn)
                     if mask == "true"
-                    else studio.torch.ones(subject.photo.shape[1:3])
+                    else studio.torch.ones(photo.shape[1:3])
                 )
-                inputs["mask"] = drawn.float()[None]
+                inputs["mask"] = white.float()[None]
             bank, seconds = (
                 studio.run("KindredRefUNetCapture", **shared, **inputs, **row.of(CAPTURE))[0],
                 time.monotonic() - start,
@@ -144,7 +157,10 @@ class Identities:
 
         identity, kind = held_out_identity(number), CLASSES[number % len(CLASSES)]
         photographed, *asked = (SCENES[(number + k) % len(SCENES)] for k in (0, 3, 6))
-        photo = render(identity, kind, photographed, 5000 + number)
+        photo, another = (
+            render(who, kind, photographed, 5000 + number)
+            for who in (identity, held_out_identity(number + 1))
+        )
 
         def judge(images: Any) -> dict[str, Any]:
             reading = self.reader.read(images)
@@ -154,11 +170,18 @@ class Identities:
                     for read, scene in zip(reading.names("scene"), asked, strict=True)
                 ],
                 "class": [float(read == kind) for read in reading.names("class")],
+                "whole": one_whole(reading),
             }
 
         prompts = tuple(prompt(kind, scene) for scene in asked)
         return Subject(
-            self.studio.picture(photo.image), kind, prompt(kind), prompts, judge, photo.mask
+            self.studio.picture(photo.image),
+            kind,
+            prompt(kind),
+            prompts,
+            judge,
+            photo.mask,
+            (self.studio.picture(another.image), another.mask),
         )
 
     def bounds(self, number: int) -> tuple[dict[str, Any], Any]:
@@ -185,6 +208,11 @@ def judged(reading: Any, identity: Any) -> dict[str, list[float]]:
     return {"identity": [sum(SHARES[name] * part[name] for name in SHARES) for part in parts]} | {
         name: [part[name] for part in parts] for name in SHARES
     }
+
+
+def one_whole(reading: Any) -> list[float]:
+    """1 for every picture that shows one whole subject, 0 for the others."""
+    return (reading.whole > 0.5).float().tolist()
 
 
 def overlap(bank: Any, mask: Any) -> float:

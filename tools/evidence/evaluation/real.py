@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniature_host import Studio
 
-from .catalogue import PLAIN_STORY, TABLE_2
+from .catalogue import CONTROL, PLAIN_STORY, TABLE_2
 from .ground import BOUNDS, Job, Setting, keep
 from .rows import CONCEPT, Row, rows_of
 from .tables import Column, Ground, Table
@@ -239,7 +239,7 @@ def personalize_table(files: Files) -> Table:
     rows = {
         name: inputs
         for name, inputs in TABLE_2.items()
-        if files.concept_encoder or "concept" not in inputs
+        if CONTROL not in inputs and (files.concept_encoder or "concept" not in inputs)
     }
     every = [line for part in files.sets() for line in part]
     for _, word in files.photos():
@@ -432,4 +432,9 @@ def refuse(rows: Sequence[Row], files: Files) -> None:
     if wrong := [row.name for row in rows if row.get("mask", "word") == "true"]:
         raise SystemExit(
             f"evaluate: row {wrong[0]!r} sets mask to 'true', which is known of rendered photos alone."
+        )
+    if wrong := [row.name for row in rows if row.get("photo", "own") == "another"]:
+        raise SystemExit(
+            f"evaluate: row {wrong[0]!r} sets photo to 'another', and the miniature alone has a photo of another subject in the "
+            "same pose. Put the other photo into a folder of its own."
         )

@@ -28,10 +28,12 @@ INJECT: dict[str, Kind] = {
     "weight_mode": MODES,
     "blocks": str,
     "halves": HALVES,
+    "text_share": ("kept", "plain"),
 } | WINDOW
 CONCEPT: dict[str, Kind] = {
     f"concept.{name}": kind
     for name, kind in ({"merge": ("as trained", "concat", "add")} | INJECT).items()
+    if name != "text_share"
 }
 STORY: dict[str, Kind] = {
     "strength": float,
@@ -55,7 +57,9 @@ OWN = {  # what no node has: how a row is made
     "personalize": {
         "self": ("on", "off"),
         "mask": ("word", "true", "none"),
+        "photo": ("own", "another"),
         "inverted": ("no", "yes"),
+        "method": ("ddim", "fireflow", "forward noise", "edit-friendly ddpm"),
         "cfg": float,
     },
     "story": {

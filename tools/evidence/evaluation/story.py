@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from .personalize import APART
+from .personalize import APART, one_whole
 from .rows import STORY, Row
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Scenes:
                     for read, asked in zip(reading.names("scene"), scenes, strict=True)
                 ],
                 "class": [float(read == kind) for read in reading.names("class")],
+                "whole": one_whole(reading),
                 "reading": listed(reading),
             }
 
@@ -148,6 +149,7 @@ def floor_of(readings: Sequence[Mapping[str, Mapping[str, Sequence[Any]]]]) -> f
                 for part in ("probabilities", "colours")
             ),
             mask=torch.zeros(PICTURES, 1, 1),
+            whole=torch.ones(PICTURES),
         )
         for reading in readings
     ]

@@ -49,6 +49,7 @@ MINIATURE = {
             Column("identity", "identity", "identity", 3, error=True),
             Column("scene", "scene right", "scene_accuracy"),
             Column("class", "class right", "class_accuracy"),
+            Column("whole", "whole subject", "whole_subject"),
         ),
         "identity",
         ("scene", "class"),
@@ -66,6 +67,7 @@ MINIATURE = {
             Column("consistency", "consistency", "consistency", 3, error=True),
             Column("scene", "scene right", "scene_accuracy"),
             Column("class", "class right", "class_accuracy"),
+            Column("whole", "whole subject", "whole_subject"),
             Column("layout_spread", "layout spread", "layout_spread", to_plain=True),
             Column("unet_calls", "UNet calls", digits=0),
         ),
@@ -86,6 +88,7 @@ class Table:
     rows: tuple[Row, ...]
     count: int
     first: int = 0
+    needs: str = ""  # of the miniature, in the words of miniatures.py
     axis: str = (
         ""  # what the number in a row's name is, where rows differ by one and are drawn as curves
     )
