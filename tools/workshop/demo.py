@@ -1,6 +1,7 @@
 """One photo, a few prompts, one command: personalized pictures through the API of a real ComfyUI.
 
 Without arguments it uses the miniature and a rendered subject that the miniature never saw, and measures the result.
+With --miniature flow it uses the flow miniature, a transformer, and self-attention injection alone.
 With --checkpoint and --reference the same job runs on your own SD1.5, SD2.x or SDXL checkpoint and photo.
 Writes sheet.png, report.json and the pictures; runs workflows/api/personalize.json with self-attention injection, with the concept
 encoder, with both, and with both strengths 0. A checkpoint of your own has a concept encoder only if you give one.
@@ -21,6 +22,7 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
+import flow_workflow
 from checkout import ROOT, as_kindred
 from client import Client, HostError
 from demo_report import Stopwatch, native_size, report, with_progress
@@ -44,6 +46,7 @@ LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES
     "13",
 )
 ENCODER, CONCEPT = "15", "16"
+OUT = "kindred-demo"
 HELD_OUT, SCENE, CLASS, REST = 6, "meadow", "cat", ("beach", "snow", "forest")
 
 
@@ -52,6 +55,7 @@ def prepared(
 ) -> dict[str, Any]:
     """The shipped workflow with this job's inputs."""
     graph = json.loads(WORKFLOW.read_text("utf-8"))
+    graph = flow_workflow.flow_form(graph) if flow(arguments) else graph
     graph[LOADER]["inputs"]["ckpt_name"] = checkpoint
     graph[PHOTO]["inputs"]["image"] = photo
     for node in (SCALED, SIZE):
@@ -63,9 +67,10 @@ def prepared(
         graph[node]["inputs"]["steps"] = arguments.steps
     graph[SAMPLER]["inputs"] |= {"seed": arguments.seed, "cfg": arguments.cfg}
     for node, weight in ((INJECT, arguments.weight), (CONCEPT, arguments.concept_weight)):
-        graph[node]["inputs"] |= {"strength": arguments.strength} | (
-            {} if weight is None else {"weight": weight}
-        )
+        if node in graph:
+            graph[node]["inputs"] |= {"strength": arguments.strength} | (
+                {} if weight is None else {"weight": weight}
+            )
     if arguments.concept_encoder:
         graph[ENCODER]["inputs"]["file"] = arguments.concept_encoder.name
     elif arguments.checkpoint:
@@ -181,8 +186,12 @@ def psnr_db(a: Image.Image, b: Image.Image) -> float:
     )
 
 
-def measured(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
-    """Identity and scene figures of the miniature's demo, by the attribute reader."""
+def flow(given: argparse.Namespace) -> bool:
+    return given.miniature == "flow"
+
+
+def measured(made: Mapping[str, Sequence[Image.Image]], file: Path | None) -> dict[str, float]:
+    """Identity and scene figures of a miniature's demo, by the attribute reader; file: None for the UNet miniature's own."""
     as_kindred()
     import numpy as np
     import torch
@@ -192,7 +201,7 @@ def measured(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
 
     torch.set_num_threads(1)
     reader, identity = load_reader(), held_out_identity(HELD_OUT)
-    autoencoder = load_autoencoder()
+    autoencoder = load_autoencoder(file) if file else load_autoencoder()
     floor, ceiling = floor_and_ceiling(
         reader,
         lambda images: autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1),
@@ -211,6 +220,7 @@ def measured(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
             sum(a == b for a, b in zip(reading.names("scene"), REST)) / count
         )
         figures[f"class_accuracy.{name}"] = sum(a == CLASS for a in reading.names("class")) / count
+        figures[f"whole_subject.{name}"] = float((reading.whole > 0.5).float().mean())
     return figures
 
 
@@ -223,10 +233,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("kindred-demo"),
-        help=f"folder for the pictures (default: %(default)s{IN_GIT})",
+        help=f"folder for the pictures (default: {OUT}, of the flow miniature {OUT}-flow{IN_GIT})",
     )
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument(
+        "--miniature", choices=("unet", "flow"), help="which of the two draws (default: unet)"
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -251,7 +263,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size", type=int, help="pixels of a side (default: what the checkpoint was trained at)"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument(
+        "--steps", type=int, help=f"default: 50, with the flow miniature {flow_workflow.STEPS}"
+    )
     parser.add_argument(
         "--cfg", type=float, help="guidance (default 4 for the miniature, 7.5 for a checkpoint)"
     )
@@ -275,6 +289,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     own = given.checkpoint is not None
+    if own and given.miniature:
+        parser.error("--miniature does nothing here: --checkpoint draws")
+    if flow(given) and given.concept_weight is not None:
+        parser.error(
+            "--concept-weight does nothing here: the flow miniature has no concept encoder"
+        )
+    given.out = given.out or Path(f"{OUT}-flow" if flow(given) else OUT)
+    given.steps = given.steps or (flow_workflow.STEPS if flow(given) else 50)
     if given.concept_encoder and not own:
         parser.error("--concept-encoder needs the --checkpoint that it was trained for")
     if given.clip_vision and not given.concept_encoder:
@@ -329,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = given.size or (native_size(given.checkpoint) if own else 128)
     prepare(given.out, given.json)
     models = {
-        "checkpoints": given.checkpoint,
+        "checkpoints": flow_workflow.checkpoint() if flow(given) else given.checkpoint,
         "concept_encoders": given.concept_encoder,
         "clip_vision": given.clip_vision,
     }
@@ -338,7 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as server:
         graph, pictures, figures = drawn(server.client, given, photo, size)
     if not own and given.rendered:
-        figures |= measured(pictures) | {"count.identities": 1}
+        file = flow_workflow.checkpoint() if flow(given) else None
+        figures |= measured(pictures, file) | {"count.identities": 1}
     figures["seconds.total"] = time.monotonic() - began
     write(given, pictures, Image.open(BytesIO(photo)), figures, graph)
     return 0
@@ -349,7 +372,8 @@ def drawn(
 ) -> tuple[dict[str, Any], dict[str, list[Image.Image]], dict[str, float]]:
     """The workflow, the pictures of each column, and what they and the photo's inversion took."""
     own = given.checkpoint is not None
-    checkpoint = given.checkpoint.name if own else "kindred_miniature.safetensors"
+    own_file = flow_workflow.CHECKPOINT if flow(given) else "kindred_miniature.safetensors"
+    checkpoint = given.checkpoint.name if own else own_file
     name = client.upload_image(photo, "kindred_reference.png")
     graph = prepared(given, name, checkpoint, size)
     titles = {
@@ -367,6 +391,8 @@ def drawn(
                 "seconds.inversion": watch.seconds[CAPTURE],
                 "seconds.sampling": watch.seconds[SAMPLER],
             }
+    if flow(given):  # KSampler Advanced cannot begin at a straight flow's noise
+        return graph, pictures, figures
     back = with_progress(client, round_trip(graph), watch)
     decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
     return graph, pictures, figures | {"inversion.psnr_db": psnr_db(*decoded)}

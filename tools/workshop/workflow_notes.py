@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flow_workflow import NAME, offered
+
 YOURS = """**Your own checkpoint.** Everything here runs on *kindred_miniature*, a small model of a small world that ships with the pack. \
 For SD1.5, SD2.x or SDXL choose yours in **Checkpoint**. """
 SIZES = "Set each **width** and **height** to 512 (SD1.5), 768 (SD2.1) or 1024 (SDXL), and **cfg** to 5 to 7. "
@@ -248,3 +250,14 @@ NOTES = {
         "The checkpoint holds transformer and VAE; the three text encoders are files of their own.",
     ),
 }
+if offered():
+    NOTES[NAME] = Note(
+        "Personalize with the flow miniature",
+        "The same as *Personalize from one photo* on a small transformer in FLUX's layout: text and picture share one attention, so the "
+        "prompt keeps its share (**text_share**). There is no concept encoder for it yet.",
+        YOURS
+        + PHOTO
+        + SIZES
+        + STEPS
+        + "For FLUX.1, Qwen-Image and other transformers take the workflows of their own: their loaders and samplers differ.",
+    )

@@ -20,6 +20,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
 from canvas import Canvas, browser
 from checkout import ROOT
+from flow_workflow import follow
 from host_server import HostServer
 from results import prepare
 from terminal import run_program
@@ -255,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     prepare(given.shots)
+    follow(API)
     unknown = sorted(set(given.name) - set(names()))
     if unknown:
         parser.error(f"there is no workflows/api/{unknown[0]}.json; there are {', '.join(names())}")
