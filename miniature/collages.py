@@ -1,6 +1,7 @@
 """Pictures of the miniature's world that do not show one whole subject, and some put together that do: for the reader's head.
 
 Every one is a function of its seed, whose rendering (`random_rendering`) it is made from. uint8 [128 128 3].
+`python -m miniature.collages` writes the sheet on the miniature's card.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import cos, pi, sin
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from .program import run_program
 from .scenes import SIZE
 from .world import (
     CLASSES,
+    HELD_OUT,
     SCENES,
     Rendering,
     backdrop,
@@ -284,3 +288,16 @@ def kind_of(seed: int) -> str:
     if rng.random() < 0.5:
         return "moved" if rng.random() < 1 / 3 else "as drawn"
     return tuple(FAULTS)[int(rng.integers(len(FAULTS)))]
+
+
+def main() -> None:
+    """Writes the sheet on the card: a row per kind, held-out seeds from 0 on."""
+    rows = [[collage(kind, HELD_OUT + n) for n in range(10)] for kind in WHOLE | FAULTS]
+    sheet = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
+    sheet.resize((960, 768), Image.Resampling.BOX).save(
+        Path(__file__).with_suffix(".jpg"), quality=82
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)
