@@ -43,7 +43,8 @@ def test_every_column_is_measured_and_every_row_is_felt(ground, tmp_path):
         strips[row.name] = Image.open(path).tobytes()
     columns = {column.key for column in MINIATURE["personalize"].columns}
     for name, values in found.items():
-        assert columns <= values.keys() and values["unet_calls"] == STEPS, name
+        assert columns <= values.keys(), name
+        assert values["unet_calls"] in (STEPS, 2 * STEPS), name  # a live reference is one call more
         assert all(len(values[key]) == 2 for key in columns)
     assert [row.name for row in rows] == ["plain", "self", "shuffled"] and len(
         set(strips.values())

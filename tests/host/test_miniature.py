@@ -9,7 +9,8 @@ import torch
 from kindred.miniature import measure
 from kindred.miniature.autoencoder import Autoencoder, psnr
 from kindred.miniature.data import held_out
-from kindred.miniature.pack import CHECKPOINT, load_autoencoder
+from kindred.miniature.layout import FLOW_OFFERED
+from kindred.miniature.pack import CHECKPOINT, FLOW_CHECKPOINT, load_autoencoder
 from kindred.miniature.registration import KindredFlowMiniature, KindredMiniature, register
 from safetensors import safe_open
 
@@ -37,15 +38,34 @@ def test_it_is_registered_once():
         if issubclass(m, comfy.supported_models.FluxSchnell)
     ][0] is KindredFlowMiniature
     assert folder_paths.get_folder_paths("checkpoints").count(str(CHECKPOINT.parent)) == 1
-    assert [n for n in folder_paths.get_filename_list("checkpoints") if "kindred" in n] == [
-        "kindred_miniature.safetensors"
-    ]
+    assert ours_in_load_checkpoint() == {CHECKPOINT.name} | (
+        {FLOW_CHECKPOINT.name} if FLOW_OFFERED else set()
+    )
     assert folder_paths.get_filename_list("concept_encoders") == [
         "kindred_miniature_concept.safetensors"
     ]
     assert folder_paths.get_filename_list("controlnet") == [
         "kindred_miniature_silhouette.safetensors"
     ]
+
+
+def ours_in_load_checkpoint() -> set[str]:
+    import folder_paths
+
+    return {name for name in folder_paths.get_filename_list("checkpoints") if "kindred" in name}
+
+
+def test_one_flag_puts_the_flow_miniature_into_load_checkpoint(monkeypatch):
+    """Its file alone: the autoencoder that its training goes on from lies elsewhere."""
+    import folder_paths
+    from kindred.miniature import registration
+
+    places, kinds = folder_paths.folder_names_and_paths["checkpoints"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([*places], {*kinds}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(registration, "FLOW_OFFERED", True)
+    register()
+    assert ours_in_load_checkpoint() == {CHECKPOINT.name, FLOW_CHECKPOINT.name}
 
 
 def test_the_host_rebuilds_held_out_renderings(loaded):
