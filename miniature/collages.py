@@ -290,10 +290,15 @@ def kind_of(seed: int) -> str:
     return tuple(FAULTS)[int(rng.integers(len(FAULTS)))]
 
 
+def row_of(kind: str, count: int) -> np.ndarray:
+    """Held-out pictures of a kind side by side: uint8 [y x*count 3]."""
+    return np.concatenate([collage(kind, HELD_OUT + n) for n in range(count)], 1)
+
+
 def main() -> None:
     """Writes the sheet on the card: a row per kind, held-out seeds from 0 on."""
-    rows = [[collage(kind, HELD_OUT + n) for n in range(10)] for kind in WHOLE | FAULTS]
-    sheet = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
+    rows = [row_of(kind, 10) for kind in WHOLE | FAULTS]
+    sheet = Image.fromarray(np.concatenate(rows))
     sheet.resize((960, 768), Image.Resampling.BOX).save(
         Path(__file__).with_suffix(".jpg"), quality=82
     )

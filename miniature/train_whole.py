@@ -1,13 +1,13 @@
 """Trains the reader's head for one whole subject on renderings and collages; everything else of the reader stays as it is.
 
-A fifth of the pictures have passed an autoencoder, half of these the flow miniature's.
+Every eleventh picture has passed an autoencoder, half of these the flow miniature's.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .world import HELD_OUT, world_hash
 log = logging.getLogger(__name__)
 LATENT_NOISE = 0.15  # of the latents' spread: sampled latents are never exact
 SAVE_EVERY = 250
+SHIFT = 3  # of 64 pixels, up, down and sideways
 Autoencode = Callable[[Tensor], Tensor]  # [b 3 y x] -> [b 3 y x]
 
 
@@ -66,6 +67,13 @@ def pictures_of(run: Run, count: int, tripped: int) -> tuple[Tensor, Tensor]:
     return state["pictures"], state["whole"]
 
 
+def shifted(pictures: Tensor, corner: Sequence[int]) -> Tensor:
+    """[b 3 y x] moved by y, x in -SHIFT..SHIFT, counted from 0; the rim is its mirror."""
+    (y, x), size = corner, pictures.shape[-1]
+    wide = F.pad(pictures, (SHIFT,) * 4, mode="reflect")
+    return wide[:, :, y : y + size, x : x + size]
+
+
 @torch.no_grad()
 def verdicts(
     reader: Reader, count: int, autoencode: Autoencode | None = None, first: int = 0
@@ -90,7 +98,7 @@ def train_whole(
     steps: int,
     batch: int = 64,
     peak: float = 2e-3,
-    count: int = 15_000,
+    count: int = 36_000,
     tripped: int = 3_200,
 ) -> Reader:
     """Resumes from whole.pt in the run's folder; the rest of the reader is the shipped one."""
@@ -111,6 +119,7 @@ def train_whole(
         draw = torch.Generator().manual_seed((run.seed << 42) + step)
         index = torch.randint(count, (batch,), generator=draw)
         shown = pictures[index].float() / 255
+        shown = shifted(shown, torch.randint(2 * SHIFT + 1, (2,), generator=draw).tolist())
         shown = shown + 0.02 * torch.randn(shown.shape, generator=draw)
         flip = torch.rand(batch, generator=draw) < 0.5
         shown = torch.where(flip[:, None, None, None], shown.flip(3), shown)

@@ -239,7 +239,9 @@ def outputs() -> set[str]:
     found = {
         match
         for name in PROGRAMS
-        for match in re.findall(r'"--out",[^()]*default=Path\("([^"]+)"\)', text_of(name))
+        for match in re.findall(
+            r'(?:"--out",[^()]*default=|given\.out = )Path\("([^"]+)"\)', text_of(name)
+        )
     }
     for page in files(".md"):
         for block in re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S):
@@ -392,6 +394,7 @@ def test_paths_are_those_of_the_folder_that_dev_py_is_called_in(tmp_path: Path) 
 
 def test_the_commands_have_outputs() -> None:
     assert {"kindred-demo", "kindred-story", "kindred-evaluation", "pictures"} <= outputs()
+    assert {"kindred-demo-flow", "kindred-evaluation-flow"} <= outputs()
 
 
 def deaf() -> None:

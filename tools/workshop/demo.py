@@ -46,7 +46,6 @@ LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES
     "13",
 )
 ENCODER, CONCEPT = "15", "16"
-OUT = "kindred-demo"
 HELD_OUT, SCENE, CLASS, REST = 6, "meadow", "cat", ("beach", "snow", "forest")
 
 
@@ -233,7 +232,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder for the pictures (default: {OUT}, of the flow miniature {OUT}-flow{IN_GIT})",
+        default=Path("kindred-demo"),
+        help=f"folder for the pictures (default: %(default)s, of the flow miniature %(default)s-flow{IN_GIT})",
     )
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
     parser.add_argument(
@@ -289,14 +289,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
     given = parser.parse_args(argv)
     own = given.checkpoint is not None
-    if own and given.miniature:
-        parser.error("--miniature does nothing here: --checkpoint draws")
-    if flow(given) and given.concept_weight is not None:
-        parser.error(
-            "--concept-weight does nothing here: the flow miniature has no concept encoder"
-        )
-    given.out = given.out or Path(f"{OUT}-flow" if flow(given) else OUT)
-    given.steps = given.steps or (flow_workflow.STEPS if flow(given) else 50)
+    settle_miniature(given, parser)
     if given.concept_encoder and not own:
         parser.error("--concept-encoder needs the --checkpoint that it was trained for")
     if given.clip_vision and not given.concept_encoder:
@@ -313,6 +306,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         from_world(given)
     given.cfg = given.cfg if given.cfg is not None else 7.5 if own else 4.0
     return given
+
+
+def settle_miniature(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """What is the flow miniature's own; words that would do nothing end the program."""
+    if given.checkpoint and given.miniature:
+        parser.error("--miniature does nothing here: --checkpoint draws")
+    if flow(given) and given.concept_weight is not None:
+        parser.error(
+            "--concept-weight does nothing here: the flow miniature has no concept encoder"
+        )
+    if flow(given) and given.out == parser.get_default("out"):
+        given.out = Path("kindred-demo-flow")
+    given.steps = given.steps or (flow_workflow.STEPS if flow(given) else 50)
 
 
 def from_world(given: argparse.Namespace) -> None:

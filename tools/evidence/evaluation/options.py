@@ -18,8 +18,6 @@ from .miniatures import FLOW, UNET, fitting, refuse
 from .rows import Row
 from .tables import Table
 
-OUT = "kindred-evaluation"
-
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """What is asked for, with `files` (None: the miniature) and `command`. Words that do not fit together end the program."""
@@ -43,7 +41,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     refuse_too_small(given, parser)
     refuse_without_effect(given, parser)
     given.miniature = given.miniature or UNET
-    given.out = given.out or Path(OUT + ("-flow" if given.miniature == FLOW else ""))
+    if given.miniature == FLOW and given.out == parser.get_default("out"):
+        given.out = Path("kindred-evaluation-flow")
     given.host = Path(
         given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate")
     )
@@ -92,7 +91,8 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder (default {OUT}, of the flow miniature {OUT}-flow{IN_GIT})",
+        default=Path("kindred-evaluation"),
+        help=f"folder (default %(default)s, of the flow miniature %(default)s-flow{IN_GIT})",
     )
     parser.add_argument("--json", type=Path, help="write the figures into this file too")
     parser.add_argument(

@@ -115,9 +115,7 @@ def spread(values: Sequence[Mapping[str, Sequence[float]]]) -> float:
     import torch
     from kindred.miniature.measure import colour_spread
 
-    return colour_spread(
-        *(torch.tensor([number for one in values for number in one[name]]) for name in BODY)
-    )
+    return colour_spread(*(torch.tensor(list(every(values, name))) for name in BODY))
 
 
 def figures(found: Mapping[Job, Mapping[str, Any]], size: float) -> dict[str, float]:
