@@ -7,14 +7,11 @@ Axes: b rows of a call, n query tokens, m key tokens, h heads, d head width, P t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
-import torch
-from torch import Tensor
-
 from .blocks import BlockId, Grid
+from .rope import Turn
 from .unplaced import Unplaced
 
 # the stage of a block whose call holds the picture's tokens and no text: a softmax of their own
@@ -29,32 +26,6 @@ class Stands(str, Enum):
     FIRST = "first"  # picture, then references, then text
     LAST = "last"  # text, then references, then picture
     BEFORE_REFERENCES = "before references"  # text, then picture, then references
-
-
-@dataclass(frozen=True)
-class Turn:
-    """How keys move with the length of the text: by how much, along which axes of the rotary code.
-
-    rotation: positions [l a] -> rotation matrices [l d/2 2 2] in float32, of the network's own
-    rotary embedder.
-    halves: channel i is paired with i + d/2; else neighbours are paired.
-    """
-
-    axes: tuple[float, ...]  # what one more text token adds to the picture's position
-    rotation: Callable[[Tensor], Tensor]
-    halves: bool = False
-    _known: dict[tuple[float, torch.device], Tensor] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-
-    def matrix(self, shift: float, device: torch.device) -> Tensor:
-        """[d/2 2 2] of a text that is `shift` tokens longer; made once, as a device would wait for
-        each.
-        """
-        if (shift, device) not in self._known:
-            step = torch.tensor([self.axes], dtype=torch.float32, device=device) * shift
-            self._known[shift, device] = self.rotation(step)[0]
-        return self._known[shift, device]
 
 
 @dataclass(frozen=True)
@@ -78,7 +49,9 @@ class Backbone:
     prefix: int = 0  # tokens of the network's own before the text's
     # the CONDITIONING's rows are the last of the text's part: pads, if any, stand before them
     text_last: bool = False
-    turn: Turn | None = None  # None: keys stay where they are, however long the text is
+    turn: Turn | None = None  # None: keys hold no position, or one that no turn undoes
+    # of the blocks that hold the picture alone, where their heads are of another width
+    turn_alone: Turn | None = None
     unplaced: Unplaced | None = None  # keys are kept without positions; None: as they come
     # where the network hides its attention from the host's override: the module that makes each
     # call, as "blocks.0.attn"; (): the override hears them
@@ -122,6 +95,10 @@ class Backbone:
         third = len(reading) // 3
         return reading[third : max(len(reading) - third, third + 1)]
 
+    def turn_of(self, block: BlockId) -> Turn | None:
+        """How positions rotate the keys of a block."""
+        return self.turn_alone if self.turn_alone and block[0] == ALONE else self.turn
+
     def holds_text(self, block: BlockId) -> bool:
         """Whether a block's call is a joint one, text and picture in one softmax."""
         return self.joint and block[0] != ALONE
@@ -152,28 +129,3 @@ class Backbone:
             end -= references if self.stands is Stands.LAST else 0
         first = end - rows if self.text_last else first + self.prefix
         return slice(first, first + rows) if 0 <= first and first + rows <= end else None
-
-
-def turned(keys: Tensor, turn: Turn, shift: float) -> Tensor:
-    """Rotated keys [b m (h d)] as they would be beside a text of `shift` more tokens: R(p') k =
-    R(p' - p) R(p) k.
-
-    D (1) of docs/method.md 4.1. Computed in float32, or in float64 if the keys are. ValueError
-    where the channels are no whole number of heads of d.
-    """
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    matrix = turn.matrix(shift, keys.device).to(wide)
-    d = 2 * matrix.shape[0]
-    if keys.shape[-1] % d:
-        raise ValueError(
-            f"Kindred: keys of {keys.shape[-1]} channels are no whole number of heads of {d}."
-        )
-    heads = keys.to(wide).unflatten(-1, (-1, d))
-    pairs = (
-        heads.unflatten(-1, (2, d // 2)).movedim(-2, -1)
-        if turn.halves
-        else heads.unflatten(-1, (d // 2, 2))
-    )
-    rotated = torch.einsum("dij,...dj->...di", matrix, pairs)
-    back = rotated.movedim(-1, -2).flatten(-2) if turn.halves else rotated.flatten(-2)
-    return back.flatten(-2).to(keys.dtype)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .backbone import Backbone, turned
+from .backbone import Backbone
 from .blocks import BlockId, select_blocks
+from .rope import turned
 from .unplaced import placed
 
 # method.md 2.2: word maps are read where the grid is a quarter of the latent (16x16 at 512 px)
@@ -56,8 +57,9 @@ class BlockSite:
         if places is not None:
             return placed(k, places), v
         there, here = (None if t is None else self.backbone.text_tokens(t) for t in texts)
-        if self.backbone.turn is not None and None not in (there, here) and there != here:
-            k = turned(k, self.backbone.turn, here - there)
+        turn = self.backbone.turn
+        if turn is not None and any(turn.axes) and None not in (there, here) and there != here:
+            k = turned(k, turn, here - there)
         return k, v
 
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
-from kindred.models.network.backbone import CROSS, Backbone, turned
+from kindred.models.network.backbone import CROSS, Backbone
+from kindred.models.network.rope import Positions, rotated, turned
 from kindred.models.network.unplaced import placed
 from kindred.nodes.host import hearing, networks
 from kindred.nodes.host.networks import NETWORKS, UNHEARD, recognise, require_network
@@ -85,11 +86,11 @@ def handing(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def listen(
-    name: str, noisy: Tensor | None = None, positive: list | None = None
+    name: str, noisy: Tensor | None = None, positive: list | None = None, model: Any = None
 ) -> tuple[list[Heard], Tensor]:
-    """Every call of one pass over a picture, and the pass's answer."""
+    """Every call of one pass over a picture, and the pass's answer; model: instead of the shared one."""
     calls: list[Heard] = []
-    model = tiny(name).clone()
+    model = (model or tiny(name)).clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = listening(calls)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "handing", handing)
     noisy = latent(name) if noisy is None else noisy
@@ -285,7 +286,8 @@ def test_keys_beside_another_text_are_those_that_the_backbone_turns(name):
         call.k[:, found.picture(call.k.shape[1], math.prod(grid))] for call in (short, long)
     )
     scale = of_long.abs().max()
-    assert (found.turn is not None) == (name in TURNING)
+    moves = found.turn is not None and any(found.turn.axes)
+    assert moves == (name in TURNING)
     assert (found.unplaced is not None) == (name in UNPLACED)
     if found.unplaced is not None:
         cells = torch.cartesian_prod(*map(torch.arange, grid))
@@ -297,13 +299,117 @@ def test_keys_beside_another_text_are_those_that_the_backbone_turns(name):
             placed_there = placed(own, found.unplaced.places(text, cells))
             assert (placed_there - there).abs().max() <= 1e-6 * scale
         return
-    if found.turn is None:
+    if not moves:
         assert (of_short - of_long).abs().max() <= 1e-6 * scale
         return
     assert (of_short - of_long).abs().max() > 0.1 * scale
     shift = long.k.shape[1] - short.k.shape[1]
     assert (turned(of_short, found.turn, shift) - of_long).abs().max() <= 1e-6 * scale
     assert (turned(of_long, found.turn, -shift) - of_short).abs().max() <= 1e-6 * scale
+
+
+# positions are in the hidden states, or in a code that no turn undoes
+UNTURNED = ("SD3", "SD3.5", "AuraFlow", "PixArtSigma", "HunyuanDiT", "ErnieImage")
+ROTARY = tuple(name for name in READ if name not in UNTURNED)
+
+
+def even_picture(name: str, frames: int = 1) -> Tensor:
+    """A picture of one colour, so that its tokens differ by their positions alone; no token is a pad."""
+    family = READ[name]
+    y, x = family.grid if name not in REFINING else (8, 8)
+    shape = family.shape(y * family.patch, x * family.patch)
+    channels = torch.linspace(-1, 1, family.channels)
+    flat = channels.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+    if frames == 1:
+        return flat[None]
+    return flat.reshape(1, family.channels, 1, *flat.shape[-2:]).repeat(1, 1, frames, 1, 1)
+
+
+def even_pixels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A PixelDiT whose last blocks are given an even picture: no place in its pixels, no text in its patches."""
+    module = importlib.import_module("comfy.ldm.pixeldit.modules")
+    monkeypatch.setattr(module, "get_2d_sincos_pos_embed", no_places)
+    model = build(READ["PixelDiT"])
+    for block in model.model.diffusion_model.patch_blocks:
+        block.attn.proj_x.weight.data.zero_()
+    return model
+
+
+def no_places(width: int, y: int, x: int, device: Any = None, dtype: Any = None) -> Tensor:
+    return torch.zeros(y * x, width, device=device, dtype=dtype)
+
+
+def keys_of(found: Backbone, call: Heard, grid: tuple[int, int]) -> Tensor:
+    return call.k[:, found.picture(call.k.shape[1], math.prod(grid), call.references)]
+
+
+@pytest.mark.parametrize("name", UNTURNED)
+def test_keys_without_positions_have_no_turn(name):
+    assert backbone(name).turn is None and backbone(name).turn_alone is None
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_keys_turned_to_another_place_are_those_that_the_host_makes_there(name, monkeypatch):
+    """I46 on the host's own keys: tokens of an even picture, turned to where every other stands; and to nowhere."""
+    model = even_pixels(monkeypatch) if name == "PixelDiT" else None
+    found, noisy = backbone(name), even_picture(name)
+    grid = found.grid(tuple(noisy.shape[-2:]))
+    calls = [n for n, b in enumerate(found.calls) if b and b[0] != CROSS]
+    first = {found.turn_of(found.calls[n]): n for n in reversed(calls)}
+    assert len(first) == (2 if name == "PixelDiT" else 1)
+    heard = listen(name, noisy, model=model)[0]
+    for turn, n in first.items():
+        keys = keys_of(found, heard[n], grid)
+        places = turn.places(grid, found.text_tokens(rows_of(name)))
+        size, device = keys.abs().max(), keys.device
+        assert (keys - keys[:, :1]).abs().max() > 0.1 * size
+        for token in (0, grid[1] + 1, math.prod(grid) - 1):
+            others = turn.between(places[token].expand_as(places), places, device)
+            moved = rotated(keys[:, token : token + 1].expand_as(keys), others, turn.halves)
+            assert (moved - keys).abs().max() <= 1e-5 * size
+        bare = rotated(keys, turn.between(places, None, device), turn.halves)
+        assert (bare - bare[:, :1]).abs().max() <= 1e-5 * size
+        assert (
+            turn.out_of_place(grid, found.text_tokens(rows_of(name)), device)(keys) - bare
+        ).abs().max() == 0
+
+
+def nowhere(found: Backbone, keys: Tensor, grid: tuple[int, int], text: int, number: int) -> Tensor:
+    """Keys of the reference `number` that stands apart, without their positions."""
+    stands = found.turn.placed(Positions.APART, grid, grid, text, number)
+    return rotated(keys, found.turn.between(stands, None, keys.device), found.turn.halves)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_references_apart_stand_where_the_host_puts_its_own(name):
+    """Two native references of one picture: without the places of ours that stand apart their keys are equal."""
+    found, noisy = backbone(name), even_picture(name)
+    grid = found.grid(tuple(noisy.shape[-2:]))
+    count, text = math.prod(grid), found.text_tokens(rows_of(name))
+    asked = prompt(name, reference_latents=[noisy, noisy], reference_latents_method="index")
+    call = listen(name, noisy, asked)[0][first_site(found)]
+    start = found.picture(call.k.shape[1], count, 2 * count).stop
+    native = [call.k[:, start + n * count : start + (n + 1) * count] for n in (0, 1)]
+    bare = [nowhere(found, keys, grid, text, n) for n, keys in enumerate(native)]
+    size = native[0].abs().max()
+    assert (native[0] - native[1]).abs().max() > 0.1 * size
+    assert (bare[0] - bare[0][:, :1]).abs().max() <= 1e-5 * size
+    assert (bare[0] - bare[1]).abs().max() <= 1e-5 * size
+
+
+FILMED = ("CosmosPredict2", "Anima", "Kandinsky5Image")  # the same class makes videos
+
+
+@pytest.mark.parametrize("name", FILMED)
+def test_apart_is_the_next_frame(name):
+    found, film = backbone(name), even_picture(name, frames=2)
+    grid = found.grid(tuple(film.shape[-2:]))
+    call = listen(name, film)[0][first_site(found)]
+    first, second = call.k.chunk(2, 1)
+    there, here = (found.turn.placed(p, grid, grid, 0) for p in (Positions.OWN, Positions.APART))
+    moved = rotated(first, found.turn.between(there, here, first.device), found.turn.halves)
+    assert (moved - second).abs().max() <= 1e-5 * second.abs().max()
+    assert (first - second).abs().max() > 0.1 * second.abs().max()
 
 
 @pytest.mark.parametrize("name", ODD)

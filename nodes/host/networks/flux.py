@@ -9,11 +9,25 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 
 from ....models.network.backbone import Backbone, Stands
+from ....models.network.rope import Turn
 from .parts import Row, blocks, kinds, known, refused, side, silent, turn
 
 
 def _double_single(network: Any) -> tuple[tuple[str, int, int], ...]:
     return blocks("double", network.double_blocks) + blocks("single", network.single_blocks)
+
+
+def _turn(network: Any, moves: bool) -> Turn:
+    """Positions of as many axes as the checkpoint's code has; references of the host's own stand
+    so many apart as it says.
+    """
+    axes = (0.0,) * len(network.params.axes_dim)
+    return turn(
+        network.pe_embedder,
+        (0.0, 1.0, 1.0) if moves else axes,
+        first=(1.0, 0.0, 0.0) if moves else None,
+        step=network.params.ref_index_scale,
+    )
 
 
 def flux(network: Any, model: ModelPatcher) -> Backbone:
@@ -30,7 +44,7 @@ def flux(network: Any, model: ModelPatcher) -> Backbone:
         named=True,
         patch=side(network.patch_size),
         text_last="comfy.model_base.Flux2" in of,
-        turn=turn(network.pe_embedder, (0.0, 1.0, 1.0)) if moves else None,
+        turn=_turn(network, moves),
     )
 
 
@@ -42,6 +56,7 @@ def chroma(network: Any, model: ModelPatcher) -> Backbone:
         named=True,
         patch=side(network.patch_size),
         stands=Stands.LAST,
+        turn=turn(network.pe_embedder),
     )
 
 
@@ -61,6 +76,7 @@ def hunyuan(network: Any, model: ModelPatcher) -> Backbone:
         named=True,
         patch=side(network.patch_size),
         stands=Stands.LAST,
+        turn=turn(network.pe_embedder, (0.0, 0.0), plane=0),  # rows and columns alone
     )
 
 
@@ -75,6 +91,7 @@ def krea2(network: Any, model: ModelPatcher) -> Backbone:
         + blocks("single", network.blocks),
         named=True,
         patch=side(network.patch),
+        turn=turn(network.pe_embedder),
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....models.network.backbone import Backbone, Stands
-from .parts import Row, blocks, known, side
+from ....models.network.rope import Turn
+from .parts import Row, blocks, known, matrices, side, turn
 
 
 def i1(network: Any, model: ModelPatcher) -> Backbone:
@@ -17,7 +20,23 @@ def i1(network: Any, model: ModelPatcher) -> Backbone:
     calls = blocks("double", network.double_stream_blocks) + blocks(
         "single", network.single_stream_blocks
     )
-    return known(model, calls=calls, patch=side(network.patch_size), stands=Stands.FIRST)
+    return known(
+        model,
+        calls=calls,
+        patch=side(network.patch_size),
+        stands=Stands.FIRST,
+        turn=turn(network.pe_embedder),
+    )
+
+
+def _rotation(network: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of O1's language model: positions [l a] -> [l d/2 2 2]."""
+
+    def rotation(positions: torch.Tensor) -> torch.Tensor:
+        places = positions.transpose(0, 1)
+        return matrices(network.language_model.compute_freqs_cis(places, places.device))
+
+    return rotation
 
 
 def o1(network: Any, model: ModelPatcher) -> Backbone:
@@ -32,6 +51,7 @@ def o1(network: Any, model: ModelPatcher) -> Backbone:
         named=True,
         patch=side(network.patch_size),
         stands=Stands.LAST,
+        turn=Turn((0.0, 0.0, 0.0), _rotation(network), halves=True),
         references=False,
     )
 

@@ -28,7 +28,7 @@ def lumina(network: Any, model: ModelPatcher) -> Backbone:
         stands=Stands.LAST,
         references=False,
         multiple=network.pad_tokens_multiple or 1,
-        turn=turn(network.rope_embedder, (1.0, 0.0, 0.0)),
+        turn=turn(network.rope_embedder, (1.0, 0.0, 0.0), first=(1.0, 0.0, 0.0)),
     )
 
 

@@ -11,8 +11,9 @@ import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....models.network.backbone import ALONE, CROSS, Backbone, Turn
+from ....models.network.backbone import ALONE, CROSS, Backbone
 from ....models.network.blocks import BlockId
+from ....models.network.rope import Turn
 from ..identity import family
 
 # the host's network and the MODEL around it -> what it is to the methods
@@ -65,12 +66,55 @@ def refused(model: ModelPatcher, why: str, remedy: str = LISTED) -> Backbone:
     return known(model, calls=(), patch=1, unheard=f"{why}. {remedy}")
 
 
-def turn(embedder: Any, axes: tuple[float, ...], halves: bool = False) -> Turn:
-    """Keys that move with the text's length, by the host's EmbedND: positions [1 l a] ->
-    [1 1 l d/2 2 2].
+def turn(
+    embedder: Any, axes: tuple[float, ...] = (0.0, 0.0, 0.0), halves: bool = False, **laid: Any
+) -> Turn:
+    """How positions rotate keys, by one of the host's EmbedND: positions [1 l a] ->
+    [1 1 l d/2 2 2], or [1 l 1 d/2 2 2].
+
+    laid: where the picture's tokens stand, where that is not (0, y, x); fields of Turn.
     """
 
     def rotation(positions: torch.Tensor) -> torch.Tensor:
-        return embedder(positions[None])[0, 0]
+        return embedder(positions[None])[0].flatten(0, 1)
 
-    return Turn(axes, rotation, halves)
+    return Turn(axes, rotation, halves, **laid)
+
+
+def by_frequencies(*axes: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The rotation of a code that rotates pairs of channels by position times frequency; the
+    frequencies [f] of each axis, whose channels stand one axis behind the other.
+    """
+
+    def rotation(positions: torch.Tensor) -> torch.Tensor:
+        places = positions.cpu().double()  # some devices have no such numbers
+        angles = torch.cat([places[:, i, None] * f for i, f in enumerate(axes)], -1)  # [l d/2]
+        cos, sin = angles.cos(), angles.sin()
+        return (
+            torch.stack((cos, -sin, sin, cos), -1)
+            .unflatten(-1, (2, 2))
+            .float()
+            .to(positions.device)
+        )
+
+    return rotation
+
+
+def about_zero(more_below: bool = False) -> Callable[[int], torch.Tensor]:
+    """Places of tokens with the middle one at 0; more_below: of an odd number more stand below 0
+    than above.
+    """
+
+    def along(side: int) -> torch.Tensor:
+        return torch.arange(side) - (side + 1 if more_below else side) // 2
+
+    return along
+
+
+def matrices(code: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """[l d/2 2 2] of the code that the host's language models make: cos [1 l d], sin and -sin
+    [1 l d/2].
+    """
+    cos, sin, less_sin = (part[0] for part in code)
+    pairs = torch.stack((cos[:, : sin.shape[-1]], less_sin, sin, cos[:, sin.shape[-1] :]), -1)
+    return pairs.unflatten(-1, (2, 2)).float()
