@@ -25,6 +25,8 @@ from ...models.network.sites import BlockSite
 from ...models.noise.path import DIFFUSION, Diffusion, Flow
 from ...models.reference.bank import ReferenceBank
 
+# of a flow: what its samplers begin with is 1, and some of the host's levels end a hair below it
+FULL_NOISE = 0.999
 KEY = "kindred"  # our name in transformer_options and in the host's wrapper lists
 SAMPLER = "kindred_sampler"  # and of a sampler's own run, beside what its calls read
 # what Subject Prompts leaves inside CONDITIONING: the text, where the subject's words stand in it,
@@ -331,6 +333,7 @@ def chosen_sigmas(
     """Descending sigmas [t+1] ending in 0 and their name; wired SIGMAS win. ValueError for a
     schedule that cannot be inverted.
     """
+    wired = sigmas is not None
     name = (
         f"{scheduler}, {steps} steps"
         if sigmas is None
@@ -353,7 +356,23 @@ def chosen_sigmas(
             "Take another scheduler or fewer steps; wired SIGMAS must be those the sampler gets, "
             "not flipped ones."
         )
+    if not wired:
+        _say_of_late_start(model, float(sigmas[0]), name, node)
     return sigmas, name
+
+
+def _say_of_late_start(model: ModelPatcher, first: float, name: str, node: str) -> None:
+    """A warning where a flow's schedule leaves out the noise that its samplers begin with."""
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.CONST) or first >= FULL_NOISE:
+        return
+    log.warning(
+        "%s: with %s this model's noise levels begin at %.3f, but pictures begin at 1: the first "
+        "steps of the sampler are not among them. Take simple, or the scheduler of the sampler.",
+        node,
+        name,
+        first,
+    )
 
 
 def cross_layers(

@@ -271,6 +271,30 @@ def test_sigmas_of_a_diffusion_are_refused_before_the_work():
     assert not rows
 
 
+# schedules -------------------------------------------------------------------------------------------------------------------
+
+
+@FLOWS
+@LAW("scheduler, late", [("ddim_uniform", True), ("simple", False), ("beta", False)])
+def test_a_schedule_that_leaves_out_the_first_noise_is_said(family, scheduler, late, caplog):
+    """ddim_uniform, the default for SD, begins below sigma 1, where a flow's samplers begin; the levels stay as they were."""
+    sigmas, name = door.chosen_sigmas(tiny(family), 8, scheduler, None, "a node")
+    assert (float(sigmas[0]) < 0.999) is late
+    said = [r.getMessage() for r in caplog.records if "levels begin at" in r.getMessage()]
+    assert len(said) == late
+    if late:
+        assert said[0].startswith("a node: with ddim_uniform, 8 steps this model's noise levels")
+        assert f"begin at {float(sigmas[0]):.3f}" in said[0] and "Take simple" in said[0]
+        caplog.clear()
+        assert torch.equal(door.chosen_sigmas(tiny(family), 8, name, sigmas, "a node")[0], sigmas)
+        assert not caplog.records  # wired SIGMAS are as they are meant
+
+
+def test_no_such_word_of_a_diffusion(caplog):
+    assert len(door.chosen_sigmas(random_model("tiny"), 8, "ddim_uniform", None, "a node")[0]) == 9
+    assert not caplog.records
+
+
 # latents with a frame ----------------------------------------------------------------------------------------------------------
 
 
