@@ -79,7 +79,8 @@ class RefUNetCapture(io.ComfyNode):
                     "scheduler",
                     options=host.schedulers(),
                     default="ddim_uniform",
-                    tooltip="With a latent: the scheduler of the sampler that will generate. "
+                    tooltip="With a latent: the scheduler of the sampler that will generate; "
+                    "simple for Flux, SD3.5, Qwen-Image and most transformers. "
                     "Unused with an inversion.",
                 ),
                 io.String.Input(
@@ -88,7 +89,10 @@ class RefUNetCapture(io.ComfyNode):
                     advanced=True,
                     tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, "
                     "masactrl, or a list such as "
-                    "output 3-5, middle 0. Fewer blocks take less memory.",
+                    "output 3-5, middle 0. In transformers encoder and decoder are the first and "
+                    "the second half, "
+                    "and double, single or a list such as double 3-5, single 0 name their own. "
+                    "Fewer blocks take less memory.",
                 ),
                 io.Combo.Input(
                     "mask_threshold",
@@ -121,8 +125,9 @@ class RefUNetCapture(io.ComfyNode):
                     "mask_blocks",
                     default="auto",
                     advanced=True,
-                    tooltip="Blocks whose cross-attention locates the subject. auto: those at a "
-                    "quarter of the latent's size.",
+                    tooltip="Blocks whose attention to the words locates the subject. auto: "
+                    "those at a quarter of the latent's size; in transformers the second half of "
+                    "the double blocks, or the middle third of all.",
                 ),
                 io.Combo.Input(
                     "precision",

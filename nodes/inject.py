@@ -14,6 +14,8 @@ from ..models.attention.joint import TextShare
 from ..models.attention.weights import SELF_ODDS, WeightMode, dial
 from ..models.network.blocks import BlockId, block_name, select_blocks
 from ..models.network.call import Half, Halves
+from ..models.network.rope import Positions
+from ..models.network.sites import BlockSite
 from ..models.reference.bank import ReferenceBank
 from ..models.reference.inject import NODE, ActiveMaskedSelf, MaskedSelf
 from . import host
@@ -27,6 +29,8 @@ class MaskedSelfInjection(MaskedSelf):
     def check(self, model: Any) -> None:
         """Called when a sampler starts: a LoRA may have been added behind this node."""
         host.require_same_model(NODE, "reference", self.bank.model_key, host.model_key(model))
+        if self.positions is not Positions.OWN:
+            host.require_plain_positions(model, NODE, f"positions is {self.positions.value}")
 
     def held(self, model: Any, shape: Sequence[int]) -> int:
         """Bytes on the device."""
@@ -102,7 +106,9 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     advanced=True,
                     tooltip="Which captured blocks to use: all, encoder, middle, decoder, "
                     "masactrl, or a list such as output "
-                    "3-5, middle 0.",
+                    "3-5, middle 0. In transformers encoder and decoder are the first and the "
+                    "second half, "
+                    "and double, single or a list such as double 3-5, single 0 name their own.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -150,6 +156,20 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     "reference dims it too. "
                     "Without effect in SD1.5, SD2.x and SDXL.",
                 ),
+                io.Combo.Input(
+                    "positions",
+                    options=[p.value for p in Positions],
+                    default=Positions.OWN.value,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the reference stands in the picture's coordinates (Flux, "
+                    "Qwen-Image, Z-Image ...). "
+                    "own: where the subject was in the photo. centred: the photo's middle on the "
+                    "picture's. aside: right of the picture. "
+                    "apart: one step along the time axis, or aside where there is none. "
+                    "none: tokens are compared by what they hold alone. "
+                    "SD1.5, SD2.x, SDXL, SD3.5 and AuraFlow have own only.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
         )
@@ -168,17 +188,15 @@ class MaskedSelfAttnInject(io.ComfyNode):
         halves: str = Halves.COND.value,
         target_mask: Tensor | None = None,
         text_share: str = TextShare.KEPT.value,
+        positions: str = Positions.OWN.value,
     ) -> io.NodeOutput:
         sites = host.require_sites(model, NODE)
+        stands = Positions(positions)
+        require_positions(stands, sites)
         host.require_reference(NODE, reference, model)
         wanted = readable_blocks(blocks, host.self_attentions(sites), reference)
-        if not weight >= 0:
-            raise ValueError(
-                f"{NODE}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the "
-                f"plain concatenation."
-            )
         mode = WeightMode(weight_mode)
-        weight *= dial(strength, NODE, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
+        weight = weight_at(strength, weight, mode)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         injection = MaskedSelfInjection(
             reference,
@@ -190,10 +208,34 @@ class MaskedSelfAttnInject(io.ComfyNode):
             Halves(halves),
             mask,
             TextShare(text_share),
+            stands,
         )
         require_halves(injection)
         return io.NodeOutput(
             model.clone() if reads_nothing(injection) else host.inject(model, injection)
+        )
+
+
+def weight_at(strength: float, weight: float, mode: WeightMode) -> float:
+    """The weight of a strength; ValueError where either is out of its range."""
+    if not weight >= 0:
+        raise ValueError(
+            f"{NODE}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the "
+            f"plain concatenation."
+        )
+    return weight * dial(strength, NODE, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
+
+
+def require_positions(positions: Positions, sites: Mapping[BlockId, BlockSite]) -> None:
+    """ValueError for places that the keys of this network know nothing of."""
+    if positions is Positions.OWN:
+        return
+    backbone = next((site.backbone for site in sites.values() if site.backbone), None)
+    if backbone is None or backbone.turn is None:
+        name = backbone.family if backbone else "a UNet (SD1.5, SD2.x, SDXL)"
+        raise ValueError(
+            f"{NODE}: positions is {positions.value}, but this model is {name}, whose attention "
+            "keys hold no positions that Kindred can change. Choose own."
         )
 
 

@@ -63,7 +63,8 @@ class DDIMInvert(io.ComfyNode):
                     "scheduler",
                     options=host.schedulers(),
                     default="ddim_uniform",
-                    tooltip="Take the scheduler of the sampler that will generate.",
+                    tooltip="Take the scheduler of the sampler that will generate: simple for "
+                    "Flux, SD3.5, Qwen-Image and most transformers.",
                 ),
                 io.Combo.Input(
                     "method",

@@ -10,9 +10,10 @@ split, as the host has it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ class ReferenceTokens:
     )
     # where text and picture share a softmax: it takes of the text's share too
     dims_text: bool = False
+    # what the queries [b n (h d)] are for these tokens alone; None: as they are passed
+    query_turn: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.k.ndim != 3 or self.k.shape != self.v.shape:
@@ -147,6 +150,8 @@ def _attend_joint(
         return attend(q, k, v, heads)
     if isinstance(attend, FusedAttend) and _weighs(references) and attend.joins(q, k, heads):
         return _joined_by_sums(attend, q, k, v, references, heads)
+    if any(ref.query_turn for ref in references):
+        return _attend_side_by_side(attend, q, k, v, references, heads)
     k_ref, v_ref = _joined_tokens(references)
     both = (k, k_ref.expand(k.shape[0], -1, -1), v, v_ref.expand(v.shape[0], -1, -1))
     keys, values = torch.cat(both, 1).chunk(2, 1)  # one kernel instead of two
@@ -163,8 +168,13 @@ def _loudness(ref: ReferenceTokens) -> float:
 
 
 def _weighs(references: Sequence[ReferenceTokens]) -> bool:
-    """Whether a reference has a bias, and none has one of its own for each token."""
-    return all(ref.even for ref in references) and any(map(_loudness, references))
+    """Whether a reference has a bias or queries of its own, and none has a bias for each token."""
+    return all(ref.even for ref in references) and any(map(_apart, references))
+
+
+def _apart(ref: ReferenceTokens) -> bool:
+    """Whether it cannot stand among the own tokens as it is."""
+    return ref.query_turn is not None or bool(_loudness(ref))
 
 
 def _joined_by_sums(
@@ -178,16 +188,50 @@ def _joined_by_sums(
     """The joint softmax from one of each loudness: outputs in the shares of their sums, sum_j W_j
     exp(s_j) (method.md 4, I11).
     """
-    quiet = [ref for ref in references if not _loudness(ref)]
+    quiet = [ref for ref in references if not _apart(ref)]
     if quiet:
         k, v = (
             torch.cat((own, ref.expand(k.shape[0], -1, -1)), 1)
             for own, ref in zip((k, v), _joined_tokens(quiet))
         )
     own = attend.with_sums(q, k, v, heads)
-    return join_by_sums(
-        attend, q, own, [ref for ref in references if _loudness(ref)], heads
-    ).flatten(2)
+    return join_by_sums(attend, q, own, [ref for ref in references if _apart(ref)], heads).flatten(
+        2
+    )
+
+
+def _attend_side_by_side(
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    references: Sequence[ReferenceTokens],
+    heads: int,
+) -> Tensor:
+    """The joint softmax where references are read by queries of their own: queries stand side by
+    side in wider heads, and a key has zeros beside the one that reads it.
+
+    The heads are as many times wider as there are kinds of queries.
+    """
+    kinds = [None, *dict.fromkeys(ref.query_turn for ref in references if ref.query_turn)]
+
+    def beside(x: Tensor, place: int) -> Tensor:
+        """x [b m (h d)] in the heads' part of this number -> [b m (h kinds d)]."""
+        apart = x.unflatten(-1, (heads, 1, -1))
+        wide = apart.new_zeros(*apart.shape[:3], len(kinds), apart.shape[-1])
+        wide[:, :, :, place] = apart[:, :, :, 0]
+        return wide.flatten(2)
+
+    scale = len(kinds) ** 0.5  # attention divides by the root of the width
+    queries = sum(beside(q if f is None else f(q), i) for i, f in enumerate(kinds)) * scale
+    placed = [
+        replace(
+            ref, k=beside(ref.k, kinds.index(ref.query_turn)), v=beside(ref.v, 0), query_turn=None
+        )
+        for ref in references
+    ]
+    out = _attend_joint(attend, queries, beside(k, 0), beside(v, 0), placed, heads)
+    return out.unflatten(-1, (heads, len(kinds), -1))[..., 0, :].flatten(2)
 
 
 def join_by_sums(
@@ -201,15 +245,24 @@ def join_by_sums(
     [b n h d].
     """
     out, sums = own
-    by_loudness = sorted(references, key=_loudness)
-    for loudness, group in groupby(by_loudness, _loudness):
+    groups = _read_together(references)
+    for number, ((query_turn, loudness), group) in enumerate(groups.items(), 1):
+        queries = q if query_turn is None else query_turn(q)
         beside, theirs = attend.with_sums(
-            q, *(x.expand(q.shape[0], -1, -1) for x in _joined_tokens(list(group))), heads
+            queries, *(x.expand(q.shape[0], -1, -1) for x in _joined_tokens(group)), heads
         )
         theirs = theirs + loudness
         out = torch.lerp(out, beside, torch.sigmoid(theirs - sums).to(out))
-        sums = torch.logaddexp(sums, theirs) if loudness != _loudness(by_loudness[-1]) else sums
+        sums = torch.logaddexp(sums, theirs) if number < len(groups) else sums
     return out
+
+
+def _read_together(references: Sequence[ReferenceTokens]) -> dict[tuple[Any, float], list]:
+    """Those that are read by the same queries and equally loud, the quietest first."""
+    groups: dict[tuple[Any, float], list] = {}
+    for ref in sorted(references, key=_loudness):
+        groups.setdefault((ref.query_turn, _loudness(ref)), []).append(ref)
+    return groups
 
 
 def _joined_tokens(references: Sequence[ReferenceTokens]) -> tuple[Tensor, Tensor]:

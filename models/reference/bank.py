@@ -171,6 +171,13 @@ class ReferenceBank:
         step = self.trajectory.nearest(sigma, LOG_SIGMA_TOLERANCE)
         return None if step is None or step == 0 else step - 1
 
+    def kept_at(self, grid: Grid, sigma: float) -> Tensor:
+        """Flat positions [l] of the tokens of a grid that are kept at this sigma: as of `kept`, of
+        anchors as of their step.
+        """
+        step = self.step_of(sigma) if self.anchors else None
+        return self.kept[grid] if step is None else self.anchors.kept[grid][step]
+
     def latent_at(self, sigma: float) -> Tensor:
         """The reference's latent [r c y x] at a sigma between or beyond the stored ones, on a
         diffusion or a flow.

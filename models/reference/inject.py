@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -20,10 +21,12 @@ from ..attention.references import ReferenceTokens
 from ..attention.weights import WeightMode
 from ..network.blocks import BlockId, Grid
 from ..network.call import AttnCall, Half, Halves, Role
+from ..network.rope import Positions
 from ..network.sites import BlockSite
 from ..network.unplaced import Unplaced
 from ..subject.target import TargetMask
 from .bank import ReferenceBank
+from .placing import Place, Placing
 
 NODE = "Masked Self-Attn Inject"
 # sigma -> the kept tokens [l c] of every block, per half
@@ -43,6 +46,7 @@ class MaskedSelf:
     halves: Halves
     target_mask: Tensor | None = None  # [1|b y x] at the mask's own size
     text: TextShare = TextShare.KEPT
+    positions: Positions = Positions.OWN
 
     @property
     def sources(self) -> frozenset[Half]:
@@ -68,7 +72,8 @@ class MaskedSelf:
     def active(self, tokens_at: TokensAt, window: tuple[float, ...]) -> ActiveMaskedSelf:
         """The same during a run; window: sigmas from, until."""
         target = None if self.target_mask is None else TargetMask(self.target_mask, NODE)
-        return ActiveMaskedSelf(self, tokens_at, window, target=target)
+        placing = Placing(self.positions, self.bank.pictures)
+        return ActiveMaskedSelf(self, tokens_at, window, placing, target=target)
 
 
 @dataclass
@@ -78,6 +83,8 @@ class ActiveMaskedSelf:
     config: MaskedSelf
     tokens_at: TokensAt
     window: tuple[float, ...]  # sigmas: from, until
+    placing: Placing
+    sigma: float = 0.0  # of the step
     tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     target: TargetMask | None = None
     # by grid and length of the text
@@ -92,7 +99,7 @@ class ActiveMaskedSelf:
         return not call.cross and self.tokens is not None and call.block in self.config.blocks
 
     def begin_step(self, sigma: float) -> None:
-        inside = self.window[1] <= sigma <= self.window[0]
+        self.sigma, inside = sigma, self.window[1] <= sigma <= self.window[0]
         self.tokens = self.tokens_at(sigma) if inside else None
 
     def references(
@@ -111,18 +118,21 @@ class ActiveMaskedSelf:
             return []
         k, v = self._keys_values(call, site, halves, q)
         weight, log_mask = self._weight(call.block, k)
-        mode, dims = self.config.mode, self.config.text is TextShare.PLAIN
+        more = {
+            "dims_text": self.config.text is TextShare.PLAIN,
+            "query_turn": self._queries(call, site, q),
+        }
+        reference_tokens = partial(
+            ReferenceTokens, weight=weight, mode=self.config.mode, log_mask=log_mask, **more
+        )
         of_half = {
-            half: ReferenceTokens(k[i : i + 1], v[i : i + 1], weight, mode, log_mask, dims)
-            for i, half in enumerate(halves)
+            half: reference_tokens(k[i : i + 1], v[i : i + 1]) for i, half in enumerate(halves)
         }
         return [
             References(
                 {role: of_half[half] for role, half in source.items()},
                 self.target(call, q) if self.target else None,
-                by_row=ReferenceTokens(k, v, weight, mode, log_mask, dims)
-                if halves == list(source.values())
-                else None,
+                by_row=reference_tokens(k, v) if halves == list(source.values()) else None,
             )
         ]
 
@@ -133,15 +143,23 @@ class ActiveMaskedSelf:
         tokens = [self.tokens[half][call.block][None].to(q) for half in halves]
         if site.backbone is None:
             return site.keys_values(tokens[0] if len(tokens) == 1 else torch.cat(tokens))
-        here = next((part.text for part in call.texts if part.role is not Role.OTHER), None)
-        prompts = self.config.bank.prompts
-        places = self._places(call.block, site.backbone.unplaced, here or 0, q.device)
-        pairs = [
-            site.keys_values(kept, (prompts[half].cross.shape[1], here), places)
-            for half, kept in zip(halves, tokens)
-        ]
-        k, v = zip(*pairs)
+        k, v = zip(*(self._placed(call, site, *pair) for pair in zip(halves, tokens)))
         return torch.cat(k), torch.cat(v)
+
+    def _placed(
+        self, call: AttnCall, site: BlockSite, half: Half, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A transformer's tokens of one half [1 l c] -> k, v where they are to stand."""
+        bank, there = self.config.bank, self.config.bank.prompts[half].cross.shape[1]
+        if self.config.positions is Positions.OWN:
+            here = _text_of(call)
+            places = self._places(call.block, site.backbone.unplaced, here or 0, tokens.device)
+            return site.keys_values(tokens, (there, here), places)
+        k, v = site.keys_values(tokens)
+        grid = bank.grids[call.block]
+        place = self._place(call, site, there)
+        turn = site.backbone.turn_of(call.block)
+        return self.placing.keys(k, turn, place, bank.kept_at(grid, self.sigma)), v
 
     def _places(
         self, block: BlockId, unplaced: Unplaced | None, text: int, device: torch.device
@@ -157,6 +175,22 @@ class ActiveMaskedSelf:
             self.places[grid, text] = unplaced.places(text, cells)
         return self.places[grid, text]
 
+    def _place(self, call: AttnCall, site: BlockSite, there: int) -> Place:
+        """Of the reference beside this call's picture; there: tokens of the text beside it."""
+        turn, grid = site.backbone.turn_of(call.block), self.config.bank.grids[call.block]
+        here = _text_of(call)
+        texts = tuple(map(site.backbone.text_tokens, (there, there if here is None else here)))
+        return Place.of(turn, grid, call.grid, texts)
+
+    def _queries(
+        self, call: AttnCall, site: BlockSite, q: Tensor
+    ) -> Callable[[Tensor], Tensor] | None:
+        """What takes the queries' positions off where the reference has none."""
+        if self.config.positions is not Positions.NONE:
+            return None
+        place = self._place(call, site, 0)
+        return site.backbone.turn_of(call.block).out_of_place(call.grid, place.here, q.device)
+
     def _weight(self, block: BlockId, k: Tensor) -> tuple[float, Tensor | None]:
         """The weight and what is added to the logits [l], where each kept token stands for several
         of the subject's.
@@ -166,3 +200,8 @@ class ActiveMaskedSelf:
         if c.mode is WeightMode.LOGIT_BIAS or louder == 1:
             return c.weight * louder, None
         return c.weight, k.new_full((k.shape[1],), math.log(louder), dtype=torch.float32)
+
+
+def _text_of(call: AttnCall) -> int | None:
+    """How many rows the text has that the call's parts read; None where that is not known."""
+    return next((part.text for part in call.texts if part.role is not Role.OTHER), None)

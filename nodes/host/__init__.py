@@ -79,9 +79,9 @@ from .references import (
     register_references,
 )
 from .run import Injection, SamplerRun
-from .sites import require_invertible, require_sites
+from .sites import require_invertible, require_plain_positions, require_sites
 from .story import StoryInjection, layout_of
-from .tokens import Prompt, Reader, plain, readers_of, rows_of_tokens
+from .tokens import Prompt, Reader, hides_padding, plain, readers_of, rows_of_tokens
 from .wrappers import inject, injected, sample
 
 __all__ = [
@@ -140,6 +140,7 @@ __all__ = [
     "picture_exists",
     "picture_fingerprint",
     "pictures_in",
+    "hides_padding",
     "plain",
     "progress",
     "read_prompt",
@@ -151,6 +152,7 @@ __all__ = [
     "register_folders",
     "register_references",
     "require_invertible",
+    "require_plain_positions",
     "require_reference",
     "require_same_model",
     "require_sites",

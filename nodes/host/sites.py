@@ -43,3 +43,16 @@ def require_invertible(model: ModelPatcher, node: str) -> Diffusion | Flow:
     if draws_by_unet(model) or isinstance(sampling, comfy.model_sampling.EPS):
         require_backbone(model, node)
     return noise_of(model, node)
+
+
+def require_plain_positions(model: ModelPatcher, node: str, setting: str) -> None:
+    """ValueError where another node stretches or moves the positions of a transformer's tokens;
+    setting: of ours, that needs them as the network has them.
+    """
+    changed = model.model_options.get("transformer_options", {}).get("rope_options")
+    if changed:
+        said = ", ".join(f"{name} {value}" for name, value in changed.items())
+        raise ValueError(
+            f"{node}: {setting}, but another node changes the model's positions ({said:.200}). "
+            "Remove ScaleROPE, or choose positions own."
+        )

@@ -18,6 +18,18 @@ CLIP = frozenset("lgh")  # the keys of CLIP's own text encoders
 OTHERS = frozenset({"byt5"})
 TRIALS = "the", "of"  # prompts without a token in common: what both have is the template
 WORD_PIECES = {"[CLS]", "##s"}  # of BERT's vocabularies alone
+# tokenizers of CLIPs whose networks do not read the rows of a CONDITIONING that its attention_mask
+# hides, to the last bits: a text may be padded there
+HIDING = frozenset(
+    f"comfy.text_encoders.{name}"
+    for name in (
+        "gpt_oss.LensTokenizer",
+        "ideogram4.Ideogram4Tokenizer",
+        "ideogram4.Ideogram4Qwen3VLTokenizer",
+        "mage_flow.MageFlowTokenizer",
+        "qwen_image.QwenImageTokenizer",
+    )
+)
 # (id or embedding, weight, word number) as the host's tokenizer gives it; word number 0 is padding
 Token = tuple[Any, ...]
 
@@ -106,6 +118,14 @@ def plain(readers: Sequence[Reader]) -> bool:
     twice.
     """
     return all(reader.key in CLIP for reader in readers)
+
+
+def hides_padding(clip: Any) -> bool:
+    """Whether a CLIP's network leaves out the rows that an attention_mask hides; not so of heirs,
+    which are other networks'.
+    """
+    kind = type(clip.tokenizer)
+    return f"{kind.__module__}.{kind.__qualname__}" in HIDING
 
 
 def rows_of_tokens(

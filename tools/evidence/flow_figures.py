@@ -1,9 +1,10 @@
 """Paper A's training-free half on the flow miniature as it is shipped: a photo, and the same subject in another scene.
 
-python3 tools/evidence/flow_figures.py [--count 6] [--first 300] [--steps 16] [--out SHEET.png]
+python3 tools/evidence/flow_figures.py [--count 6] [--first 300] [--steps 16] [--positions] [--out SHEET.png]
 
 Held-out identities, each photo of one class and scene, drawn again in another scene, CFG 4. The reader tells how alike the identity
 is; beside it stand a random other identity (floor), the same one rendered again (ceiling), and the photo of the next identity.
+With --positions the rows are the places where the reference may stand, each under the wired mask.
 Runs in the environment of dev.py, or with KINDRED_HOST in the Python at hand.
 """
 
@@ -27,6 +28,7 @@ from terminal import run_program
 CFG = 4.0
 ROWS = ("plain", "wired mask", "mask by word", "wired mask, text_share plain", "another's photo")
 SHOWN = ("plain", "wired mask", "another's photo")  # on the sheet, behind the photo
+PLACES = ("own", "aside", "apart", "none")  # where the reference stands
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,34 @@ def pictures(
     return dict(zip(ROWS, drawn, strict=True))
 
 
+def placed_pictures(studio: FlowStudio, subject: Subject, wired: Any, seed: int) -> dict[str, Any]:
+    """The subject's new picture [1 y x 3] without a reference, and with it at every place."""
+    from kindred.miniature.world import prompt
+
+    text = studio.prompts([prompt(subject.class_name, subject.target)], subject.class_name)
+    models = {"plain": studio.model}
+    for place in PLACES:
+        inputs = {"model": studio.model, "reference": wired, "positions": place}
+        models[place] = studio.run("KindredMaskedSelfAttnInject", **inputs)[0]
+    return {row: studio.sample(model, text, 1, seed) for row, model in models.items()}
+
+
+def measure_places(studio: FlowStudio, chosen: argparse.Namespace) -> None:
+    """Draw, read and print where the reference stands."""
+    from kindred.miniature.reader import load_reader
+
+    reader, sheet = load_reader(), []
+    readings: dict[str, list[Reading]] = {row: [] for row in ("plain", *PLACES)}
+    for n, subject in enumerate(subjects(studio, chosen.first, chosen.count)):
+        drawn = placed_pictures(studio, subject, capture(studio, subject, subject.mask)[0], 7 + n)
+        for row, picture in drawn.items():
+            readings[row].append(read(reader, subject, picture))
+        sheet.append([subject.photo, *drawn.values()])
+    print(table(readings))
+    if chosen.out:
+        save_sheet(studio, sheet, chosen.out)
+
+
 def read(reader: Any, subject: Subject, picture: Any) -> Reading:
     from kindred.miniature.reader import identity_similarity
 
@@ -149,13 +179,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=6, help="identities")
     parser.add_argument("--first", type=int, default=300, help="number of the first one")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument(
+        "--positions", action="store_true", help="where the reference stands, instead"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="a sheet of the pictures, PNG")
     chosen = parser.parse_args(arguments)
     if "KINDRED_HOST" not in os.environ:
         parser.error("KINDRED_HOST names no ComfyUI folder")
     prepare(None, chosen.out)
     studio = FlowStudio(Path(os.environ["KINDRED_HOST"]), chosen.steps, CFG)
-    measure(studio, chosen)
+    (measure_places if chosen.positions else measure)(studio, chosen)
 
 
 def measure(studio: FlowStudio, chosen: argparse.Namespace) -> None:
