@@ -5,18 +5,21 @@ inside the CONDITIONING.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..models.subject.words import SubjectTokens, positions_of, subjects_in
 from . import host
 from .host import REPEATS, SUBJECT, TEXT, Prompt
 
 NODE = "Subject Prompts"
+# a line's rows [1 w c], and what stands beside them
+Encoded = tuple[Tensor, dict[str, Any]]
 MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common multiple
 
 
@@ -142,7 +145,7 @@ def subject_tokens(
     return SubjectTokens(tuple(words), batch_rows(rows, union)[1], by_word)
 
 
-def joined_extras(encoded: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
+def joined_extras(encoded: Sequence[Encoded]) -> dict[str, Any]:
     """The extras of all lines; tensors become rows of the batch, a mask that all lines share stays
     one. ValueError where they cannot.
     """
@@ -168,6 +171,28 @@ def joined_extras(encoded: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str,
             )
         extras[key] = torch.cat(values)
     return extras
+
+
+def of_one_length(encoded: Sequence[Encoded], hides: bool) -> list[Encoded]:
+    """Lines for one joint softmax of text and picture; hides: its network leaves out what an
+    attention_mask hides, so that shorter ones may be padded. ValueError as require_one_length.
+    """
+    if not hides:
+        require_one_length([rows for rows, _ in encoded])
+    longest = max(rows.shape[1] for rows, _ in encoded)
+    if all(rows.shape[1] == longest for rows, _ in encoded):
+        return list(encoded)
+    return [padded(rows, extras, longest) for rows, extras in encoded]
+
+
+def padded(rows: Tensor, extras: Mapping[str, Any], length: int) -> Encoded:
+    """A line's rows [1 w c] with zeros behind them, which its attention_mask [1 length] hides."""
+    more = length - rows.shape[1]
+    mask = extras.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(1, rows.shape[1], dtype=torch.long, device=rows.device)
+    extras = {**extras, "attention_mask": pad(mask, (0, more))}
+    return pad(rows, (0, 0, 0, more)), extras
 
 
 def require_one_length(rows: Sequence[Tensor]) -> None:
@@ -266,15 +291,15 @@ class SubjectPrompts(io.ComfyNode):
         cut = [[reader(text) for reader in readers] for text in texts] if words else []
         each = words_in(texts, words, cut, readers) if words else []
         encoded = [encode(clip, text) for text in texts]
-        rows = [c for c, _ in encoded]
+        starts = [host.rows_of_tokens(readers, prompt, *line) for prompt, line in zip(cut, encoded)]
         if not host.plain(readers):
-            require_one_length(rows)
+            encoded = of_one_length(encoded, host.hides_padding(clip))
+        rows = [c for c, _ in encoded]
         cross, _ = batch_rows(rows, [() for _ in rows])
         extras = joined_extras(encoded)
         extras[TEXT] = "\n".join(texts)
         if any(c.shape[1] != cross.shape[1] for c in rows):
             extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c in rows)
-        starts = [host.rows_of_tokens(readers, prompt, *line) for prompt, line in zip(cut, encoded)]
         if subjects := subject_tokens(words, each, starts, rows):
             extras[SUBJECT] = subjects
         return io.NodeOutput([[cross, extras]], len(texts), "\n".join(texts))

@@ -114,7 +114,26 @@ def test_rows_that_are_cut_in_another_way_are_marked_nowhere(
 # several lines ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in PADDED])
+HIDING = ("QwenImage", "MageFlow", "Ideogram4", "Lens")  # their networks read no masked row
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_lines_of_unequal_length_are_padded_where_a_mask_hides_the_pads(name: str) -> None:
+    """Every line is what it is alone, then zeros that no mask shows; its word stands where it stood."""
+    lines = [f"{PHRASE} at night, in the rain", PHRASE, "a cat"]
+    cross, extras = encode(name, "\n".join(lines), "cat")
+    alone = [encode(name, line, "cat") for line in lines]
+    assert REPEATS not in extras and cross.shape[1] == max(c.shape[1] for c, _ in alone)
+    for row, mask, (one, its), places in zip(
+        cross, extras["attention_mask"], alone, extras[SUBJECT].positions
+    ):
+        length = one.shape[1]
+        assert torch.equal(row[:length], one[0]) and not row[length:].any()
+        assert torch.equal(mask, (torch.arange(cross.shape[1]) < length).to(mask))
+        assert places == its[SUBJECT].positions[0]
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in (*PADDED, *HIDING)])
 def test_lines_of_unequal_length_are_refused_where_text_and_picture_share_an_attention(
     name: str,
 ) -> None:
