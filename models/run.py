@@ -234,11 +234,26 @@ class Run:
         """
         return references_of(call, self.active, self.sites, q, k, v)
 
+    def alters(self, call: AttnCall) -> bool:
+        """Whether a watcher changes what the call is computed of."""
+        return not call.cross and any(watcher.alters(call.block) for watcher in self.watchers)
+
+    def altered(
+        self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same once they changed it, q [b n c], k v [b m c]."""
+        for watcher in self.watchers:
+            if watcher.alters(call.block):
+                q, k, v = watcher.altered(call, q, k, v)
+        return q, k, v
+
     def attend(
         self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int
     ) -> Tensor:
         """The host's attention with every active reference, q [b n c], k v [b m c] -> [b n c]."""
         self.hear(call)
+        if self.alters(call):
+            q, k, v = self.altered(call, q, k, v)
         references = self.found(call, q, k, v)
         if not references:
             return attend(q, k, v, heads)

@@ -18,6 +18,7 @@ from .inversion import DDIMInvert
 from .library import LoadReference, SaveReference
 from .photos import LoadPhoto, offer_examples
 from .preview import ReferencePreview
+from .probe import BlockProbe
 from .prompts import SubjectPrompts
 from .sockets import guarded
 from .training import ConceptEncoderTrain
@@ -49,5 +50,6 @@ class KindredExtension(ComfyExtension):
             ReferencePreview,
             ConsistencyScore,
             ComparisonGrid,
+            BlockProbe,
         )
         return [guarded(node) for node in nodes]

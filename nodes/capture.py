@@ -13,7 +13,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..models.network.blocks import BlockId, Grid, select_blocks
+from ..models.network.blocks import BlockId, Grid
 from ..models.network.call import Half, grid_of
 from ..models.network.sites import BlockSite, family_of, map_blocks
 from ..models.noise.inversion import Denoiser, InversionTrajectory, Progress
@@ -88,7 +88,7 @@ class RefUNetCapture(io.ComfyNode):
                     default="all",
                     advanced=True,
                     tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, "
-                    "masactrl, or a list such as "
+                    "masactrl, measured (by Block Probe), or a list such as "
                     "output 3-5, middle 0. In transformers encoder and decoder are the first and "
                     "the second half, "
                     "and double, single or a list such as double 3-5, single 0 name their own. "
@@ -222,7 +222,7 @@ class RefUNetCapture(io.ComfyNode):
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         sites = host.require_sites(model, NODE)
-        wanted = select_blocks(blocks, host.self_attentions(sites), NODE)
+        wanted = host.chosen_blocks(model, blocks, sites, NODE)
         require_share(token_share)
         photo = photo_of(model, inversion, latent, steps, scheduler, sigmas)
         prompts = read_prompts(
@@ -242,6 +242,11 @@ class RefUNetCapture(io.ComfyNode):
             drawn, "kindred_subject", io.FolderType.temp, cls, compress_level=1
         )
         return io.NodeOutput(bank, picture, ui=ui.SavedImages(saved))
+
+    @classmethod
+    def fingerprint_inputs(cls, blocks: str = "all", **others: Any) -> str:
+        """A new measurement means other blocks by the same word."""
+        return host.measurements_stamp(blocks)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.attention.weights import STORY_ODDS, dial
-from ..models.network.blocks import BlockId, block_name, select_blocks
+from ..models.network.blocks import BlockId, block_name
 from ..models.network.call import Half, Halves
 from ..models.network.sites import map_blocks
 from ..models.reference.bank import ReferenceBank
@@ -229,7 +229,7 @@ class ConsiStory(io.ComfyNode):
         unet = host.require_unet(model, STORY)
         sites = host.attention_sites(unet)
         require_first(model)
-        wanted = frozenset(select_blocks(blocks, host.self_attentions(sites), STORY))
+        wanted = frozenset(host.chosen_blocks(model, blocks, sites, STORY))
         require_shares(
             dropout=dropout,
             query_blend=query_blend,
@@ -263,6 +263,11 @@ class ConsiStory(io.ComfyNode):
             return io.NodeOutput(model.clone())
         story = host.StoryInjection(settings, layout, moments, reference, drawn)
         return io.NodeOutput(host.inject(model, story))
+
+    @classmethod
+    def fingerprint_inputs(cls, blocks: str = "decoder", **others: Any) -> str:
+        """A new measurement means other blocks by the same word."""
+        return host.measurements_stamp(blocks)
 
 
 def require_first(model: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models.attention.joint import TextShare
 from ..models.attention.weights import SELF_ODDS, WeightMode, dial
-from ..models.network.blocks import BlockId, block_name, select_blocks
+from ..models.network.blocks import BlockId, block_name
 from ..models.network.call import Half, Halves
 from ..models.network.rope import Positions
 from ..models.network.sites import BlockSite
@@ -105,7 +105,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     default="all",
                     advanced=True,
                     tooltip="Which captured blocks to use: all, encoder, middle, decoder, "
-                    "masactrl, or a list such as output "
+                    "masactrl, measured (by Block Probe), or a list such as output "
                     "3-5, middle 0. In transformers encoder and decoder are the first and the "
                     "second half, "
                     "and double, single or a list such as double 3-5, single 0 name their own.",
@@ -194,7 +194,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
         stands = Positions(positions)
         require_positions(stands, sites)
         host.require_reference(NODE, reference, model)
-        wanted = readable_blocks(blocks, host.self_attentions(sites), reference)
+        wanted = readable_blocks(host.chosen_blocks(model, blocks, sites, NODE), blocks, reference)
         mode = WeightMode(weight_mode)
         weight = weight_at(strength, weight, mode)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
@@ -214,6 +214,11 @@ class MaskedSelfAttnInject(io.ComfyNode):
         return io.NodeOutput(
             model.clone() if reads_nothing(injection) else host.inject(model, injection)
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, blocks: str = "all", **others: Any) -> str:
+        """A new measurement means other blocks by the same word."""
+        return host.measurements_stamp(blocks)
 
 
 def weight_at(strength: float, weight: float, mode: WeightMode) -> float:
@@ -250,12 +255,11 @@ def reads_nothing(injection: MaskedSelf) -> bool:
 
 
 def readable_blocks(
-    blocks: str, attentions: Sequence[BlockId], reference: ReferenceBank
+    wanted: Sequence[BlockId], blocks: str, reference: ReferenceBank
 ) -> frozenset[BlockId]:
     """The wanted blocks that the reference holds; ValueError where it lacks one that was asked for
     by name.
     """
-    wanted = select_blocks(blocks, attentions, NODE)
     missing = [block_name(b) for b in wanted if b not in reference.blocks]
     if missing and blocks.strip().lower() != "all":
         raise ValueError(

@@ -5,7 +5,7 @@ among them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # ("output", 4, 0): stage, index in the stage, depth inside the block
 BlockId = tuple[str, int, int]
@@ -43,12 +43,22 @@ def presets_of(available: Sequence[BlockId]) -> dict[str, list[BlockId]]:
     return {name: [*blocks] for name, blocks in halves.items()} | of_stage
 
 
-def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple[BlockId, ...]:
+def terms_of(wanted: str) -> list[str]:
+    """The presets and blocks that an input `blocks` asks for."""
+    return [term for t in wanted.split(",") if (term := " ".join(t.lower().split()))]
+
+
+def select_blocks(
+    wanted: str,
+    available: Sequence[BlockId],
+    node: str,
+    more: Mapping[str, Sequence[BlockId]] | None = None,
+) -> tuple[BlockId, ...]:
     """Resolve "all", "encoder", "middle", "decoder", "masactrl" or a list such as "input 4, output
     3-5, middle 0".
 
     Order is that of `available` (the order in which the network runs); presets_of says what presets
-    mean.
+    mean, `more` are further ones.
     Raises ValueError naming the unknown word and the blocks that exist.
     """
     if not available:
@@ -57,10 +67,10 @@ def select_blocks(wanted: str, available: Sequence[BlockId], node: str) -> tuple
             f"Load an SD1.5, SD2.x or SDXL "
             "checkpoint."
         )
-    presets = presets_of(available)
+    presets = presets_of(available) | {name: [*blocks] for name, blocks in (more or {}).items()}
     there = ", ".join(name for name, blocks in presets.items() if blocks)
     chosen: set[BlockId] = set()
-    for term in filter(None, (t.strip().lower() for t in wanted.split(","))):
+    for term in terms_of(wanted):
         blocks = presets[term] if term in presets else _listed(term, available)
         if not blocks:
             raise ValueError(

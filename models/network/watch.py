@@ -56,6 +56,18 @@ class Watcher:
         """
         return out
 
+    def alters(self, block: BlockId) -> bool:
+        """Whether it changes what the block's self-attention is computed of."""
+        return False
+
+    def altered(
+        self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b n (h d)], keys and values [b m (h d)] of a block whose attention it alters ->
+        what the kernel gets.
+        """
+        return q, k, v
+
     def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
         """Features h [b c y x] that output block `index` is about to join with its skip."""
 

@@ -31,6 +31,11 @@ from .learning import (
     text_layers,
     training,
 )
+from .measured import (
+    chosen_blocks,
+    keep_measurement,
+    measurements_stamp,
+)
 from .model import (
     KEY,
     REPEATS,
@@ -63,6 +68,7 @@ from .photos import (
     picture_fingerprint,
 )
 from .pictures import decode, pictures_in, rough_pictures
+from .probing import plan_of, probe
 from .ref_unet import (
     first_rows,
     read_prompt,
@@ -108,6 +114,7 @@ __all__ = [
     "TEXT",
     "attention_sites",
     "cell",
+    "chosen_blocks",
     "chosen_sigmas",
     "computes_in",
     "concept_files",
@@ -126,10 +133,12 @@ __all__ = [
     "input_pictures",
     "install",
     "is_listed",
+    "keep_measurement",
     "latent_in",
     "latent_out",
     "layout_of",
     "load_picture",
+    "measurements_stamp",
     "model_key",
     "nameable",
     "new_encoder",
@@ -142,6 +151,8 @@ __all__ = [
     "pictures_in",
     "hides_padding",
     "plain",
+    "plan_of",
+    "probe",
     "progress",
     "read_prompt",
     "readers_of",

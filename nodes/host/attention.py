@@ -197,7 +197,7 @@ class Beside:
 
         return (
             out + (run.attend(call, attend, q, k, v, heads) - attend(q, k, v, heads))
-            if run.found(call, q, k, v)
+            if run.alters(call) or run.found(call, q, k, v)
             else out
         )
 

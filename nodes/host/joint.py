@@ -22,7 +22,7 @@ from ...models.attention.parts import References
 from ...models.attention.sharing import Sharing
 from ...models.network.backbone import ALONE, CROSS
 from ...models.network.blocks import BlockId
-from ...models.network.call import Pass
+from ...models.network.call import AttnCall, Pass
 from ...models.network.watch import PassEnds
 from ...models.run import Run
 from .hearing import UNPLACED, handing_on
@@ -153,8 +153,7 @@ class _BlockCall:
         """
         if self.block[0] == CROSS:  # it has no block of its own
             return self._show_words((ALONE, *self.block[1:]), self.q)
-        keys = self.picture(self.k)
-        call = self.run.joint_call(self.block, self.options, keys, None)
+        keys, call = self.picture(self.k), self._call()
         for watcher in self.run.watchers:
             wanted = self.block in watcher.blocks  # else a view: copies of all take gigabytes
             watcher.self_tokens(call, self._kept(keys) if wanted else self.k[:, keys])
@@ -173,9 +172,17 @@ class _BlockCall:
         """What the picture's queries read beside the keys of the call."""
         if self.block[0] == CROSS:
             return []
-        call = self.run.joint_call(self.block, self.options, self.picture(self.k), None)
+        call = self._call()
         self.run.hear(call)
         return self.run.found(call, self.q[:, self.picture(self.q)], self.k, self.v)
+
+    def alters(self) -> bool:
+        """Whether a watcher changes what it is computed of."""
+        return any(watcher.alters(self.block) for watcher in self.run.watchers)
+
+    def altered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Its queries, keys and values once they changed it."""
+        return self.run.altered(self._call(), self.q, self.k, self.v)
 
     def read(
         self,
@@ -195,6 +202,10 @@ class _BlockCall:
 
         queries = self.picture(self.q)
         return attend_rows(attend, self.q, self.k, self.v, self.heads, queries, of_picture, mask)
+
+    def _call(self) -> AttnCall:
+        """The call, translated."""
+        return self.run.joint_call(self.block, self.options, self.picture(self.k), None)
 
     def _show_words(self, block: BlockId, q: Tensor) -> None:
         """The picture's queries q [b n c] of a block, and those of the keys that are the text's."""
@@ -245,9 +256,11 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         call.show()
         run.end_if_complete()
         references = call.references()
+        attend = _in_layout(host, plain(kwargs))
+        if call.alters():
+            return restored(attend(*call.altered(), heads, mask=mask))
         if not references:
             return host(q, k, v, heads, mask=mask, **kwargs)
-        attend = _in_layout(host, plain(kwargs))
         fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
         kernel = FusedAttend(attend) if fused else attend
         return restored(call.read(references, attend, kernel, mask))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.sampler_helpers
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from ...models.network.blocks import BlockId
 from ...models.network.call import Half
+from ...models.network.watch import Watcher
 from ...models.noise.inversion import Loop
+from ...models.probe.prober import Prober
 from ...models.reference.bank import ReferenceBank, ReferencePrompt
 from ...models.reference.recorder import Recorder
 from ...models.run import Run
@@ -201,6 +204,16 @@ class _ReferenceSampler(comfy.samplers.Sampler):
         self.checked = True
 
 
+@dataclass(frozen=True)
+class _Probing:
+    """A prober as what a run begins with: it lends and changes by itself."""
+
+    prober: Prober
+
+    def start_run(self, run: SamplerRun) -> Prober:
+        return self.prober
+
+
 def reference_pass(
     model: ModelPatcher,
     shape: Sequence[int],
@@ -211,13 +224,14 @@ def reference_pass(
     recorder: Recorder | None = None,
     total: int | None = None,
     ends_early: bool = False,
+    prober: Prober | None = None,
 ) -> Any:
     """Run `loop` inside the host's sampling (loading, casts, progress, interrupts) at guidance 1;
     returns the loop's result.
 
     shape: [r c y x] of the reference latents; sigmas: descending [t+1], for nodes that look at the
     schedule; total: UNet calls for the progress bar, where they are not one per step; ends_early:
-    the loop wants no answers, only what `recorder` sees.
+    the loop wants no answers, only what `recorder` sees; prober: what changes its passes.
     """
     bare = model.clone()
     for key in wrapped_injections(model):
@@ -229,9 +243,10 @@ def reference_pass(
         False,
     )
     run = None
-    if recorder or draws_by_unet(model):  # of any other network nothing is asked but its answer
-        watchers = [recorder] if recorder else []
-        run = SamplerRun(Run(watchers, ends_early, backbone=recognise(model)))
+    watchers: list[Watcher] = [w for w in (recorder, prober) if w is not None]
+    if watchers or draws_by_unet(model):  # of any other network nothing is asked but its answer
+        probing = () if prober is None else (_Probing(prober),)
+        run = SamplerRun(Run(watchers, ends_early, backbone=recognise(model)), probing)
     guider = _ReferenceGuider(bare)
     guider.model_options = _bare(bare.model_options, run and run.calls)
     guider.inner_set_conds(

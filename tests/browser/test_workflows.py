@@ -19,6 +19,7 @@ SHOWING = {
     "KindredReferencePreview",
     "KindredComparisonGrid",
     "KindredConsistencyScore",
+    "KindredBlockProbe",
 }
 AS_THEY_ARE = ("story_more_pictures",)  # its steps are those of its subject
 SMALL = {"steps": 3, "width": 128, "height": 128}  # for transformers: their photos are larger

@@ -111,6 +111,7 @@ TAKEN = {
     "width": (8, 16, 24, 56, 72),
     "height": (8, 16, 24, 40, 72),
     "batch_size": (1, 2, 3),
+    "noise_levels": (1, 2),
     "cell": (64, 65),
     "end_at_step": (0, 1, 3, 10000),
 }

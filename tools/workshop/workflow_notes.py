@@ -213,6 +213,15 @@ NOTES = {
         "(SD1.5), 768 (SD2.1) or 1024 (SDXL). **cfg** stays 1, or the photo does not come back; **steps** are the same in "
         "**Back to noise**, **Sample from that noise** and every sampler that will read the file.",
     ),
+    "measure_blocks": Note(
+        "Which blocks matter",
+        "One picture, noised, goes through the model once for each block without its attention, once with its keys moved, and once "
+        "lent another picture: the chart shows how much changes. What is found is kept, and *measured* in an input **blocks** of "
+        "Ref-UNet Feature Capture and Masked Self-Attn Inject means it from then on.",
+        "**Your own checkpoint.** Everything here runs on *kindred_miniature*, a small model of a small world that ships with the pack. "
+        "Choose yours in **Checkpoint**, load a picture that it could have drawn in **Picture** and say what it shows. Set **width** and "
+        "**height** to the size that you draw at. More **noise_levels** make the figures steadier and take as many times longer.",
+    ),
     "train_concept_encoder": Note(
         "Train a concept encoder",
         "Trains the shipped encoder a little further on two photos and compares before and after: it shows how training goes, in less than "

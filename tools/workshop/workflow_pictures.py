@@ -39,11 +39,13 @@ HELP: dict[str, tuple[str, int, tuple[int, ...]]] = {
     "KindredReferencePreview": ("story_save_subject", 21, ()),
     "KindredConsistencyScore": ("ablation", 26, ()),
     "KindredComparisonGrid": ("ablation", 24, ()),
+    "KindredBlockProbe": ("measure_blocks", 6, ()),
 }
 ALONE = (
     "KindredReferencePreview",
     "KindredConsistencyScore",
     "KindredComparisonGrid",
+    "KindredBlockProbe",
 )  # what they make says enough
 Pictures = Mapping[int, list[Image.Image]]
 Box = tuple[float, float, float, float]  # left, top, right, bottom on the canvas

@@ -52,6 +52,7 @@ SIZES = {
     "KindredReferencePreview": (420, 330),
     "KindredComparisonGrid": (460, 560),
     "KindredConsistencyScore": (460, 620),
+    "KindredBlockProbe": (460, 640),
     "KindredConceptEncoderTrain": (360, 640),
     "KindredRefUNetCapture": (340, 600),
     "KindredDDIMInvert": (320, 380),
