@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kindred.models.network.backbone import Turn, turned
+from kindred.models.network.rope import Turn, turned
 from kindred.models.network.unplaced import placed
 from small_attention import rand
 from torch import Tensor
