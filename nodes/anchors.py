@@ -163,7 +163,12 @@ class AnchorSampler(io.ComfyNode):
         final = host.to_model_scale(model, out["samples"][: recorder.count])
         schedule = f"{scheduler}, {sampler_name}, {steps} steps"
         bank = recorder.finish(
-            final, prompts, host.model_key(model), schedule, written(story.settings)
+            final,
+            prompts,
+            host.model_key(model),
+            schedule,
+            written(story.settings),
+            host.noise_of(model, SAMPLER),
         )
         log.info("%s: %d anchors, %.1f MB", SAMPLER, recorder.count, bank.bytes / 1e6)
         return io.NodeOutput(out, bank)

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
+from ..models.attention.joint import TextShare
 from ..models.attention.weights import STORY_ODDS, dial
 from ..models.network.blocks import BlockId, block_name
 from ..models.network.call import Half, Halves
@@ -194,6 +195,18 @@ class ConsiStory(io.ComfyNode):
                     "its "
                     "word. White is the subject.",
                 ),
+                io.Combo.Input(
+                    "text_share",
+                    options=[s.value for s in TextShare],
+                    default=TextShare.KEPT.value,
+                    optional=True,
+                    advanced=True,
+                    tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
+                    "pictures share one attention. "
+                    "kept: the prompt is heard as much as without the other pictures. plain: they "
+                    "dim it too. "
+                    "Without effect in SD1.5, SD2.x and SDXL.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -225,9 +238,9 @@ class ConsiStory(io.ComfyNode):
         align_keys: bool = True,
         reference: ReferenceBank | None = None,
         masks: Tensor | None = None,
+        text_share: str = TextShare.KEPT.value,
     ) -> io.NodeOutput:
-        unet = host.require_unet(model, STORY)
-        sites = host.attention_sites(unet)
+        sites = host.require_sites(model, STORY)
         require_first(model)
         wanted = frozenset(host.chosen_blocks(model, blocks, sites, STORY))
         require_shares(
@@ -241,7 +254,7 @@ class ConsiStory(io.ComfyNode):
         feature_injection *= strength
         if reference is not None:
             wanted = readable_blocks(model, reference, wanted, blocks, Halves(halves))
-        layout = host.layout_of(unet, sites)
+        layout = host.layout_of(model, sites)
         if not layout.output_blocks:  # attention in the middle alone
             feature_injection = 0.0
         settings = StorySettings(
@@ -256,6 +269,7 @@ class ConsiStory(io.ComfyNode):
             halves=Halves(halves),
             official=order == OFFICIAL,
             align_keys=align_keys,
+            dims_text=TextShare(text_share) is TextShare.PLAIN,
         )
         moments = (blend_end_percent, injection_start_percent, injection_end_percent)
         drawn = None if masks is None else masks.reshape(-1, *masks.shape[-2:])

@@ -91,7 +91,8 @@ def read(
     Concatenated references stand in its softmax, added ones beside it; parts that read nothing stay
     the host's own.
     """
-    if len(references) == 1 and isinstance(references[0], Sharing):
+    alone = len(references) == 1 and isinstance(references[0], Sharing)
+    if alone and call.joint is None:
         return attend_sharing(call, attend, q, k, v, heads, references[0])
     beside = _beside_one_another(references, call, k, v)
     if k.shape[0] != q.shape[0]:

@@ -138,7 +138,10 @@ def attend_sharing(
 
 
 def beside_others(sharing: Sharing, call: AttnCall, k: Tensor, v: Tensor) -> list[References]:
-    """The same where other injections are read too, k v [b n c] -> one per group of pictures."""
+    """The same where other injections or a text are read too, k v [b m c] -> one per group of
+    pictures.
+    """
+    k, v = call.of_picture(k), call.of_picture(v)
     by_part = {i: dict(sharing.tokens(call.parts(k)[i], call.parts(v)[i])) for i in sharing.parts}
     groups = next(iter(by_part.values()))
     return [

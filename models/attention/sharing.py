@@ -115,6 +115,7 @@ class Sharing:
     parts: tuple[int, ...]
     gather: Gather
     weight: float
+    dims_text: bool = False  # as of ReferenceTokens
 
     def attend(self, attend: Attend, own: Sequence[Tensor], heads: int) -> list[list[Tensor]]:
         """own: q k v [P*b n c] of the parts that share -> per part, per group, the outputs [. n c]
@@ -145,5 +146,8 @@ class Sharing:
             at += len(self.parts) * (last - first) * length
             if length > n:
                 kv = (t.flatten(0, 1).index_select(0, index)[None] for t in (k, v))
-                found.append(((first, last), ReferenceTokens(*kv, self.weight)))
+                found.append(((first, last), self._tokens(*kv)))
         return found
+
+    def _tokens(self, k: Tensor, v: Tensor) -> ReferenceTokens:
+        return ReferenceTokens(k, v, self.weight, dims_text=self.dims_text)

@@ -108,6 +108,13 @@ class Joint:
     picture: slice  # of its keys
     mask: Tensor | None = None  # the host's own, on its keys
 
+    def pictures(self, parts: int, first: int, last: int) -> Joint:
+        """The same with the mask of only the pictures first <= i < last of every part."""
+        mask = self.mask
+        if mask is None or mask.ndim == 2 or mask.shape[0] == 1:  # one for all
+            return self
+        return replace(self, mask=mask.unflatten(0, (parts, -1))[:, first:last].flatten(0, 1))
+
 
 @dataclass
 class Pass:
@@ -190,6 +197,10 @@ class AttnCall:
         """x [b n c] -> one view per part."""
         return x.chunk(len(self.roles))
 
+    def of_picture(self, keys: Tensor) -> Tensor:
+        """Of all keys [b m c] those of the picture [b n c]; beside a text they are some of them."""
+        return keys if self.joint is None else keys[:, self.joint.picture]
+
     @property
     def cut(self) -> Grid | None:
         """The size that a part should have had, where another node cut the latent before the UNet;
@@ -245,4 +256,5 @@ class AttnCall:
         picked = tuple(
             tuple(rows[i % len(rows)] for i in range(first, last)) for rows in self.repeats
         )
-        return replace(self, repeats=picked)
+        joint = self.joint and self.joint.pictures(len(self.roles), first, last)
+        return replace(self, repeats=picked, joint=joint)

@@ -37,6 +37,11 @@ class Watcher:
     complete = False  # this pass has nothing more to show
     blocks: frozenset[BlockId] = frozenset()  # whose self-attention it waits for
     map_blocks: frozenset[BlockId] = frozenset()  # and whose cross-attention
+    # of a transformer alone: whose queries it is handed, and the answers of whose attention
+    query_blocks: frozenset[BlockId] = frozenset()
+    output_blocks: frozenset[BlockId] = frozenset()
+    # where features are read: a UNet's output block, or a transformer's block
+    tap: int | BlockId | None = None
 
     def begin_pass(self) -> None:
         """The UNet begins a pass that ends once all its watchers are complete."""
@@ -47,12 +52,19 @@ class Watcher:
         """
         return n
 
+    def queries(self, call: AttnCall, q: Tensor) -> Tensor:
+        """A transformer's queries [b n (h d)] of the picture, positions in them -> what it looks
+        with.
+        """
+        return q
+
     def cross(self, call: AttnCall, q: Tensor, k: Tensor, heads: int) -> None:
         """Queries [b n (h d)] and text keys [b m (h d)] of a cross-attention."""
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
-        """Outputs [b n c] of a self-attention after to_out, before the residual -> what is
-        added.
+        """Outputs [b n c] of a self-attention after to_out, before the residual -> what is added.
+
+        Of a transformer the picture's outputs before the projection.
         """
         return out
 
@@ -68,8 +80,11 @@ class Watcher:
         """
         return q, k, v
 
-    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
-        """Features h [b c y x] that output block `index` is about to join with its skip."""
+    def output_block(self, index: int | BlockId, h: Tensor, parts: Sequence[Part]) -> None:
+        """Features h [b c y x] that output block `index` is about to join with its skip.
+
+        Of a transformer, the picture's answers of the attention of block `index`.
+        """
 
 
 class PassEnds(Exception):

@@ -330,7 +330,9 @@ def read_bank(description: Description, tensor: Source) -> ReferenceBank:
         read_halves(description["features"], "features", tensor),
         model,
         tensor("maps") if description["maps"] else None,
-        None if description["anchors"] is None else read_anchors(description["anchors"], tensor),
+        None
+        if description["anchors"] is None
+        else read_anchors(description["anchors"], tensor, description["version"]),
         BANK_VERSION,
         read_share(description.get("share", 1.0)),
     )
@@ -368,13 +370,13 @@ def read_prompt(description: Description, name: str, tensor: Source) -> Referenc
     return ReferencePrompt(word(description["text"]), tensor(f"{name}.cross"), extras, subject)
 
 
-def read_anchors(description: Description, tensor: Source) -> AnchorFeatures:
+def read_anchors(description: Description, tensor: Source, version: int) -> AnchorFeatures:
     return AnchorFeatures(
         read_kept(description["kept"], "anchors.kept", tensor),
         read_halves(description["first"], "anchors.first", tensor),
         read_kept(description["first_kept"], "anchors.first_kept", tensor),
         read_rows(description["outputs"], "anchors.outputs", tensor),
-        read_layers(description["output_layers"], BANK_VERSION),
+        read_layers(description["output_layers"], version),
         tensor("anchors.features") if description["features"] else None,
         tensor("anchors.subject") if description["subject"] else None,
         {key: scalar(value) for key, value in description["settings"].items()},

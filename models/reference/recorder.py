@@ -34,12 +34,12 @@ class Recorder(Watcher):
         map_blocks: Iterable[BlockId] = (),
         prompt: ReferencePrompt | None = None,
         outputs: Iterable[BlockId] = (),
-        features_at: int | None = None,
+        features_at: int | BlockId | None = None,
         kept: Mapping[Grid, Tensor] | None = None,
     ) -> None:
         self.kept = kept or {}
         self.blocks, self.map_blocks, self.prompt = frozenset(blocks), frozenset(map_blocks), prompt
-        self.output_blocks, self.features_at = frozenset(outputs), features_at
+        self.output_blocks, self.tap = frozenset(outputs), features_at
         self.outputs: dict[BlockId, Tensor] = {}
         self.features: Tensor | None = None
         self.tokens: dict[tuple[Half, BlockId], Tensor] = {}
@@ -56,8 +56,8 @@ class Recorder(Watcher):
             *(("map", b) for b in self.map_blocks),
             *(("output", b) for b in self.output_blocks),
         }
-        if self.features_at is not None:
-            self._left.add(("features", self.features_at))
+        if self.tap is not None:
+            self._left.add(("features", self.tap))
 
     @property
     def complete(self) -> bool:
@@ -84,9 +84,9 @@ class Recorder(Watcher):
         self._left.discard(("output", call.block))
         return out
 
-    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
+    def output_block(self, index: int | BlockId, h: Tensor, parts: Sequence[Part]) -> None:
         roles = [p.role for p in parts]
-        if index == self.features_at and Role.COND in roles:
+        if index == self.tap and Role.COND in roles:
             # the next block's patches may write into h
             self.features = h.chunk(len(parts))[roles.index(Role.COND)].clone()
         self._left.discard(("features", index))

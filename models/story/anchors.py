@@ -17,6 +17,7 @@ from torch import Tensor
 from ..network.blocks import BlockId, Grid
 from ..network.call import Asker, Half
 from ..noise.inversion import InversionTrajectory
+from ..noise.path import DIFFUSION, Noise
 from ..reference.bank import LOG_SIGMA_TOLERANCE, AnchorFeatures, ReferenceBank, ReferencePrompt
 from ..reference.rows import Layer
 
@@ -165,9 +166,10 @@ class AnchorRecorder:
         model_key: str,
         schedule: str,
         settings: Mapping[str, float | int | str],
+        noise: Noise = DIFFUSION,
     ) -> ReferenceBank:
-        """final: the finished latents [r c y x] in model scale. ValueError where a level of the
-        schedule lacks its anchors.
+        """final: the finished latents [r c y x] in model scale; noise: the model's. ValueError where
+        a level of the schedule lacks its anchors.
         """
         if self._unasked:
             raise passes_over(self.asker, f"sigma {self._unasked[0]:.4g}")
@@ -180,6 +182,7 @@ class AnchorRecorder:
             prompts[Half.COND].text,
             model_key,
             schedule,
+            noise=noise,
         )
         last = [self._row(s) for s in sigmas]
         halves = self._halves(last)

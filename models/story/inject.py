@@ -37,6 +37,11 @@ class StorySetup:
     masks: Tensor | None = None  # [1|b Y X]
     recorder: AnchorRecorder | None = None
 
+    @property
+    def blocks(self) -> frozenset[BlockId]:
+        """Those that are read."""
+        return self.settings.blocks
+
     def bytes_held(
         self, pictures: int, sizes: Mapping[BlockId, tuple[int, int]], width: int
     ) -> int:
@@ -77,7 +82,8 @@ class StorySetup:
                 settings.anchors,
                 run.pictures,
             )
-        schedule = Schedule(run.sigmas, run.timesteps(), settings)
+        ends = self.layout.transformer and run.steps == len(run.sigmas)
+        schedule = Schedule(run.sigmas, run.timesteps(), settings, ends)
         warn_of_gaps(run, schedule)
         story = Story(
             settings,
@@ -121,7 +127,7 @@ class StorySetup:
         known = self.masks is not None or self.bank is not None
         plain, calls = run.steps, schedule.calls(known, run.steps)
         log.info(
-            "%s: %d pictures in %d calls of the UNet where the plain run has %d (%.2f times; of "
+            "%s: %d pictures in %d calls of the model where the plain run has %d (%.2f times; of "
             "samplers that ask once a step); up to "
             "%.1f MB beside it.",
             NODE,

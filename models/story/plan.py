@@ -42,7 +42,9 @@ class StorySettings:
     halves: Halves = Halves.BOTH
     # the first stage runs to its end, and the masks of its last step are used
     official: bool = False
-    align_keys: bool = True  # of inverted photos, appendix E
+    align_keys: bool = True  # of inverted photos, appendix E; of a transformer never
+    # where text and picture share a softmax: what is shared takes of the text's part too
+    dims_text: bool = False
     threshold: Threshold = "otsu"
 
 
@@ -55,6 +57,9 @@ class Schedule:
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     settings: StorySettings
+    # the run goes down to no noise, so its last level is as near to that of DIFT as it comes: true
+    # of transformers alone, whose schedules may be short and end at much noise
+    ends: bool = False
 
     def step(self, sigma: float) -> int:
         """The step a sigma belongs to: samplers also ask between two of them."""
@@ -86,7 +91,7 @@ class Schedule:
         i = self.sigmas.index(self.features_at)
         gap = self.timesteps[i - 1] - self.timesteps[i] if i else 0.0
         # a run that stops before is still noise where it stops
-        reached = self.timesteps[i] - DIFT_TIMESTEP <= gap
+        reached = self.ends or self.timesteps[i] - DIFT_TIMESTEP <= gap
         before = bool(inside) and self.sigmas.index(inside[0]) < i  # not so where sigmas rise
         return inside[0] if before and inside[0] > self.features_at and reached else None
 

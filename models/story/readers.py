@@ -85,6 +85,9 @@ class GeneratedAnchors:
             for half in self.halves
         }
 
+    def text(self, half: Half) -> int | None:
+        return self.bank.prompts[half].cross.shape[1]
+
     def loudness(self, block: BlockId) -> float:
         return 1.0
 
@@ -141,6 +144,9 @@ class PhotoAnchors:
         )
         index = (~drop[self.bank.kept[grid]]).nonzero().squeeze(1)
         return index.to(self.run.device_and_dtype[0])
+
+    def text(self, half: Half) -> int | None:
+        return self.bank.prompts[half].cross.shape[1]
 
     def loudness(self, block: BlockId) -> float:
         return self.bank.loudness[self.bank.grids[block]]

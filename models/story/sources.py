@@ -25,6 +25,9 @@ class AnchorSource(Protocol):
     ) -> Mapping[Half, Mapping[BlockId, Tensor]]:
         """Kept tokens [l c] after dropout; first: of the first stage."""
 
+    def text(self, half: Half) -> int | None:
+        """How many tokens of text stood beside them."""
+
     def loudness(self, block: BlockId) -> float:
         """How many of the subject's tokens each kept one stands for."""
 
@@ -46,19 +49,26 @@ class Layout:
     divisors: Mapping[BlockId, int]
     # self-attentions whose outputs are injected: encoder and decoder at half the maps' divisor
     output_blocks: frozenset[BlockId]
-    tap: int  # the output block whose incoming features are DIFT's
+    # whose features are DIFT's: the output block that they come into, or of a transformer the block
+    # whose attention answers them
+    tap: int | BlockId
     divisor: int  # of both
+    transformer: bool = False
 
 
 class QueryRecorder(Watcher):
-    """The vanilla pass of eq. (4): normed tokens of the shared layers; to_q has no bias, so
-    blending them blends queries (I43).
+    """The vanilla pass of eq. (4): normed tokens of the shared layers, as to_q has no bias, so that
+    blending them blends queries (I43); of a transformer the picture's queries themselves.
     """
 
     def __init__(self, blocks: frozenset[BlockId]) -> None:
-        self.blocks, self.tokens = blocks, {}
+        self.query_blocks, self.tokens = blocks, {}
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
-        if call.block in self.blocks:
+        if call.joint is None and call.block in self.query_blocks:
             self.tokens[call.block] = n
         return n
+
+    def queries(self, call: AttnCall, q: Tensor) -> Tensor:
+        self.tokens[call.block] = q.clone()  # else a view that keeps the whole projection alive
+        return q

@@ -21,14 +21,15 @@ from ..attention.references import ReferenceTokens
 from ..attention.sharing import Gathers, Sharing
 from ..network.blocks import BlockId, Grid, block_name
 from ..network.call import Asker, AttnCall, Part, Role
-from ..network.sites import BlockSite, keys_values
+from ..network.sites import BlockSite
 from ..network.traced import Places
 from ..network.watch import Watcher
-from ..subject.correspondence import adain, correspond, inject, smooth
+from ..subject.correspondence import adain, inject, smooth
 from ..subject.maps import SubjectMaps, positions_of
 from ..subject.masks import token_map, token_weights
 from ..subject.words import SubjectTokens
 from .anchors import AnchorRecorder
+from .matching import candidates_in_batch, match, say_unmatched
 from .plan import NODE, SLACK, Schedule, StorySettings, shared_groups
 from .refusals import require_own_keys, require_whole
 from .sources import AnchorSource, Layout
@@ -158,58 +159,22 @@ class Story(Watcher):
     def _match(self) -> None:
         masks = self.step.masks(self._grid(self.layout.divisor))
         if masks is None or self.features is None:
-            self._say_unmatched()
+            say_unmatched(self.features is not None, self._words_heard)
             return
         k = self.anchor_count
         if self.recorder:
             self.recorder.matched(self.features[:k], torch.cat(positions_of(masks, range(k))))
-        sources, candidates = self._candidates(masks)
-        matches = correspond(
-            self.features,
-            masks.flatten(1).to(self.device),
-            sources,
-            [i.to(self.device) for i in candidates],
-        )
-        targets = matches.keep.flatten().cpu().nonzero().squeeze(1)  # once for the whole run
-        rows = matches.source.flatten().cpu()[targets]
+        if self.anchors:
+            stored, subject = self.anchors.features()
+            sources, candidates = stored.to(self.features), [subject] * self.pictures
+        else:
+            sources = self.features[:k]
+            candidates = candidates_in_batch(masks, self.settings.anchors, k)
+        transformer = self.layout.transformer
+        targets, rows = match(self.features, masks, sources, candidates, transformer)
         if self.anchors:  # flat positions among r*n -> rows of the stored outputs
             rows = torch.searchsorted(candidates[0], rows)
         self.targets, self.sources = targets.to(self.device), rows.to(self.device)
-        log.info(
-            "%s: %d of %d subject tokens found their like", NODE, len(targets), int(masks.sum())
-        )
-
-    def _candidates(self, masks: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What pictures are compared with: features [r n c], and per picture flat positions [l] of
-        the subject among r*n.
-        """
-        if self.anchors:
-            features, subject = self.anchors.features()
-            return features.to(self.features), [subject] * self.pictures
-        k = self.anchor_count
-        per_picture, candidates = positions_of(masks, range(k)), []
-        for (first, last), read in shared_groups(self.pictures, self.settings.anchors):
-            positions = [per_picture[j] for j in read]
-            joined = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.long)
-            candidates += [joined] * (last - first)
-        return self.features[:k], candidates
-
-    def _say_unmatched(self) -> None:
-        if self.features is not None and not self._words_heard:
-            log.warning(
-                "%s: the subject's word could not be followed, so no features are injected: "
-                "another node computes the "
-                "network's cross-attention by itself. Remove that node, or wire masks of the "
-                "subject.",
-                NODE,
-            )
-        else:
-            log.warning(
-                "%s: the pictures could not be compared, so no features are injected: this sampler "
-                "run ends before, or a node "
-                "that skips calls (EasyCache, LazyCache) skipped the one in which they are.",
-                NODE,
-            )
 
     def finish(self) -> None:
         """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the
@@ -284,7 +249,30 @@ class Story(Watcher):
         grids = {self._grid(self.layout.divisors[b]) for b in self.settings.blocks}
         return any(self.step.shared(grid) for grid in grids)
 
-    # the UNet's calls -----------------------------------------------------------------------------
+    # what a transformer's calls are watched for, as Watcher has it
+    @property
+    def blocks(self) -> frozenset[BlockId]:
+        return self.settings.blocks if self.recorder else frozenset()
+
+    @property
+    def map_blocks(self) -> frozenset[BlockId]:
+        return frozenset() if self.user_masks is not None else frozenset(self.settings.map_blocks)
+
+    @property
+    def query_blocks(self) -> frozenset[BlockId]:
+        return frozenset(self.vanilla)
+
+    @property
+    def output_blocks(self) -> frozenset[BlockId]:
+        injects = self.stage == 2 and self.schedule.injects(self.sigma)
+        return self.layout.output_blocks if injects else frozenset()
+
+    @property
+    def tap(self) -> int | BlockId | None:
+        compares = self.stage == 1 and self.sigma <= self.schedule.features_at * (1 + SLACK)
+        return self.layout.tap if compares else None
+
+    # the network's calls --------------------------------------------------------------------------
 
     def sharing_parts(self, parts: Sequence[Part]) -> list[int]:
         """Parts of a call that share: whole pictures of the halves chosen."""
@@ -306,7 +294,7 @@ class Story(Watcher):
         done: set[int] = set()
         for i in self.sharing_parts(call.texts):
             part = call.texts[i]
-            named = part.role is Role.COND and part.subject is not None and part.text
+            named = part.role is Role.COND and part.subject and (part.text or part.rows)
             if named and id(part) not in done and self._follow(call, i, q, k, heads):
                 done.add(id(part))
 
@@ -376,9 +364,21 @@ class Story(Watcher):
                     kept,
                     self._calls or None,
                 )
+        return n if call.joint else self._blended(call, n)
+
+    def queries(self, call: AttnCall, q: Tensor) -> Tensor:
+        """Positions turn queries, and a turn of a blend is the blend of the turns."""
+        self._require_whole(call, call.parts(q)[0])
+        return self._blended(call, q)
+
+    def _blended(self, call: AttnCall, n: Tensor) -> Tensor:
+        """Eq. (4): normed tokens or queries [b n c], of the parts that share blended with those of
+        the vanilla pass.
+        """
         vanilla = self.vanilla.get(call.block)
         if vanilla is None:
             return n
+        parts = self.sharing_parts(call.texts)
         nu = self.schedule.blend(self.sigma)
         if len(parts) == len(call.roles):
             return torch.lerp(n, vanilla, nu)
@@ -404,7 +404,8 @@ class Story(Watcher):
             return []
         self._require_whole(call, call.parts(q)[0])
         grid = self._grid(self.layout.divisors[call.block])
-        require_own_keys(call, call.parts(q)[0], call.parts(k)[0], self.pictures, grid)
+        own = call.parts(call.of_picture(k))[0]
+        require_own_keys(call, call.parts(q)[0], own, self.pictures, grid)
         if self.anchors:
             return self._references_to_anchors(call, site, k, parts)
         reads = dict(self.step.shared(call.grid))
@@ -416,6 +417,7 @@ class Story(Watcher):
                 tuple(parts),
                 self._gathers.of(call.grid, len(parts), groups, reads, q.dtype),
                 s.weight,
+                s.dims_text,
             )
         ]
 
@@ -429,16 +431,18 @@ class Story(Watcher):
             if not len(tokens):
                 return []
             if half not in projected:
-                projected[half] = keys_values(site.module.attn1, tokens.to(k)[None])
+                texts = (self.anchors.text(half), call.texts[i].text) if call.joint else ()
+                projected[half] = site.keys_values(tokens.to(k)[None], texts or (None, None))
             keys, values = projected[half]
-            if self.anchors.aligned and self.settings.align_keys:
+            # a transformer's keys are normed, and hold positions
+            if self.anchors.aligned and self.settings.align_keys and not call.joint:
                 # the photo's keys with the statistics of this picture's subject (appendix E)
                 where = self.step.subject(call.grid)
                 keys = keys if where is None else adain(keys, call.parts(k)[i], where=where)
                 values = values.expand(len(keys), -1, -1)
-            made[i] = ReferenceTokens(
-                keys, values, self.settings.weight * self.anchors.loudness(call.block)
-            )
+            weight = self.settings.weight * self.anchors.loudness(call.block)
+            dims = self.settings.dims_text
+            made[i] = ReferenceTokens(keys, values, weight, dims_text=dims)
         return [References({}, by_part=made)]
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
@@ -467,7 +471,7 @@ class Story(Watcher):
                 mixed[i] = inject(x, snapshot, self.sources, self.targets, self.settings.injection)
         return torch.cat(mixed) if parts and self.targets is not None and len(self.targets) else out
 
-    def output_block(self, index: int, h: Tensor, parts: Sequence[Part]) -> None:
+    def output_block(self, index: int | BlockId, h: Tensor, parts: Sequence[Part]) -> None:
         if (
             index != self.layout.tap
             or self.stage != 1

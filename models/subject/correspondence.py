@@ -21,6 +21,8 @@ from .masks import otsu_threshold
 
 CHUNK = 1024  # target tokens at a time: 50 MB of similarities to 12k source tokens
 NO_MATCH = 2.0  # the greatest cosine distance
+# of telling_channels: how many of its deviations a channel's mean may be from 0
+MASSIVE = 10.0
 CONSTANT = 1e-5  # a channel's spread, as a share of its largest value, that is rounding alone
 
 
@@ -74,6 +76,18 @@ def _cosine_distance(u: Tensor, v: Tensor) -> Tensor:
     chord = ((u - v).square().sum(-1) / 2).clamp(max=NO_MATCH)
     blind = (u == 0).all(-1) | (v == 0).all(-1)
     return chord.masked_fill(blind, 1.0)
+
+
+def telling_channels(features: Tensor) -> Tensor:
+    """Features [r n c] of a transformer -> bool [c]: the channels that tell one token from another.
+
+    Left out are massive ones, which are about as great in all tokens and so make all look alike
+    (arXiv 2505.18584): those whose mean over all r*n tokens is more than MASSIVE of their
+    deviations from 0. Where none is left, all are. float32 inside, on the features' device.
+    """
+    spread, mean = torch.std_mean(features.flatten(0, 1).float(), 0, correction=0)
+    telling = mean.abs() <= MASSIVE * spread
+    return telling | ~telling.any()
 
 
 def correspond(

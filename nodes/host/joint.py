@@ -8,7 +8,7 @@ side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from ...models.attention.sharing import Sharing
 from ...models.network.backbone import ALONE, CROSS
 from ...models.network.blocks import BlockId
 from ...models.network.call import AttnCall, Pass
-from ...models.network.watch import PassEnds
+from ...models.network.watch import PassEnds, Watcher
 from ...models.run import Run
 from .hearing import UNPLACED, handing_on
 from .model import KEY
@@ -168,6 +168,39 @@ class _BlockCall:
         k = self.k if unplaced is None else unplaced()
         return torch.cat([k[:, keys], self.v[:, keys]], -1)
 
+    def asked(self) -> _BlockCall:
+        """The call with the picture's queries as the watchers change them; itself where none
+        does.
+        """
+        watchers = [w for w in self.run.watchers if self.block in w.query_blocks]
+        if not watchers:
+            return self
+        at = self.picture(self.q)
+        call = self.run.joint_call(self.block, self.options, self.picture(self.k), None)
+        own = q = self.q[:, at]
+        for watcher in watchers:
+            q = watcher.queries(call, q)
+        return self if q is own else replace(self, q=spliced(self.q, at, q))
+
+    @property
+    def answers(self) -> bool:
+        """Whether a watcher waits for what this attention answers."""
+        return any(self._answers(watcher) for watcher in self.run.watchers)
+
+    def _answers(self, watcher: Watcher) -> bool:
+        return self.block in watcher.output_blocks or self.block == watcher.tap
+
+    def answered(self, out: Tensor) -> Tensor:
+        """The call's answer [b n (h d)] with the picture's rows as the watchers change them."""
+        at = self.picture(out)
+        call = self.run.joint_call(self.block, self.options, self.picture(self.k), None)
+        own = rows = out[:, at]
+        for watcher in filter(self._answers, self.run.watchers):
+            features = rows.movedim(1, 2).unflatten(2, call.grid)  # -> [b c y x]
+            watcher.output_block(self.block, features, call.texts)
+            rows = watcher.self_output(call, rows)
+        return out if rows is own else spliced(out, at, rows)
+
     def references(self) -> list[References | Sharing]:
         """What the picture's queries read beside the keys of the call."""
         if self.block[0] == CROSS:
@@ -252,21 +285,45 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
             return host(q, k, v, heads, mask=mask, **kwargs)
         run: Run = options[KEY]
         *tokens, restored = joined(q, k, v, heads, kwargs)
-        call = _BlockCall(run, block, options, *tokens, heads)
-        call.show()
+        shown = _BlockCall(run, block, options, *tokens, heads)
+        shown.show()
         run.end_if_complete()
+        call = shown.asked()
         references = call.references()
         attend = _in_layout(host, plain(kwargs))
         if call.alters():
             return restored(attend(*call.altered(), heads, mask=mask))
-        if not references:
+        if not references and call is shown and not call.answers:
             return host(q, k, v, heads, mask=mask, **kwargs)
         fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
         kernel = FusedAttend(attend) if fused else attend
-        return restored(call.read(references, attend, kernel, mask))
+        return restored(_answer(call, references, attend, kernel, mask))
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
+
+
+def _answer(
+    call: _BlockCall,
+    references: Sequence[References | Sharing],
+    attend: Attend,
+    kernel: Attend,
+    mask: Tensor | None,
+) -> Tensor:
+    """[b n (h d)] of a call in which something is read, changed or waited for."""
+    if references:
+        out = call.read(references, attend, kernel, mask)
+    else:
+        out = attend(call.q, call.k, call.v, call.heads, mask=mask)
+    if call.answers:
+        out = call.answered(out)
+        call.run.end_if_complete()
+    return out
+
+
+def spliced(whole: Tensor, at: slice, rows: Tensor) -> Tensor:
+    """Tokens [b n c] with those of a slice exchanged."""
+    return torch.cat([whole[:, : at.start], rows, whole[:, at.stop :]], 1)
 
 
 def _block_of(options: Mapping[str, Any], keys: int) -> BlockId | None:

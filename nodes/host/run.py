@@ -159,8 +159,13 @@ class SamplerRun:
         ) & frozenset(bank.blocks)
 
     def timesteps(self) -> tuple[float, ...]:
-        """The model's own timestep, 0 to 999, at each of the run's sigmas."""
+        """The model's own timestep, 0 to 999, at each of the run's sigmas; of a transformer the
+        noise's share, in thousandths.
+        """
         sampling, sigmas = self.guider.inner_model.model_sampling, torch.tensor(self.sigmas)
+        if self.backbone is not None:
+            share = sigmas if self.backbone.flow else sigmas / (1 + sigmas)
+            return tuple((1000 * share).tolist())
         if isinstance(
             sampling, comfy.model_sampling.ModelSamplingContinuousEDM
         ):  # its own timesteps are log sigma / 4

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...models.story.plan import NODE, SLACK
 from ...models.story.story import Story
+from .latents import unframed
 from .model import KEY, log
 
 
@@ -165,4 +166,4 @@ class Stages:
     def _record(self, sigma: float, x: Tensor) -> None:
         self._heard += 1
         if self.story.recorder:
-            self.story.recorder.latent(sigma, x)
+            self.story.recorder.latent(sigma, unframed(x))

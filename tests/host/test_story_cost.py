@@ -45,7 +45,7 @@ def test_passes_of_fifty_steps(how, count, caplog):
         pictures(model, (0, 1), steps=50)
     assert len(rows) == count and set(rows) == {4}
     assert (
-        f"2 pictures in {count} calls of the UNet where the plain run has 50" in caplog.text
+        f"2 pictures in {count} calls of the model where the plain run has 50" in caplog.text
     ) is (count > 50)
 
 

@@ -1,0 +1,77 @@
+"""Which subject tokens of a story's pictures are alike, and so are mixed (arXiv 2402.03286, eq. 5,
+8, 9).
+
+Axes: b pictures, r pictures that are read, n tokens of a grid (y x, row by row), l kept tokens, c
+channels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..subject.correspondence import correspond, telling_channels
+from ..subject.maps import positions_of
+from .plan import NODE, shared_groups
+
+log = logging.getLogger(__name__)
+
+
+def candidates_in_batch(masks: Tensor, anchors: int, count: int) -> list[Tensor]:
+    """Per picture the flat positions [l] of the subject among r*n that it is compared with.
+
+    masks: bool [b y x] in host memory; anchors: as of StorySettings; count: r, pictures of the batch
+    that others read.
+    """
+    per_picture, candidates = positions_of(masks, range(count)), []
+    for (first, last), read in shared_groups(len(masks), anchors):
+        positions = [per_picture[j] for j in read]
+        joined = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.long)
+        candidates += [joined] * (last - first)
+    return candidates
+
+
+def match(
+    features: Tensor,
+    masks: Tensor,
+    sources: Tensor,
+    candidates: Sequence[Tensor],
+    transformer: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """features [b n c], masks bool [b y x], sources [r n c] -> flat positions [k] among b*n that are
+    mixed, and among r*n that they are mixed with, in host memory.
+
+    transformer: massive channels are left out first, which those of the sources are.
+    """
+    device = features.device
+    if transformer:
+        telling = telling_channels(sources)
+        features, sources = features[..., telling], sources[..., telling]
+    matches = correspond(
+        features, masks.flatten(1).to(device), sources, [i.to(device) for i in candidates]
+    )
+    targets = matches.keep.flatten().cpu().nonzero().squeeze(1)  # once for the whole run
+    log.info("%s: %d of %d subject tokens found their like", NODE, len(targets), int(masks.sum()))
+    return targets, matches.source.flatten().cpu()[targets]
+
+
+def say_unmatched(compared: bool, followed: bool) -> None:
+    """Warn that no features are injected; compared: there were features, followed: the word was."""
+    if compared and not followed:
+        log.warning(
+            "%s: the subject's word could not be followed, so no features are injected: "
+            "another node computes the "
+            "network's cross-attention by itself. Remove that node, or wire masks of the "
+            "subject.",
+            NODE,
+        )
+    else:
+        log.warning(
+            "%s: the pictures could not be compared, so no features are injected: this sampler "
+            "run ends before, or a node "
+            "that skips calls (EasyCache, LazyCache) skipped the one in which they are.",
+            NODE,
+        )
