@@ -84,6 +84,7 @@ class StorySetup:
             )
         ends = self.layout.transformer and run.steps == len(run.sigmas)
         schedule = Schedule(run.sigmas, run.timesteps(), settings, ends)
+        self._say_of_subjects(run)
         warn_of_gaps(run, schedule)
         story = Story(
             settings,
@@ -99,6 +100,17 @@ class StorySetup:
         if self.recorder:
             self.recorder.expect(story.anchor_count, run.sigmas, run.asker)
         return story
+
+    def _say_of_subjects(self, run: StoryRun) -> None:
+        """Say once where several subjects of a transformer are read by one another."""
+        keeps = self.recorder is not None or self.bank is not None
+        several = any(p.subject and len(p.subject.words) > 1 for p in run.parts.values())
+        if self.layout.transformer and keeps and several and self.masks is None:
+            log.info(
+                "%s: anchors that are kept tell several subjects not apart, so each is read by all. "
+                "Sample the pictures in one batch to let each be read by its like alone.",
+                NODE,
+            )
 
     def _require_subject(self, run: StoryRun) -> None:
         """ValueError where nothing tells in time where the subject of each picture is."""
@@ -146,6 +158,12 @@ class StorySetup:
             return None
         halves = tuple(h for h in self.bank.features if self.settings.halves.source(h))
         if self.bank.anchors is None:
+            if self.layout.transformer and self.settings.align_keys:
+                log.info(
+                    "%s: align_keys is without effect in a transformer, whose keys are normed "
+                    "already and hold positions.",
+                    NODE,
+                )
             return PhotoAnchors(self.bank, run, halves, self.layout, schedule, passes)
         source = GeneratedAnchors(self.bank, run, halves)
         rows = {sigma: source.row(sigma) for sigma in run.sigmas}

@@ -36,26 +36,34 @@ def candidates_in_batch(masks: Tensor, anchors: int, count: int) -> list[Tensor]
 
 def match(
     features: Tensor,
-    masks: Tensor,
+    masks: Sequence[Tensor],
     sources: Tensor,
-    candidates: Sequence[Tensor],
+    candidates: Sequence[Sequence[Tensor]],
     transformer: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """features [b n c], masks bool [b y x], sources [r n c] -> flat positions [k] among b*n that are
-    mixed, and among r*n that they are mixed with, in host memory.
+    """features [b n c], sources [r n c] -> flat positions [k] among b*n that are mixed, and among
+    r*n that they are mixed with, in host memory.
 
-    transformer: massive channels are left out first, which those of the sources are.
+    masks: bool [b y x], candidates: flat positions for each picture, both of each subject; where two
+    subjects lie on one token the nearest match counts. transformer: massive channels of the sources
+    are left out.
     """
     device = features.device
     if transformer:
         telling = telling_channels(sources)
         features, sources = features[..., telling], sources[..., telling]
-    matches = correspond(
-        features, masks.flatten(1).to(device), sources, [i.to(device) for i in candidates]
-    )
-    targets = matches.keep.flatten().cpu().nonzero().squeeze(1)  # once for the whole run
-    log.info("%s: %d of %d subject tokens found their like", NODE, len(targets), int(masks.sum()))
-    return targets, matches.source.flatten().cpu()[targets]
+    found = [
+        correspond(features, here.flatten(1).to(device), sources, [i.to(device) for i in theirs])
+        for here, theirs in zip(masks, candidates, strict=True)
+    ]
+    keep = torch.stack([m.keep for m in found]).cpu().flatten(1)  # once for the whole run
+    apart = torch.stack([m.distance for m in found]).cpu().flatten(1).masked_fill(~keep, torch.inf)
+    nearest = apart.argmin(0, keepdim=True)
+    rows = torch.stack([m.source for m in found]).cpu().flatten(1).gather(0, nearest)[0]
+    targets = keep.any(0).nonzero().squeeze(1)
+    subject = torch.stack(list(masks)).any(0)
+    log.info("%s: %d of %d subject tokens found their like", NODE, len(targets), int(subject.sum()))
+    return targets, rows[targets]
 
 
 def say_unmatched(compared: bool, followed: bool) -> None:

@@ -8,20 +8,53 @@ anchors.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..attention.parts import References
+from ..attention.references import ReferenceTokens
 from ..network.blocks import BlockId, Grid
-from ..network.call import Half
-from ..subject.maps import positions_of, subject_masks
+from ..network.call import AttnCall, Half
+from ..subject.maps import positions_of, subject_masks, word_masks
 from ..subject.masks import resize_user_mask
 from .plan import NODE, Schedule, StorySettings, dropped, shared_groups
 from .sources import AnchorSource
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """One of several subjects: per group of pictures the flat positions it reads of it, and bool
+    [b n], the tokens that may.
+    """
+
+    reads: list[tuple[tuple[int, int], Tensor]]
+    gate: Tensor
+
+    def references(
+        self,
+        call: AttnCall,
+        k: Tensor,
+        v: Tensor,
+        parts: Sequence[int],
+        settings: StorySettings,
+    ) -> list[References]:
+        """What the listed parts of a call read, k v [b m c] of which the picture's are meant."""
+        mask = self.gate.float().expand(len(call.roles), -1, -1)
+        own = [call.parts(call.of_picture(t)) for t in (k, v)]
+
+        def tokens(part: int, index: Tensor) -> ReferenceTokens:
+            kv = (t[part].flatten(0, 1).index_select(0, index)[None] for t in own)
+            return ReferenceTokens(*kv, settings.weight, dims_text=settings.dims_text)
+
+        return [
+            References({}, mask, by_part={i: tokens(i, index) for i in parts}, pictures=who)
+            for who, index in self.reads
+        ]
 
 
 @dataclass
@@ -42,6 +75,7 @@ class Step:
     _kept: dict[Grid, list[Tensor]] = field(default_factory=dict)
     _all_kept: dict[Grid, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _shared: dict[Grid, list[tuple[tuple[int, int], Tensor]]] = field(default_factory=dict)
+    _gated: dict[Grid, list[Gated]] = field(default_factory=dict)
     _subject: dict[Grid, Tensor | None] = field(default_factory=dict)
     _tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     _outputs: Mapping[BlockId, Tensor] | None = None
@@ -91,9 +125,14 @@ class Step:
         return self._kept[grid]
 
     def _kept_at(self, grid: Grid) -> list[Tensor]:
-        masks, count = self.masks(grid), self.anchor_count
+        masks = self.masks(grid)
         if masks is None:
-            return [torch.zeros(0, dtype=torch.long)] * count
+            return [torch.zeros(0, dtype=torch.long)] * self.anchor_count
+        return self._left_of(masks, grid)
+
+    def _left_of(self, masks: Tensor, grid: Grid) -> list[Tensor]:
+        """What dropout leaves of the masks [b y x], as of kept."""
+        count = self.anchor_count
         seed, share = self.settings.seed, self.settings.dropout
         step = self.schedule.step(self.sigma)
         seen = [masks[i] & ~dropped(seed, i, step, grid, share).view(grid) for i in range(count)]
@@ -111,15 +150,40 @@ class Step:
         nothing are left out.
         """
         if grid not in self._shared:
-            kept = self.kept(grid)
-            groups = shared_groups(self.pictures, self.settings.anchors)
-            reads = [(who, torch.cat([kept[j] for j in read])) for who, read in groups if read]
-            self._shared[grid] = [
-                (who, index.to(self.device, non_blocking=True))
-                for who, index in reads
-                if len(index)
-            ]
+            self._shared[grid] = self._reads(self.kept(grid))
         return self._shared[grid]
+
+    def _reads(self, kept: Sequence[Tensor]) -> list[tuple[tuple[int, int], Tensor]]:
+        groups = shared_groups(self.pictures, self.settings.anchors)
+        reads = [(who, torch.cat([kept[j] for j in read])) for who, read in groups if read]
+        return [
+            (who, index.to(self.device, non_blocking=True)) for who, index in reads if len(index)
+        ]
+
+    def words(self, grid: Grid) -> Tensor | None:
+        """Where each of several subjects is: bool [b w y x] in host memory; None where there is but
+        one, and where masks are wired.
+        """
+        if self.user_masks is not None or self.soft is None or self.soft.shape[1] < 2:
+            return None
+        return word_masks(self.soft, grid, self.settings.threshold)
+
+    def gated(self, grid: Grid) -> list[Gated]:
+        """For each of several subjects what is read of it, and who may read it: tokens of the same
+        subject and those of none.
+        """
+        if grid not in self._gated:
+            words = self.words(grid)
+            self._gated[grid] = [] if words is None else self._gated_at(words, grid)
+        return self._gated[grid]
+
+    def _gated_at(self, words: Tensor, grid: Grid) -> list[Gated]:
+        none = ~words.any(1)
+        gates = (words | none[:, None]).flatten(2).to(self.device)  # [b w n]
+        return [
+            Gated(self._reads(self._left_of(words[:, w], grid)), gates[:, w])
+            for w in range(words.shape[1])
+        ]
 
     def tokens(self) -> Mapping[Half, Mapping[BlockId, Tensor]]:
         """Tokens [l c] of anchors that are not in the batch."""

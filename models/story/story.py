@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -166,14 +167,16 @@ class Story(Watcher):
             self.recorder.matched(self.features[:k], torch.cat(positions_of(masks, range(k))))
         if self.anchors:
             stored, subject = self.anchors.features()
-            sources, candidates = stored.to(self.features), [subject] * self.pictures
+            sources, each = stored.to(self.features), [masks]
+            candidates = [[subject] * self.pictures]
         else:
             sources = self.features[:k]
-            candidates = candidates_in_batch(masks, self.settings.anchors, k)
-        transformer = self.layout.transformer
-        targets, rows = match(self.features, masks, sources, candidates, transformer)
+            words = self.step.words(self._grid(self.layout.divisor)) if self.gates else None
+            each = [masks] if words is None else list(words.unbind(1))
+            candidates = [candidates_in_batch(m, self.settings.anchors, k) for m in each]
+        targets, rows = match(self.features, each, sources, candidates, self.layout.transformer)
         if self.anchors:  # flat positions among r*n -> rows of the stored outputs
-            rows = torch.searchsorted(candidates[0], rows)
+            rows = torch.searchsorted(subject, rows)
         self.targets, self.sources = targets.to(self.device), rows.to(self.device)
 
     def finish(self) -> None:
@@ -408,6 +411,9 @@ class Story(Watcher):
         require_own_keys(call, call.parts(q)[0], own, self.pictures, grid)
         if self.anchors:
             return self._references_to_anchors(call, site, k, parts)
+        if self.gates and (gated := self.step.gated(call.grid)):
+            found = (one.references(call, k, v, parts, s) for one in gated)
+            return list(chain.from_iterable(found))
         reads = dict(self.step.shared(call.grid))
         if not reads:
             return []
@@ -420,6 +426,13 @@ class Story(Watcher):
                 s.dims_text,
             )
         ]
+
+    @property
+    def gates(self) -> bool:
+        """Whether each of several subjects is read by its own like alone: of a transformer; anchors
+        that are kept tell no subjects apart.
+        """
+        return self.layout.transformer and self.recorder is None and self.anchors is None
 
     def _references_to_anchors(
         self, call: AttnCall, site: BlockSite, k: Tensor, parts: Sequence[int]

@@ -23,8 +23,13 @@ def subject_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Te
     """Soft maps [b w y x] -> bool [b y' x'] at a grid: resized soft, binarised there, united over
     the words (eq. 7, 4.5).
     """
+    return word_masks(soft, grid, threshold).any(1)
+
+
+def word_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Tensor:
+    """The same for each word alone: bool [b w y' x']."""
     b, w = soft.shape[:2]
-    return binarise(resize_soft(soft.flatten(0, 1), grid), threshold).unflatten(0, (b, w)).any(1)
+    return binarise(resize_soft(soft.flatten(0, 1), grid), threshold).unflatten(0, (b, w))
 
 
 @dataclass
