@@ -147,14 +147,15 @@ class ConsiStory(io.ComfyNode):
                     default="decoder",
                     advanced=True,
                     tooltip="Self-attention blocks that share: decoder, all, encoder, middle, or a "
-                    "list such as output 3-5.",
+                    "list such as output 3-5. In transformers decoder is the second half; the "
+                    "list is of their blocks, such as single 10-20.",
                 ),
                 io.String.Input(
                     "mask_blocks",
                     default="auto",
                     advanced=True,
                     tooltip="Blocks whose cross-attention locates the subject. auto: those at a "
-                    "quarter of the latent's size.",
+                    "quarter of the latent's size; in transformers those that locate best.",
                 ),
                 io.Combo.Input(
                     "halves",
@@ -179,7 +180,7 @@ class ConsiStory(io.ComfyNode):
                     default=True,
                     advanced=True,
                     tooltip="With inverted photos: give their keys the statistics of the picture "
-                    "that reads them (AdaIN).",
+                    "that reads them (AdaIN). Without effect in transformers.",
                 ),
                 host.Reference.Input(
                     "reference",
