@@ -18,7 +18,7 @@ from ..attention.parts import References
 from ..attention.references import ReferenceTokens
 from ..network.blocks import BlockId, Grid
 from ..network.call import AttnCall, Half
-from ..subject.maps import positions_of, subject_masks, word_masks
+from ..subject.maps import apart_masks, positions_of, subject_masks
 from ..subject.masks import resize_user_mask
 from .plan import NODE, Schedule, StorySettings, dropped, shared_groups
 from .sources import AnchorSource
@@ -161,12 +161,12 @@ class Step:
         ]
 
     def words(self, grid: Grid) -> Tensor | None:
-        """Where each of several subjects is: bool [b w y x] in host memory; None where there is but
-        one, and where masks are wired.
+        """Where each of several subjects is, no token in two: bool [b w y x] in host memory; None
+        where there is but one, and where masks are wired.
         """
         if self.user_masks is not None or self.soft is None or self.soft.shape[1] < 2:
             return None
-        return word_masks(self.soft, grid, self.settings.threshold)
+        return apart_masks(self.soft, grid, self.settings.threshold)
 
     def gated(self, grid: Grid) -> list[Gated]:
         """For each of several subjects what is read of it, and who may read it: tokens of the same

@@ -32,6 +32,19 @@ def word_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Tenso
     return binarise(resize_soft(soft.flatten(0, 1), grid), threshold).unflatten(0, (b, w))
 
 
+def apart_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Tensor:
+    """The same where no token is of two words: it is of the one whose map is nearest to its greatest
+    value there, of equal ones the first.
+    """
+    masks, maps = word_masks(soft, grid, threshold), resize_soft(soft.flatten(0, 1), grid)
+    least = torch.finfo(maps.dtype).tiny
+    heights = maps.unflatten(0, soft.shape[:2]) / maps.amax((1, 2)).clamp(min=least).view(
+        *soft.shape[:2], 1, 1
+    )
+    highest = heights.masked_fill(~masks, -1.0).argmax(1, keepdim=True)
+    return masks & torch.zeros_like(masks).scatter_(1, highest, True)
+
+
 @dataclass
 class SubjectMaps:
     """The words' cross-attention maps of every noise level so far, each kept once however often it

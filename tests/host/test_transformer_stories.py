@@ -12,7 +12,7 @@ from matrix import split_calls
 from test_transformers import FAMILIES, FELT, SAME, apart
 from tiny_networks import prompt, tiny
 from torch import Tensor
-from transformer_stories import BLACK, SHARING, WHITE, pictures, plain, story
+from transformer_stories import BLACK, SHARING, WHITE, WORD, pictures, plain, prompts_of, story
 
 LAW = pytest.mark.parametrize
 every_family = LAW("name", FAMILIES)
@@ -123,6 +123,18 @@ def test_the_word_finds_the_subject(name: str) -> None:
     one_step = pictures(model, name, steps=1)
     assert torch.equal(one_step, pictures(tiny(name), name, steps=1))
     assert apart(pictures(model, name), plain(name)) > FELT
+
+
+@LAW("name", ["Flux", "SD3.5", "ZImage", "Anima"])
+def test_several_subjects_are_read_by_their_like(name: str) -> None:
+    """The same word twice is that word once; two words are another story than either."""
+    model, who = story(name, masks=None, **SHARING), (0, 1, 2)
+    once, twice, two, other = (
+        pictures(model, name, positive=prompts_of(name, who, *words))
+        for words in ((WORD,), (WORD, WORD), (WORD, WORD + 1), (WORD + 1,))
+    )
+    assert apart(twice, once) < SEVERAL
+    assert apart(two, once) > FELT and apart(two, other) > FELT
 
 
 @LAW("name", ["Flux", "SD3.5", "ZImage", "Anima"])

@@ -34,10 +34,14 @@ def story(name: str, model: Any = None, **inputs: Any) -> Any:
     return ConsiStory.execute(tiny(name) if model is None else model, **given).result[0]
 
 
-def prompts_of(name: str, who: Sequence[int]) -> list:
-    """Subject Prompts' CONDITIONING: picture i has the same row in every batch."""
+def prompts_of(name: str, who: Sequence[int], *places: int) -> list:
+    """Subject Prompts' CONDITIONING: picture i has the same row in every batch; places: of each subject."""
     rows = [prompt(name, seed=50 + i)[0][0] for i in who]
-    subject = SubjectTokens(("cat",), ((WORD,),) * len(who))
+    places = places or (WORD,)
+    by_word = tuple(((place,),) * len(who) for place in places)
+    union = (tuple(sorted({*places})),) * len(who)
+    words = ("cat", "dog", "bird")[: len(places)]
+    subject = SubjectTokens(words, union, by_word if len(places) > 1 else ())
     text = torch.cat(rows)
     lines = "\n".join(f"a cat in scene {i}" for i in who)
     more = {"kindred_subject": subject, "kindred_text": lines}

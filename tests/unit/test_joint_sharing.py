@@ -13,6 +13,7 @@ from kindred.models.network.sites import BlockSite
 from kindred.models.story.plan import Schedule, StorySettings, shared_groups
 from kindred.models.story.step import Gated
 from kindred.models.subject.correspondence import MASSIVE, correspond, telling_channels
+from kindred.models.subject.maps import apart_masks, word_masks
 from small_attention import TIGHT, rand, sdpa_attend
 from small_joint import LAW, SIDES, WAYS, C, D, H, P, all_sides, both_ways, logits
 from torch import Tensor
@@ -175,6 +176,19 @@ def test_each_of_two_subjects_is_read_by_its_like_alone(way, parts) -> None:
                 one = q[row : row + 1, n : n + 1]
                 want = row_by_formula(one, *tokens, call.joint.picture, *lent, 2.0)
                 torch.testing.assert_close(out[row : row + 1, n : n + 1], want, **TIGHT)
+
+
+@LAW("grid", [(4, 6), (8, 12)])
+def test_no_token_is_of_two_subjects(grid) -> None:
+    """T19: together they are what the words' masks are together; the same word twice is the first alone."""
+    soft = rand(3, 2, 4, 6, seed=7).float().exp()
+    masks, apart = word_masks(soft, grid), apart_masks(soft, grid)
+    assert torch.equal(apart.any(1), masks.any(1)) and not (apart[:, 0] & apart[:, 1]).any()
+    assert (masks[:, 0] & masks[:, 1]).any() and not (apart & ~masks).any()
+    twice = apart_masks(
+        soft[:, :1].expand(-1, 2, -1, -1) * torch.tensor([1.0, 3.0])[:, None, None], grid
+    )
+    assert torch.equal(twice[:, 0], masks[:, 0]) and not twice[:, 1].any()
 
 
 # matching ---------------------------------------------------------------------------------------------------------------------
