@@ -119,7 +119,7 @@ def test_blended_queries_and_injected_features_are_felt(name: str) -> None:
 @every_family
 def test_the_word_finds_the_subject(name: str) -> None:
     """Without masks the pictures share where they look at the word; the first step is plain, since nothing is known."""
-    model = story(name, masks=None, dropout=0.5)
+    model = story(name, masks=None, weight=3.0, blocks="all")
     one_step = pictures(model, name, steps=1)
     assert torch.equal(one_step, pictures(tiny(name), name, steps=1))
     assert apart(pictures(model, name), plain(name)) > FELT

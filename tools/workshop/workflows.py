@@ -57,7 +57,7 @@ SIZES = {
     "KindredRefUNetCapture": (340, 600),
     "KindredDDIMInvert": (320, 380),
     "KindredSaveReference": (320, 150),
-    "KindredConsiStory": (330, 480),
+    "KindredConsiStory": (330, 504),
     "KSampler": (300, 270),
 }
 # in pixels, and how many letters stand in a line; the families' notes are longer
