@@ -168,8 +168,9 @@ class AnchorRecorder:
         settings: Mapping[str, float | int | str],
         noise: Noise = DIFFUSION,
     ) -> ReferenceBank:
-        """final: the finished latents [r c y x] in model scale; noise: the model's. ValueError where
-        a level of the schedule lacks its anchors.
+        """final: the finished latents [r c y x] in model scale; noise: the model's.
+
+        ValueError where a level of the schedule lacks its anchors.
         """
         if self._unasked:
             raise passes_over(self.asker, f"sigma {self._unasked[0]:.4g}")

@@ -107,8 +107,8 @@ class StorySetup:
         several = any(p.subject and len(p.subject.words) > 1 for p in run.parts.values())
         if self.layout.transformer and keeps and several and self.masks is None:
             log.info(
-                "%s: anchors that are kept tell several subjects not apart, so each is read by all. "
-                "Sample the pictures in one batch to let each be read by its like alone.",
+                "%s: anchors that are kept tell several subjects not apart, so each is read by "
+                "all. Sample the pictures in one batch to let each be read by its like alone.",
                 NODE,
             )
 

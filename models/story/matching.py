@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def candidates_in_batch(masks: Tensor, anchors: int, count: int) -> list[Tensor]:
     """Per picture the flat positions [l] of the subject among r*n that it is compared with.
 
-    masks: bool [b y x] in host memory; anchors: as of StorySettings; count: r, pictures of the batch
-    that others read.
+    masks: bool [b y x] in host memory; anchors: as of StorySettings; count: r, pictures of the
+    batch that others read.
     """
     per_picture, candidates = positions_of(masks, range(count)), []
     for (first, last), read in shared_groups(len(masks), anchors):
@@ -44,9 +44,9 @@ def match(
     """features [b n c], sources [r n c] -> flat positions [k] among b*n that are mixed, and among
     r*n that they are mixed with, in host memory.
 
-    masks: bool [b y x], candidates: flat positions for each picture, both of each subject; where two
-    subjects lie on one token the nearest match counts. transformer: massive channels of the sources
-    are left out.
+    masks: bool [b y x], candidates: flat positions for each picture, both of each subject; where
+    two subjects lie on one token the nearest match counts. transformer: massive channels of the
+    sources are left out.
     """
     device = features.device
     if transformer:

@@ -33,8 +33,8 @@ def word_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Tenso
 
 
 def apart_masks(soft: Tensor, grid: Grid, threshold: Threshold = "otsu") -> Tensor:
-    """The same where no token is of two words: it is of the one whose map is nearest to its greatest
-    value there, of equal ones the first.
+    """The same where no token is of two words: it is of the one whose map is nearest to its
+    greatest value there, of equal ones the first.
     """
     masks, maps = word_masks(soft, grid, threshold), resize_soft(soft.flatten(0, 1), grid)
     least = torch.finfo(maps.dtype).tiny

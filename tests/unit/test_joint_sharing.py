@@ -186,7 +186,7 @@ def test_no_token_is_of_two_subjects(grid) -> None:
     assert torch.equal(apart.any(1), masks.any(1)) and not (apart[:, 0] & apart[:, 1]).any()
     assert (masks[:, 0] & masks[:, 1]).any() and not (apart & ~masks).any()
     twice = apart_masks(
-        soft[:, :1].expand(-1, 2, -1, -1) * torch.tensor([1.0, 3.0])[:, None, None], grid
+        soft[:, :1].expand(-1, 2, -1, -1) * torch.tensor([1.0, 4.0])[:, None, None], grid
     )
     assert torch.equal(twice[:, 0], masks[:, 0]) and not twice[:, 1].any()
 
