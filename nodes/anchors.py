@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..models.network.call import Asker, Half
+from ..models.network.sites import require_placed_keys
 from ..models.story.anchors import NODE as SAMPLER
 from ..models.story.anchors import AnchorRecorder, passes_over
 from ..models.story.inject import FAST, OFFICIAL
@@ -140,6 +141,7 @@ class AnchorSampler(io.ComfyNode):
         precision: str = "as computed",
     ) -> io.NodeOutput:
         story = story_of(model)
+        require_placed_keys(host.require_sites(model, SAMPLER), SAMPLER)
         require_sampled(denoise, sampler_name)
         recorder = AnchorRecorder(torch.float16 if precision == "float16" else None)
         recording = host.inject(model, replace(story, recorder=recorder), instead_of=story)

@@ -11,7 +11,7 @@ from ..models.attention.joint import TextShare
 from ..models.attention.weights import STORY_ODDS, dial
 from ..models.network.blocks import BlockId, block_name
 from ..models.network.call import Half, Halves
-from ..models.network.sites import map_blocks
+from ..models.network.sites import map_blocks, require_placed_keys
 from ..models.reference.bank import ReferenceBank
 from ..models.story.inject import FAST, OFFICIAL
 from ..models.story.plan import NODE as STORY
@@ -254,6 +254,7 @@ class ConsiStory(io.ComfyNode):
         weight *= dial(strength, STORY, STORY_ODDS)
         feature_injection *= strength
         if reference is not None:
+            require_placed_keys(sites, STORY)
             wanted = readable_blocks(model, reference, wanted, blocks, Halves(halves))
         layout = host.layout_of(model, sites)
         if not layout.output_blocks:  # attention in the middle alone

@@ -84,6 +84,19 @@ def map_divisor(sites: Mapping[BlockId, BlockSite]) -> int:
     return min(MASK_DIVISOR, max(site.divisor for site in sites.values()))
 
 
+def require_placed_keys(sites: Mapping[BlockId, BlockSite], node: str) -> None:
+    """ValueError for a network whose keys are kept without positions: a story does not place kept
+    ones again yet.
+    """
+    backbone = next((site.backbone for site in sites.values()), None)
+    if backbone is not None and backbone.unplaced is not None:
+        raise ValueError(
+            f"{node}: {backbone.family} gives its keys positions that a story cannot give to kept "
+            "ones yet, so anchors and photos are not read there. Sample all pictures of the story "
+            "in one batch, without a reference, or read a photo by Masked Self-Attn Inject."
+        )
+
+
 def family_of(sites: Mapping[BlockId, BlockSite]) -> str | None:
     """The name of a transformer's kind; None for a UNet."""
     return next((site.backbone.family for site in sites.values() if site.backbone), None)

@@ -54,9 +54,6 @@ LAWS = {  # heading of a column: file and test
     "halves": "test_transformer_stories.py::test_cond_and_uncond_in_one_call_or_in_two",
     "blended, mixed": "test_transformer_stories.py::test_blended_queries_and_injected_features_are_felt",
     "by word": "test_transformer_stories.py::test_the_word_finds_the_subject",
-    "kept": "test_transformer_anchors.py::test_further_pictures_are_what_they_were_beside_the_anchors",
-    "anchors saved": "test_transformer_anchors.py::test_saved_anchors_draw_the_same_picture",
-    "photos": "test_transformer_anchors.py::test_photos_are_anchors",
 }
 MEANINGS = {
     "calls": "a pass makes the attention calls that the table above says",
@@ -86,9 +83,6 @@ MEANINGS = {
     "halves": "cond and uncond in one call or in two (1e-4)",
     "blended, mixed": "query blending and feature injection are felt, each alone",
     "by word": "a story whose subject is found by its word; its first step is plain",
-    "kept": "further pictures of kept anchors are those beside them, with all parts and with sharing alone (1e-4)",
-    "anchors saved": "anchors saved and loaded: the same picture, bit for bit",
-    "photos": "a photo as anchor, read live, with and without injection",
 }
 
 
