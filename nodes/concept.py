@@ -15,17 +15,18 @@ from torch import Tensor
 
 from ..models.attention.parts import Merge
 from ..models.attention.weights import CONCEPT_ODDS, WeightMode, dial
-from ..models.concept.config import ConceptConfig, check_layers
+from ..models.concept.config import ConceptConfig, Kind, check_layers
 from ..models.concept.encoder import KeysValues
 from ..models.concept.file import load_concept_encoder
 from ..models.concept.inject import NODE as INJECT
 from ..models.concept.inject import ActiveConcept, ConceptReading
+from ..models.concept.timed import TimedEncoder
 from ..models.network.blocks import BlockId, select_blocks
 from ..models.network.call import Half, Halves
 from . import host, inputs
 
 LOAD = "Concept Encoder Load"
-AS_TRAINED = "as trained"
+AS_TRAINED, NO_HEAD = "as trained", "none"
 # measured: docs/evaluation.md; from the first step on, likeness is less and guidance bends scenes
 START = 0.2
 LONGEST = 16  # times as long as wide
@@ -45,7 +46,8 @@ class ConceptEncoderLoad(io.ComfyNode):
             category="Kindred",
             description="Loads what turns a photo into extra words for the model. Files belong "
             "into models/concept_encoders; IP-Adapter "
-            "full-face weights (.safetensors) work too, with their CLIP Vision wired in.",
+            "full-face weights (.safetensors) work too, with their CLIP Vision wired in, and for "
+            "FLUX.1 and SD3.5 the IP-Adapters of InstantX and XLabs.",
             search_aliases=[
                 "concept encoder",
                 "image encoder",
@@ -65,6 +67,16 @@ class ConceptEncoderLoad(io.ComfyNode):
                     tooltip="Only for files without a CLIP tower of their own, such as IP-Adapter "
                     "full-face (ViT-H).",
                 ),
+                io.Combo.Input(
+                    "pooling_head",
+                    options=[NO_HEAD, *host.vision_files()],
+                    default=NO_HEAD,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Only for the FLUX.1 IP-Adapter by InstantX: the SigLIP file that "
+                    "clip_vision was loaded from. Its pooling head is read from there, since Load "
+                    "CLIP Vision leaves it out.",
+                ),
             ],
             outputs=[
                 host.Encoder.Output(
@@ -74,7 +86,9 @@ class ConceptEncoderLoad(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file: str, clip_vision: Any = None) -> io.NodeOutput:
+    def execute(
+        cls, file: str, clip_vision: Any = None, pooling_head: str = NO_HEAD
+    ) -> io.NodeOutput:
         try:
             encoder = load_concept_encoder(host.concept_path(file))
         except FileNotFoundError:
@@ -89,7 +103,7 @@ class ConceptEncoderLoad(io.ComfyNode):
             raise ValueError(
                 f"{LOAD}: {file} holds no CLIP tower; it reads tokens of width "
                 f"{encoder.config.tower_width}. "
-                f"Wire {'ViT-H' if encoder.config.tower_width == 1280 else 'its'} CLIP Vision into "
+                f"Wire {host.tower_of(encoder.config)} CLIP Vision into "
                 f"clip_vision "
                 "(Load CLIP Vision)."
             )
@@ -105,12 +119,14 @@ class ConceptEncoderLoad(io.ComfyNode):
             encoder.config.merge.value,
             dict(encoder.config.training),
         )
-        return io.NodeOutput(
-            host.ManagedEncoder.of(encoder, file, clip_vision if encoder.tower is None else None)
-        )
+        head = head_of(encoder.config, clip_vision, pooling_head, file)
+        vision = clip_vision if encoder.tower is None else None
+        return io.NodeOutput(host.ManagedEncoder.of(encoder, file, vision, head))
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, clip_vision: Any = None) -> str:
+    def fingerprint_inputs(
+        cls, file: str, clip_vision: Any = None, pooling_head: str = NO_HEAD
+    ) -> str:
         """A file trained again under the same name is another encoder."""
         stat = host.concept_path(file).stat()
         return f"{stat.st_mtime_ns} {stat.st_size}"
@@ -254,8 +270,9 @@ class CrossAttnDetailInject(io.ComfyNode):
         halves: str = Halves.BOTH.value,
         target_mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        wanted = readable_layers(model, concept_encoder.encoder.config, blocks)
-        how = concept_encoder.encoder.config.merge if merge == AS_TRAINED else Merge(merge)
+        config = concept_encoder.encoder.config
+        wanted = readable_layers(model, config, blocks)
+        how = merge_of(config, merge)
         mode, chosen = WeightMode(weight_mode), Halves(halves)
         weight = full_weight(weight, strength, how, mode)
         image = plain_colours(image)
@@ -263,6 +280,12 @@ class CrossAttnDetailInject(io.ComfyNode):
         nowhere = mask is not None and not (mask > 0.5).any()
         if weight == 0 or start_percent >= end_percent or nowhere:
             return io.NodeOutput(model.clone())
+        if config.decoupled:
+            how_read = (weight, start_percent, end_percent, chosen, host.place_of(config), mask)
+            reading = host.DecoupledReading(*how_read)
+            return io.NodeOutput(
+                host.inject(model, decoupled(concept_encoder, image, wanted, reading))
+            )
         tokens = keys_values(concept_encoder, image, chosen, wanted)
         injection = ConceptInjection(
             tokens, len(image), weight, mode, how, start_percent, end_percent, chosen, mask
@@ -270,13 +293,64 @@ class CrossAttnDetailInject(io.ComfyNode):
         return io.NodeOutput(host.inject(model, injection))
 
 
-def readable_layers(model: Any, config: ConceptConfig, blocks: str) -> tuple[BlockId, ...]:
-    """The cross-attentions that `blocks` names; ValueError where the encoder is for another
-    model.
+def head_of(config: ConceptConfig, clip_vision: Any, pooling_head: str, file: str) -> Any:
+    """SigLIP's pooling head where an adapter reads through it; ValueError where the wired CLIP
+    Vision does not fit, or the head is not named.
     """
-    family, layers, width = host.cross_layers(model, INJECT)
+    if config.adapter is None:
+        return None
+    host.require_sight(config, clip_vision, file, LOAD)
+    if config.adapter.kind is not Kind.SHAKKER:
+        return None
+    if pooling_head == NO_HEAD:
+        raise ValueError(
+            f"{LOAD}: {file} reads SigLIP's pooled picture, but Load CLIP Vision leaves SigLIP's "
+            "pooling head out. Choose in pooling_head the file that clip_vision was loaded from."
+        )
+    try:
+        return host.pooling_head(pooling_head, clip_vision)
+    except ValueError as error:
+        raise ValueError(f"{LOAD}: {error}") from error
+
+
+def merge_of(config: ConceptConfig, merge: str) -> Merge:
+    """How the photo is read; ValueError for one softmax on a transformer, where text and picture
+    share it and the photo would dim the prompt.
+    """
+    how = config.merge if merge == AS_TRAINED else Merge(merge)
+    if config.decoupled and how is not Merge.ADD:
+        raise ValueError(
+            f"{INJECT}: merge is {how.value}, but in {config.family} text and picture share one "
+            f"softmax and the photo is read beside it. Set merge to {Merge.ADD.value}."
+        )
+    return how
+
+
+def decoupled(
+    managed: host.ManagedEncoder,
+    image: Tensor,
+    blocks: tuple[BlockId, ...],
+    reading: host.DecoupledReading,
+) -> host.DecoupledInjection:
+    """What a transformer's blocks read of the pictures [b y x 3], once they are seen."""
+    config, encoder = managed.encoder.config, managed.encoder
+    if not isinstance(encoder, TimedEncoder):
+        tokens = keys_values(managed, image, reading.halves, blocks)
+        return host.DecoupledInjection(reading, config, blocks, tokens, {})
+    seen = {Half.COND: managed.look(image)}
+    if reading.halves is Halves.BOTH:
+        seen[Half.UNCOND] = managed.look(image, empty=True)
+    return host.DecoupledInjection(reading, config, blocks, {}, seen, encoder)
+
+
+def readable_layers(model: Any, config: ConceptConfig, blocks: str) -> tuple[BlockId, ...]:
+    """The cross-attentions, or a transformer's blocks, that `blocks` names; ValueError where the
+    encoder is for another model.
+    """
+    family, layers, width = host.concept_layers(model, INJECT)
     check_layers(config, family, layers, width, INJECT)
-    return select_blocks(blocks, [block for block, _ in layers], INJECT)
+    own = dict(config.layers)
+    return select_blocks(blocks, [block for block, _ in layers if block in own], INJECT)
 
 
 def full_weight(weight: float, strength: float, merge: Merge, mode: WeightMode) -> float:

@@ -15,7 +15,7 @@ from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
 from ..models.attention.parts import Merge
-from ..models.concept.config import ConceptConfig, Preprocessing
+from ..models.concept.config import new_config
 from ..models.concept.draws import Examples
 from ..models.concept.encoder import ConceptEncoder
 from ..models.concept.pictures import NODE, captions_of, check_images, digest
@@ -74,6 +74,7 @@ class Order:
     save_every: int = 250
     resume: bool = True
     seed: int = 0
+    tie_blocks: int = 1
 
     @property
     def settings(self) -> TrainSettings:
@@ -130,10 +131,8 @@ class Order:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path, state
 
-    def encoder(self, family: str, layers: Any, width: int, text: Mapping) -> ConceptEncoder:
-        """Where the training starts; text: (to_k, to_v) of every cross-attention layer. ValueError
-        says what to wire.
-        """
+    def encoder(self, family: str, layers: Any, width: int | None, text: Mapping) -> ConceptEncoder:
+        """Where the training starts; text: (to_k, to_v) of a UNet. ValueError says what to wire."""
         wired = [
             name for name in ("clip_vision", "concept_encoder") if getattr(self, name) is not None
         ]
@@ -146,15 +145,8 @@ class Order:
             )
         if self.concept_encoder is not None:
             return host.continued_encoder(self.concept_encoder, family, layers, width, NODE)
-        config = ConceptConfig(
-            family,
-            layers,
-            width,
-            SMALL_TOWER["hidden_size"],
-            SMALL_TOWER,
-            Preprocessing(SMALL_TOWER["image_size"]),
-            Merge(self.merge),
-        )
+        how = (SMALL_TOWER, Merge(self.merge), self.tie_blocks, NODE)
+        config = new_config(family, layers, width, *how)
         return host.new_encoder(config, self.clip_vision, self.seed, text, NODE)
 
 
@@ -361,7 +353,7 @@ class ConceptEncoderTrain(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip="Compute the UNet twice instead of remembering it: less memory, "
-                    "slower.",
+                    "slower. Not on transformers.",
                 ),
                 io.Int.Input(
                     "save_every",
@@ -387,6 +379,15 @@ class ConceptEncoderTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="Order of the pictures and noise.",
                 ),
+                io.Int.Input(
+                    "tie_blocks",
+                    default=1,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="On a transformer: neighbouring blocks that share keys and values.",
+                ),
             ],
             outputs=[
                 host.Encoder.Output(
@@ -405,8 +406,7 @@ class ConceptEncoderTrain(io.ComfyNode):
             images=images, prompt=prompt, **{name: value[0] for name, value in inputs.items()}
         )
         encoder, losses = train(order)
-        curve = draw_curve(losses, order.steps)
-        image = as_image(curve)
+        image = as_image(draw_curve(losses, order.steps))
         shown = ui.ImageSaveHelper.save_images(
             image, "kindred_loss", io.FolderType.temp, cls, compress_level=1
         )
@@ -422,7 +422,7 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
         settings = order.settings
     except ValueError as error:
         raise ValueError(f"{NODE}: {error}") from error
-    layout = host.cross_layers(order.model, NODE)
+    layout = host.concept_layers(order.model, NODE)
     check_images(order.images)
     captions = captions_of(order.prompt, sum(map(len, order.images)))
     path, state = order.files()
@@ -434,13 +434,14 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
         size = order.size or host.SIDES.get(family, 512)
         examples = look(order, encoder.config.preprocessing.size, size, captions)
         prompts = host.encoded(order.clip, captions, width, NODE)
-        denoise = host.FrozenUNet(copy, encoder.config.merge, prompts, order.gradient_checkpointing)
+        merge = encoder.config.merge
+        denoise = host.frozen(copy, merge, prompts, order.gradient_checkpointing, NODE)
         trainer = Trainer(encoder, denoise, examples, settings, OneProcess(device, dtype))
         made_with = {
             "base": tell_key(base),
             "pictures": digest(examples),
             "size": size,
-            "merge": encoder.config.merge.value,
+            "merge": merge.value,
             "tower": dict(encoder.config.tower),
             "precision": str(dtype or "no"),
         }

@@ -26,6 +26,11 @@ from .tower import VisionTower
 KeysValues = dict[BlockId, tuple[Tensor, Tensor]]  # k, v [b m c] per cross-attention layer
 
 
+def layer_name(block: BlockId) -> str:
+    """What a block's layer is called among an encoder's weights."""
+    return "_".join(map(str, block))
+
+
 class ConceptEncoder(nn.Module):
     """Pixels -> keys and values per cross-attention layer, eq. (6)."""
 
@@ -35,11 +40,10 @@ class ConceptEncoder(nn.Module):
         self.tower = None if config.tower is None else VisionTower(config.tower)
         d, w = config.tower_width, config.width
         self.mlp = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, w), nn.LayerNorm(w))
-        self.to_k = nn.ModuleDict(
-            {"_".join(map(str, b)): nn.Linear(w, c, bias=False) for b, c in config.layers}
-        )
-        self.to_v = nn.ModuleDict(
-            {"_".join(map(str, b)): nn.Linear(w, c, bias=False) for b, c in config.layers}
+        leading = [(b, c) for b, c in config.layers if config.leaders[b] == b]
+        self.to_k, self.to_v = (
+            nn.ModuleDict({layer_name(b): nn.Linear(w, c, bias=False) for b, c in leading})
+            for _ in "kv"
         )
 
     def features(self, penultimate: Tensor) -> Tensor:
@@ -48,11 +52,12 @@ class ConceptEncoder(nn.Module):
 
     def keys_values(self, features: Tensor) -> KeysValues:
         """F [b m w] -> (k, v) [b m c] of every layer."""
-        names = {block: "_".join(map(str, block)) for block, _ in self.config.layers}
-        return {
-            block: (self.to_k[name](features), self.to_v[name](features))
-            for block, name in names.items()
+        names = {leader: layer_name(leader) for leader in self.config.leaders.values()}
+        led = {
+            leader: (self.to_k[name](features), self.to_v[name](features))
+            for leader, name in names.items()
         }
+        return {block: led[leader] for block, leader in self.config.leaders.items()}
 
     def forward(self, pixels: Tensor) -> KeysValues:
         """[b 3 size size] -> (k, v) [b m c] of every layer. ValueError without a tower."""
@@ -70,9 +75,15 @@ class ConceptEncoder(nn.Module):
         zeros would not be the plain model).
         """
         for block, (k, v) in text.items():
-            name = "_".join(map(str, block))
+            name = layer_name(block)
             self.to_k[name].weight.copy_(k)
             self.to_v[name].weight.copy_(v)
+
+    @torch.no_grad()
+    def start_silent(self) -> None:
+        """Values start at 0: beside a transformer's softmax that is the plain model, D (10)."""
+        for layer in self.to_v.values():
+            layer.weight.zero_()
 
     def save(self, path: Path, dtype: torch.dtype = torch.float16) -> None:
         """One .safetensors with the configuration in its metadata; whole or absent. The same

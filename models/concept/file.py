@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..files import torn, unread
 from ..safetensor import GREATEST, check_safetensors, number, shape_of
+from .adapter_file import read_adapter
+from .adapters import AnyEncoder, built
 from .config import FORMAT, VERSION, ConceptConfig
-from .encoder import ConceptEncoder
 from .full_face import read_full_face
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors spells them
@@ -31,9 +32,9 @@ class Header:
     kinds: Mapping[str, str]
 
 
-def load_concept_encoder(path: Path) -> ConceptEncoder:
-    """A Kindred concept encoder, or IP-Adapter full-face weights (merge "add", no tower), in
-    float32.
+def load_concept_encoder(path: Path) -> AnyEncoder:
+    """A Kindred concept encoder, or public weights without a tower, merge "add" (IP-Adapter
+    full-face, or an adapter of a transformer), in float32.
 
     Raises ValueError that names the file, what is wrong and what to do: a pickle, a torn or foreign
     file, another version.
@@ -43,9 +44,10 @@ def load_concept_encoder(path: Path) -> ConceptEncoder:
         config = read_description(path, header.metadata[FORMAT])
         names = {name: name for name in header.shapes}
     else:
-        config, names = read_full_face(path, header.shapes)
+        found = read_adapter(path, header.shapes)
+        config, names = found or read_full_face(path, header.shapes)
     with torch.device("meta"):  # sizes alone: a file that lies about them gets no memory
-        encoder = ConceptEncoder(config)
+        encoder = built(config)
     check_shapes(path, encoder, {own: header.shapes[theirs] for own, theirs in names.items()})
     check_kinds(path, {theirs: header.kinds[theirs] for theirs in names.values()})
     weights = read_weights(path, names)
@@ -70,9 +72,7 @@ def read_header(path: Path) -> Header:
     return Header(metadata, shapes, kinds)
 
 
-def check_shapes(
-    path: Path, encoder: ConceptEncoder, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_shapes(path: Path, encoder: AnyEncoder, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """The file's tensors are those that its description says."""
     expected = {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
     for name in sorted(expected.keys() | shapes.keys()):

@@ -25,6 +25,7 @@ from ..attention.references import ReferenceTokens
 from ..files import whole
 from ..network.call import AttnCall, Role
 from ..network.sites import BlockSite
+from ..noise.path import Diffusion, Flow
 from .draws import Draw, Examples, draw
 from .encoder import ConceptEncoder, KeysValues
 from .settings import TrainSettings
@@ -81,10 +82,14 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Denoiser(Protocol):
-    """The frozen UNet, in the words of the sampler."""
+    """The frozen network, in the words of the sampler."""
 
     sigmas: Tensor  # ascending noise levels [T]
     velocity: bool  # the network predicts v and not eps
+    noise: Diffusion | Flow  # how it mixes a picture with noise
+
+    def learning(self) -> AbstractContextManager[Any]:
+        """Around a forward pass and the backward pass of its loss."""
 
     def __call__(
         self,
@@ -94,8 +99,8 @@ class Denoiser(Protocol):
         keys_values: KeysValues,
         weight: float,
     ) -> Tensor:
-        """x [b c y x] = clean + sigma [b] * noise -> denoised [b c y x], differentiable in
-        keys_values [b m c'].
+        """x [b c y x], mixed at sigma [b] -> denoised [b c y x], differentiable in keys_values
+        [b m c'].
         """
 
 
@@ -136,6 +141,18 @@ class OneProcess:
         return value
 
 
+def check_weighting(denoise: Denoiser, settings: TrainSettings) -> None:
+    """ValueError where the loss is to be weighed by what a flow does not have."""
+    if isinstance(denoise.noise, Flow) and (
+        settings.weighting != "plain" or settings.min_snr is not None
+    ):
+        raise ValueError(
+            f"training: weighting is {settings.weighting} and min_snr {settings.min_snr}, but "
+            "this model is a flow, whose plain loss is that of the velocity already. Set "
+            "weighting to plain and leave min_snr out."
+        )
+
+
 class Trainer:
     """The loop, one step at a time. `encoder` is changed in place; `averaged` gives the one to
     keep.
@@ -151,6 +168,7 @@ class Trainer:
     ) -> None:
         if not len(examples):
             raise ValueError("training: there are no pictures.")
+        check_weighting(denoise, settings)
         self.encoder, self.denoise, self.examples, self.settings = (
             encoder,
             denoise,
@@ -197,7 +215,9 @@ class Trainer:
         return groups + ([{"params": tower, "rate": tower_rate}] if tower else [])
 
     def loss(self, d: Draw, weight: float = 1.0) -> Tensor:
-        """Eq. (10) for one draw: the squared error of eps (or v), mean over the pictures -> []."""
+        """Eq. (10) for one draw: the squared error of eps (or v; of a flow that of its velocity),
+        mean over the pictures -> [].
+        """
         device, examples = self.engine.device, self.examples
         clean = examples.latents[d.index].detach().to(device, torch.float32)
         pixels = (
@@ -210,9 +230,14 @@ class Trainer:
         with self.engine.autocast():
             keys_values = self.forward(pixels)
             denoised = self.denoise(
-                clean + wide * d.noise.to(device), sigma, prompts, keys_values, weight
+                self.denoise.noise.mix(clean, d.noise.to(device), wide),
+                sigma,
+                prompts,
+                keys_values,
+                weight,
             ).float()
-        squared = (denoised - clean).square().mean((1, 2, 3)) / sigma.square()  # of eps
+        # of eps, or of a flow's velocity: (x - denoised) / sigma less (x - clean) / sigma
+        squared = (denoised - clean).square().mean((1, 2, 3)) / sigma.square()
         velocity = self.denoise.velocity or self.settings.weighting == "velocity"
         if velocity:
             squared = squared * (1 + sigma.square())
@@ -239,8 +264,9 @@ class Trainer:
                 engine.rank,
                 engine.processes,
             )
-            loss = self.loss(d, s.weight_at(self.step_number)) / s.accumulate
-            engine.backward(loss)
+            with self.denoise.learning():
+                loss = self.loss(d, s.weight_at(self.step_number)) / s.accumulate
+                engine.backward(loss)
             total += loss.detach()
         value = float(engine.mean(total))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip)

@@ -18,6 +18,7 @@ from .unplaced import Unplaced
 ALONE = "self"
 CROSS = "cross"  # the stage of a call in which the picture of the block before it reads the text
 DOUBLE = "double"  # the stage of a joint block with weights of its own for text and picture
+SINGLE = "single"  # the stage of a joint block with the same weights for both
 
 
 class Stands(str, Enum):

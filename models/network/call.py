@@ -127,6 +127,10 @@ class Pass:
     seen: int = 0  # calls, where the family is counted
     # blocks whose own call came, where they are named
     done: set[BlockId] = field(default_factory=set)
+    # queries [b n (h d)] of the attention that comes next, before positions are put on
+    unplaced: Tensor | None = None
+    # what is added to the picture's tokens [b n c] once the block is done
+    behind: list[Tensor] = field(default_factory=list)
 
     def next(self, told: BlockId | None, keys: int) -> BlockId | None:
         """The block of the next call, None where it holds no whole picture.

@@ -16,14 +16,15 @@ from .concepts import (
     new_encoder,
     register_folders,
 )
+from .decoupled import DecoupledInjection, DecoupledReading, concept_layers, place_of
 from .foresight import LEAPING
+from .frozen import FrozenUNet, frozen
 from .identity import model_key, require_reference, require_same_model
 from .install import install
 from .judging import picture_embeddings, text_embeddings, tower_title
 from .latents import cell, latent_in, latent_out, to_model_scale
 from .learning import (
     SIDES,
-    FrozenUNet,
     Interrupted,
     encoded,
     examples_of,
@@ -84,6 +85,7 @@ from .references import (
     register_references,
 )
 from .run import Injection, SamplerRun
+from .sight import pooling_head, require_sight, tower_of, vision_files
 from .sites import require_invertible, require_plain_positions, require_sites
 from .story import StoryInjection, layout_of
 from .tokens import Prompt, Reader, hides_padding, plain, readers_of, rows_of_tokens
@@ -92,6 +94,8 @@ from .wrappers import inject, injected, sample
 __all__ = [
     "CONCEPTS",
     "Conditioning",
+    "DecoupledInjection",
+    "DecoupledReading",
     "Encoder",
     "FrozenUNet",
     "Injection",
@@ -118,6 +122,7 @@ __all__ = [
     "computes_in",
     "concept_files",
     "concept_folder",
+    "concept_layers",
     "concept_path",
     "continued_encoder",
     "cross_layers",
@@ -127,6 +132,8 @@ __all__ = [
     "example_name",
     "examples_of",
     "first_rows",
+    "frozen",
+    "hides_padding",
     "inject",
     "injected",
     "input_pictures",
@@ -148,9 +155,10 @@ __all__ = [
     "picture_exists",
     "picture_fingerprint",
     "pictures_in",
-    "hides_padding",
+    "place_of",
     "plain",
     "plan_of",
+    "pooling_head",
     "probe",
     "progress",
     "read_prompt",
@@ -165,6 +173,7 @@ __all__ = [
     "require_plain_positions",
     "require_reference",
     "require_same_model",
+    "require_sight",
     "require_sites",
     "rough_pictures",
     "rows_of_tokens",
@@ -177,7 +186,9 @@ __all__ = [
     "text_layers",
     "to_model_scale",
     "token_sizes",
+    "tower_of",
     "tower_title",
     "training",
+    "vision_files",
     "warn",
 ]

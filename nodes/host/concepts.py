@@ -15,9 +15,12 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.concept.config import ConceptConfig, Preprocessing, check_layers
+from ...models.concept.adapters import AnyEncoder
 from ...models.concept.encoder import ConceptEncoder, KeysValues
+from ...models.concept.siglip import PoolingHead
 from ...models.network.blocks import BlockId
 from .learning import progress
+from .sight import sight
 
 CONCEPTS = "concept_encoders"  # their folder beside checkpoints and loras
 
@@ -50,16 +53,19 @@ def concept_folder() -> Path:  # where a new one is saved
 @dataclass(frozen=True, eq=False)
 class ManagedEncoder:
     """A concept encoder under the host's memory management; `vision` (CLIP_VISION) gives the tokens
-    where it holds no tower.
+    where it holds no tower, `head` pools them where it reads one vector of a SigLIP.
     """
 
-    encoder: ConceptEncoder
+    encoder: AnyEncoder
     patcher: ModelPatcher
     name: str
     vision: Any = None
+    head: PoolingHead | None = None
 
     @staticmethod
-    def of(encoder: ConceptEncoder, name: str, vision: Any = None) -> ManagedEncoder:
+    def of(
+        encoder: AnyEncoder, name: str, vision: Any = None, head: PoolingHead | None = None
+    ) -> ManagedEncoder:
         device = comfy.model_management.get_torch_device()
         half = comfy.model_management.should_use_fp16(device)
         encoder = encoder.to(torch.float16 if half else torch.float32).eval().requires_grad_(False)
@@ -70,6 +76,7 @@ class ManagedEncoder:
             ),
             name,
             vision,
+            head,
         )
 
     @staticmethod
@@ -90,17 +97,17 @@ class ManagedEncoder:
         }
         return config, {k: v.detach().float().cpu().clone() for k, v in vision.get_sd().items()}
 
-    def see(self, image: Tensor | None) -> Tensor:
-        """The wired CLIP Vision's penultimate tokens [1 m d] of a picture [Y X c]; None: of zero
-        pixels, which no picture has.
+    def look(self, images: Tensor, empty: bool = False) -> Tensor:
+        """What the encoder reads of images [b Y X c] through the wired CLIP Vision, [b n d], in
+        host memory; empty: of no picture instead, b = 1.
         """
-        if image is not None:
-            return self.vision.encode_image(image[None])["penultimate_hidden_states"]
-        comfy.model_management.load_models_gpu([self.vision.patcher])
-        size, device = self.vision.image_size, self.vision.load_device
-        return self.vision.model(
-            pixel_values=torch.zeros(1, 3, size, size, device=device), intermediate_output=-2
-        )[1]
+        images = images[:1] if empty else images
+        tell, seen = progress(len(images)), []
+        for i, image in enumerate(images):
+            tell(i)
+            seen.append(self._look(image, empty).float().cpu())
+        tell(len(images))
+        return torch.cat(seen)
 
     def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
         """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero
@@ -129,7 +136,7 @@ class ManagedEncoder:
         """
         if self.vision is None:
             return self.encoder.config.preprocessing(image[None].cpu()) * (not empty)
-        tokens = self.see(None if empty else image)
+        tokens = sight(self.encoder.config, self.vision, self.head, None if empty else image)
         if tokens.shape[-1] != (wanted := self.encoder.config.tower_width):
             tower = {1280: "ViT-H", 1024: "ViT-L"}.get(wanted, "another one")
             raise ValueError(
@@ -163,7 +170,7 @@ def continued_encoder(
     managed: ManagedEncoder,
     family: str,
     layers: tuple[tuple[BlockId, int], ...],
-    width: int,
+    width: int | None,
     node: str,
 ) -> ConceptEncoder:
     """A copy of an encoder to train further, in float32 on the CPU; ValueError where it is for
@@ -171,6 +178,11 @@ def continued_encoder(
     """
     config = managed.encoder.config
     check_layers(config, family, layers, width, node)
+    if config.adapter is not None:
+        raise ValueError(
+            f"{node}: {managed.name} is an {config.adapter.kind.value}, which is read and not "
+            "trained. Wire clip_vision and begin an encoder of your own."
+        )
     weights = managed.encoder.state_dict()
     if config.tower is None:  # full-face weights: its CLIP Vision becomes a tower of its own
         config, tower = _with_tower(config, managed.vision, node)
@@ -202,7 +214,10 @@ def new_encoder(
     encoder = ConceptEncoder(config)
     if tower:
         encoder.tower.load_clip(tower)
-    encoder.start_from_text(text)
+    if config.decoupled:
+        encoder.start_silent()
+    else:
+        encoder.start_from_text(text)
     return encoder
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
+from ...models.concept.decoupled import Place
 from ...models.run import Run
 from .attention import (
     Beside,
@@ -21,15 +22,19 @@ from .attention import (
     until_complete,
 )
 from .calls import said_in
+from .beside import install_beside
 from .joint import joint_override, joint_pass
 from .model import KEY
 
 
-def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> dict[str, Any]:
+def install(
+    model_options: dict[str, Any], run: Run, watched: bool = False, places: Iterable[Place] = ()
+) -> dict[str, Any]:
     """A copy of the options with the run in it; first and last in every chain that matters, so the
     order of nodes does not.
 
-    watched: also hand outputs of self-attentions and of blocks to the run's watchers.
+    watched: also hand outputs of self-attentions and of blocks to the run's watchers; places: where
+    a transformer's run adds what is read beside its attention.
     """
     options = comfy.model_patcher.create_model_options_clone(model_options)
     transformer = options.setdefault("transformer_options", {})
@@ -43,6 +48,8 @@ def install(model_options: dict[str, Any], run: Run, watched: bool = False) -> d
         # six families have no other
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"{KEY}_pass", joint_pass, transformer)
         transformer["optimized_attention_override"] = joint_override(previous)
+        for place in places:
+            install_beside(transformer, run, place)
         return options
     if run.ends_early:
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, until_complete, transformer)

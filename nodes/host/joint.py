@@ -25,9 +25,10 @@ from ...models.network.blocks import BlockId
 from ...models.network.call import AttnCall, Pass
 from ...models.network.watch import PassEnds, Watcher
 from ...models.run import Run
+from .beside import added_beside, read_beside
 from .hearing import UNPLACED, handing_on
 from .model import KEY
-from .networks.shapes import joined, plain
+from .networks.shapes import flat, joined, plain
 from .page import warn
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
@@ -191,7 +192,11 @@ class _BlockCall:
         return self.block in watcher.output_blocks or self.block == watcher.tap
 
     def answered(self, out: Tensor) -> Tensor:
-        """The call's answer [b n (h d)] with the picture's rows as the watchers change them."""
+        """The call's answer [b n (h d)] with the picture's rows as the watchers change them; itself
+        where none waits for it.
+        """
+        if not self.answers:
+            return out
         at = self.picture(out)
         call = self.run.joint_call(self.block, self.options, self.picture(self.k), None)
         own = rows = out[:, at]
@@ -199,6 +204,7 @@ class _BlockCall:
             features = rows.movedim(1, 2).unflatten(2, call.grid)  # -> [b c y x]
             watcher.output_block(self.block, features, call.texts)
             rows = watcher.self_output(call, rows)
+        self.run.end_if_complete()
         return out if rows is own else spliced(out, at, rows)
 
     def references(self) -> list[References | Sharing]:
@@ -289,36 +295,24 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         shown.show()
         run.end_if_complete()
         call = shown.asked()
-        references = call.references()
+        references, concepts = call.references(), read_beside(run, block)
         attend = _in_layout(host, plain(kwargs))
         if call.alters():
             return restored(attend(*call.altered(), heads, mask=mask))
-        if not references and call is shown and not call.answers:
+        if not (references or concepts or call.answers) and call is shown:
             return host(q, k, v, heads, mask=mask, **kwargs)
-        fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
-        kernel = FusedAttend(attend) if fused else attend
-        return restored(_answer(call, references, attend, kernel, mask))
+        if references:
+            fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
+            out = call.read(references, attend, FusedAttend(attend) if fused else attend, mask)
+        elif call is shown:
+            out = flat(host(q, k, v, heads, mask=mask, **kwargs), kwargs)
+        else:
+            out = attend(call.q, call.k, call.v, heads, mask=mask)
+        out = call.answered(out)
+        return restored(added_beside(call, out, concepts, attend) if concepts else out)
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
-
-
-def _answer(
-    call: _BlockCall,
-    references: Sequence[References | Sharing],
-    attend: Attend,
-    kernel: Attend,
-    mask: Tensor | None,
-) -> Tensor:
-    """[b n (h d)] of a call in which something is read, changed or waited for."""
-    if references:
-        out = call.read(references, attend, kernel, mask)
-    else:
-        out = attend(call.q, call.k, call.v, call.heads, mask=mask)
-    if call.answers:
-        out = call.answered(out)
-        call.run.end_if_complete()
-    return out
 
 
 def spliced(whole: Tensor, at: slice, rows: Tensor) -> Tensor:

@@ -1,39 +1,33 @@
-"""Training inside the host: a copy that gradients pass through, progress, and the frozen UNet."""
+"""Training inside the host: a copy that gradients pass through, progress, and what is learned
+from.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
 import comfy.model_management
-import comfy.model_patcher
-import comfy.model_sampling
-import comfy.sampler_helpers
-import comfy.samplers
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.attention.fused import product_attend
-from ...models.attention.parts import Merge
 from ...models.concept.config import Preprocessing
 from ...models.concept.draws import Examples
-from ...models.concept.encoder import KeysValues
 from ...models.concept.pictures import centre_square
-from ...models.concept.training import Learning, checkpointed
 from ...models.network.blocks import BlockId
-from ...models.network.call import Part, Role
-from ...models.run import Run
-from .install import install
 from .latents import latent_in
-from .model import Conditioning, attention_sites, computes_in, network, require_unet
+from .model import (
+    Conditioning,
+    attention_sites,
+    computes_in,
+    draws_by_unet,
+    require_unet,
+)
 
-MOST_PROMPTS = 4096  # kept encoded
 # pixels of a side a family was trained at; else 512
 SIDES = {
     "SDXL": 1024,
@@ -97,130 +91,6 @@ def progress(total: int) -> Callable[[int, Any], None]:
     return tell
 
 
-class FrozenUNet:
-    """The Denoiser of models/concept/training.py: the host's model, loaded, with nothing to learn
-    but what it is given to read.
-
-    prompts: CONDITIONING by text. Use outside of inference_mode, with weights that were loaded
-    outside of it.
-    """
-
-    def __init__(
-        self,
-        model: ModelPatcher,
-        merge: Merge,
-        prompts: Mapping[str, Conditioning],
-        checkpointing: bool = False,
-    ) -> None:
-        self.patcher = model
-        self.load()
-        self.model, self.merge, self.device = (
-            model.model.requires_grad_(False),
-            merge,
-            model.load_device,
-        )
-        sampling = model.get_model_object("model_sampling")
-        self.sigmas, self.velocity = (
-            sampling.sigmas.float().cpu(),
-            isinstance(sampling, comfy.model_sampling.V_PREDICTION),
-        )
-        self.sites = attention_sites(network(model))
-        self.options = comfy.model_patcher.create_model_options_clone(model.model_options)
-        kernel = (
-            _products
-            if self.device.type == "cpu"
-            else lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
-        )
-        self.options.setdefault("transformer_options", {}).setdefault(
-            "optimized_attention_override", kernel
-        )  # sage cannot go back
-        self.prompts, self.encoded = prompts, {}
-        unet = network(model)
-        for block in (
-            (*unet.input_blocks, unet.middle_block, *unet.output_blocks) if checkpointing else ()
-        ):
-            for layer in block or ():  # some have no middle block
-                layer.forward = checkpointed(layer.forward)
-
-    def load(self) -> None:
-        """Onto the device, whole; again after anything else was there."""
-        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
-
-    def _encode(self, text: str, x: Tensor) -> dict[str, Tensor]:
-        """What the model reads of one prompt at the size of x: c_crossattn [1 w c], y [1 c] for
-        SDXL.
-        """
-        if text not in self.encoded:
-            kept = [(cross.clone(), _copied(extras)) for cross, extras in self.prompts[text]]
-            (cond,) = comfy.samplers.encode_model_conds(
-                self.model.extra_conds,
-                comfy.sampler_helpers.convert_cond(kept),
-                x[:1],
-                self.device,
-                "positive",
-                latent_image=x[:1],
-            )  # inpainting models ask for its size
-            read = {k: getattr(c, "cond", None) for k, c in cond["model_conds"].items()}
-            if len(self.encoded) >= MOST_PROMPTS:
-                del self.encoded[next(iter(self.encoded))]
-            self.encoded[text] = {
-                k: c.detach().to(self.device) for k, c in read.items() if isinstance(c, Tensor)
-            }
-        return self.encoded[text]
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        prompts: Sequence[str],
-        keys_values: KeysValues,
-        weight: float,
-    ) -> Tensor:
-        rows = [self._encode(text, x) for text in prompts]
-        longest = math.lcm(*(row["c_crossattn"].shape[1] for row in rows))
-        repeats = tuple(longest // row["c_crossattn"].shape[1] for row in rows)
-        rows = [
-            row | {"c_crossattn": row["c_crossattn"].repeat(1, n, 1)}
-            for row, n in zip(rows, repeats)
-        ]
-        conds = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-        run, part = (
-            Run(
-                sites=self.sites,
-                latent=tuple(x.shape[2:]),
-                active=[Learning(keys_values, weight, self.merge)],
-            ),
-            uuid4(),
-        )
-        run.parts[part] = Part(Role.COND, None, longest, repeats)
-        options = install(self.options, run)["transformer_options"] | {
-            "uuids": [part],
-            "cond_or_uncond": [0],
-            "sigmas": sigma,
-        }
-        return self.model.apply_model(x, sigma, transformer_options=options, **conds)
-
-
-def _copied(extras: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in extras.items()}
-
-
-def _products(
-    func: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:  # on a CPU 1.8 times faster in the backward pass than the fused kernel
-    return (
-        func(q, k, v, heads, mask=mask, **kwargs)
-        if kwargs.get("skip_reshape")
-        else product_attend(q, k, v, heads, mask)
-    )
-
-
 def examples_of(
     model: ModelPatcher,
     vae: Any,
@@ -256,7 +126,9 @@ def examples_of(
 
 
 def text_layers(model: ModelPatcher, node: str) -> dict[BlockId, tuple[Tensor, Tensor]]:
-    """(to_k, to_v) of every cross-attention layer, in float32 on the CPU."""
+    """(to_k, to_v) of every cross-attention layer, in float32 on the CPU; none of a transformer."""
+    if not draws_by_unet(model):
+        return {}
     sites = attention_sites(require_unet(model, node))
     return {
         b: (s.module.attn2.to_k.weight.float().cpu(), s.module.attn2.to_v.weight.float().cpu())
@@ -264,13 +136,17 @@ def text_layers(model: ModelPatcher, node: str) -> dict[BlockId, tuple[Tensor, T
     }
 
 
-def encoded(clip: Any, captions: Sequence[str], width: int, node: str) -> dict[str, Conditioning]:
-    """CONDITIONING by text, of no text too; ValueError for the CLIP of another model."""
+def encoded(
+    clip: Any, captions: Sequence[str], width: int | None, node: str
+) -> dict[str, Conditioning]:
+    """CONDITIONING by text, of no text too; ValueError for the CLIP of another model, where the
+    width of its text is known.
+    """
     prompts = {
         text: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in {*captions, ""}
     }
     wide = prompts[""][0][0].shape[-1]
-    if wide != width:
+    if width is not None and wide != width:
         raise ValueError(
             f"{node}: the CLIP given writes text of width {wide}, but the model reads width "
             f"{width}. Wire the CLIP of the same checkpoint."

@@ -20,6 +20,7 @@ from ...models.network.call import Asker
 from ...models.run import Run
 from ...models.story.sources import QueryRecorder
 from ...models.story.story import Story
+from .decoupled import DecoupledInjection
 from .foresight import foresee
 from .hearing import heard
 from .install import compiled, install
@@ -45,7 +46,10 @@ def _outer_sample(
         injection.check(guider.model_patcher)
     run = SamplerRun(Run(backbone=backbone), injections)
     guider.model_options = install(
-        original, run.calls, watched=any(injection.watches for injection in injections)
+        original,
+        run.calls,
+        watched=any(injection.watches for injection in injections),
+        places={i.place for i in injections if isinstance(i, DecoupledInjection)},
     )
     guider.model_options["transformer_options"][SAMPLER] = run
     try:

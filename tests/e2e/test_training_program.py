@@ -21,6 +21,7 @@ import pytest
 import torch
 from checkout import ROOT
 from kindred.miniature.album import write_album
+from kindred.miniature.pack import FLOW_CHECKPOINT
 from kindred.models.concept.file import load_concept_encoder
 from PIL import Image
 
@@ -223,3 +224,19 @@ def test_other_settings_are_another_run(begun, album, tmp_path):
         )
         and "Traceback" not in told
     )
+
+
+def test_it_trains_through_a_transformer_and_goes_on(album, tmp_path) -> None:
+    """The flow miniature, ten blocks of which neighbours share keys and values."""
+    flow = {"checkpoint": FLOW_CHECKPOINT, "size": 64, "tie": 2, "average": 0}
+    run(words(album, tmp_path, steps=2, **flow))
+    said = run(words(album, tmp_path, steps=4, **flow))
+    encoder = load_concept_encoder(tmp_path / "tiny.safetensors")
+    assert "going on from step 2" in said and len(losses(tmp_path)) == 4
+    assert encoder.config.decoupled and len(encoder.config.layers) == 10 and len(encoder.to_k) == 5
+    assert all(layer.weight.any() for layer in encoder.to_v.values())
+
+
+def test_ties_are_for_transformers(album, tmp_path) -> None:
+    said = run(words(album, tmp_path, tie=2), fails=True)
+    assert "--tie is for transformers" in said

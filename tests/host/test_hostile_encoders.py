@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kindred.models.concept.full_face import SD_STAGES
 from kindred.models.concept.settings import TrainSettings
 from kindred.models.concept.training import Trainer
 from kindred.models.concept.training_state import read_state
+from kindred.models.noise.path import DIFFUSION
 from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.host import CONCEPTS, REFERENCES
 from kindred.nodes.library import LoadReference
@@ -123,7 +125,8 @@ def test_damaged_full_face_weights_are_refused_or_ask_for_their_tower(place):
 class Denoise:
     """Draws the mean of what it reads: enough to learn from."""
 
-    sigmas, velocity = torch.linspace(0.1, 10, 8), False
+    sigmas, velocity, noise = torch.linspace(0.1, 10, 8), False, DIFFUSION
+    learning = staticmethod(nullcontext)
 
     def __call__(self, x, sigma, prompts, keys_values, weight):
         return 0.1 * x + weight * sum(k.mean() + v.mean() for k, v in keys_values.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +14,7 @@ from kindred.models.concept.draws import Draw, Examples
 from kindred.models.concept.encoder import ConceptEncoder
 from kindred.models.concept.settings import TrainSettings
 from kindred.models.concept.training import Trainer
+from kindred.models.noise.path import DIFFUSION, Diffusion, Flow
 from small_attention import sdpa_attend
 from torch import Tensor, nn
 
@@ -31,6 +33,9 @@ SETTINGS = TrainSettings(steps=20, batch=3, rate=1e-3, average=0.9, seed=5)
 
 class Denoise(nn.Module):
     """A frozen network small enough to know: a fixed function of all it is given, its own weight included."""
+
+    noise: Diffusion | Flow = DIFFUSION
+    learning = staticmethod(nullcontext)
 
     def __init__(self, velocity: bool = False, levels: int = 12) -> None:
         super().__init__()

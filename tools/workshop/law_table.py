@@ -44,6 +44,11 @@ LAWS = {  # heading of a column: file and test
     "sizes": "test_transformers.py::test_odd_sizes_and_other_texts_are_read_too",
     "drawn": "test_transformers.py::test_a_reference_is_drawn",
     "word": "test_transformer_words.py::test_the_mask_is_where_the_picture_looks_at_the_word",
+    "concept": "test_transformer_concepts.py::test_a_photo_is_felt_and_gone_with_its_node",
+    "silent": "test_transformer_concepts.py::test_values_of_zero_are_the_plain_picture",
+    "rows": "test_transformer_concepts.py::test_rows_of_the_text_stay_as_they_are",
+    "split": "test_transformer_concepts.py::test_halves_in_two_calls_are_halves_in_one",
+    "both": "test_transformer_concepts.py::test_both_injections_in_either_order",
 }
 MEANINGS = {
     "calls": "a pass makes the attention calls that the table above says",
@@ -63,6 +68,11 @@ MEANINGS = {
     "sizes": "a photo of another and odd size, a prompt of another length",
     "drawn": "Reference Preview's latents are as the family's VAE takes them",
     "word": "the mask found by a word is where the picture looks at it, by a planted signal",
+    "concept": "another photo of a concept changes the picture; without the node the plain picture is back, bit for bit",
+    "silent": "a concept whose values are 0 is the plain picture, bit for bit",
+    "rows": "where a concept is read, the text's rows keep every bit",
+    "split": "the halves of guidance read a concept in two calls as in one (1e-5)",
+    "both": "both injections of paper A on one MODEL, in either order (1e-5)",
 }
 
 

@@ -19,6 +19,11 @@ def plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in LAYOUT}
 
 
+def flat(out: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """A call's answer as its caller asked for it -> [b n (h d)]."""
+    return out.transpose(1, 2).flatten(2) if kwargs.get("skip_output_reshape") else out
+
+
 def joined(
     q: Tensor, k: Tensor, v: Tensor, heads: int, kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:

@@ -39,15 +39,20 @@ def make_encoder(
 ) -> tuple[ConceptEncoder, dict[str, Any]]:
     """The encoder for a MODEL, with the tower that is asked for -> encoder, the tower's description.
 
-    Its keys and values begin as the text's, or as those of --start, whose merge `given` takes over. Raises ValueError.
+    Its keys and values begin as the text's (a transformer's values as 0), or as those of --start, whose merge `given` takes over.
+    Raises ValueError.
     """
     from kindred.models.attention.parts import Merge
-    from kindred.models.concept.config import ConceptConfig
+    from kindred.models.concept.config import ConceptConfig, tokens_width
     from kindred.models.concept.encoder import ConceptEncoder
     from kindred.models.concept.file import load_concept_encoder
     from kindred.nodes import host
 
-    family, layers, width = host.cross_layers(model, NODE)
+    family, layers, width = host.concept_layers(model, NODE)
+    if width is not None and given.tie > 1:
+        raise ValueError("--tie is for transformers: a UNet's layers have keys and values each.")
+    if width is None:
+        given.merge = Merge.ADD.value  # a transformer reads it beside its attention
     if given.start:
         start = load_concept_encoder(given.start)
         check_start(given.start, start.config, family, layers, width)
@@ -57,20 +62,31 @@ def make_encoder(
         start = None
         tower, weights, pixels = new_tower(given)
     torch.manual_seed(seed)
+    own = tokens_width(layers, width) if start is None else start.config.width
     config = ConceptConfig(
-        family, layers, width, tower["hidden_size"], tower, pixels, Merge(given.merge)
+        family,
+        layers,
+        own,
+        tower["hidden_size"],
+        tower,
+        pixels,
+        Merge(given.merge),
+        tied=given.tie if start is None else start.config.tied,
     )
     encoder = ConceptEncoder(config)
     if weights:
         encoder.tower.load_clip(weights)
-    encoder.start_from_text(text_projections(model))
+    if config.decoupled:
+        encoder.start_silent()
+    else:
+        encoder.start_from_text(text_projections(model))
     if start is not None:
         encoder.load_state_dict(start.state_dict())
     return encoder, tower
 
 
 def check_start(
-    path: Path, config: ConceptConfig, family: str, layers: Mapping[str, int], width: int
+    path: Path, config: ConceptConfig, family: str, layers: Mapping[str, int], width: int | None
 ) -> None:
     from kindred.models.concept.config import check_layers
 

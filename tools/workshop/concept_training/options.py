@@ -32,7 +32,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="SD1.5, SD2.x or SDXL .safetensors, or a name in models/checkpoints",
+        help="a whole checkpoint (.safetensors) of a UNet or a transformer, or a name in models/checkpoints",
     )
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help=f"folder of this run{IN_GIT}")
@@ -58,6 +58,12 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--merge", choices=("concat", "add"), default="concat")
     parser.add_argument(
+        "--tie",
+        type=int,
+        default=1,
+        help="on a transformer: neighbouring blocks that share keys and values (default: %(default)s)",
+    )
+    parser.add_argument(
         "--held-out",
         type=int,
         default=8,
@@ -76,7 +82,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpointing",
         action="store_true",
-        help="recompute the UNet in the backward pass: less memory, slower",
+        help="recompute the UNet in the backward pass: less memory, slower; not on transformers",
     )
     parser.add_argument(
         "--tensorboard",

@@ -19,7 +19,7 @@ from results import make_folder
 from torch import Tensor
 from tqdm import tqdm
 
-from .encoder import find_file, make_encoder
+from .encoder import NODE, find_file, make_encoder
 from .engine import MOST_PROMPTS, Accelerated, Prompts, estimate
 from .validation import draw_subjects, losses_of
 
@@ -45,9 +45,8 @@ class Training:
         self.prompts = Prompts(clip)
         for text in list(dict.fromkeys(("", *self.examples.prompts)))[:MOST_PROMPTS]:
             self.prompts[text]  # before the UNet is loaded, which the text encoder would push aside
-        self.denoise = host.FrozenUNet(
-            self.model, encoder.config.merge, self.prompts, given.checkpointing
-        )
+        merge = encoder.config.merge
+        self.denoise = host.frozen(self.model, merge, self.prompts, given.checkpointing, NODE)
         self.trainer = Trainer(
             encoder, self.denoise, self.examples, settings, Accelerated(accelerator)
         )
