@@ -21,14 +21,16 @@ def settled(canvas, milliseconds: int = 400) -> None:
     canvas.page.wait_for_timeout(milliseconds)
 
 
-def found_by(canvas, words: str, at: tuple[int, int]) -> int:
-    """A node by double click, words, Enter, and a click where it shall stand; gives its id."""
+def found_by(canvas, words: str, title: str, at: tuple[int, int]) -> int:
+    """A node by double click, words, Enter once it is the first that is offered, and a click where it shall stand; gives its id."""
     before = set(canvas.page.evaluate("app.graph.nodes.map(n => Number(n.id))"))
     canvas.page.mouse.dblclick(*at)
-    settled(canvas, 900)
-    canvas.page.keyboard.type(words, delay=15)
-    settled(canvas, 1500)
-    canvas.page.keyboard.press("Enter")
+    search = canvas.page.locator("[role=combobox][aria-controls=results-list]")
+    search.wait_for(timeout=120_000)
+    search.press_sequentially(words, delay=15)
+    first = canvas.page.get_by_test_id("result-item").first
+    first.filter(has_text=title).wait_for(timeout=120_000)
+    search.press("Enter")
     canvas.page.wait_for_function(
         "n => app.graph.nodes.length > n", arg=len(before), timeout=120_000
     )
@@ -105,9 +107,9 @@ def test_the_template_browser_lists_every_workflow_and_opens_one(canvas, shots):
 def test_a_node_is_found_by_its_alias_dragged_wired_and_run(canvas, shots):
     """Load Photo by a word of its aliases, Preview Image by its name; the picture appears."""
     canvas.load(EMPTY, "empty")
-    photo = found_by(canvas, "reference photo", (500, 420))
+    photo = found_by(canvas, "reference photo", "Load Photo", (500, 420))
     assert canvas.page.evaluate("id => app.graph.getNodeById(id).type", photo) == "KindredLoadPhoto"
-    preview = found_by(canvas, "preview image", (1000, 420))
+    preview = found_by(canvas, "preview image", "Preview Image", (1000, 420))
     assert canvas.page.evaluate("id => app.graph.getNodeById(id).type", preview) == "PreviewImage"
     before = canvas.page.evaluate("id => [...app.graph.getNodeById(id).pos]", preview)
     x, y = grip(canvas, preview)
@@ -179,11 +181,9 @@ def test_experts_inputs_are_folded(canvas):
 def test_a_chinese_user_reads_chinese(server, chromium, shots):
     with chromium.page(server.url, vue=True, Comfy__Locale="zh") as page:
         page.load(CANVAS / "story.json")
-        assert Client(server.url).json("/i18n")["zh"]["nodeDefs"]["KindredConsiStory"][
-            "display_name"
-        ]
+        nodes = Client(server.url).json("/i18n")["zh"]["nodeDefs"]
         page.load({**EMPTY}, "empty")
-        found_by(page, "ConsiStory", (700, 300))
+        found_by(page, "ConsiStory", nodes["KindredConsiStory"]["display_name"], (700, 300))
         title = page.page.evaluate("app.graph.nodes[0].title")
         assert any("\u4e00" <= letter <= "\u9fff" for letter in title), title
         page.screenshot(shots / "chinese.png")

@@ -140,7 +140,7 @@ def text_encoder(kind: Callable[..., Any], part: str) -> State:
 
 def autoencoder() -> State:
     """The flow miniature's: 16 channels at an eighth of the picture, as of FLUX.1, SD3 and Z-Image."""
-    weights = HERE.parents[1] / "miniature" / "weights" / "flow" / "autoencoder.safetensors"
+    weights = HERE.parents[1] / "miniature" / "weights" / "kindred_flow_autoencoder.safetensors"
     return load_file(weights)
 
 
