@@ -49,6 +49,16 @@ LAWS = {  # heading of a column: file and test
     "rows": "test_transformer_concepts.py::test_rows_of_the_text_stay_as_they_are",
     "split": "test_transformer_concepts.py::test_halves_in_two_calls_are_halves_in_one",
     "both": "test_transformer_concepts.py::test_both_injections_in_either_order",
+    "shared": "test_transformer_stories.py::test_the_others_are_felt_and_gone_with_the_node",
+    "nothing": "test_transformer_stories.py::test_where_nothing_is_shared_no_bit_changes",
+    "windows": "test_transformer_stories.py::test_outside_of_their_windows_blending_and_injection_change_no_bit",
+    "order": "test_transformer_stories.py::test_the_order_of_the_pictures_is_irrelevant",
+    "extras": "test_transformer_stories.py::test_extras_change_neither_the_anchors_nor_one_another",
+    "equal": "test_transformer_stories.py::test_equal_pictures_stay_as_they_are_and_the_text_keeps_its_share",
+    "story, samplers": "test_transformer_stories.py::test_it_is_felt_however_one_samples",
+    "halves": "test_transformer_stories.py::test_cond_and_uncond_in_one_call_or_in_two",
+    "blended, mixed": "test_transformer_stories.py::test_blended_queries_and_injected_features_are_felt",
+    "by word": "test_transformer_stories.py::test_the_word_finds_the_subject",
 }
 MEANINGS = {
     "calls": "a pass makes the attention calls that the table above says",
@@ -73,6 +83,16 @@ MEANINGS = {
     "rows": "where a concept is read, the text's rows keep every bit",
     "split": "the halves of guidance read a concept in two calls as in one (1e-5)",
     "both": "both injections of paper A on one MODEL, in either order (1e-5)",
+    "shared": "a story's pictures feel one another; without the node the plain ones are back, bit for bit",
+    "nothing": "strength 0, dropout 1, black masks, one picture alone: the plain pictures, bit for bit",
+    "windows": "blending and injection outside of their windows change no bit",
+    "order": "the order of the pictures does not matter where all read all (1e-4)",
+    "extras": "further pictures change neither the anchors nor one another (1e-4)",
+    "equal": "equal pictures that read one another stay as they are, and only *plain* dims the prompt (1e-5)",
+    "story, samplers": "a whole story with CFG 1, heun and an SDE sampler, and of four steps",
+    "halves": "cond and uncond in one call or in two (5e-4)",
+    "blended, mixed": "query blending and feature injection are felt, each alone",
+    "by word": "a story whose subject is found by its word; its first step is plain",
 }
 
 
