@@ -57,6 +57,8 @@ def added_beside(
     """A call's answer [b n (h d)] with what its picture reads of the concepts; what belongs into
     the stream is kept until its block is done.
     """
+    if not concepts:
+        return out
     cross = call.block[0] == CROSS
     block = (ALONE, *call.block[1:]) if cross else call.block
     queries, keys = (slice(None), slice(0)) if cross else map(call.picture, (call.q, call.k))

@@ -302,17 +302,21 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         if not (references or concepts or call.answers) and call is shown:
             return host(q, k, v, heads, mask=mask, **kwargs)
         if references:
-            fused = func is _FUSED and previous is None and q.shape[0] <= SDP_BATCH_LIMIT
-            out = call.read(references, attend, FusedAttend(attend) if fused else attend, mask)
+            fused = func is _FUSED and previous is None
+            out = call.read(references, attend, _kernel(attend, fused, q), mask)
         elif call is shown:
             out = flat(host(q, k, v, heads, mask=mask, **kwargs), kwargs)
         else:
             out = attend(call.q, call.k, call.v, heads, mask=mask)
-        out = call.answered(out)
-        return restored(added_beside(call, out, concepts, attend) if concepts else out)
+        return restored(added_beside(call, call.answered(out), concepts, attend))
 
     setattr(override, KEY, (previous,))  # a second install replaces ours instead of stacking it
     return override
+
+
+def _kernel(attend: Attend, fused: bool, q: Tensor) -> Attend:
+    """What references are read by; fused: the host's attention is torch's own."""
+    return FusedAttend(attend) if fused and q.shape[0] <= SDP_BATCH_LIMIT else attend
 
 
 def spliced(whole: Tensor, at: slice, rows: Tensor) -> Tensor:

