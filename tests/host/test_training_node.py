@@ -577,7 +577,9 @@ def test_a_model_that_cannot_be_read_again_or_is_of_another_kind(train, world):
         train(model=flow)
     other = SimpleNamespace(
         encoder=SimpleNamespace(
-            config=SimpleNamespace(layers=((("input", 1, 0), 320),), width=768, family="SD15")
+            config=SimpleNamespace(
+                layers=((("input", 1, 0), 320),), width=768, family="SD15", decoupled=False
+            )
         )
     )
     with pytest.raises(ValueError, match="trained for SD15"):
