@@ -229,6 +229,10 @@ def draw(canvas: Canvas, name: str) -> dict[str, Any]:
     # further runs are this one again, as the thumbnail shows it, until somebody wishes otherwise
     canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
                             if (w.name === 'control_after_generate') w.value = 'fixed' }""")
+    # the page shows a text that is wired in as empty or as its example, whichever comes first
+    canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
+                            if (w.type === 'customtext' && n.inputs?.some(i =>
+                                i.link != null && i.widget?.name === w.name)) w.value = '' }""")
     canvas.load(arrange(name, graph, canvas.serialize()), name)
     return cleaned(name, canvas.serialize())
 
