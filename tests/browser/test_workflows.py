@@ -86,7 +86,7 @@ def test_it_runs_at_a_press_of_run(chromium, server, name, shots):
             )
         ended = canvas.run(300)
         assert ended["kind"] == "execution_success", ended
-        outputs = server.client.history(ended["detail"]["prompt_id"])["outputs"]
+        outputs = canvas.outputs(ended)
         assert all(output.get("images") or "text" in output for output in outputs.values())
         for key, node in api_form(name).items():
             if node["class_type"] in SHOWING:

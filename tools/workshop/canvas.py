@@ -233,6 +233,12 @@ class Canvas:
             return self.body(node).locator("img").count()
         return self.page.evaluate("id => app.graph.getNodeById(id).imgs?.length ?? 0", node)
 
+    def outputs(self, ended: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a run that `run` told the end of, what each node gave out; the host keeps it a moment later."""
+        while (kept := self.client.history(ended["detail"]["prompt_id"])) is None:
+            self.page.wait_for_timeout(100)
+        return kept["outputs"]
+
     def wait_for_pictures(self, node: int, seconds: float = 120) -> None:
         """Pictures arrive after the run has ended, later on a busy machine."""
         shown = (

@@ -93,7 +93,7 @@ def run(canvas: Canvas, name: str) -> Pictures:
     ended = canvas.run()
     if ended["kind"] != "execution_success" or canvas.errors or canvas.toasts():
         raise RuntimeError(f"{name}: {ended}, {canvas.errors}, {canvas.toasts()}")
-    outputs = canvas.client.history(ended["detail"]["prompt_id"])["outputs"]
+    outputs = canvas.outputs(ended)
     return {
         int(key): [
             Image.open(BytesIO(canvas.client.view(image))).convert("RGB")
