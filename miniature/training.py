@@ -108,8 +108,10 @@ def location_loss(columns: Sequence[Tensor], target: Tensor) -> Tensor:
     """Cross-entropy between where a word is looked at and where its subject is, mean over layers.
 
     columns: of each layer, how much every position looks at the word [b n]; target: how much of
-    each position the subject covers [b n] in 0..1.
+    each position the subject covers [b n] in 0..1. 0 where no picture names it.
     """
+    if not len(target):
+        return target.new_zeros(())
     share = target / target.sum(1, keepdim=True)
     losses = []
     for column in columns:

@@ -10,8 +10,9 @@ from kindred.models.attention.engine import read
 from kindred.models.attention.sharing import Gathers, Sharing
 from kindred.models.network.call import AttnCall, Joint, Part, Role
 from kindred.models.network.sites import BlockSite
+from kindred.models.story.matching import match
 from kindred.models.story.plan import Schedule, StorySettings, shared_groups
-from kindred.models.story.step import Gated
+from kindred.models.story.step import Gated, Step
 from kindred.models.subject.correspondence import MASSIVE, correspond, telling_channels
 from kindred.models.subject.maps import apart_masks, word_masks
 from small_attention import TIGHT, rand, sdpa_attend
@@ -192,6 +193,31 @@ def test_no_token_is_of_two_subjects(grid) -> None:
 
 
 # matching ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_subject_is_read_by_its_like_and_by_what_is_no_subject() -> None:
+    """Of two subjects on a picture's left and right and nothing between: never the other's tokens."""
+    settings = StorySettings(frozenset({BLOCK}), (), anchors=0, dropout=0.0)
+    schedule = Schedule((1.0, 0.5), (999.0, 500.0), settings)
+    soft = torch.zeros(2, 2, 1, 3)
+    soft[:, 0, :, 0] = soft[:, 1, :, 2] = 1.0
+    step = Step(settings, schedule, 2, CPU, sigma=1.0, soft=soft)
+    left, right = step.gated((1, 3))
+    assert left.gate.tolist() == [[True, True, False]] * 2
+    assert right.gate.tolist() == [[False, True, True]] * 2
+    reads = [[(who, index.tolist()) for who, index in one.reads] for one in (left, right)]
+    assert reads == [[((0, 1), [3]), ((1, 2), [0])], [((0, 1), [5]), ((1, 2), [2])]]
+
+
+def test_where_two_subjects_lie_the_nearer_match_counts() -> None:
+    """Both subjects claim token 0; the second one's source is its very like."""
+    features = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.0, 1.0]]])
+    sources = torch.tensor([[[0.9, 0.2], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
+    mask = torch.tensor([[[True, False, False, False]]])
+    for order in ((0, 1), (1, 0)):
+        candidates = [[torch.tensor([source])] for source in order]
+        targets, rows = match(features, [mask, mask], sources, candidates)
+        assert targets.tolist() == [0] and rows.tolist() == [1]
 
 
 def test_massive_channels_do_not_count() -> None:

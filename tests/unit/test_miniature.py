@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from kindred.miniature.reader import (
     similarity_parts,
 )
 from kindred.miniature.train_reader import accuracy
+from kindred.miniature.training import location_loss
 from kindred.miniature.world import (
     CLASSES,
     HATS,
@@ -205,3 +207,14 @@ def test_what_all_workers_need_is_there_before_they_begin(
     monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
     train.main(["unet", "--folder", str(tmp_path), "--renderings", "8", "--workers", "2"])
     assert seen == [(2, 1, False)]
+
+
+def test_a_word_that_is_looked_at_where_its_subject_is_costs_nothing() -> None:
+    """However much it is looked at; anywhere else it costs, and without a picture there is nothing."""
+    target = torch.tensor([[0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 2.0]])
+    even = torch.full((2, 4), 0.3)
+    there = target.clamp(min=1e-6)
+    assert abs(float(location_loss([0.1 * there, 7.0 * there], target))) < 1e-4
+    by_hand = sum(p * math.log(p / 0.25) for p in (2 / 3, 1 / 3)) / 2 + math.log(4) / 2
+    assert float(location_loss([even], target)) == pytest.approx(by_hand, abs=1e-4)
+    assert float(location_loss([even[:0]], target[:0])) == 0.0
