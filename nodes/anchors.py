@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from ..models.network.call import Asker, Half
 from ..models.network.sites import require_placed_keys
+from ..models.reference.bank import ReferenceBank
 from ..models.story.anchors import NODE as SAMPLER
 from ..models.story.anchors import AnchorRecorder, passes_over
 from ..models.story.inject import FAST, OFFICIAL
 from ..models.story.plan import StorySettings
-from . import host
+from . import host, inputs
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +108,8 @@ class AnchorSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="Below 1 starts from the latents given.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=["as computed", "float16"],
-                    default="as computed",
-                    advanced=True,
-                    tooltip="How the features are stored. float16 halves memory and file of a "
+                inputs.precision(
+                    "How the features are stored. float16 halves memory and file of a "
                     "model that computes in float32.",
                 ),
             ],
@@ -143,37 +141,32 @@ class AnchorSampler(io.ComfyNode):
         story = story_of(model)
         require_placed_keys(host.require_sites(model, SAMPLER), SAMPLER)
         require_sampled(denoise, sampler_name)
-        recorder = AnchorRecorder(torch.float16 if precision == "float16" else None)
+        recorder = AnchorRecorder(inputs.stored_in(precision))
         recording = host.inject(model, replace(story, recorder=recorder), instead_of=story)
-        out = host.sample(
-            recording,
-            seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            latent_image,
-            denoise,
-        )
+        order = seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
+        out = host.sample(recording, *order)
         require_finite(out["samples"])
-        prompts = {
-            Half.COND: host.first_rows(model, positive, recorder.count),
-            Half.UNCOND: host.first_rows(model, negative, recorder.count),
-        }
-        final = host.to_model_scale(model, out["samples"][: recorder.count])
         schedule = f"{scheduler}, {sampler_name}, {steps} steps"
-        bank = recorder.finish(
-            final,
-            prompts,
-            host.model_key(model),
-            schedule,
-            written(story.settings),
-            host.noise_of(model, SAMPLER),
-        )
+        conditionings = {Half.COND: positive, Half.UNCOND: negative}
+        bank = anchors_of(model, story, recorder, out["samples"], conditionings, schedule)
         log.info("%s: %d anchors, %.1f MB", SAMPLER, recorder.count, bank.bytes / 1e6)
         return io.NodeOutput(out, bank)
+
+
+def anchors_of(
+    model: Any,
+    story: host.StoryInjection,
+    recorder: AnchorRecorder,
+    samples: Tensor,
+    conditionings: Mapping[Half, host.Conditioning],
+    schedule: str,
+) -> ReferenceBank:
+    """What was recorded of the first pictures of finished latents [b c y x], as a reference."""
+    count = recorder.count
+    prompts = {half: host.first_rows(model, c, count) for half, c in conditionings.items()}
+    final = host.to_model_scale(model, samples[:count])
+    facts = host.model_key(model), schedule, written(story.settings), host.noise_of(model, SAMPLER)
+    return recorder.finish(final, prompts, *facts)
 
 
 def story_of(model: Any) -> host.StoryInjection:

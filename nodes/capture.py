@@ -31,7 +31,7 @@ from ..models.reference.photo import (
 )
 from ..models.reference.recorder import Recorder
 from ..models.subject.masks import Threshold
-from . import host
+from . import host, inputs
 
 OTSU, VALUE = "otsu", "value"
 log = logging.getLogger(__name__)
@@ -83,11 +83,8 @@ class RefUNetCapture(io.ComfyNode):
                     "simple for Flux, SD3.5, Qwen-Image and most transformers. "
                     "Unused with an inversion.",
                 ),
-                io.String.Input(
-                    "blocks",
-                    default="all",
-                    advanced=True,
-                    tooltip="Which self-attention blocks to keep: all, encoder, middle, decoder, "
+                inputs.blocks(
+                    "Which self-attention blocks to keep: all, encoder, middle, decoder, "
                     "masactrl, measured (by Block Probe), or a list such as "
                     "output 3-5, middle 0. In transformers encoder and decoder are the first and "
                     "the second half, "
@@ -129,12 +126,8 @@ class RefUNetCapture(io.ComfyNode):
                     "those at a quarter of the latent's size; in transformers the second half of "
                     "the double blocks, or the middle third of all.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=["as computed", "float16"],
-                    default="as computed",
-                    advanced=True,
-                    tooltip="How the features are stored in memory. float16 halves the memory of a "
+                inputs.precision(
+                    "How the features are stored in memory. float16 halves the memory of a "
                     "model that computes in "
                     "float32.",
                 ),
@@ -230,10 +223,8 @@ class RefUNetCapture(io.ComfyNode):
         )
         threshold = OTSU if mask_threshold == OTSU else mask_value
         subject = Finding(mask, mask_blocks, threshold, mask_steps)
-        stored = torch.float16 if precision == "float16" else None
-        reading = pass_over(
-            sites, wanted, photo, prompts, subject, stored, token_share, Keeps(keeps)
-        )
+        kept = inputs.stored_in(precision), token_share, Keeps(keeps)
+        reading = pass_over(sites, wanted, photo, prompts, subject, *kept)
         if reading.transformer:
             photo = inverted(model, photo, prompts[Half.COND])
         bank = read(model, photo, reading)

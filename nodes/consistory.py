@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.v0_0_2 import io
@@ -11,12 +12,14 @@ from ..models.attention.joint import TextShare
 from ..models.attention.weights import STORY_ODDS, dial
 from ..models.network.blocks import BlockId, block_name
 from ..models.network.call import Half, Halves
-from ..models.network.sites import map_blocks, require_placed_keys
+from ..models.network.sites import BlockSite, map_blocks, require_placed_keys
 from ..models.reference.bank import ReferenceBank
 from ..models.story.inject import FAST, OFFICIAL
 from ..models.story.plan import NODE as STORY
 from ..models.story.plan import StorySettings
-from . import host
+from . import host, inputs
+
+SHARES = ("dropout", "query_blend", "query_blend_end", "feature_injection")  # are from 0 to 1
 
 
 class ConsiStory(io.ComfyNode):
@@ -26,11 +29,6 @@ class ConsiStory(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def percent(name: str, default: float, tip: str) -> io.Float.Input:
-            return io.Float.Input(
-                name, default=default, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=tip
-            )
-
         return io.Schema(
             node_id="KindredConsiStory",
             display_name=STORY,
@@ -49,14 +47,8 @@ class ConsiStory(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="How alike the subjects become: 0 leaves the plain pictures, 1 all "
+                inputs.strength(
+                    "How alike the subjects become: 0 leaves the plain pictures, 1 all "
                     "that sharing and feature "
                     "injection give. Start with 1.",
                 ),
@@ -80,14 +72,8 @@ class ConsiStory(io.ComfyNode):
                     tooltip="Of the dropout alone; the sampler has its own. Leave it, and vary the "
                     "sampler's.",
                 ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip="How loudly the others' subject speaks at full strength: 0 shares "
+                inputs.weight(
+                    "How loudly the others' subject speaks at full strength: 0 shares "
                     "nothing, 1 as if it were the "
                     "picture's own.",
                 ),
@@ -131,24 +117,22 @@ class ConsiStory(io.ComfyNode):
                     advanced=True,
                     tooltip="query_blend at the last step of its window.",
                 ),
-                percent(
+                inputs.percent(
                     "blend_end_percent",
                     0.12,
                     "When in the sampling the plain pass's queries stop to be used.",
                 ),
-                percent(
+                inputs.percent(
                     "injection_start_percent", 0.1, "When in the sampling feature injection begins."
                 ),
-                percent(
+                inputs.percent(
                     "injection_end_percent", 0.32, "When in the sampling feature injection ends."
                 ),
-                io.String.Input(
-                    "blocks",
-                    default="decoder",
-                    advanced=True,
-                    tooltip="Self-attention blocks that share: decoder, all, encoder, middle, or a "
+                inputs.blocks(
+                    "Self-attention blocks that share: decoder, all, encoder, middle, or a "
                     "list such as output 3-5. In transformers decoder is the second half; the "
                     "list is of their blocks, such as single 10-20.",
+                    default="decoder",
                 ),
                 io.String.Input(
                     "mask_blocks",
@@ -196,13 +180,8 @@ class ConsiStory(io.ComfyNode):
                     "its "
                     "word. White is the subject.",
                 ),
-                io.Combo.Input(
-                    "text_share",
-                    options=[s.value for s in TextShare],
-                    default=TextShare.KEPT.value,
-                    optional=True,
-                    advanced=True,
-                    tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
+                inputs.text_share(
+                    "In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
                     "pictures share one attention. "
                     "kept: the prompt is heard as much as without the other pictures. plain: they "
                     "dim it too. "
@@ -243,37 +222,16 @@ class ConsiStory(io.ComfyNode):
     ) -> io.NodeOutput:
         sites = host.require_sites(model, STORY)
         require_first(model)
-        wanted = frozenset(host.chosen_blocks(model, blocks, sites, STORY))
-        require_shares(
-            dropout=dropout,
-            query_blend=query_blend,
-            query_blend_end=query_blend_end,
-            feature_injection=feature_injection,
-        )
+        require_shares(dropout, query_blend, query_blend_end, feature_injection)
         require_counts(weight, anchors)
-        weight *= dial(strength, STORY, STORY_ODDS)
-        feature_injection *= strength
-        if reference is not None:
-            require_placed_keys(sites, STORY)
-            wanted = readable_blocks(model, reference, wanted, blocks, Halves(halves))
-        layout = host.layout_of(model, sites)
-        if not layout.output_blocks:  # attention in the middle alone
-            feature_injection = 0.0
-        settings = StorySettings(
-            wanted,
-            map_blocks(mask_blocks, sites, STORY),
-            anchors,
-            seed,
-            weight,
-            dropout,
-            (query_blend, query_blend_end),
-            injection=feature_injection,
-            halves=Halves(halves),
-            official=order == OFFICIAL,
-            align_keys=align_keys,
-            dims_text=TextShare(text_share) is TextShare.PLAIN,
-        )
-        moments = (blend_end_percent, injection_start_percent, injection_end_percent)
+        choices = choices_of(halves, order, align_keys, text_share)
+        wanted = shared_blocks(model, sites, blocks, reference, choices["halves"])
+        maps, layout = map_blocks(mask_blocks, sites, STORY), host.layout_of(model, sites)
+        numbers = anchors, seed, weight * dial(strength, STORY, STORY_ODDS), dropout
+        injected = feature_injection * strength * bool(layout.output_blocks)  # none: middle alone
+        blend = query_blend, query_blend_end
+        settings = StorySettings(wanted, maps, *numbers, blend, injection=injected, **choices)
+        moments = blend_end_percent, injection_start_percent, injection_end_percent
         drawn = None if masks is None else masks.reshape(-1, *masks.shape[-2:])
         if shares_nothing(settings, moments, drawn):
             return io.NodeOutput(model.clone())
@@ -296,9 +254,34 @@ def require_first(model: Any) -> None:
         )
 
 
-def require_shares(**shares: float) -> None:
-    """ValueError for one that is not from 0 to 1, by the name of its input."""
-    for name, value in shares.items():
+def choices_of(halves: str, order: str, align_keys: bool, text_share: str) -> dict[str, Any]:
+    """Fields of StorySettings that are chosen from a list."""
+    return {
+        "halves": Halves(halves),
+        "official": order == OFFICIAL,
+        "align_keys": align_keys,
+        "dims_text": TextShare(text_share) is TextShare.PLAIN,
+    }
+
+
+def shared_blocks(
+    model: Any,
+    sites: Mapping[BlockId, BlockSite],
+    blocks: str,
+    reference: ReferenceBank | None,
+    halves: Halves,
+) -> frozenset[BlockId]:
+    """The blocks that share; ValueError where a reference cannot be read in them."""
+    wanted = frozenset(host.chosen_blocks(model, blocks, sites, STORY))
+    if reference is None:
+        return wanted
+    require_placed_keys(sites, STORY)
+    return readable_blocks(model, reference, wanted, blocks, halves)
+
+
+def require_shares(*shares: float) -> None:
+    """ValueError for one that is not from 0 to 1, by the name of its input in SHARES."""
+    for name, value in zip(SHARES, shares, strict=True):
         if not 0 <= value <= 1:
             raise ValueError(f"{STORY}: {name} is {value}. Give a number from 0 to 1.")
 

@@ -18,7 +18,7 @@ from ..models.network.rope import Positions
 from ..models.network.sites import BlockSite
 from ..models.reference.bank import ReferenceBank
 from ..models.reference.inject import NODE, ActiveMaskedSelf, MaskedSelf
-from . import host
+from . import host, inputs
 
 
 class MaskedSelfInjection(MaskedSelf):
@@ -68,89 +68,51 @@ class MaskedSelfAttnInject(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model the reference was read with."),
                 host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="How much of the reference's subject comes through: 0 is the plain "
+                inputs.strength(
+                    "How much of the reference's subject comes through: 0 is the plain "
                     "picture, 1 all of it. Start with "
                     "1 and turn it down where the picture copies too much.",
                 ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip="W_S at full strength: 1 is the reference beside the picture's own "
+                inputs.weight(
+                    "W_S at full strength: 1 is the reference beside the picture's own "
                     "features, more is more identity "
                     "until shapes break.",
                 ),
-                io.Combo.Input(
-                    "weight_mode",
-                    options=[m.value for m in WeightMode],
-                    default=WeightMode.LOGIT_BIAS.value,
-                    advanced=True,
-                    tooltip="How the weight acts. logit bias: renormalised inside the softmax. "
+                inputs.weight_mode(
+                    "How the weight acts. logit bias: renormalised inside the softmax. "
                     "post softmax: on its output. key "
                     "scale: on the keys. "
                     "output blend: between plain and concatenated.",
                 ),
-                io.String.Input(
-                    "blocks",
-                    default="all",
-                    advanced=True,
-                    tooltip="Which captured blocks to use: all, encoder, middle, decoder, "
+                inputs.blocks(
+                    "Which captured blocks to use: all, encoder, middle, decoder, "
                     "masactrl, measured (by Block Probe), or a list such as output "
                     "3-5, middle 0. In transformers encoder and decoder are the first and the "
                     "second half, "
                     "and double, single or a list such as double 3-5, single 0 name their own.",
                 ),
-                io.Float.Input(
+                inputs.percent(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="When in the sampling the reference starts to be read.",
+                    0.0,
+                    "When in the sampling the reference starts to be read.",
                 ),
-                io.Float.Input(
+                inputs.percent(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="When in the sampling it stops to be read.",
+                    1.0,
+                    "When in the sampling it stops to be read.",
                 ),
-                io.Combo.Input(
-                    "halves",
-                    options=[h.value for h in Halves],
-                    default=Halves.COND.value,
-                    advanced=True,
-                    tooltip="Which half of CFG reads the reference. cond only lets guidance "
+                inputs.halves(
+                    Halves.COND,
+                    "Which half of CFG reads the reference. cond only lets guidance "
                     "amplify the subject; both needs a "
                     "negative in the capture; "
                     "shared gives both halves the same features.",
                 ),
-                io.Mask.Input(
-                    "target_mask",
-                    optional=True,
-                    tooltip="Only this part of the new picture may look at the reference. White is "
-                    "where.",
+                inputs.target_mask(
+                    "Only this part of the new picture may look at the reference. White is where.",
                 ),
-                io.Combo.Input(
-                    "text_share",
-                    options=[s.value for s in TextShare],
-                    default=TextShare.KEPT.value,
-                    optional=True,
-                    advanced=True,
-                    tooltip="In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
+                inputs.text_share(
+                    "In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
                     "picture share one attention. "
                     "kept: the prompt is heard as much as without the reference. plain: the "
                     "reference dims it too. "

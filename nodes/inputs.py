@@ -4,8 +4,10 @@ say.
 
 from __future__ import annotations
 
+import torch
 from comfy_api.v0_0_2 import io
 
+from ..models.attention.joint import TextShare
 from ..models.attention.weights import WeightMode
 from ..models.network.call import Halves
 
@@ -57,6 +59,37 @@ def halves(default: Halves, tooltip: str) -> io.Combo.Input:
         "halves",
         options=[half.value for half in Halves],
         default=default.value,
+        advanced=True,
+        tooltip=tooltip,
+    )
+
+
+AS_COMPUTED, HALF = "as computed", "float16"
+
+
+def precision(tooltip: str) -> io.Combo.Input:
+    """In which features are stored; stored_in says what a choice means."""
+    return io.Combo.Input(
+        "precision",
+        options=[AS_COMPUTED, HALF],
+        default=AS_COMPUTED,
+        advanced=True,
+        tooltip=tooltip,
+    )
+
+
+def stored_in(choice: str) -> torch.dtype | None:
+    """None: as they are computed."""
+    return torch.float16 if choice == HALF else None
+
+
+def text_share(tooltip: str) -> io.Combo.Input:
+    """Where text and picture share a softmax."""
+    return io.Combo.Input(
+        "text_share",
+        options=[share.value for share in TextShare],
+        default=TextShare.KEPT.value,
+        optional=True,
         advanced=True,
         tooltip=tooltip,
     )

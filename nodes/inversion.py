@@ -13,6 +13,7 @@ from ..models.metrics import psnr
 from ..models.noise import inversion as method
 from ..models.noise.inversion import InversionTrajectory, require_below_top
 from ..models.noise.path import Noise
+from ..models.reference.bank import ReferencePrompt
 from . import host
 
 NODE = "DDIM Invert"
@@ -140,33 +141,48 @@ class DDIMInvert(io.ComfyNode):
         require_below_top(down.flip(0), noise, f"{NODE} ({name})")
         z0 = host.latent_in(model, latent["samples"], NODE)
         prompt = host.read_prompt(model, positive, "positive", NODE, len(z0))
-        report = f"{name}, {way}" + (f" (what {method} is on this model)" if way != method else "")
-        if way == FORWARD:
-            latents, maps, back = forward_noise(z0, down, seed, noise), None, None
-        else:
-            loop = (
-                edit_friendly_loop(z0, down, seed, check, noise)
-                if way == EDIT_FRIENDLY
-                else ode_loop(z0, down, check, noise, way)
-            )
-            calls = len(down) - 1 + (way == FIREFLOW)
-            latents, maps, back = host.reference_pass(
-                model, z0.shape, down, prompt, None, loop, total=calls + (len(down) - 1) * check
-            )
+        latents, maps, back = brought_to_noise(model, z0, down, prompt, way, seed, check, noise)
         trajectory = InversionTrajectory(
             down.flip(0), latents, way, prompt.text, host.model_key(model), name, maps, noise
         )
-        if back is not None:
-            # a photo of one colour has no range
-            spread = (z0.max() - z0.min()).item() or z0.abs().max().item()
-            report += f": round trip {psnr(back, z0, spread):.1f} dB in latent space"
+        report = f"{name}, {way}" + (f" (what {method} is on this model)" if way != method else "")
+        report += "" if back is None else round_trip(z0, back)
         log.info("%s: %s", NODE, report)
         host.tell(cls, report)
-        return io.NodeOutput(
-            trajectory,
-            latent | {"samples": host.latent_out(model, latents[-1])},
-            ui=ui.PreviewText(report),
-        )
+        noised = latent | {"samples": host.latent_out(model, latents[-1])}
+        return io.NodeOutput(trajectory, noised, ui=ui.PreviewText(report))
+
+
+def brought_to_noise(
+    model: Any,
+    z0: Tensor,
+    down: Tensor,
+    prompt: ReferencePrompt,
+    way: str,
+    seed: int,
+    check: bool,
+    noise: Noise,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The photo z0 [b c y x] at every level of down [t+1], from the last to the first: latents
+    [t+1 b c y x], the noise of each step where it is kept, and the photo sampled back if asked.
+    """
+    if way == FORWARD:
+        return forward_noise(z0, down, seed, noise), None, None
+    loop = (
+        edit_friendly_loop(z0, down, seed, check, noise)
+        if way == EDIT_FRIENDLY
+        else ode_loop(z0, down, check, noise, way)
+    )
+    steps = len(down) - 1
+    calls = steps + (way == FIREFLOW) + steps * check
+    return host.reference_pass(model, z0.shape, down, prompt, None, loop, total=calls)
+
+
+def round_trip(z0: Tensor, back: Tensor) -> str:
+    """How well the photo came back, for the report."""
+    # a photo of one colour has no range
+    spread = (z0.max() - z0.min()).item() or z0.abs().max().item()
+    return f": round trip {psnr(back, z0, spread):.1f} dB in latent space"
 
 
 def forward_noise(z0: Tensor, down: Tensor, seed: int, noise: Noise) -> Tensor:

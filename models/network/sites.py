@@ -46,16 +46,16 @@ class BlockSite:
         self,
         tokens: Tensor,
         texts: tuple[int | None, int | None] = (None, None),
-        places: Tensor | None = None,
+        code: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Kept tokens [b l c] -> k, v [b l (h d)]; texts: how long it was beside the reference, and
-        is here, for keys that it moves; places: as of `placed`, for keys that are kept without.
+        is here, for keys that it moves; code: as of `placed`, for keys that are kept without.
         """
         if self.backbone is None:
             return keys_values(self.module.attn1, tokens)
         k, v = tokens.chunk(2, -1)
-        if places is not None:
-            return placed(k, places), v
+        if code is not None:
+            return placed(k, code), v
         there, here = (None if t is None else self.backbone.text_tokens(t) for t in texts)
         turn = self.backbone.turn
         if turn is not None and any(turn.axes) and None not in (there, here) and there != here:

@@ -26,18 +26,19 @@ class Unplaced:
     places: Callable[[int, Tensor], Tensor]
 
 
-def placed(keys: Tensor, places: Tensor) -> Tensor:
-    """Keys without positions [b l (h d)], each under the matrices of its own place [l d/2 2 2].
+def placed(keys: Tensor, code: Tensor) -> Tensor:
+    """Keys without positions [b l (h d)], each under the matrices of its own place, code
+    [l d/2 2 2].
 
     Computed in float32, or in float64 if the keys are. ValueError where the channels are no whole
     number of heads of d.
     """
-    wide, d = torch.promote_types(keys.dtype, torch.float32), 2 * places.shape[1]
+    wide, d = torch.promote_types(keys.dtype, torch.float32), 2 * code.shape[1]
     if keys.shape[-1] % d:
         raise ValueError(
             f"Kindred: keys of {keys.shape[-1]} channels are no whole number of heads of {d}."
         )
-    code = places.to(wide)[:, None]  # [l 1 d/2 2 2]
+    code = code.to(wide)[:, None]  # [l 1 d/2 2 2]
     first, second = keys.to(wide).unflatten(-1, (-1, d)).chunk(2, -1)
     pairs = [code[..., i, 0] * first + code[..., i, 1] * second for i in (0, 1)]
     return torch.cat(pairs, -1).flatten(2).to(keys.dtype)

@@ -87,8 +87,8 @@ class ActiveMaskedSelf:
     sigma: float = 0.0  # of the step
     tokens: Mapping[Half, Mapping[BlockId, Tensor]] | None = None
     target: TargetMask | None = None
-    # by grid and length of the text
-    places: dict[tuple[Grid, int], Tensor] = field(default_factory=dict)
+    # what puts positions on keys that are kept without, by grid and length of the text
+    codes: dict[tuple[Grid, int], Tensor] = field(default_factory=dict)
     node: ClassVar[str] = NODE
 
     @property
@@ -153,27 +153,27 @@ class ActiveMaskedSelf:
         bank, there = self.config.bank, self.config.bank.prompts[half].cross.shape[1]
         if self.config.positions is Positions.OWN:
             here = _text_of(call)
-            places = self._places(call.block, site.backbone.unplaced, here or 0, tokens.device)
-            return site.keys_values(tokens, (there, here), places)
+            code = self._code(call.block, site.backbone.unplaced, here or 0, tokens.device)
+            return site.keys_values(tokens, (there, here), code)
         k, v = site.keys_values(tokens)
         grid = bank.grids[call.block]
         place = self._place(call, site, there)
         turn = site.backbone.turn_of(call.block)
         return self.placing.keys(k, turn, place, bank.kept_at(grid, self.sigma)), v
 
-    def _places(
+    def _code(
         self, block: BlockId, unplaced: Unplaced | None, text: int, device: torch.device
     ) -> Tensor | None:
-        """What places the kept keys beside a text of so many tokens [l d/2 2 2], made once in a
-        run; None where keys are kept in their places.
+        """The code of the kept keys' places beside a text of so many tokens [l d/2 2 2], made once
+        in a run; None where keys are kept in their places.
         """
         if unplaced is None:
             return None
         grid = self.config.bank.grids[block]
-        if (grid, text) not in self.places:
+        if (grid, text) not in self.codes:
             cells = self.config.bank.cells[grid].to(device)
-            self.places[grid, text] = unplaced.places(text, cells)
-        return self.places[grid, text]
+            self.codes[grid, text] = unplaced.places(text, cells)
+        return self.codes[grid, text]
 
     def _place(self, call: AttnCall, site: BlockSite, there: int) -> Place:
         """Of the reference beside this call's picture; there: tokens of the text beside it."""

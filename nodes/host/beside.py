@@ -37,6 +37,9 @@ class HeardCall(Protocol):
     v: Tensor
     heads: int
 
+    @property
+    def translated(self) -> AttnCall: ...
+
     def picture(self, tokens: Tensor) -> slice: ...
 
 
@@ -59,14 +62,12 @@ def added_beside(
     """
     if not concepts:
         return out
-    cross = call.block[0] == CROSS
-    block = (ALONE, *call.block[1:]) if cross else call.block
-    queries, keys = (slice(None), slice(0)) if cross else map(call.picture, (call.q, call.k))
-    asked = call.run.joint_call(block, call.options, keys, None)
-    q, own = unplaced(call, asked, queries), (call.k[:, keys], call.v[:, keys])
+    queries = slice(None) if call.block[0] == CROSS else call.picture(call.q)
+    q = unplaced(call, queries)
+    own = tuple(call.translated.of_picture(t) for t in (call.k, call.v))
     for concept in concepts:
         call.run.heard.add(id(concept))
-        answer = concept.added(asked, q, own, call.heads, attend)
+        answer = concept.added(call.translated, q, own, call.heads, attend)
         if answer is None:
             continue
         if concept.place is Place.STREAM:
@@ -82,7 +83,7 @@ def _with(tokens: Tensor, where: slice, more: Tensor) -> Tensor:
     return torch.cat((tokens[:, :start], tokens[:, start:stop] + more, tokens[:, stop:]), 1)
 
 
-def unplaced(call: HeardCall, asked: AttnCall, queries: slice) -> Tensor:
+def unplaced(call: HeardCall, queries: slice) -> Tensor:
     """The picture's queries of a call as they are before their positions are put on,
     [b n (h d)].
     """
@@ -93,7 +94,7 @@ def unplaced(call: HeardCall, asked: AttnCall, queries: slice) -> Tensor:
     q, turn = call.q[:, queries], backbone.turn_of(call.block)
     if turn is None or call.block[0] == CROSS:
         return q
-    texts = (part.text for part in asked.texts if part.role is not Role.OTHER)
+    texts = (part.text for part in call.translated.texts if part.role is not Role.OTHER)
     text = backbone.text_tokens(next(texts, None) or 0)
     return turn.out_of_place(passing.grid, text, q.device)(q)
 

@@ -14,8 +14,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.concept.config import ConceptConfig, Preprocessing, check_layers
 from ...models.concept.adapters import AnyEncoder
+from ...models.concept.config import ConceptConfig, Preprocessing, check_layers
 from ...models.concept.encoder import ConceptEncoder, KeysValues
 from ...models.concept.siglip import PoolingHead
 from ...models.network.blocks import BlockId

@@ -53,9 +53,9 @@ def heard(model: ModelPatcher, backbone: Backbone | None) -> Iterator[None]:
         return
     theirs = model.object_patches
     model.object_patches = dict(theirs)
-    for place, block in zip(backbone.hidden, backbone.calls):
-        model.add_object_patch(_name(place), _patch(model, place, block, backbone))
     try:
+        for place, block in zip(backbone.hidden, backbone.calls):
+            model.add_object_patch(_name(place), _patch(model, place, block, backbone))
         yield
     finally:
         model.object_patches = theirs

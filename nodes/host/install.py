@@ -21,8 +21,8 @@ from .attention import (
     unet_override,
     until_complete,
 )
-from .calls import said_in
 from .beside import install_beside
+from .calls import said_in
 from .joint import joint_override, joint_pass
 from .model import KEY
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -143,6 +143,16 @@ class _BlockCall:
     v: Tensor
     heads: int
 
+    @cached_property
+    def translated(self) -> AttnCall:
+        """In the words of the methods, without the host's mask; a cross-attention as its block's,
+        whose keys are not the picture's.
+        """
+        block, keys = (ALONE, *self.block[1:]), slice(0)
+        if self.block[0] != CROSS:
+            block, keys = self.block, self.picture(self.k)
+        return self.run.joint_call(block, self.options, keys, None)
+
     def picture(self, tokens: Tensor) -> slice:
         """Where the picture stands among the tokens [b n c]."""
         count, native = self._counts()
@@ -154,7 +164,7 @@ class _BlockCall:
         """
         if self.block[0] == CROSS:  # it has no block of its own
             return self._show_words((ALONE, *self.block[1:]), self.q)
-        keys, call = self.picture(self.k), self._call()
+        keys, call = self.picture(self.k), self.translated
         for watcher in self.run.watchers:
             wanted = self.block in watcher.blocks  # else a view: copies of all take gigabytes
             watcher.self_tokens(call, self._kept(keys) if wanted else self.k[:, keys])
@@ -177,10 +187,9 @@ class _BlockCall:
         if not watchers:
             return self
         at = self.picture(self.q)
-        call = self.run.joint_call(self.block, self.options, self.picture(self.k), None)
         own = q = self.q[:, at]
         for watcher in watchers:
-            q = watcher.queries(call, q)
+            q = watcher.queries(self.translated, q)
         return self if q is own else replace(self, q=spliced(self.q, at, q))
 
     @property
@@ -198,8 +207,8 @@ class _BlockCall:
         if not self.answers:
             return out
         at = self.picture(out)
-        call = self.run.joint_call(self.block, self.options, self.picture(self.k), None)
-        own = rows = out[:, at]
+        call, own = self.translated, out[:, at]
+        rows = own
         for watcher in filter(self._answers, self.run.watchers):
             features = rows.movedim(1, 2).unflatten(2, call.grid)  # -> [b c y x]
             watcher.output_block(self.block, features, call.texts)
@@ -211,9 +220,8 @@ class _BlockCall:
         """What the picture's queries read beside the keys of the call."""
         if self.block[0] == CROSS:
             return []
-        call = self._call()
-        self.run.hear(call)
-        return self.run.found(call, self.q[:, self.picture(self.q)], self.k, self.v)
+        self.run.hear(self.translated)
+        return self.run.found(self.translated, self.q[:, self.picture(self.q)], self.k, self.v)
 
     def alters(self) -> bool:
         """Whether a watcher changes what it is computed of."""
@@ -221,7 +229,7 @@ class _BlockCall:
 
     def altered(self) -> tuple[Tensor, Tensor, Tensor]:
         """Its queries, keys and values once they changed it."""
-        return self.run.altered(self._call(), self.q, self.k, self.v)
+        return self.run.altered(self.translated, self.q, self.k, self.v)
 
     def read(
         self,
@@ -233,18 +241,14 @@ class _BlockCall:
         """[b n (h d)]: the picture's queries read them by `kernel`, all others are `attend`'s
         alone.
         """
-        keys = self.picture(self.k)
+        joint = self.translated.joint
 
         def of_picture(q: Tensor, mask: Tensor | None) -> Tensor:
-            call = self.run.joint_call(self.block, self.options, keys, mask)
+            call = replace(self.translated, joint=replace(joint, mask=mask))
             return self.run.read(call, references, kernel, q, self.k, self.v, self.heads)
 
         queries = self.picture(self.q)
         return attend_rows(attend, self.q, self.k, self.v, self.heads, queries, of_picture, mask)
-
-    def _call(self) -> AttnCall:
-        """The call, translated."""
-        return self.run.joint_call(self.block, self.options, self.picture(self.k), None)
 
     def _show_words(self, block: BlockId, q: Tensor) -> None:
         """The picture's queries q [b n c] of a block, and those of the keys that are the text's."""

@@ -233,43 +233,49 @@ def reference_pass(
     schedule; total: UNet calls for the progress bar, where they are not one per step; ends_early:
     the loop wants no answers, only what `recorder` sees; prober: what changes its passes.
     """
-    bare = model.clone()
-    for key in wrapped_injections(model):
-        bare.remove_injections(key)
-        bare.remove_additional_models(key)
-    # the clone's flag tells of the model that is loaded, which the host ejects first
-    bare.wrappers, bare.is_injected = (
-        {},
-        False,
-    )
-    run = None
+    bare, run = _stripped(model), None
     watchers: list[Watcher] = [w for w in (recorder, prober) if w is not None]
     if watchers or draws_by_unet(model):  # of any other network nothing is asked but its answer
         probing = () if prober is None else (_Probing(prober),)
         run = SamplerRun(Run(watchers, ends_early, backbone=recognise(model)), probing)
-    guider = _ReferenceGuider(bare)
-    guider.model_options = _bare(bare.model_options, run and run.calls)
-    guider.inner_set_conds(
-        {"positive": _conditioning(positive)}
-        | ({"negative": _conditioning(negative)} if negative else {})
-    )
+    calls = run and run.calls
+    guider = _guider(bare, calls, positive, negative)
     total = total or len(sigmas) - 1
     sampler = _ReferenceSampler(loop, run, total, recorder)
     empty = framed(bare, torch.zeros(list(shape)))
+    shown = latent_preview.prepare_callback(bare, total)
     try:
-        with heard(bare, run and run.calls.backbone):
-            guider.sample(
-                empty,
-                empty,
-                sampler,
-                sigmas,
-                callback=latent_preview.prepare_callback(bare, total),
-                seed=0,
-            )
+        with heard(bare, calls and calls.backbone):
+            guider.sample(empty, empty, sampler, sigmas, callback=shown, seed=0)
     finally:
         if run is not None:
             run.close()
     return sampler.result
+
+
+def _stripped(model: ModelPatcher) -> ModelPatcher:
+    """A clone without what other packs wrap around the model, and what goes with it."""
+    bare = model.clone()
+    for key in wrapped_injections(model):
+        bare.remove_injections(key)
+        bare.remove_additional_models(key)
+    bare.wrappers = {}
+    # the clone's flag tells of the model that is loaded, which the host ejects first
+    bare.is_injected = False
+    return bare
+
+
+def _guider(
+    bare: ModelPatcher,
+    calls: Run | None,
+    positive: ReferencePrompt,
+    negative: ReferencePrompt | None,
+) -> _ReferenceGuider:
+    guider = _ReferenceGuider(bare)
+    guider.model_options = _bare(bare.model_options, calls)
+    conds = {"positive": _conditioning(positive)}
+    guider.inner_set_conds(conds | ({"negative": _conditioning(negative)} if negative else {}))
+    return guider
 
 
 def reference_tokens(

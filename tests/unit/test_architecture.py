@@ -262,14 +262,6 @@ def test_no_line_of_the_product_is_longer_than_100_columns() -> None:
     assert not long
 
 
-# whose `execute`, or one function, is still to be cut; nobody else's may grow to it
-STILL_LONG = {
-    "nodes/anchors.py",
-    "nodes/capture.py",
-    "nodes/consistory.py",
-    "nodes/inversion.py",
-    "nodes/host/ref_unet.py",
-}
 PRODUCT = [name for name in PACK if name.startswith(("models/", "nodes/"))]
 
 
@@ -299,7 +291,7 @@ def test_functions_fit_on_a_screen() -> None:
         for key, (lines, _) in functions().items()
         if lines > 40 and not key[1].startswith("define_schema ")
     }
-    assert not {key for key in long if key[0] not in STILL_LONG}
+    assert not long
 
 
 def test_a_function_is_read_at_a_glance() -> None:
