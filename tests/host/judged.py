@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import comfy.clip_vision
@@ -89,3 +90,37 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(
         torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0)
     )
+
+
+LINES = ("a cat", "a dog", "a cat")
+PHOTOS = (noise(1, 30, 30, seed=5)[0], noise(1, 20, 44, seed=6)[0])
+
+
+def nan_like(values: list[float]) -> bool:
+    return all(map(math.isnan, values))
+
+
+class Finder(torch.nn.Module):
+    """A detector: a face is where the red is; the crop is the picture at 8 x 8."""
+
+    def forward(self, picture: Tensor) -> Tensor | None:
+        if picture[..., 0].mean() < 0.1:
+            return None
+        return torch.nn.functional.interpolate(picture.movedim(2, 0)[None], (8, 8), mode="area")[0]
+
+
+class Embedder(torch.nn.Module):
+    """An embedder of random weights; counts the faces that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(192, 5), 0
+        randomized(self.layer, 4)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        self.seen += len(faces)
+        return self.layer(faces.flatten(1))
+
+
+def without_a_face(picture: Tensor) -> Tensor:
+    return picture * torch.tensor([0.0, 1.0, 1.0])

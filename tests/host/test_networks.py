@@ -3,124 +3,42 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import math
-import pydoc
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-import comfy.model_base
 import pytest
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.patcher_extension import WrappersMP
 from kindred.models.network.backbone import CROSS, Backbone
 from kindred.models.network.rope import Positions, rotated, turned
 from kindred.models.network.unplaced import placed
-from kindred.nodes.host import hearing, networks
-from kindred.nodes.host.networks import NETWORKS, UNHEARD, recognise, require_network
+from kindred.nodes.host.networks import NETWORKS, recognise, require_network
 from kindred.nodes.host.networks.shapes import joined, plain
+from listening import (
+    REFINING,
+    Heard,
+    backbone,
+    changed,
+    count,
+    even_picture,
+    first_site,
+    keys_of,
+    listen,
+    listening,
+    plain_pass,
+)
 from networks import random_model
-from tiny_networks import FLUX, READ, REFUSED, Family, build, denoised, latent, prompt, tiny
+from tiny_networks import FLUX, READ, Family, build, denoised, latent, prompt, tiny
 from torch import Tensor, nn
 
 TURNING = ("LongCatImage", "Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
 UNPLACED = ("ErnieImage",)  # keys are kept before they have positions
-# the picture alone first
-REFINING = ("Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
 # references stand beside the picture
 FLUX_LIKE = ("Flux", "FluxSchnell", "Flux2", "LongCatImage", "Krea2")
 NATIVE = (*FLUX_LIKE, "QwenImage", "MageFlow", "JoyImage")
 # with references the host lacks a pad token for the one, and wants pixels for the other
 FAILING = ("Lumina2", "HiDreamO1")
 ODD = tuple(name for name, family in READ.items() if family.odd and family.patch > 1)
-
-
-@dataclass(frozen=True)
-class Heard:
-    """One attention call of a pass: tokens [b n (h d)], [b m (h d)], and what the host calls its block."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    block: tuple[str, int] | None
-    references: int
-    unplaced: Tensor | None  # keys before they have positions, where they are kept so
-
-
-def listening(heard: list[Heard]) -> Callable[..., Tensor]:
-    """An override that changes nothing and passes every call through the layout of the methods."""
-
-    def attend(
-        func: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        **kw: Any,
-    ) -> Tensor:
-        options = kw["transformer_options"]
-        rows, keys, values, restored = joined(q, k, v, heads, kw)
-        block = (
-            (options.get("block_type"), options["block_index"])
-            if "block_index" in options
-            else None
-        )
-        references = sum(options.get("reference_image_num_tokens", ()))
-        before = options[hearing.UNPLACED]() if hearing.UNPLACED in options else None
-        heard.append(Heard(rows, keys.clone(), values.clone(), block, references, before))
-        return restored(func(rows, keys, values, heads, mask=mask, **plain(kw)))
-
-    return attend
-
-
-def handing(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """APPLY_MODEL: what a hidden attention hands on are the options of this pass."""
-    options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "sigmas" in a)
-    with hearing.handing_on(options):
-        return executor(x, *args, **kwargs)
-
-
-def listen(
-    name: str, noisy: Tensor | None = None, positive: list | None = None, model: Any = None
-) -> tuple[list[Heard], Tensor]:
-    """Every call of one pass over a picture, and the pass's answer; model: instead of the shared one."""
-    calls: list[Heard] = []
-    model = (model or tiny(name)).clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = listening(calls)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "handing", handing)
-    noisy = latent(name) if noisy is None else noisy
-    with hearing.heard(model, recognise(model)):
-        return calls, denoised(model, noisy, prompt(name) if positive is None else positive)
-
-
-@cache
-def plain_pass(name: str) -> tuple[list[Heard], Tensor]:
-    return listen(name)
-
-
-def backbone(name: str) -> Backbone:
-    found = recognise(tiny(name))
-    assert found is not None and not found.unheard
-    return found
-
-
-def first_site(found: Backbone) -> int:
-    """The number of the first call that holds the picture."""
-    return next(n for n, block in enumerate(found.calls) if block)
-
-
-def changed(before: Tensor, after: Tensor) -> list[int]:
-    """The tokens in which two calls differ."""
-    return ((before - after).abs().amax((0, 2)) > 1e-6).nonzero().flatten().tolist()
-
-
-def count(name: str) -> int:
-    return math.prod(READ[name].grid)
 
 
 def test_every_row_names_a_class_of_this_host():
@@ -313,18 +231,6 @@ UNTURNED = ("SD3", "SD3.5", "AuraFlow", "PixArtSigma", "HunyuanDiT", "ErnieImage
 ROTARY = tuple(name for name in READ if name not in UNTURNED)
 
 
-def even_picture(name: str, frames: int = 1) -> Tensor:
-    """A picture of one colour, so that its tokens differ by their positions alone; no token is a pad."""
-    family = READ[name]
-    y, x = family.grid if name not in REFINING else (8, 8)
-    shape = family.shape(y * family.patch, x * family.patch)
-    channels = torch.linspace(-1, 1, family.channels)
-    flat = channels.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
-    if frames == 1:
-        return flat[None]
-    return flat.reshape(1, family.channels, 1, *flat.shape[-2:]).repeat(1, 1, frames, 1, 1)
-
-
 def even_pixels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A PixelDiT whose last blocks are given an even picture: no place in its pixels, no text in its patches."""
     module = importlib.import_module("comfy.ldm.pixeldit.modules")
@@ -337,10 +243,6 @@ def even_pixels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def no_places(width: int, y: int, x: int, device: Any = None, dtype: Any = None) -> Tensor:
     return torch.zeros(y * x, width, device=device, dtype=dtype)
-
-
-def keys_of(found: Backbone, call: Heard, grid: tuple[int, int]) -> Tensor:
-    return call.k[:, found.picture(call.k.shape[1], math.prod(grid), call.references)]
 
 
 @pytest.mark.parametrize("name", UNTURNED)
@@ -471,25 +373,6 @@ def test_a_unet_goes_its_own_way(family):
 HIDDEN = ("PixArtSigma", "HunyuanDiT", "ErnieImage")
 
 
-def test_every_refused_package_is_one_of_this_host():
-    for name in UNHEARD:
-        assert importlib.util.find_spec(name)
-
-
-def described(kind: type) -> bool:
-    """Whether a class of networks is a UNet, a row of the table or refused with a reason."""
-    names = tuple(f"{k.__module__}.{k.__qualname__}" for k in kind.__mro__)
-    return issubclass(kind, UNetModel) or networks._row(names) is not None
-
-
-def test_every_network_of_this_host_is_read_or_refused_with_its_reason():
-    """A newcomer is described, or says why not: docs/adding_a_network.md."""
-    source = inspect.getsource(comfy.model_base)
-    names = set(re.findall(r"unet_model=([\w.]+)", source)) - {"unet_model"}
-    found = {getattr(comfy.model_base, name, None) or pydoc.locate(name) for name in names}
-    assert len(found) > 40 and not [kind.__name__ for kind in found if not described(kind)]
-
-
 @pytest.mark.parametrize("name", READ)
 def test_the_hidden_ask_no_override(name):
     """Where a newer host hands these on, they are a row like any other."""
@@ -498,58 +381,6 @@ def test_the_hidden_ask_no_override(name):
     model.model_options["transformer_options"]["optimized_attention_override"] = listening(calls)
     denoised(model, latent(name), prompt(name))
     assert bool(calls) is (name not in HIDDEN) and bool(backbone(name).hidden) is (name in HIDDEN)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_refused_in_words(name):
-    with pytest.raises(ValueError) as error:
-        require_network(tiny(name), "Ref-UNet Feature Capture")
-    words = str(error.value)
-    assert words.startswith(f"Ref-UNet Feature Capture: {REFUSED[name].config} cannot be read: ")
-    assert reason(name) in words and words.endswith("or another that docs/networks.md lists.")
-
-
-def reason(name: str) -> str:
-    if name == "HunyuanImage21Refiner":
-        return "it refines a finished picture"
-    return "it makes videos"
-
-
-class ComfyFluxWrapper(nn.Module):
-    """A name that another pack gives to a network around which nothing is heard."""
-
-
-class Unknown(nn.Module):
-    """A network that nobody has described."""
-
-
-@pytest.mark.parametrize("network, why, remedy", [
-    (ComfyFluxWrapper, "kernels of its own (nunchaku)", "Load the same model in bf16, fp8 or GGUF instead."),
-    (Unknown, "does not know the network Unknown", "Remove the node that puts a network of its own there.")])  # fmt: skip
-def test_a_foreign_network_is_refused(network, why, remedy):
-    model = tiny("Flux").clone()
-    model.add_object_patch("diffusion_model", network())
-    with pytest.raises(ValueError) as error:
-        require_network(model, "Node")
-    assert (
-        str(error.value).startswith("Node: Flux cannot be read: ")
-        and why in str(error.value)
-        and str(error.value).endswith(remedy)
-    )
-
-
-def test_a_foreign_heir_of_a_host_class_is_refused_by_its_name():
-    import comfy.ldm.qwen_image.model
-
-    heir = type(
-        "NunchakuQwenImageTransformer2DModel",
-        (comfy.ldm.qwen_image.model.QwenImageTransformer2DModel,),
-        {},
-    )
-    model = build(READ["QwenImage"])
-    model.model.diffusion_model.__class__ = heir
-    with pytest.raises(ValueError, match="nunchaku"):
-        require_network(model, "Node")
 
 
 def test_patched_compiled_and_derived_models_are_what_they_were():

@@ -88,7 +88,7 @@ def test_a_photo_of_another_size_beside_another_text(name: str, positions: str) 
 def test_the_length_of_the_photos_text_is_of_no_matter(name: str, positions: str) -> None:
     """Where it moves the picture: keys read beside a long text and beside a short one come to stand at one place."""
     from kindred.models.reference.placing import Place, Placing
-    from test_networks import even_picture, first_site, keys_of, listen
+    from listening import even_picture, first_site, keys_of, listen
 
     family, found, noisy = READ[name], require_backbone(tiny(name), "test"), even_picture(name)
     grid, site = found.grid(tuple(noisy.shape[-2:])), first_site(found)

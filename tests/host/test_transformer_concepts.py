@@ -18,7 +18,7 @@ from kindred.nodes.host import beside, joint
 from kindred.nodes.host.networks import recognise
 from networks import random_model
 from studio import TOWER
-from test_networks import plain_pass
+from listening import plain_pass
 from test_transformers import FELT, SAME, apart, bank_of, inject, plain
 from tiny_networks import READ, denoised, latent, prompt, sample, tiny
 from torch import Tensor
