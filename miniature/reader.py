@@ -64,12 +64,12 @@ class OneWhole(nn.Module):
         super().__init__()
         self.near = nn.Sequential(*_layer(80 + 1, width, 2))
         self.far = nn.Sequential(*_layer(width + 112, width), *_layer(width, width, 2))
-        self.told = nn.Sequential(nn.Linear(16 * width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.verdict = nn.Sequential(nn.Linear(16 * width, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, near: Tensor, far: Tensor, subject: Tensor) -> Tensor:
         """The reader's features [b 80 16 16] and [b 112 8 8] and mask logits [b 1 16 16] -> logits [b]."""
         seen = self.far(torch.cat((self.near(torch.cat((near, subject), 1)), far), 1))
-        return self.told(seen.flatten(1))[:, 0]
+        return self.verdict(seen.flatten(1))[:, 0]
 
 
 class Reader(nn.Module):
