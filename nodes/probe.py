@@ -38,9 +38,9 @@ class BlockProbe(io.ComfyNode):
             category="Kindred",
             is_output_node=True,
             description="Measures which blocks of your own checkpoint matter, in two or three "
-            "passes for each over one picture: what is lost without a block, what changes when its keys are "
-            "moved and when it reads another picture. Keeps the result, so that blocks = measured "
-            "means something in the other nodes.",
+            "passes for each over one picture: what is lost without a block, what changes when its "
+            "keys are moved and when it reads another picture. Keeps the result, so that blocks = "
+            "measured means something in the other nodes.",
             search_aliases=[
                 "vital layers",
                 "layer analysis",
