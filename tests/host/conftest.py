@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 from boot import boot
+from gate import left_to_the_long_form, long
 
 sys.path.append(str(Path(__file__).resolve().parent))  # tests import studio from here
 
@@ -44,6 +45,14 @@ def pytest_pycollect_makemodule(
     module_path: Path, parent: pytest.Collector
 ) -> pytest.Module | None:
     return None if HOST else Absent.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(trylast=True)  # of what -k has chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left = set() if long() else left_to_the_long_form([item.nodeid for item in items])
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
+        items[:] = [item for item in items if item.nodeid not in left]
 
 
 @pytest.fixture(scope="session")
