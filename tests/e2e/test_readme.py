@@ -1,4 +1,6 @@
-"""The README's commands, one after another in one clone: none leaves what another one, git or the archive takes for the repository's."""
+"""The commands of the README and of docs/development.md, one after another in one clone: none leaves
+what another one, git or the archive takes for the repository's.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import archive
 import pytest
 from archive import ROOT, files
 
-# what each is given here so that it is quick; the commands themselves are the README's
+PAGES = ("README.md", "docs/development.md")
+# what each is given here so that it is quick; the commands themselves are the pages'
 QUICK = {
     "demo": ["--steps", "4"],
     "demo --story": [
@@ -44,8 +47,9 @@ QUICK = {
 
 
 def commands() -> list[str]:
-    """The dev.py commands of the README's blocks, in their order, each once; a comment can name one too."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    """The dev.py commands of the pages' blocks, in their order, each once; a comment can name one too."""
+    text = "\n".join((ROOT / page).read_text("utf-8") for page in PAGES)
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
     found = [
         name
         for block in blocks
@@ -87,12 +91,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_every_command_of_the_readme_is_run_here() -> None:
+def test_every_command_of_the_pages_is_run_here() -> None:
     assert set(commands()) == set(QUICK)
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_run_in_their_order_in_one_clone(clone: Path) -> None:
+def test_the_pages_commands_run_in_their_order_in_one_clone(clone: Path) -> None:
     before = subprocess.run(
         [sys.executable, "tools/workshop/archive.py"], cwd=clone, capture_output=True, text=True
     ).stdout
