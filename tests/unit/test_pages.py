@@ -55,3 +55,12 @@ def test_the_readme_answers_questions_in_the_order_they_come() -> None:
         "Troubleshooting",
         "Behind it",
     ]
+
+
+def test_the_changelog_parts_each_version_into_new_changed_and_fixed() -> None:
+    versions = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text("utf-8"), flags=re.M)[1:]
+    assert versions
+    for version in versions:
+        heads = re.findall(r"^### (.+)$", version, re.M)
+        assert heads == [head for head in ("New", "Changed", "Fixed") if head in heads] and heads
+        assert not re.search(r"^- ", version.partition("\n### ")[0], re.M), version[:40]
