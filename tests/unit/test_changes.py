@@ -124,7 +124,7 @@ def test_a_value_has_the_hosts_type(words, value):
         ("2.mode.height=3", ["no input 'mode.height'"]),
         ("2.images.image1=a", ["connection"]),
         ("4.file=new", ["old.safetensors"]),
-        ("2.prompts=@nowhere.txt", ["nowhere.txt"]),
+        ("2.prompts=@nowhere.txt", ["there is no such file", "nowhere.txt", "write @@nowhere.txt"]),
         ("2.prompts", ["lacks a ="]),
     ],
 )
@@ -143,6 +143,17 @@ def test_numbers_and_texts_come_through_as_they_are(number, text):
 def test_a_text_from_a_file(tmp_path):
     (tmp_path / "lines.txt").write_text("one\nzwei ä\n", "utf-8")
     assert parse_change(GRAPH, f"2.prompts=@{tmp_path / 'lines.txt'}").text == "one\nzwei ä"
+
+
+def test_a_text_that_cannot_be_read_is_told_in_words(tmp_path):
+    """No number of the system's, whatever lies there."""
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    for name, said in (("lines", "no such file"), ("picture.png", "not text in UTF-8")):
+        with pytest.raises(Refusal, match=said) as refused:
+            parse_change(GRAPH, f"2.prompts=@{tmp_path / name}")
+        assert str(tmp_path / name) in str(refused.value) and "Errno" not in str(refused.value)
+    with pytest.raises(Refusal, match="w.json could not be read as a workflow: there is no such"):
+        read_workflow(tmp_path / "w.json")
 
 
 def test_where_pictures_subjects_and_seeds_go():

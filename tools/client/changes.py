@@ -65,7 +65,7 @@ def read_workflow(path: Path) -> Graph:
     try:
         graph = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise Refusal(f"{path} could not be read as a workflow: {error}") from None
+        raise Refusal(f"{path} could not be read as a workflow: {why_unread(error)}.") from None
     if isinstance(graph, dict) and isinstance(
         graph.get("prompt"), dict
     ):  # as it is posted to /prompt
@@ -148,16 +148,31 @@ def split(words: str, option: str) -> tuple[str, str]:
     return key.strip(), value
 
 
+def why_unread(error: OSError | ValueError) -> str:
+    """Why a file of text could not be read, in words."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
+    return getattr(error, "strerror", None) or str(error)
+
+
 def read_text(value: str) -> str:
     """@FILE is the file's text and @@ a plain @; anything else is itself."""
     if not value.startswith("@"):
         return value
     if value.startswith("@@"):
         return value[1:]
+    path = Path(value[1:]).expanduser()
     try:
-        return Path(value[1:]).expanduser().read_text("utf-8").rstrip("\r\n")
+        return path.read_text("utf-8").rstrip("\r\n")
     except (OSError, ValueError) as error:
-        raise Refusal(f"{value}: {error}") from None
+        raise Refusal(
+            f"{value} stands for the text of {path.absolute()}, but {why_unread(error)}. Name a text file, or write "
+            f"@{value} for these letters themselves."
+        ) from None
 
 
 def parse_change(graph: Graph, words: str, option: str = "--set") -> Change:
