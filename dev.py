@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Kindred's front door for people: one command makes what it needs, once, and runs the job. Standard library only.
 
-python3 dev.py demo       personalized pictures from a reference picture, in a real ComfyUI
-python3 dev.py test       every test
+python3 dev.py demo       new pictures of one subject from a photo, in a real ComfyUI
 python3 dev.py serve      ComfyUI's canvas with the pack
-python3 dev.py evaluate   the figures, by task
-python3 dev.py bench      costs against the plain host
+python3 dev.py test       every test
+python3 dev.py evaluate   how well it works
+python3 dev.py bench      what it costs beside the plain sampler
 python3 dev.py soak       hundreds of mixed prompts to one server: memory, times and pictures stay as they are
 python3 dev.py workflows  makes the canvas workflows and their pictures from workflows/api
 python3 dev.py setup      only make (or repair) the environment
+
+Each has --help.
 
 The environment is one virtual environment and one ComfyUI in your cache folder, named by the hash of tools/workshop/pins.
 `--host DIR --python PATH` uses a ComfyUI and a Python of your own instead.
@@ -170,11 +172,21 @@ def verdict_on(stage: str, code: int, selecting: bool) -> str:
     return f"FAILED ({code})"
 
 
+GREETING = """
+Open {url} in a browser: Templates, then kindred under Extensions, then personalize, then Run.
+Stop with Ctrl-C. How ComfyUI started is in {log}; what it says from now on follows here.
+"""
+
+
 def serve(environment: Environment, port: int | None, cpu: bool, base: Path | None) -> int:
-    """The real host in the foreground with the pack linked into a base directory of its own."""
+    """The real host in the foreground with the pack linked into a base directory of its own.
+
+    Its start is full of what the pinned environment leaves out (comfy_angle, ComfyUI's templates), so it goes into a file.
+    """
     from client import HostError
     from host_server import HostServer
 
+    print("Starting ComfyUI ...", flush=True)
     try:
         with HostServer(
             environment.host,
@@ -182,24 +194,34 @@ def serve(environment: Environment, port: int | None, cpu: bool, base: Path | No
             port=port,
             cpu=True if cpu else None,
             base=base,
-            log=None,
             api_nodes=True,
         ) as server:
-            print(f"\nKindred is on the canvas at {server.url} (stop with Ctrl-C).", flush=True)
+            print(GREETING.format(url=server.url, log=server.log), flush=True)
             if base is None:
                 print("Pictures live until you stop it; --base DIR keeps them.", flush=True)
-            return server.process.wait()
+            return follow(server.process, server.log)
     except HostError as error:
         raise Refusal(str(error)) from error
 
 
+def follow(process: subprocess.Popen, log: Path) -> int:
+    """What the process writes into its log from now on, until it ends; its exit code."""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        ended = None
+        while ended is None:
+            ended = process.poll()
+            print(file.read(), end="", flush=True)
+            time.sleep(0.2 if ended is None else 0)
+    return ended
+
+
 PASSED_ON = {  # programs of tools/ with command lines of their own
-    "demo": "personalized pictures from a reference, with --story one subject in several: [--json FILE] [--out DIR] "
-    "[--checkpoint FILE --reference PICTURE --subject WORD --prompt TEXT] ...",
-    "evaluate": "figures: --task personalize|story|miniature [--json FILE] ...",
-    "bench": "costs against the plain host: [--case all] [--latent 64] [--rounds 5] [--json FILE] ...",
-    "soak": "hundreds of mixed prompts to one server: [--prompts 300] [--json FILE] ...",
-    "workflows": "canvas workflows and their pictures from workflows/api: [--run] [NAME ...]",
+    "demo": "new pictures of one subject, from a photo; with --story in one batch",
+    "evaluate": "how well it works: the papers' tables, or your own checkpoint and photos",
+    "bench": "what it costs beside the plain sampler",
+    "soak": "hundreds of mixed prompts to one server",
+    "workflows": "canvas workflows and their pictures from workflows/api",
 }
 
 
@@ -207,6 +229,18 @@ def program(command: str) -> Path:
     """The file that a command of PASSED_ON is passed on to."""
     room = "evidence" if command == "evaluate" else "workshop"
     return ROOT / "tools" / room / f"{command}.py"
+
+
+def explain(command: str, words: list[str]) -> int:
+    """The options of a command that is passed on, by its program; nothing is installed for it."""
+    told = subprocess.run(
+        [sys.executable, str(program(command)), *words], env=clean_environment()
+    ).returncode
+    print(
+        "\nAlso: --host DIR --python PATH, your own ComfyUI and the Python that runs it.",
+        flush=True,
+    )
+    return told
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -219,16 +253,19 @@ def command_line() -> argparse.ArgumentParser:
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("setup", parents=[own], help="make or repair the environment")
+    text = "make or repair the environment: about 2.7 GB to fetch, 6 GB in your cache folder"
+    command = commands.add_parser("setup", parents=[own], help=text, description=text)
     command.add_argument("--again", action="store_true", help="make it anew even if it looks whole")
-    command = commands.add_parser("test", parents=[own], help="run every test")
+    text = "run every test, and the linter"
+    command = commands.add_parser("test", parents=[own], help=text, description=text)
     command.add_argument(
         "-k", metavar="EXPR", help="only the tests whose names match, as pytest understands it"
     )
     command.add_argument(
         "--fast", action="store_true", help="without the server and without the slow tests"
     )
-    command = commands.add_parser("serve", parents=[own], help="ComfyUI's canvas with the pack")
+    text = "ComfyUI's canvas with the pack; prints the address to open"
+    command = commands.add_parser("serve", parents=[own], help=text, description=text)
     command.add_argument("--port", type=int, help="default: a free one")
     command.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     command.add_argument(
@@ -242,9 +279,8 @@ def command_line() -> argparse.ArgumentParser:
             name,
             parents=[own],
             help=text,
-            description=text,
+            add_help=False,  # the program's own
             allow_abbrev=False,
-            usage=f"dev.py {name} [options of {program(name).relative_to(ROOT).as_posix()}]",
         )
     return parser
 
@@ -263,6 +299,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if passes_on and not program(chosen.command).is_file():
             raise Refusal(f"This version of Kindred has no `{chosen.command}` yet.")
+        if passes_on and {"-h", "--help"} & set(rest):
+            return explain(chosen.command, rest)
         own_host = chosen.host or chosen.python
         environment = (
             existing(chosen.host, chosen.python)

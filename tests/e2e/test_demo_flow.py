@@ -37,7 +37,8 @@ def test_it_draws_the_photos_subject_and_tells_where(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].strip() == str(Path("kindred-demo-flow", "sheet.png"))
+    last, sheet = done.stdout.splitlines()[-1], tmp_path / "kindred-demo-flow" / "sheet.png"
+    assert last.startswith(f"Open {sheet.resolve()}: on the left your photo") and sheet.is_file()
     out = tmp_path / "kindred-demo-flow"
     pictures = {name: [out / f"{name}_{n}.png" for n in (1, 2, 3)] for name in ("self", "plain")}
     assert all(Image.open(path).size == (128, 128) for row in pictures.values() for path in row)

@@ -233,6 +233,59 @@ def test_the_front_door_needs_only_the_standard_library():
     )
 
 
+# a program as dev.py starts it, in an interpreter without packages
+BARE = (
+    "import runpy, sys, pathlib; sys.argv = sys.argv[1:]; "
+    "sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent)); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        ("demo", "--checkpoint"),
+        ("demo --story", "--more"),
+        ("evaluate", "--references"),
+        ("bench", "--rounds"),
+        ("soak", "--prompts"),
+        ("workflows", "--shots"),
+        ("serve", "--port"),
+        ("test", "--fast"),
+        ("setup", "--again"),
+    ],
+)
+def test_every_command_has_help_of_its_own_and_installs_nothing_for_it(command, option, tmp_path):
+    """Without an environment: each tells its options and how to bring a ComfyUI."""
+    answer = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "dev.py"), *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)},
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert option in answer.stdout and "--python PATH" in answer.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "demo --story", "evaluate", "bench", "soak", "workflows"]
+)
+def test_the_help_of_a_program_needs_only_the_standard_library(command, monkeypatch):
+    """It is asked for before anything is installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    import dev
+
+    name, *more = command.split()
+    answer = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", BARE, str(dev.program(name)), *more, "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert f"usage: dev.py {command}" in answer.stdout
+
+
 STRAYS = {
     "PYTHONPATH": "/nowhere",
     "PYTHONSAFEPATH": "1",
@@ -280,6 +333,22 @@ def test_the_tests_children_are_not_led_astray_either(tmp_path):
         text=True,
     )
     assert told.stdout.strip() == "[]", told.stderr
+
+
+def test_a_server_is_followed_from_its_greeting_to_its_end(capfd, tmp_path, monkeypatch):
+    """Not what it said while it started; all that it said afterwards, the last line too."""
+    monkeypatch.syspath_prepend(ROOT)
+    import dev
+
+    log = tmp_path / "host.log"
+    log.write_text("starts\n", "utf-8")
+    waits = "import sys; sys.stdin.read(); "
+    says = f"open({str(log)!r}, 'a').write('got prompt\\n'); raise SystemExit(3)"
+    with subprocess.Popen([sys.executable, "-c", waits + says], stdin=subprocess.PIPE) as host:
+        # it speaks once it is followed, and not before
+        monkeypatch.setattr(dev.time, "sleep", lambda _: host.stdin.close())
+        assert dev.follow(host, log) == 3
+    assert capfd.readouterr().out == "got prompt\n"
 
 
 def test_what_runs_beside_is_shown_when_all_have_ended(capfd, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
@@ -27,9 +27,11 @@ from checkout import ROOT, as_kindred
 from client import Client, HostError
 from demo_report import Stopwatch, native_size, report, with_progress
 from host_server import HostServer
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from results import IN_GIT, prepare
 from terminal import run_program
+
+if TYPE_CHECKING:  # --help has to come without any package
+    from PIL import Image
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
@@ -46,6 +48,12 @@ LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES
     "13",
 )
 ENCODER, CONCEPT = "15", "16"
+WAYS = {  # the columns of the sheet, in words
+    "plain": "without Kindred",
+    "self": "looks at the photo",
+    "cross": "reads the photo",
+    "full": "looks and reads",
+}
 HELD_OUT, SCENE, CLASS, REST = 6, "meadow", "cat", ("beach", "snow", "forest")
 
 
@@ -153,16 +161,18 @@ def sheet(
     prompts: Sequence[str],
     cell: int = 256,
 ) -> Image.Image:
-    """reference | plain | self | cross | full, a row per prompt, with the prompt under its row."""
+    """The photo and a column for each of WAYS, a row per prompt, with the prompt under its row."""
+    from PIL import Image, ImageDraw, ImageFont
+
     head, foot, gap = 26, 24, 8
     width = (1 + len(columns)) * (cell + gap) + gap
     page = Image.new("RGB", (width, head + len(prompts) * (cell + foot + gap) + gap), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for i, (title, pictures) in enumerate(
-        {"reference": [reference] * len(prompts), **columns}.items()
+        {"your photo": [reference] * len(prompts), **columns}.items()
     ):
         left = gap + i * (cell + gap)
-        draw.text((left, 5), title, "black", font)
+        draw.text((left, 5), WAYS.get(title, title), "black", font)
         for row, picture in enumerate(pictures):
             page.paste(
                 picture.convert("RGB").resize((cell, cell), Image.LANCZOS),
@@ -339,6 +349,8 @@ def from_world(given: argparse.Namespace) -> None:
 
 
 def png(array: Any) -> bytes:
+    from PIL import Image
+
     buffer = BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
     return buffer.getvalue()
@@ -351,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return story([word for word in argv if word != "--story"])
     given = parse(argv)
+    from PIL import Image
+
     own = given.checkpoint is not None
     began = time.monotonic()
     photo = given.reference.read_bytes() if own else given.photo
@@ -377,6 +391,8 @@ def drawn(
     client: Client, given: argparse.Namespace, photo: bytes, size: int
 ) -> tuple[dict[str, Any], dict[str, list[Image.Image]], dict[str, float]]:
     """The workflow, the pictures of each column, and what they and the photo's inversion took."""
+    from PIL import Image
+
     own = given.checkpoint is not None
     own_file = flow_workflow.CHECKPOINT if flow(given) else "kindred_miniature.safetensors"
     checkpoint = given.checkpoint.name if own else own_file
@@ -412,6 +428,8 @@ def write(
     graph: Mapping[str, Any],
 ) -> None:
     """sheet.png, the single pictures, the workflow that was run, report.json."""
+    from PIL import ImageOps
+
     photo = ImageOps.exif_transpose(photo)
     side = min(photo.size)
     square = photo.crop(
@@ -422,15 +440,15 @@ def write(
             (photo.height + side) // 2,
         )
     )
-    shown = {
-        title: pictures[title] for title in ("plain", "self", "cross", "full") if title in pictures
-    }
+    shown = {title: pictures[title] for title in WAYS if title in pictures}
     sheet(square, shown, given.prompt).save(given.out / "sheet.png")
     for title, found in pictures.items():
         for i, picture in enumerate(found, 1):
             picture.save(given.out / f"{title}_{i}.png")
     (given.out / "workflow_api.json").write_text(json.dumps(graph, indent=2), "utf-8")
-    report(given, "demo", {"prompts": given.prompt}, figures)
+    ways = ", ".join(f"{WAYS[title]} ({title})" for title in shown)
+    look = f"on the left your photo, then each prompt drawn {len(shown)} ways: {ways}"
+    report(given, "demo", {"prompts": given.prompt}, figures, look)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,16 @@ def native_size(checkpoint: Path) -> int:
 
 
 def report(
-    given: argparse.Namespace, command: str, asked: Mapping[str, Any], figures: Mapping[str, float]
+    given: argparse.Namespace,
+    command: str,
+    asked: Mapping[str, Any],
+    figures: Mapping[str, float],
+    shown: str,
 ) -> None:
-    """report.json, a copy of it where --json says, and the figures on the terminal."""
+    """report.json, a copy of it where --json says, the figures on the terminal, and what to open.
+
+    shown: what the sheet shows, in words.
+    """
     content = {
         "command": command,
         "version": version(),
@@ -76,4 +83,4 @@ def report(
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for name, value in sorted(figures.items()):
         print(f"  {name:24} {value:.3f}")
-    print(f"  {given.out / 'sheet.png'}")
+    print(f"\nOpen {(given.out / 'sheet.png').resolve()}: {shown}.")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
@@ -27,10 +27,12 @@ from checkout import ROOT
 from client import Client
 from demo_report import Stopwatch, native_size, report, with_progress
 from host_server import HostServer, link
-from PIL import Image, ImageDraw, ImageFont
 from results import IN_GIT, prepare
 from story_figures import PHOTO_SCENES, SCENES, SECOND, SUBJECT, figures_of, photos
 from terminal import run_program
+
+if TYPE_CHECKING:  # --help has to come without any package
+    from PIL import Image
 
 WORKFLOWS = {
     name: ROOT / "workflows" / "api" / f"{name}.json"
@@ -80,6 +82,8 @@ class Teller:
 
     def run(self, name: str, graph: Graph, shown: str = PICTURES) -> Told:
         """shown: the node whose pictures count."""
+        from PIL import Image
+
         watch = Stopwatch(
             {
                 key: f"{name}: {node.get('_meta', {}).get('title', node['class_type'])}"
@@ -219,11 +223,12 @@ def tell(given: argparse.Namespace, client: Client) -> dict[str, Told]:
     return teller.told
 
 
-Row = tuple[str, Sequence[tuple[Image.Image, str]]]
+Row = tuple[str, Sequence[tuple["Image.Image", str]]]
 
 
 def rows(given: argparse.Namespace, told: Mapping[str, Told]) -> list[Row]:
     """The sheet's rows: a title, and pictures with what was asked for."""
+    from PIL import Image
 
     def captioned(name: str, lines: Sequence[str]) -> list[tuple[Image.Image, str]]:
         return list(zip(told[name].pictures, lines, strict=True))
@@ -258,6 +263,8 @@ def rows(given: argparse.Namespace, told: Mapping[str, Told]) -> list[Row]:
 
 def sheet(rows: Sequence[Row], cell: int = 192) -> Image.Image:
     """A row per story: its title, its pictures, the prompt under each."""
+    from PIL import Image, ImageDraw, ImageFont
+
     head, foot, gap = 30, 26, 8
     tall = head + cell + foot + gap
     page = Image.new(
@@ -416,7 +423,9 @@ def write(given: argparse.Namespace, told: Mapping[str, Told], figures: dict[str
         for i, picture in enumerate(job.pictures, 1):
             picture.save(given.out / f"{name}_{i}.png")
         (given.out / f"{name}_api.json").write_text(json.dumps(job.graph, indent=2), "utf-8")
-    report(given, "demo --story", {"prompts": given.prompt, "more": given.more or []}, figures)
+    asked = {"prompts": given.prompt, "more": given.more or []}
+    look = "the first row is without Kindred, each row below it shares one subject"
+    report(given, "demo --story", asked, figures, look)
 
 
 if __name__ == "__main__":

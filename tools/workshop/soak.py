@@ -29,7 +29,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 from checkout import version
 from client import Client, HostError, Interrupted, NodeFailed, Progress, PromptRefused
 from host_server import HostServer
-from PIL import Image
 from results import prepare
 from soaking.laws import Late, Law, Reading, beside_fresh, judged, memory, slowdown, typical
 from soaking.mix import ENDS, MIX, NEEDS, PICTURES, SAVERS, SIZES, Graph, Turn, rounds_of
@@ -201,6 +200,8 @@ def ended(client: Client, graph: Graph, how: str | None) -> Mapping[str, Any]:
 
 def digest_of(client: Client, images: Sequence[Mapping[str, str]]) -> str:
     """Of the pixels alone: a file also holds its workflow."""
+    from PIL import Image
+
     told = hashlib.sha256()
     for image in images:
         picture = Image.open(BytesIO(client.view(image)))

@@ -9,7 +9,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from checkout import as_kindred
-from PIL import Image
+
+if TYPE_CHECKING:  # --help has to come without any package
+    from PIL import Image
 
 if TYPE_CHECKING:
     from kindred.miniature.reader import Reader
@@ -29,6 +31,8 @@ LIMITS = 12  # identities that floor and ceiling are measured with
 
 def photos(scenes: Sequence[tuple[str, int]]) -> list[bytes]:
     """The held-out identity, as PNG files."""
+    from PIL import Image
+
     as_kindred()
     from kindred.miniature.world import held_out_identity, render
 
@@ -54,6 +58,8 @@ def images_of(pictures: Sequence[Image.Image]) -> Any:
 
 def limits(reader: Reader, autoencode: Any, count: int = LIMITS) -> tuple[float, float]:
     """Consistency of pictures of different held-out identities, and of one, rendered in the story's scenes: floor and ceiling."""
+    from PIL import Image
+
     from kindred.miniature.reader import consistency, pairwise_similarity
     from kindred.miniature.world import held_out_identity, render
 

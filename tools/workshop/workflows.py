@@ -14,11 +14,10 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
-from canvas import Canvas, browser
 from checkout import ROOT
 from flow_workflow import follow
 from host_server import HostServer
@@ -26,6 +25,9 @@ from results import prepare
 from terminal import run_program
 from workflow_models import files_of, models_of
 from workflow_notes import NOTES
+
+if TYPE_CHECKING:  # --help has to come without any package
+    from canvas import Canvas
 
 API, CANVAS = ROOT / "workflows" / "api", ROOT / "workflows"
 COLUMN_HEIGHT, GAP, PADDING, TITLE, GROUP_TITLE = 1000, 40, 24, 30, 56
@@ -265,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(given.name) - set(names()))
     if unknown:
         parser.error(f"there is no workflows/api/{unknown[0]}.json; there are {', '.join(names())}")
+    from canvas import browser
+
     small = [ROOT / "tests" / "small_models"]  # else the page complains of missing files
     with HostServer(given.host, cpu=True, threads=1, packs=small) as server, browser() as chromium:
         with chromium.page(server.url, vue=False) as canvas:
