@@ -49,7 +49,7 @@ class AnchorSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="From ConsiStory Shared Attention; its anchors are what is kept.",
+                    tooltip="From ConsiStory Shared Attention; the subject of its anchors is kept.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -57,7 +57,7 @@ class AnchorSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Of the noise: another seed is another subject.",
+                    tooltip="Noise seed. Another seed gives another subject.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -106,11 +106,11 @@ class AnchorSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Below 1 starts from the latents given.",
+                    tooltip="Below 1 starts from the wired latents instead of from pure noise.",
                 ),
                 inputs.precision(
-                    "How the features are stored. float16 halves memory and file of a "
-                    "model that computes in float32.",
+                    "How the features are stored. float16 halves memory and file if "
+                    "the model computes in float32.",
                 ),
             ],
             outputs=[

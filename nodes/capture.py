@@ -72,16 +72,16 @@ class RefUNetCapture(io.ComfyNode):
                     default=50,
                     min=2,
                     max=1000,
-                    tooltip="With a latent: the steps of the sampler that will generate. Unused "
-                    "with an inversion.",
+                    tooltip="With a latent: match your sampler's steps. A mismatch works "
+                    "but is slower. Unused with an inversion.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=host.schedulers(),
                     default="ddim_uniform",
-                    tooltip="With a latent: the scheduler of the sampler that will generate; "
-                    "simple for Flux, SD3.5, Qwen-Image and most transformers. "
-                    "Unused with an inversion.",
+                    tooltip="With a latent: match your sampler's scheduler; simple for "
+                    "Flux, SD3.5, Qwen-Image and most transformers. Unused with an "
+                    "inversion.",
                 ),
                 inputs.blocks(
                     "Which self-attention blocks to keep: all, encoder, middle, decoder, "
@@ -115,8 +115,8 @@ class RefUNetCapture(io.ComfyNode):
                     min=1,
                     max=1000,
                     advanced=True,
-                    tooltip="The mask is the union over this many first (noisiest) steps: the "
-                    "paper's tau = 2.",
+                    tooltip="How many of the first (noisiest) steps find the mask. 2 as in "
+                    "the paper; more finds more of the subject.",
                 ),
                 io.String.Input(
                     "mask_blocks",
@@ -127,9 +127,8 @@ class RefUNetCapture(io.ComfyNode):
                     "the double blocks, or the middle third of all.",
                 ),
                 inputs.precision(
-                    "How the features are stored in memory. float16 halves the memory of a "
-                    "model that computes in "
-                    "float32.",
+                    "How the features are stored in memory. float16 halves the "
+                    "memory if the model computes in float32.",
                 ),
                 io.Combo.Input(
                     "keeps",
@@ -137,9 +136,9 @@ class RefUNetCapture(io.ComfyNode):
                     default=Keeps.AUTO.value,
                     optional=True,
                     advanced=True,
-                    tooltip="What is held of each token. keys and values make every later step a "
-                    "little faster and take "
-                    "twice the memory of hidden states; automatic takes them up to 1 GB.",
+                    tooltip="What is kept in memory. keys and values: every later step is a "
+                    "little faster. hidden states: half the memory. automatic: "
+                    "keys and values up to 1 GB.",
                 ),
                 io.Float.Input(
                     "token_share",
@@ -149,44 +148,44 @@ class RefUNetCapture(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     advanced=True,
-                    tooltip="How much of the subject's tokens is kept, evenly spread: less takes "
-                    "less memory and time, and "
-                    "those that are kept speak the louder.",
+                    tooltip="Share of the subject's tokens that is kept, evenly spread. "
+                    "Less takes less memory and time; the kept ones are weighted up "
+                    "to compensate.",
                 ),
                 host.Inversion.Input(
                     "inversion",
                     optional=True,
-                    tooltip="From DDIM Invert: its latents are read, one call per step.",
+                    tooltip="From DDIM Invert; reading it takes one model call per step.",
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Instead of an inversion: the photo through VAE Encode; inverted and "
-                    "read "
-                    "in one pass.",
+                    tooltip="The photo through VAE Encode, instead of an inversion: it is "
+                    "inverted and read in one pass.",
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="Also reads the features of the negative half, for CFG halves = both.",
+                    tooltip="Only for halves = both: also reads the photo with your "
+                    "negative prompt.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the subject is, instead of finding it by its word. White is the "
-                    "subject.",
+                    tooltip="White = the subject. Replaces finding it by its word.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="With a latent, instead of steps and scheduler: the SIGMAS the sampler "
-                    "gets.",
+                    tooltip="With a latent: the SIGMAS that your sampler gets; they replace "
+                    "steps and scheduler.",
                 ),
             ],
             outputs=[
                 host.Reference.Output(
                     display_name="reference",
-                    tooltip="Features, masks and the trajectory of the photo.",
+                    tooltip="What was read of the subject, for Masked Self-Attn Inject or "
+                    "ConsiStory Shared Attention.",
                 ),
                 io.Mask.Output(display_name="mask", tooltip="Where the subject was found."),
             ],

@@ -63,8 +63,8 @@ class ComparisonGrid(io.ComfyNode):
                     default="",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="One line per batch, in their order: what it was made with. A blank "
-                    "line names none.",
+                    tooltip="One line per batch, in their order: how it was made. A blank "
+                    "line leaves that row unlabelled.",
                 ),
                 io.String.Input(
                     "captions",

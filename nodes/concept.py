@@ -44,10 +44,10 @@ class ConceptEncoderLoad(io.ComfyNode):
             node_id="KindredConceptEncoderLoad",
             display_name=LOAD,
             category="Kindred",
-            description="Loads what turns a photo into extra words for the model. Files belong "
-            "into models/concept_encoders; IP-Adapter "
-            "full-face weights (.safetensors) work too, with their CLIP Vision wired in, and for "
-            "FLUX.1 and SD3.5 the IP-Adapters of InstantX and XLabs.",
+            description="Loads a concept encoder, which turns a photo into extra words for the "
+            "model. Put files into models/concept_encoders. IP-Adapter full-face "
+            "weights (.safetensors) work too, with their CLIP Vision wired in, and "
+            "for FLUX.1 and SD3.5 the IP-Adapters of InstantX and XLabs.",
             search_aliases=[
                 "concept encoder",
                 "image encoder",
@@ -64,8 +64,8 @@ class ConceptEncoderLoad(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Only for files without a CLIP tower of their own, such as IP-Adapter "
-                    "full-face (ViT-H).",
+                    tooltip="Only for files without their own CLIP Vision, such as "
+                    "IP-Adapter full-face (ViT-H).",
                 ),
                 io.Combo.Input(
                     "pooling_head",
@@ -73,9 +73,9 @@ class ConceptEncoderLoad(io.ComfyNode):
                     default=NO_HEAD,
                     optional=True,
                     advanced=True,
-                    tooltip="Only for the FLUX.1 IP-Adapter by InstantX: the SigLIP file that "
-                    "clip_vision was loaded from. Its pooling head is read from there, since Load "
-                    "CLIP Vision leaves it out.",
+                    tooltip="Only for the FLUX.1 IP-Adapter by InstantX: choose the SigLIP "
+                    "file that clip_vision was loaded from. Its pooling head is "
+                    "read from that file, because Load CLIP Vision leaves it out.",
                 ),
             ],
             outputs=[
@@ -202,32 +202,31 @@ class CrossAttnDetailInject(io.ComfyNode):
                     "concept_encoder", tooltip="From Concept Encoder Load or Concept Encoder Train."
                 ),
                 io.Image.Input(
-                    "image", tooltip="The subject. Several pictures of it describe it together."
+                    "image", tooltip="A photo of the subject. Several photos describe it together."
                 ),
                 inputs.strength(
-                    "How much of the photo's subject comes through: 0 is the plain "
-                    "picture, 1 all of it. Start with 1 "
-                    "and turn it down where the prompt is no longer heard.",
+                    "How much of the photo's subject comes through: 0 = the plain "
+                    "picture, 1 = all of it. Start with 1 and turn it down if the "
+                    "prompt is ignored.",
                 ),
                 inputs.weight(
-                    "W_C at full strength: 1 as it was trained, more is more identity "
-                    "until the prompt is no longer "
-                    "heard.",
+                    "What full strength means: 1 = as it was trained; higher copies "
+                    "more until the prompt is ignored. W_C in the paper.",
                 ),
                 inputs.weight_mode(
-                    "How the weight acts when concatenated. logit bias: renormalised "
-                    "inside the softmax. post softmax: "
-                    "on its output. key scale: on the keys. output blend: between plain and "
-                    "concatenated.",
+                    "How the weight acts with merge = concat. logit bias: moves "
+                    "attention to or from the photo. post softmax: scales what is "
+                    "read. key scale: scales the keys. output blend: mixes the "
+                    "results with and without the photo.",
                 ),
                 io.Combo.Input(
                     "merge",
                     options=[AS_TRAINED, *(m.value for m in Merge)],
                     default=AS_TRAINED,
                     advanced=True,
-                    tooltip="concat: one softmax over text and photo (the paper). add: an "
-                    "attention of its own, added "
-                    "(IP-Adapter). as trained: what the encoder's file says.",
+                    tooltip="concat: prompt and photo share one attention (the paper). add: "
+                    "the photo gets its own, added on top (IP-Adapter). as "
+                    "trained: as the encoder's file says.",
                 ),
                 inputs.blocks(
                     "Where the photo is read: all, encoder, middle, decoder, or a list "
@@ -236,19 +235,19 @@ class CrossAttnDetailInject(io.ComfyNode):
                 inputs.percent(
                     "start_percent",
                     START,
-                    "When in the sampling the photo starts to be read. Before, the prompt "
-                    "alone lays the picture out.",
+                    "When in the sampling the photo starts being read. At 0.2 the "
+                    "first 20 % of sampling use the prompt only.",
                 ),
-                inputs.percent("end_percent", 1.0, "When in the sampling it stops to be read."),
+                inputs.percent("end_percent", 1.0, "When in the sampling it stops being read."),
                 inputs.halves(
                     Halves.BOTH,
-                    "Which half of CFG reads the photo. both gives the negative half an "
-                    "empty picture, as IP-Adapter "
-                    "does; cond only lets guidance amplify the photo; shared gives both halves the "
-                    "photo.",
+                    "Where the photo acts. both: on the prompt, while the negative "
+                    "reads an empty picture, as IP-Adapter does. cond only: on the "
+                    "prompt alone, which guidance amplifies. shared: the photo on "
+                    "both.",
                 ),
                 inputs.target_mask(
-                    "Only this part of the new picture reads the photo. White is where.",
+                    "White = the part of the new picture that reads the photo.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],

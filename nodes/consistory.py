@@ -48,19 +48,17 @@ class ConsiStory(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that will generate, with its LoRAs."),
                 inputs.strength(
-                    "How alike the subjects become: 0 leaves the plain pictures, 1 all "
-                    "that sharing and feature "
-                    "injection give. Start with 1.",
+                    "How alike the subjects become: 0 = the plain pictures, 1 = all "
+                    "that sharing and feature injection give. Start with 1.",
                 ),
                 io.Int.Input(
                     "anchors",
                     default=2,
                     min=0,
                     max=64,
-                    tooltip="Only the first so many pictures are read by all; they see one "
-                    "another, never the others, so more "
-                    "pictures do not change them. 2 are enough, as the paper finds. 0: all "
-                    "pictures read all.",
+                    tooltip="How many of the first pictures define the subject. 2 is "
+                    "enough, as the paper finds, and more pictures do not change "
+                    "them; 0 = all.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -69,13 +67,11 @@ class ConsiStory(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     advanced=True,
-                    tooltip="Of the dropout alone; the sampler has its own. Leave it, and vary the "
-                    "sampler's.",
+                    tooltip="Only varies the dropout. Change the sampler's seed instead.",
                 ),
                 inputs.weight(
-                    "How loudly the others' subject speaks at full strength: 0 shares "
-                    "nothing, 1 as if it were the "
-                    "picture's own.",
+                    "How strongly the other pictures' subject counts at full "
+                    "strength: 0 = not at all, 1 = as much as the picture's own.",
                 ),
                 io.Float.Input(
                     "dropout",
@@ -83,9 +79,9 @@ class ConsiStory(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Share of the others' subject that is hidden at each step, so that "
-                    "poses stay free: 0 alike, 1 "
-                    "shares nothing. Start with 0.5; with ControlNet the paper takes 0.7.",
+                    tooltip="Hides this share of the other pictures' subject at each step, "
+                    "so that poses stay free: 0 = most alike, 1 = nothing shared. "
+                    "Start with 0.5; with ControlNet the paper takes 0.7.",
                 ),
                 io.Float.Input(
                     "query_blend",
@@ -94,9 +90,9 @@ class ConsiStory(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="In the first steps, how much of a plain pass's queries is kept: more "
-                    "keeps the layouts different. "
-                    "0 saves that pass.",
+                    tooltip="How much of the plain pictures' layout is kept in the first "
+                    "steps: more keeps the layouts different. 0 saves the model "
+                    "calls it takes.",
                 ),
                 io.Float.Input(
                     "feature_injection",
@@ -104,9 +100,9 @@ class ConsiStory(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much of the matching part of another picture's subject is mixed "
-                    "in, for fine details. Start "
-                    "with 0.8; 0 saves the first stage: 55 instead of 88 UNet calls for 50 steps.",
+                    tooltip="Mixes in this much of the matching parts of another picture's "
+                    "subject, for fine details. Start with 0.8; 0 saves time: 55 "
+                    "instead of 88 model calls for 50 steps.",
                 ),
                 io.Float.Input(
                     "query_blend_end",
@@ -115,12 +111,12 @@ class ConsiStory(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     advanced=True,
-                    tooltip="query_blend at the last step of its window.",
+                    tooltip="What query_blend has become at its last step.",
                 ),
                 inputs.percent(
                     "blend_end_percent",
                     0.12,
-                    "When in the sampling the plain pass's queries stop to be used.",
+                    "When in the sampling query_blend stops being used.",
                 ),
                 inputs.percent(
                     "injection_start_percent", 0.1, "When in the sampling feature injection begins."
@@ -129,9 +125,10 @@ class ConsiStory(io.ComfyNode):
                     "injection_end_percent", 0.32, "When in the sampling feature injection ends."
                 ),
                 inputs.blocks(
-                    "Self-attention blocks that share: decoder, all, encoder, middle, or a "
-                    "list such as output 3-5. In transformers decoder is the second half; the "
-                    "list is of their blocks, such as single 10-20.",
+                    "Self-attention blocks that share: decoder, all, encoder, "
+                    "middle, or a list such as output 3-5. In transformers decoder "
+                    "is the second half, and a list names their blocks, such as "
+                    "single 10-20.",
                     default="decoder",
                 ),
                 io.String.Input(
@@ -146,46 +143,45 @@ class ConsiStory(io.ComfyNode):
                     options=[Halves.BOTH.value, Halves.COND.value],
                     default=Halves.COND.value,
                     advanced=True,
-                    tooltip="Which halves of CFG share, each with its own: cond only lets guidance "
-                    "amplify what is shared, both "
-                    "does not. With anchors 0 take both.",
+                    tooltip="Where sharing acts. cond only: on the prompt alone, which "
+                    "guidance amplifies. both: on prompt and negative; better with "
+                    "anchors 0.",
                 ),
                 io.Combo.Input(
                     "order",
                     options=[FAST, OFFICIAL],
                     default=FAST,
                     advanced=True,
-                    tooltip="fast: the first stage ends where the features are read. official: it "
-                    "runs to its end and takes the "
-                    "masks of the last step.",
+                    tooltip="fast: the first stage ends as soon as the features are read. "
+                    "official: it runs to the end, as the authors' code does, and "
+                    "uses the last step's masks.",
                 ),
                 io.Boolean.Input(
                     "align_keys",
                     default=True,
                     advanced=True,
-                    tooltip="With inverted photos: give their keys the statistics of the picture "
-                    "that reads them (AdaIN). Without effect in transformers.",
+                    tooltip="Photos only: adapts the photo's features to the new picture "
+                    "(AdaIN), so that its colours and contrast fit in. No effect on "
+                    "transformers.",
                 ),
                 host.Reference.Input(
                     "reference",
                     optional=True,
-                    tooltip="Read these anchors instead of the first pictures: from ConsiStory "
-                    "Anchor Sampler, Load "
-                    "Reference or, for photos, Ref-UNet Feature Capture.",
+                    tooltip="A subject to use instead of the first pictures: from "
+                    "ConsiStory Anchor Sampler or Load Reference, or, of photos, "
+                    "from Ref-UNet Feature Capture.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Where the subject will be in each picture, instead of finding it by "
-                    "its "
-                    "word. White is the subject.",
+                    tooltip="White = where the subject will be in each picture. Replaces "
+                    "finding it by its word.",
                 ),
                 inputs.text_share(
-                    "In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
-                    "pictures share one attention. "
-                    "kept: the prompt is heard as much as without the other pictures. plain: they "
-                    "dim it too. "
-                    "Without effect in SD1.5, SD2.x and SDXL.",
+                    "In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and "
+                    "the pictures share one attention. kept: the prompt counts as "
+                    "much as without the other pictures. plain: they weaken it. No "
+                    "effect on SD1.5, SD2.x and SDXL.",
                 ),
             ],
             outputs=[

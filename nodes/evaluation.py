@@ -199,9 +199,9 @@ class ConsistencyScore(io.ComfyNode):
             display_name=SCORE,
             category="Kindred",
             is_output_node=True,
-            description="How far the pictures of a batch show one subject, the subject of a "
-            "reference, and what their prompts ask for: "
-            "three numbers, a table, and a picture of every pair's similarity.",
+            description="How consistently a batch shows the same subject, the subject of a "
+            "reference, and what its prompts ask for: three numbers, a table, and a "
+            "picture of every pair's similarity.",
             search_aliases=[
                 "evaluate",
                 "identity score",
@@ -219,11 +219,10 @@ class ConsistencyScore(io.ComfyNode):
                     "judge",
                     options=[AUTO, READER, CLIP],
                     default=AUTO,
-                    tooltip="auto: CLIP if clip_vision is wired, else the miniature's reader. "
-                    "miniature reader: tells the "
-                    "identities of the miniature's world, and means nothing for any other picture. "
-                    "CLIP: for all "
-                    "others.",
+                    tooltip="auto: CLIP if clip_vision is wired, else the miniature's "
+                    "reader. miniature reader: only for pictures of the miniature; "
+                    "its numbers mean nothing for others. CLIP: for all other "
+                    "pictures.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -242,9 +241,9 @@ class ConsistencyScore(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="The subject of each picture, white: CLIP then judges it without its "
-                    "surroundings, which count for "
-                    "much otherwise. The reader finds it by itself.",
+                    tooltip="White = the subject of each picture. CLIP then ignores the "
+                    "surroundings, which otherwise count a lot. The miniature's "
+                    "reader needs no masks.",
                 ),
                 io.Mask.Input(
                     "reference_masks",
@@ -260,20 +259,20 @@ class ConsistencyScore(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For the text score, the other half of the same CLIP: clip_l for "
-                    "ViT-L, SD2.x's for ViT-H. "
-                    "Checkpoints of SD1.5 lack its last layer: take Load CLIP.",
+                    tooltip="For the text score, the text half of the same CLIP: clip_l for "
+                    "ViT-L, SD2.x's for ViT-H. SD1.5 checkpoints lack its last "
+                    "layer: use Load CLIP.",
                 ),
             ],
             outputs=[
                 io.Float.Output(
                     display_name="consistency",
-                    tooltip="Mean similarity of all pairs of the batch; 1 is one subject. 0 for a "
-                    "single picture.",
+                    tooltip="Mean similarity of all pairs of the batch; 1 = the same "
+                    "subject. 0 for a single picture.",
                 ),
                 io.Float.Output(
                     display_name="identity",
-                    tooltip="Mean similarity with the reference; 1 is its subject. 0 without a "
+                    tooltip="Mean similarity to the reference; 1 = its subject. 0 without a "
                     "reference.",
                 ),
                 io.Float.Output(

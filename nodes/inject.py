@@ -55,8 +55,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
             node_id="KindredMaskedSelfAttnInject",
             display_name=NODE,
             category="Kindred",
-            description="Lets the picture being made look at the subject of a reference. Works "
-            "with any sampler; chain several for several "
+            description="Keeps the subject of a reference in every new picture, which looks at "
+            "it while it is made. Works with any sampler; chain several for several "
             "references.",
             search_aliases=[
                 "attention injection",
@@ -69,20 +69,20 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model the reference was read with."),
                 host.Reference.Input("reference", tooltip="From Ref-UNet Feature Capture."),
                 inputs.strength(
-                    "How much of the reference's subject comes through: 0 is the plain "
-                    "picture, 1 all of it. Start with "
-                    "1 and turn it down where the picture copies too much.",
+                    "How much of the reference's subject comes through: 0 = the "
+                    "plain picture, 1 = all of it. Start with 1 and turn it down if "
+                    "the picture copies too much.",
                 ),
                 inputs.weight(
-                    "W_S at full strength: 1 is the reference beside the picture's own "
-                    "features, more is more identity "
-                    "until shapes break.",
+                    "What full strength means: 1 = as strong as the picture's own "
+                    "features; higher copies more until shapes break. W_S in the "
+                    "paper.",
                 ),
                 inputs.weight_mode(
-                    "How the weight acts. logit bias: renormalised inside the softmax. "
-                    "post softmax: on its output. key "
-                    "scale: on the keys. "
-                    "output blend: between plain and concatenated.",
+                    "How the weight acts. logit bias: moves attention to or from "
+                    "the reference. post softmax: scales what is read. key scale: "
+                    "scales the keys. output blend: mixes the results with and "
+                    "without the reference.",
                 ),
                 inputs.blocks(
                     "Which captured blocks to use: all, encoder, middle, decoder, "
@@ -94,29 +94,28 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 inputs.percent(
                     "start_percent",
                     0.0,
-                    "When in the sampling the reference starts to be read.",
+                    "When in the sampling the reference starts being read.",
                 ),
                 inputs.percent(
                     "end_percent",
                     1.0,
-                    "When in the sampling it stops to be read.",
+                    "When in the sampling it stops being read.",
                 ),
                 inputs.halves(
                     Halves.COND,
-                    "Which half of CFG reads the reference. cond only lets guidance "
-                    "amplify the subject; both needs a "
-                    "negative in the capture; "
-                    "shared gives both halves the same features.",
+                    "Where the reference acts. cond only: on the prompt alone, "
+                    "which guidance amplifies (stronger). both: on prompt and "
+                    "negative; needs a negative in the capture. shared: the "
+                    "prompt's features on both.",
                 ),
                 inputs.target_mask(
-                    "Only this part of the new picture may look at the reference. White is where.",
+                    "White = the part of the new picture that may look at the reference.",
                 ),
                 inputs.text_share(
-                    "In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and the "
-                    "picture share one attention. "
-                    "kept: the prompt is heard as much as without the reference. plain: the "
-                    "reference dims it too. "
-                    "Without effect in SD1.5, SD2.x and SDXL.",
+                    "In transformers (Flux, Qwen-Image, SD3.5 ...) the prompt and "
+                    "the picture share one attention. kept: the prompt counts as "
+                    "much as without the reference. plain: the reference weakens "
+                    "it. No effect on SD1.5, SD2.x and SDXL.",
                 ),
                 io.Combo.Input(
                     "positions",
@@ -124,13 +123,13 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     default=Positions.OWN.value,
                     optional=True,
                     advanced=True,
-                    tooltip="Where the reference stands in the picture's coordinates (Flux, "
-                    "Qwen-Image, Z-Image ...). "
-                    "own: where the subject was in the photo. centred: the photo's middle on the "
-                    "picture's. aside: right of the picture. "
-                    "apart: one step along the time axis, or aside where there is none. "
-                    "none: tokens are compared by what they hold alone. "
-                    "SD1.5, SD2.x, SDXL, SD3.5 and AuraFlow have own only.",
+                    tooltip="Where the reference stands for the new picture (Flux, "
+                    "Qwen-Image, Z-Image ...). own: where the subject was in the "
+                    "photo. centred: the photo's middle on the picture's. aside: "
+                    "right of the picture. apart: one step along the time axis, or "
+                    "aside if there is none. none: positions are ignored, only "
+                    "contents are compared. SD1.5, SD2.x, SDXL, SD3.5 and AuraFlow "
+                    "have own only.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],

@@ -57,30 +57,28 @@ class DDIMInvert(io.ComfyNode):
                     default=50,
                     min=2,
                     max=1000,
-                    tooltip="Take the steps of the sampler that will generate: then no reference "
-                    "pass runs while it samples.",
+                    tooltip="Match your sampler's steps. A mismatch works but is slower.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=host.schedulers(),
                     default="ddim_uniform",
-                    tooltip="Take the scheduler of the sampler that will generate: simple for "
-                    "Flux, SD3.5, Qwen-Image and most transformers.",
+                    tooltip="Match your sampler's scheduler: simple for Flux, SD3.5, "
+                    "Qwen-Image and most transformers.",
                 ),
                 io.Combo.Input(
                     "method",
                     options=[DDIM, EDIT_FRIENDLY, FIREFLOW, FORWARD],
                     default=DDIM,
                     advanced=True,
-                    tooltip="ddim: deterministic, one path; transformers (Flux, Qwen-Image, SD3.5 "
-                    "...) are inverted by "
-                    "fireflow instead. edit-friendly ddpm: independent noise at every step; keeps "
-                    "noise maps that "
-                    "bring the photo back exactly (arXiv 2304.06140). fireflow: deterministic, of "
-                    "second order, one "
-                    "call more (arXiv 2412.07517). forward noise: the photo under one noise, "
-                    "without the model; for "
-                    "turbo and lightning models of few steps, which cannot be inverted.",
+                    tooltip="ddim: no random noise; transformers (Flux, Qwen-Image, SD3.5 "
+                    "...) are inverted by fireflow instead. edit-friendly ddpm: new "
+                    "random noise at every step, kept so that the photo comes back "
+                    "exactly (arXiv 2304.06140). fireflow: no random noise, second "
+                    "order, one model call more (arXiv 2412.07517). forward noise: "
+                    "adds one noise to the photo without running the model; for "
+                    "turbo and lightning models of few steps, which cannot be "
+                    "inverted.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -89,33 +87,33 @@ class DDIMInvert(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     advanced=True,
-                    tooltip="Noise of edit-friendly ddpm and of forward noise; ddim and fireflow "
-                    "use none.",
+                    tooltip="Noise seed of edit-friendly ddpm and forward noise; ddim and "
+                    "fireflow use no noise.",
                 ),
                 io.Boolean.Input(
                     "check",
                     default=True,
                     advanced=True,
-                    tooltip="Sample back from the noise and report the difference to the photo. "
-                    "Doubles the time of this "
-                    "node. Forward noise has nothing to check.",
+                    tooltip="Samples back from the noise and reports how far the result is "
+                    "from the photo. Doubles the time of this node. Forward noise "
+                    "has nothing to check.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="Instead of steps and scheduler: the SIGMAS the sampler gets.",
+                    tooltip="The SIGMAS that your sampler gets; they replace steps and scheduler.",
                 ),
             ],
             outputs=[
                 host.Inversion.Output(
                     display_name="inversion",
-                    tooltip="Every step of the way, for Ref-UNet Feature Capture.",
+                    tooltip="The photo at every step, for Ref-UNet Feature Capture.",
                 ),
                 io.Latent.Output(
                     display_name="noise",
-                    tooltip="The last step, ready for KSampler (Advanced) with add_noise disabled; "
-                    "not on flow models, whose samplers take nothing from a latent at "
-                    "sigma 1.",
+                    tooltip="The last step, for KSampler (Advanced) with add_noise "
+                    "disabled. Not for flow models: at full noise their samplers "
+                    "ignore the latent.",
                 ),
             ],
             has_intermediate_output=True,

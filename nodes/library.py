@@ -46,8 +46,8 @@ class SaveReference(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="kindred/reference",
-                    tooltip="Name in the output folder; a number is added. Load Reference lists "
-                    "its kindred folder.",
+                    tooltip="Name in the output folder; a number is added. Load Reference "
+                    "lists what lies in output/kindred.",
                 ),
             ],
             outputs=[],
@@ -91,9 +91,9 @@ class LoadReference(io.ComfyNode):
             node_id="KindredLoadReference",
             display_name=LOAD,
             category="Kindred",
-            description="Reads a reference that Save Reference wrote. It does exactly what the "
-            "unsaved one did, with the same model and "
-            "LoRAs. Files of other machines belong into models/kindred_references.",
+            description="Reads a reference that Save Reference wrote. With the same model and "
+            "LoRAs it does exactly what the unsaved one did. Put files from other "
+            "machines into models/kindred_references.",
             search_aliases=[
                 "load subject",
                 "load anchors",
@@ -112,7 +112,7 @@ class LoadReference(io.ComfyNode):
             outputs=[
                 host.Reference.Output(
                     display_name="reference",
-                    tooltip="As it was saved, for every node that takes a reference.",
+                    tooltip="The saved reference, unchanged.",
                 )
             ],
         )

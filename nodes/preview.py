@@ -34,9 +34,9 @@ class ReferencePreview(io.ComfyNode):
             display_name=NODE,
             category="Kindred",
             is_output_node=True,
-            description="Shows what a reference knows: where the subject was found, how strongly "
-            "its word lights up, and which parts of "
-            "several pictures are taken for the same.",
+            description="Shows what a reference knows: where the subject was found, how "
+            "strongly its word lights up, and which parts of several pictures "
+            "match.",
             search_aliases=[
                 "preview reference",
                 "show mask",
@@ -54,17 +54,16 @@ class ReferencePreview(io.ComfyNode):
                 ),
                 io.Vae.Input(
                     "vae",
-                    tooltip="Of the checkpoint that made the reference: it draws the pictures "
-                    "underneath.",
+                    tooltip="The VAE of the checkpoint that made the reference; it draws "
+                    "the pictures underneath.",
                 ),
                 io.Combo.Input(
                     "show",
                     options=[ALL, MASKS, HEAT, MATCHES],
                     default=ALL,
-                    tooltip="masks: the subject in colour, the rest grey. heat map: the attention "
-                    "to the subject's word. "
-                    "correspondences: equal parts in equal colours. all: side by side, those that "
-                    "there are.",
+                    tooltip="masks: the subject in colour, the rest grey. heat map: the "
+                    "attention to the subject's word. correspondences: matching "
+                    "parts share a colour. all: every available view side by side.",
                 ),
                 io.Float.Input(
                     "step_percent",
@@ -73,14 +72,14 @@ class ReferencePreview(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Which step the heat map is of: 0 is the first (noisiest), 1 the last. "
-                    "Below 0: the mean of all.",
+                    tooltip="Which step the heat map shows: 0 = the first (noisiest), 1 = "
+                    "the last, below 0 = the mean of all.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="image",
-                    tooltip="One per picture of the reference, its panels side by side.",
+                    tooltip="One image per picture of the reference, its views side by side.",
                 )
             ],
         )

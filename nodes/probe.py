@@ -38,9 +38,9 @@ class BlockProbe(io.ComfyNode):
             category="Kindred",
             is_output_node=True,
             description="Measures which blocks of your own checkpoint matter, in two or three "
-            "passes for each over one picture: what is lost without a block, what changes when its "
-            "keys are moved and when it reads another picture. Keeps the result, so that blocks = "
-            "measured means something in the other nodes.",
+            "passes for each over one picture: what is lost without a block, what "
+            "changes when its keys are moved and when it reads another picture. The "
+            "result is kept for blocks = measured in the other nodes.",
             search_aliases=[
                 "vital layers",
                 "layer analysis",
@@ -55,16 +55,17 @@ class BlockProbe(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="A picture through VAE Encode, at the size that you draw at. Of "
-                    "several each is lent the next; a single one is lent its mirror image.",
+                    tooltip="A picture through VAE Encode, at the size that you draw at. "
+                    "With several each borrows from the next; a single one borrows "
+                    "from its mirror image.",
                 ),
                 io.Int.Input(
                     "noise_levels",
                     default=1,
                     min=1,
                     max=8,
-                    tooltip="At how many noise levels to measure: each takes all passes again, and "
-                    "makes the figures steadier.",
+                    tooltip="How many noise levels to measure at. Each repeats all passes "
+                    "and makes the figures steadier.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -73,7 +74,7 @@ class BlockProbe(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     advanced=True,
-                    tooltip="Of the noise.",
+                    tooltip="Noise seed.",
                 ),
             ],
             outputs=[

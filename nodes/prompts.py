@@ -245,22 +245,22 @@ class SubjectPrompts(io.ComfyNode):
                 io.String.Input(
                     "subject",
                     default="cat",
-                    tooltip="The word or phrase that names the subject in every line, for "
-                    "instance: cat. "
-                    "Several subjects are separated by commas. Empty: no subject is marked.",
+                    tooltip="The word or phrase that names the subject in every line, such "
+                    "as cat. Separate several subjects with commas. Leave empty if "
+                    "nothing needs to find the subject.",
                 ),
                 io.String.Input(
                     "style",
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Put before every line, for instance: watercolour of",
+                    tooltip="Added before every line, such as 'watercolour of'.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
                     display_name="conditioning",
-                    tooltip="One row per picture, with the subject's token positions.",
+                    tooltip="One prompt per picture, with the places of the subject's words.",
                 ),
                 io.Int.Output(
                     display_name="count",

@@ -140,7 +140,7 @@ class Order:
             raise ValueError(
                 f"{NODE}: tower is {self.tower!r} and {' and '.join(wired) or 'nothing'} wired. "
                 f"Wire either clip_vision (CLIP "
-                "ViT-L or ViT-H) or a concept_encoder to go on from; or choose 'new, small' and "
+                "ViT-L or ViT-H) or a concept_encoder to train further; or choose 'new, small' and "
                 "wire neither."
             )
         if self.concept_encoder is not None:
@@ -164,8 +164,8 @@ class ConceptEncoderTrain(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             description="Trains a concept encoder on your pictures and saves it into "
-            "models/concept_encoders. Cancelling keeps what was "
-            "learned so far; the same settings then go on from there.",
+            "models/concept_encoders. Cancelling keeps what was learned so far; run "
+            "the same settings again to resume.",
             search_aliases=[
                 "train ip adapter",
                 "train concept",
@@ -179,12 +179,12 @@ class ConceptEncoderTrain(io.ComfyNode):
                     tooltip="The base model, from Load Checkpoint, with any LoRA. It is not "
                     "changed.",
                 ),
-                io.Vae.Input("vae", tooltip="Of the same checkpoint."),
-                io.Clip.Input("clip", tooltip="Of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 io.Image.Input(
                     "images",
-                    tooltip="The pictures to learn from, as batches or lists of any sizes. Centre "
-                    "squares are used.",
+                    tooltip="The pictures to learn from, as batches or lists of any size. "
+                    "The centre square of each is used.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -204,7 +204,7 @@ class ConceptEncoderTrain(io.ComfyNode):
                     default=1000,
                     min=1,
                     max=10_000_000,
-                    tooltip="The paper trains a domain in 100,000.",
+                    tooltip="Training steps. The paper takes 100,000 for one kind of subject.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -213,8 +213,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     max=0.1,
                     step=1e-7,
                     round=False,
-                    tooltip="Of the projections, and of a new small tower. 1e-5 is the paper's; "
-                    "the miniature took 2e-3.",
+                    tooltip="Learning rate of the projections and of a new small tower. The "
+                    "paper takes 1e-5; the miniature took 2e-3.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -237,8 +237,9 @@ class ConceptEncoderTrain(io.ComfyNode):
                     "tower",
                     options=[WIRED, SMALL],
                     default=WIRED,
-                    tooltip="as wired: clip_vision or concept_encoder. new, small: from nothing, "
-                    "for small worlds.",
+                    tooltip="The part that looks at the photo. as wired: starts from "
+                    "clip_vision or concept_encoder. new, small: starts from "
+                    "scratch, for small models such as the miniature.",
                 ),
                 io.Float.Input(
                     "tower_rate",
@@ -248,8 +249,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     step=1e-7,
                     round=False,
                     advanced=True,
-                    tooltip="Learning rate of the tower; 0 leaves it as it came, which needs far "
-                    "less memory.",
+                    tooltip="Learning rate of the tower; 0 leaves it unchanged, which needs "
+                    "far less memory.",
                 ),
                 io.Combo.Input(
                     "subjects",
@@ -267,7 +268,7 @@ class ConceptEncoderTrain(io.ComfyNode):
                     max=4096,
                     step=8,
                     advanced=True,
-                    tooltip="Pixels of a side while training; 0 is what the model was made for.",
+                    tooltip="Pixels per side while training; 0 = the model's own size.",
                 ),
                 io.Int.Input(
                     "accumulate",
@@ -275,7 +276,7 @@ class ConceptEncoderTrain(io.ComfyNode):
                     min=1,
                     max=1024,
                     advanced=True,
-                    tooltip="Batches per step, one after the other.",
+                    tooltip="Batches per step, one after the other (gradient accumulation).",
                 ),
                 io.Float.Input(
                     "drop_text",
@@ -312,8 +313,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     step=0.0001,
                     round=False,
                     advanced=True,
-                    tooltip="Decay of the averaged weights, which are the ones kept; 0 keeps the "
-                    "last ones.",
+                    tooltip="Decay of the running average of the weights, which is what is "
+                    "saved; 0 saves the last weights.",
                 ),
                 io.Combo.Input(
                     "weighting",
@@ -338,8 +339,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     options=[m.value for m in Merge],
                     default=Merge.CONCAT.value,
                     advanced=True,
-                    tooltip="concat: one softmax over text and photo (the paper). add: beside it "
-                    "(IP-Adapter).",
+                    tooltip="concat: prompt and photo share one attention (the paper). add: "
+                    "the photo gets its own (IP-Adapter).",
                 ),
                 io.Combo.Input(
                     "mixed_precision",
@@ -352,7 +353,7 @@ class ConceptEncoderTrain(io.ComfyNode):
                     "gradient_checkpointing",
                     default=False,
                     advanced=True,
-                    tooltip="Compute the UNet twice instead of remembering it: less memory, "
+                    tooltip="Computes the UNet twice instead of storing it: less memory, "
                     "slower. Not on transformers.",
                 ),
                 io.Int.Input(
@@ -367,8 +368,8 @@ class ConceptEncoderTrain(io.ComfyNode):
                     "resume",
                     default=True,
                     advanced=True,
-                    tooltip="Go on where an earlier run of the same settings stopped. Off: begin "
-                    "again and replace the file.",
+                    tooltip="Resumes an earlier run with the same settings where it "
+                    "stopped. Off: starts again and replaces the file.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -377,7 +378,7 @@ class ConceptEncoderTrain(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     advanced=True,
-                    tooltip="Order of the pictures and noise.",
+                    tooltip="Random seed for the order of the pictures and the noise.",
                 ),
                 io.Int.Input(
                     "tie_blocks",
@@ -386,7 +387,7 @@ class ConceptEncoderTrain(io.ComfyNode):
                     max=100,
                     optional=True,
                     advanced=True,
-                    tooltip="On a transformer: neighbouring blocks that share keys and values.",
+                    tooltip="Transformers only: neighbouring blocks that share keys and values.",
                 ),
             ],
             outputs=[
@@ -449,7 +450,7 @@ def train(order: Order) -> tuple[ConceptEncoder, list[float]]:
         try:
             if order.resume and state.exists():
                 trainer.resume(known_state(state), **made_with)
-                log.info("%s: going on from step %d of %s", NODE, trainer.step_number, path.name)
+                log.info("%s: resuming at step %d of %s", NODE, trainer.step_number, path.name)
             save = Saving(trainer, path, state, made_with, facts)
             watch = Watching(trainer, host.progress(settings.steps), draw_curve)
             run(order.save_every, save, watch, host.Interrupted)

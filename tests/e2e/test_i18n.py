@@ -1,4 +1,4 @@
-"""What the server tells the page about the pack's words."""
+"""What the server tells the page about the pack's words, and the help pages that it hands out."""
 
 import json
 
@@ -20,3 +20,14 @@ def test_the_server_tells_the_locales(client, language):
     assert files["nodeDefs"].keys() == {
         key for key in client.object_info() if key.startswith("Kindred")
     }
+
+
+def test_the_server_hands_out_a_help_page_for_each_language(client):
+    """Where the page asks for them: extensions/PACK/docs/NODE/LANGUAGE.md, else NODE.md; pictures beside the latter."""
+    for place in (
+        "KindredConsiStory.md",
+        "KindredConsiStory/zh.md",
+        "images/KindredConsiStory.jpg",
+    ):
+        told = client.request(f"/extensions/kindred/docs/{place}")
+        assert told == (ROOT / "web" / "docs" / place).read_bytes()

@@ -51,5 +51,19 @@ def test_has_a_locale_entry(key, language):
     assert entry["display_name"] and entry["inputs"]
 
 
+@pytest.mark.parametrize("key", NODES)
+def test_has_a_chinese_page_with_the_same_pictures_and_inputs(key):
+    """ComfyUI asks for NODE/zh.md first where the language is Chinese, and takes pictures from docs/ for both."""
+    english = (ROOT / "web" / "docs" / f"{key}.md").read_text("utf-8")
+    page = (ROOT / "web" / "docs" / key / "zh.md").read_text("utf-8")
+    entry = schemas.read(schemas.LOCALES / "zh" / "nodeDefs.json")[key]
+    assert page.startswith(f"# {entry['display_name']}\n")
+    assert PICTURE.findall(page) == PICTURE.findall(english)
+    named = [told["name"] for name, told in entry["inputs"].items() if f"**{name}**" in english]
+    assert not [name for name in named if f"**{name}**" not in page]
+
+
 def test_no_page_is_left_of_a_node_that_is_gone():
-    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(NODES)
+    pages = ROOT / "web" / "docs"
+    assert {path.stem for path in pages.glob("*.md")} == set(NODES)
+    assert {path.parent.name for path in pages.glob("*/*.md")} == set(NODES)
