@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from flow_workflow import NAME, offered
 
-YOURS = """**Your own checkpoint.** Everything here runs on *kindred_miniature*, a small model of a small world that ships with the pack. \
-For SD1.5, SD2.x or SDXL choose yours in **Checkpoint**. """
+YOURS = """**Your own checkpoint.** Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world: cats, dogs, \
+birds, fish and robots in eight places, at 128 pixels. For SD1.5, SD2.x or SDXL choose yours in **Checkpoint**. """
 SIZES = "Set each **width** and **height** to 512 (SD1.5), 768 (SD2.1) or 1024 (SDXL), and **cfg** to 5 to 7. "
 PHOTO = "Upload your photo in **Photo of the subject**, say what it shows in **What the photo shows**, and use that word in every prompt. "
-STEPS = "Change **steps** and **scheduler** in **Read the subject** and in the samplers together. "
+STEPS = "Keep **steps** and **scheduler** the same in **Read the subject** and in the samplers. "
 ENCODER = (
     "An encoder fits one family: choose one for yours in **Concept encoder** (IP-Adapter full-face weights work, with Load CLIP "
     "Vision wired into it), or bypass **{reader}** (Ctrl+B). "
 )
 MEMORY = "SDXL takes much memory for 50 steps: write *decoder* into **blocks**, or take 25 steps."
 SAMPLED = "The paper samples with DDIM, 50 steps, CFG 5 and ComfyUI's FreeU (b1 1.1, b2 1.2, s1 0.6, s2 0.4)"
-SCORES = "The scores are the miniature's reader and mean nothing for other pictures: wire Load CLIP Vision into them. "
+SCORES = "These scores only work for the miniature. For your pictures connect Load CLIP Vision. "
 READER = "Let them read it as part of the prompt"
 # what the workflows for transformers hold, a line each; a test compares them with the nodes
 CHOICES = {
@@ -119,7 +119,7 @@ NOTES = {
     ),
     "ablation": Note(
         "What each half brings",
-        "Paper A's figure: plain, each half alone, both; the same noise in every row.",
+        "Compare: without Kindred, each method alone, both; the same noise in every row. It is the figure of the paper.",
         _personal(
             "An encoder fits one family: choose one for yours in **Concept encoder**. ", SCORES
         ),
@@ -147,13 +147,14 @@ NOTES = {
         "Each photo is read by its own half of the picture (**target_mask**), and each half has its own prompt. Masks may have any shape.",
         YOURS
         + "Upload your photos, say what they show, and use those words in the prompts. Photos: 512 x 512 (SD1.5) or 1024 x 1024 "
-        "(SDXL). **Nothing** and **Size**: twice as wide; **Half of the picture**: as the photos. **cfg** 5 to 7. "
+        "(SDXL). Set **Nothing** and **Size** to double width, **Half of the picture** to the photo size, **cfg** to 5 to 7. "
         + MEMORY,
     ),
     "story": Note(
         "One subject in several pictures",
-        "ConsiStory: the pictures of one batch share their subject, with no photo and no training. **strength** turns it; **dropout** "
-        f"and **query_blend** keep the poses apart.\n\n{SAMPLED}, as *A story with FreeU* does; this one is without FreeU.",
+        "ConsiStory: the pictures of one batch share their subject, with no photo and no training. **strength** is the dial; **dropout** "
+        "(and **query_blend**, an advanced input) keep the poses apart."
+        f"\n\n{SAMPLED}, as *A story with FreeU* does; this one is without FreeU.",
         YOURS
         + "Write your prompts, one per line, and the **subject** word that all of them contain. "
         + SIZES
@@ -163,7 +164,7 @@ NOTES = {
     "story_freeu": Note(
         "A story with FreeU",
         f"*One subject in several pictures*, sampled as the ConsiStory paper does. {SAMPLED}: skip connections count less and the "
-        "features that come from below count more. The numbers are for SDXL; of the miniature's features **b1** and **s1** touch none. "
+        "features of deeper layers count more. The numbers are for SDXL; of the miniature's features **b1** and **s1** touch none. "
         "Bypass **What the paper samples with** (Ctrl+B) to see what it does.",
         YOURS
         + "Write your prompts, one per line, and the **subject** word that all of them contain. "
@@ -206,7 +207,7 @@ NOTES = {
     ),
     "invert_and_inspect": Note(
         "Inversion, and what is read on the way",
-        "The photo goes back to noise and forth again: the closer it comes back, the better its features. The preview shows where the "
+        "Turns the photo into noise and back again: the closer it comes back, the better its features. The preview shows where the "
         "subject was found, and the file keeps it for *Load Reference*.",
         YOURS
         + "Upload your photo in **Photo of the subject** and say plainly what it shows. Set **width** and **height** to 512 "
@@ -216,16 +217,16 @@ NOTES = {
     "measure_blocks": Note(
         "Which blocks matter",
         "One picture, noised, goes through the model once for each block without its attention, once with its keys moved, and once "
-        "lent another picture: the chart shows how much changes. What is found is kept, and *measured* in an input **blocks** of "
-        "Ref-UNet Feature Capture and Masked Self-Attn Inject means it from then on.",
-        "**Your own checkpoint.** Everything here runs on *kindred_miniature*, a small model of a small world that ships with the pack. "
+        "lent another picture: the chart shows how much changes. The result is kept: write *measured* into **blocks** of "
+        "Ref-UNet Feature Capture or Masked Self-Attn Inject to use it.",
+        "**Your own checkpoint.** Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world. "
         "Choose yours in **Checkpoint**, load a picture that it could have drawn in **Picture** and say what it shows. Set **width** and "
         "**height** to the size that you draw at. More **noise_levels** make the figures steadier and take as many times longer.",
     ),
     "train_concept_encoder": Note(
         "Train a concept encoder",
-        "Trains the shipped encoder a little further on two photos and compares before and after: it shows how training goes, in less than "
-        "a minute, not how far. The file lands in models/concept_encoders.",
+        "Trains the shipped encoder a little further on two photos and compares before and after: a one-minute demonstration, "
+        "not a full training. The file lands in models/concept_encoders.",
         YOURS
         + "Load your pictures with Load Image Dataset from Folder into **Train it on them**, write what they show into **prompt**, "
         "and wire Load CLIP Vision (ViT-L) there instead of **Concept encoder**. Then delete **The encoder as it came** and "
