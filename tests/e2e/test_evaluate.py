@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on(once, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # as dev.py does
     _, said = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130 and "the same command goes on from here" in said
+    assert process.returncode == 130 and "the same command resumes here" in said
     before = journal.read_text().splitlines()
     assert 3 <= len(before) < 12
     assert tables(run(tmp_path, *SMALL, "--processes", "1")) == tables(told)

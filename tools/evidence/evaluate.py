@@ -2,7 +2,7 @@
 
 Without arguments: paper A's Table 2 and Fig. 6 (the weights W_S and W_C, with and without the mask) on held-out identities, paper B's
 ablation and its points by dropout on held-out sets of four scenes; the miniature's attribute reader judges. Tables, figures, plots and
-the first pictures go into one folder (--out), together with a journal: the same command goes on where it was stopped, and measures
+the first pictures go into one folder (--out), together with a journal: the same command resumes where it stopped, and measures
 nothing twice. The miniature's numbers depend on neither the machine's cores nor --processes.
 
 --table takes some of the tables, --task all of paper A's (personalize) or B's (story), or the miniature's own figures (miniature).
@@ -246,9 +246,7 @@ def tabulate(given: argparse.Namespace) -> int:
     if filled:
         write_folder(given, filled, setting, whole, figures)
     if not whole:
-        print(
-            f"evaluate: {failed or 'stopped'}; the same command goes on from here.", file=sys.stderr
-        )
+        print(f"evaluate: {failed or 'stopped'}; the same command resumes here.", file=sys.stderr)
     return 0 if whole else 1 if failed else 130
 
 
@@ -302,7 +300,7 @@ def miniature(given: argparse.Namespace) -> int:
     prepare(None, given.json)
     figures = (unet_figures if given.miniature == UNET else flow_figures)(given)
     if figures is None:
-        print("evaluate: stopped; the same command goes on from here.", file=sys.stderr)
+        print("evaluate: stopped; the same command resumes here.", file=sys.stderr)
         return 130
     for name, value in sorted(figures.items()):
         print(f"  {name:28} {value:.3f}")

@@ -6,7 +6,7 @@
 One process, on a GPU or (--cpu) the CPU. Several GPUs: accelerate launch --multi_gpu --num_processes 4 tools/workshop/...
 Several processes on a CPU, where accelerate launch starts but one:
   python -m torch.distributed.run --nproc_per_node 2 tools/workshop/... --cpu
-p processes with --batch b are one with --batch p * b. The same command goes on from the newest state in --out after any kill.
+p processes with --batch b are one with --batch p * b. The same command resumes from the newest state in --out after any kill.
 Pictures may lie in subfolders, one per subject: then the tower sees another picture of the subject than the UNet draws.
 NAME.txt beside NAME.png is its prompt. Writes RUN/<name>.safetensors (put it into models/concept_encoders), log.csv, validation
 pictures and state.pt.
