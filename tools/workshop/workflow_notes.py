@@ -220,8 +220,9 @@ NOTES = {
         "lent another picture: the chart shows how much changes. The result is kept: write *measured* into **blocks** of "
         "Ref-UNet Feature Capture or Masked Self-Attn Inject to use it.",
         "**Your own checkpoint.** Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world. "
-        "Choose yours in **Checkpoint**, load a picture that it could have drawn in **Picture** and say what it shows. Set **width** and "
-        "**height** to the size that you draw at. More **noise_levels** make the figures steadier and take as many times longer.",
+        "Choose yours (SD1.5, SD2.x, SDXL) in **Checkpoint**, load a picture that it could have drawn in **Picture** and say what it "
+        "shows. Set **width** and **height** to the size that you draw at. "
+        "More **noise_levels** make the figures steadier and take as many times longer.",
     ),
     "train_concept_encoder": Note(
         "Train a concept encoder",
