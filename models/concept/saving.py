@@ -61,8 +61,7 @@ class Saving:
             )
             raise OSError(
                 f"{NODE}: step {self.trainer.step_number} could not be saved ({error}); {kept}. To "
-                f"go on, "
-                f"{remedy(error, WRITABLE)} and queue the same again: it goes on from step "
+                f"resume, {remedy(error, WRITABLE)} and queue the same again: it resumes at step "
                 f"{self.saved}."
             ) from error
         self.saved = self.trainer.step_number

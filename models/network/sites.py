@@ -91,8 +91,8 @@ def require_placed_keys(sites: Mapping[BlockId, BlockSite], node: str) -> None:
     backbone = next((site.backbone for site in sites.values()), None)
     if backbone is not None and backbone.unplaced is not None:
         raise ValueError(
-            f"{node}: {backbone.family} gives its keys positions that a story cannot give to kept "
-            "ones yet, so anchors and photos are not read there. Sample all pictures of the story "
+            f"{node}: in {backbone.family} a story can read neither saved anchors nor photos yet "
+            "(its keys carry positions of their own). Sample all pictures of the story "
             "in one batch, without a reference, or read a photo by Masked Self-Attn Inject."
         )
 

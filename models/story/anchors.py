@@ -84,7 +84,7 @@ class AnchorRecorder:
             self._unasked = [s for s in self._unasked if abs(log(s / sigma)) > LOG_SIGMA_TOLERANCE]
         for level, following in zip(self._levels, self._levels[1:]):
             if level in self._unasked and sigma < following * (1 - LOG_SIGMA_TOLERANCE):
-                raise passes_over(self.asker, f"sigma {level:.4g}")
+                raise passes_over(self.asker, f"noise level {level:.4g}")
 
     def latent(self, sigma: float, x: Tensor) -> None:
         """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to
@@ -173,7 +173,7 @@ class AnchorRecorder:
         ValueError where a level of the schedule lacks its anchors.
         """
         if self._unasked:
-            raise passes_over(self.asker, f"sigma {self._unasked[0]:.4g}")
+            raise passes_over(self.asker, f"noise level {self._unasked[0]:.4g}")
         sigmas = sorted(self.latents)
         path = torch.stack([final.float().cpu(), *(self.latents[s] for s in sigmas)])
         trajectory = InversionTrajectory(
@@ -206,9 +206,8 @@ class AnchorRecorder:
         if Half.COND not in halves:
             at = next(row[1] for row in last if (row, Half.COND) not in self._tokens)
             raise ValueError(
-                f"{NODE}: at sigma {at:.4g} the positive prompt was not sampled, so the anchors "
-                f"cannot be "
-                "kept whole. Remove the timestep range of the positive prompt."
+                f"{NODE}: at noise level {at:.4g} the positive prompt was not sampled, so the "
+                "anchors would lack a step. Remove the timestep range of the positive prompt."
             )
         return halves
 
@@ -252,11 +251,9 @@ class AnchorRecorder:
         row = next(((stage, sigma) for stage in (2, 1, 0) if (stage, sigma) in self._kept), None)
         if row is None:
             raise ValueError(
-                f"{NODE}: at sigma {sigma:.4g} no whole picture passed through the model, so there "
-                f"is "
-                "nothing to keep of the anchors. Remove what crops or skips its calls: a timestep "
-                "range of the positive "
-                "prompt, area prompts alone, EasyCache."
+                f"{NODE}: at noise level {sigma:.4g} no whole picture passed through the model, so "
+                "there is nothing to keep of the anchors. Remove what crops or skips its calls: a "
+                "timestep range of the positive prompt, area prompts alone, EasyCache."
             )
         return row
 

@@ -208,13 +208,11 @@ def require_outputs(anchors: AnchorFeatures, schedule: Schedule, rows: Mapping[f
     ]
     if missing:
         held = [s for s, row in rows.items() if len(anchors.outputs[row])]
-        where = f" (they do from {max(held):.4g} to {min(held):.4g})" if held else ""
+        where = f" (it has them from {max(held):.4g} to {min(held):.4g})" if held else ""
         raise ValueError(
-            f"{NODE}: features are to be injected at {len(missing)} noise levels, from sigma "
-            f"{missing[0]:.4g} on, "
-            f"where the anchors of the reference hold none{where}. Take the injection's start and "
-            f"end percent that "
-            "the anchors were made with."
+            f"{NODE}: features are to be injected at {len(missing)} noise levels, from "
+            f"{missing[0]:.4g} on, where the reference holds none{where}. Use the "
+            "injection_start_percent and injection_end_percent that the reference was made with."
         )
 
 

@@ -68,10 +68,9 @@ class GeneratedAnchors:
         if row is None:
             known = self.bank.trajectory
             raise ValueError(
-                f"{NODE}: this sampler asks for sigma {sigma:.4g} ({len(self.run.sigmas)} steps), "
-                f"which the anchors do not "
-                f"have: they were made with {known.schedule} ({len(known.sigmas) - 1} noise "
-                f"levels). Take the sampler, "
+                f"{NODE}: this sampler asks for noise level {sigma:.4g} "
+                f"({len(self.run.sigmas)} steps), which the anchors do not have: they were made "
+                f"with {known.schedule} ({len(known.sigmas) - 1} noise levels). Take the sampler, "
                 "scheduler and steps of the anchors, or make anchors with these."
             )
         return row

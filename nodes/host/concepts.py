@@ -180,8 +180,8 @@ def continued_encoder(
     check_layers(config, family, layers, width, node)
     if config.adapter is not None:
         raise ValueError(
-            f"{node}: {managed.name} is an {config.adapter.kind.value}, which is read and not "
-            "trained. Wire clip_vision and begin an encoder of your own."
+            f"{node}: {managed.name} is an {config.adapter.kind.value}, which can be used but "
+            "not trained. Wire clip_vision instead, to train an encoder of your own."
         )
     weights = managed.encoder.state_dict()
     if config.tower is None:  # full-face weights: its CLIP Vision becomes a tower of its own

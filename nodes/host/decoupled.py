@@ -48,9 +48,9 @@ def concept_layers(
     width = width_of(network(model))
     if not width:
         raise ValueError(
-            f"{node}: in {backbone.family} the picture's queries are heard with their positions on "
-            "them, and a concept is read without. Load a model that docs/networks.md says reads "
-            "concepts, such as FLUX, SD3.5 or Qwen-Image."
+            f"{node}: {backbone.family} cannot read concept encoders: its attention gives the "
+            "picture's queries only together with their positions. Load a model that "
+            "docs/networks.md lists for them, such as FLUX, SD3.5 or Qwen-Image."
         )
     return backbone.family, tuple((block, width) for block in backbone.reading), None
 

@@ -164,8 +164,8 @@ class FrozenTransformer(Frozen):
         one_way = [name for name in kinds(network(model)) if name in ONE_WAY]
         if one_way:
             raise ValueError(
-                f"{node}: {self.backbone.family} cannot be trained through: ComfyUI's code of it "
-                "has no way back. Train on FLUX, Chroma, Qwen-Image or SD3.5."
+                f"{node}: {self.backbone.family} cannot be trained through: ComfyUI's code for it "
+                "has no backward pass. Train on FLUX, Chroma, Qwen-Image or SD3.5."
             )
         super().__init__(model, prompts, node)
         self.sites = sites_of(model, self.backbone)
@@ -247,7 +247,7 @@ def frozen(
         return FrozenUNet(model, merge, prompts, checkpointing, node)
     if checkpointing:
         raise ValueError(
-            f"{node}: gradient checkpointing is there for UNets alone. Switch it off; freeze the "
+            f"{node}: gradient checkpointing works on UNets only. Switch it off; freeze the "
             "tower or take smaller pictures where memory is short."
         )
     return FrozenTransformer(model, prompts, node)

@@ -196,7 +196,7 @@ class _ReferenceSampler(comfy.samplers.Sampler):
             seen = next(reversed(self.recorder.tokens.values()), denoised)
         if not torch.isfinite(seen).all():
             raise ValueError(
-                f"Kindred: at sigma {float(sigma.flatten()[0]):.4g} the model gave NaN or "
+                f"Kindred: at noise level {float(sigma.flatten()[0]):.4g} the model gave NaN or "
                 f"infinite values for the photo. "
                 "Start ComfyUI with --fp32-unet or --force-upcast-attention, or use another "
                 "VAE."
@@ -316,12 +316,10 @@ def _live_tokens(
 ) -> dict[Half, dict[BlockId, Tensor]]:
     if lacking := {*bank.grids.values()} - bank.masks.keys():
         raise ValueError(
-            f"Kindred: this sampler asks for sigma {sigma:.4g}, which the reference does not hold "
-            f"(it was made with "
-            f"{bank.trajectory.schedule}), and to read it there masks of {len(lacking)} grids more "
-            f"than its {len(bank.masks)} "
-            "are needed. Take the sampler, scheduler and steps of the reference, or make it again "
-            "with a mask wired."
+            f"Kindred: this sampler asks for noise level {sigma:.4g}, which the reference does not "
+            f"hold (it was made with {bank.trajectory.schedule}), and reading it there needs masks "
+            f"of {len(lacking)} more grids than its {len(bank.masks)}. Take the sampler, scheduler "
+            "and steps of the reference, or make it again with a mask wired."
         )
     if bank.live:  # it runs as deep as the last block that is read
         device = run.device_and_dtype[0]

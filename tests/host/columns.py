@@ -268,7 +268,7 @@ ONE_STORY = Entry(
     ),
 )
 ASKS = (
-    "this sampler asks for sigma",
+    "this sampler asks for noise level",
     "which the anchors do not have: they were made with",
     "Take the sampler, scheduler and steps of the",
 )

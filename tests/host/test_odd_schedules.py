@@ -111,7 +111,7 @@ def test_an_odd_schedule_ends_in_a_picture_or_in_a_sentence(node, sigmas, caplog
     if node == "further":
         with pytest.raises(
             ValueError,
-            match="this sampler asks for sigma .* which the anchors do not have.*Take the sampler",
+            match="this sampler asks for noise level .* which the anchors do not have.*Take the sampler",
         ):
             draw(NODES[node](MODEL), ODD[sigmas])
         return

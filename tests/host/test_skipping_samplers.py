@@ -61,7 +61,7 @@ def test_anchors_of_a_sampler_that_passes_over_a_level_are_refused(sampler, how,
     name = sampler.__name__[7:]
     with pytest.raises(
         ValueError,
-        match=f"ConsiStory Anchor Sampler: the sampler {name} passes over sigma .* of its schedule.*{READABLE}",
+        match=f"ConsiStory Anchor Sampler: the sampler {name} passes over noise level .* of its schedule.*{READABLE}",
     ):
         anchors(story(MODEL, **how), (0, 1), sampler=name)
     assert (
@@ -75,7 +75,7 @@ def test_it_is_refused_before_the_rest_is_sampled(packs_samplers):
     with (
         leaving_nothing(),
         counted(MODEL) as rows,
-        pytest.raises(ValueError, match="passes over sigma"),
+        pytest.raises(ValueError, match="passes over noise level"),
     ):
         anchors(story(MODEL), (0, 1), steps=20, sampler="louder")
     assert len(rows) < 8
@@ -106,6 +106,6 @@ def test_where_another_node_answered_it_is_named_too():
     cached = LazyCacheNode.execute(story(MODEL), 3.0, 0.0, 1.0, False)[0]
     with pytest.raises(
         ValueError,
-        match="the sampler euler, or a node between it and the model .*, passes over sigma .*or remove that node",
+        match="the sampler euler, or a node between it and the model .*, passes over noise level .*or remove that node",
     ):
         anchors(cached, (0, 1))

@@ -241,7 +241,7 @@ def test_anchors_of_another_schedule(how):
     refuse(
         lambda: pictures(model, [2], **how),
         NODE,
-        "this sampler asks for sigma",
+        "this sampler asks for noise level",
         f"({how.get('steps', MOMENTS)} steps)",
         f"they were made with ddim_uniform, euler, {MOMENTS} steps ({MOMENTS} noise levels)",
         "Take the sampler, scheduler and steps",
@@ -253,7 +253,7 @@ def test_anchors_of_a_sampler_that_asks_elsewhere():
     """Only the sampler itself knows where it will ask: an error, though not before its first step."""
     with pytest.raises(
         ValueError,
-        match="this sampler asks for sigma.*they were made with ddim_uniform, euler.*Take the sampler",
+        match="this sampler asks for noise level.*they were made with ddim_uniform, euler.*Take the sampler",
     ):
         pictures(story(MODEL, reference=bank()), [2], sampler="dpm_2")
 
@@ -291,9 +291,9 @@ def test_anchors_of_a_shorter_window(how):
     refuse(
         lambda: pictures(story(MODEL, reference=held), [2]),
         NODE,
-        "features are to be injected at 1 noise levels, from sigma",
-        "where the anchors of the reference hold none",
-        "Take the injection's start and end percent that the anchors were made with",
+        "features are to be injected at 1 noise levels, from",
+        "where the reference holds none",
+        "injection_end_percent that the reference was made with",
     )
 
 
@@ -321,7 +321,7 @@ def test_anchors_without_masks_are_read_where_they_hold_the_noise_level():
     assert torch.equal(out, meant) and differs(out, pictures(MODEL, [2])) > 1e-3
     refuse(
         lambda: pictures(inject(MODEL, bare, 2.0), [2], sampler="dpm_2"),
-        "this sampler asks for sigma",
+        "this sampler asks for noise level",
         "which the reference does not hold",
         "Take the sampler, scheduler and steps of the reference",
     )

@@ -219,7 +219,7 @@ def test_blocks_are_where_it_is_read(name: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", UNREAD)
 def test_a_family_whose_queries_keep_their_positions_says_so(name: str) -> None:
     with pytest.raises(
-        ValueError, match=f"in {READ[name].config} the picture's queries are heard with"
+        ValueError, match=f"{READ[name].config} cannot read concept encoders: its attention"
     ):
         concept(tiny(name), "Flux")
 

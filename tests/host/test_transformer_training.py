@@ -178,7 +178,7 @@ def test_a_network_without_a_way_back_says_so(name: str) -> None:
 
 
 def test_what_is_for_unets_alone_is_said() -> None:
-    with pytest.raises(ValueError, match="gradient checkpointing is there for UNets alone"):
+    with pytest.raises(ValueError, match="gradient checkpointing works on UNets only"):
         host.frozen(tiny("Flux"), Merge.ADD, {}, True, NODE)
     with pytest.raises(ValueError, match="this model is a flow.*Set weighting to plain"):
         trainer("Flux", replace(SETTINGS, weighting="velocity"))

@@ -210,6 +210,6 @@ def test_a_half_that_is_not_always_there_is_left_out() -> None:
     bank = finished(kept_of((2.0, Half.UNCOND), (2.0, Half.COND), (1.0, Half.COND)))
     assert list(bank.features) == list(bank.anchors.first) == [Half.COND]
     with pytest.raises(
-        ValueError, match="sigma 1 the positive prompt was not sampled.*timestep range"
+        ValueError, match="noise level 1 the positive prompt was not sampled.*timestep range"
     ):
         finished(kept_of((2.0, Half.UNCOND), (2.0, Half.COND), (1.0, Half.UNCOND)))
