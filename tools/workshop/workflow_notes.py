@@ -217,7 +217,7 @@ NOTES = {
     "measure_blocks": Note(
         "Which blocks matter",
         "One picture, noised, goes through the model once for each block without its attention, once with its keys moved, and once "
-        "lent another picture: the chart shows how much changes. The result is kept: write *measured* into **blocks** of "
+        "lent another picture: the chart shows how much changes. The result is kept: write *measured* into *blocks* of "
         "Ref-UNet Feature Capture or Masked Self-Attn Inject to use it.",
         "**Your own checkpoint.** Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world. "
         "Choose yours (SD1.5, SD2.x, SDXL) in **Checkpoint**, load a picture that it could have drawn in **Picture** and say what it "
