@@ -26,6 +26,7 @@ from ..models.reference.photo import (
     flow_loop,
     is_live,
     one_pass_loop,
+    projecting,
     replay_loop,
     user_masks,
 )
@@ -332,7 +333,7 @@ def pass_over(
         prompts,
         len(photo.down) - 1,
         Recorder(blocks, map_at, prompts[Half.COND]),
-        BankBuilder(stored, masks, token_share, keeps),
+        BankBuilder(stored, masks, token_share, keeps, projecting(sites), host.pins_memory()),
         subject.threshold,
         subject.steps,
     )
@@ -364,7 +365,7 @@ def read(model: Any, photo: Photo, reading: RefUNetPass) -> ReferenceBank:
         )
 
     def whole_pass(denoise: Denoiser, device: torch.device, progress: Progress) -> ReferenceBank:
-        return reading.finish(loop(denoise, device, progress), photo.key, device)
+        return reading.finish(loop(denoise, device, progress), photo.key)
 
     calls = reading.calls(one_pass=photo.inversion is None)
     dtype = reading.builder.precision or host.computes_in(model)

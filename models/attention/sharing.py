@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..copies import sent
 from ..network.blocks import Grid
 from .fused import Attend
 from .references import ReferenceTokens
@@ -93,7 +94,7 @@ class Gathers:
             return None
         key = len(rows), 0
         if key not in self._own:
-            self._own[key] = torch.tensor(rows).to(self.device, non_blocking=True)
+            self._own[key] = sent(torch.tensor(rows), self.device)
         return self._own[key]
 
     def _bias(self, n: int, length: int, dtype: torch.dtype) -> Tensor | None:

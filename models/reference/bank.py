@@ -219,14 +219,15 @@ class ReferenceBank:
             row, self.layers, {grid: len(positions) for grid, positions in kept.items()}
         )
 
-    def keep(self, tokens: Mapping[BlockId, Tensor]) -> dict[BlockId, Tensor]:
+    def keep(
+        self, tokens: Mapping[BlockId, Tensor], kept: Mapping[Grid, Tensor] | None = None
+    ) -> dict[BlockId, Tensor]:
         """[r n c] per block as a Ref-UNet pass leaves them -> the kept tokens [l c] of those of
-        this bank's layers.
+        this bank's layers. kept: as of the bank, where the tokens are.
         """
+        kept = self.kept if kept is None else kept
         return {
-            layer.block: kept_of(
-                layer.block, layer.grid, tokens[layer.block], self.kept[layer.grid]
-            )
+            layer.block: kept_of(layer.block, layer.grid, tokens[layer.block], kept[layer.grid])
             for layer in self.layers
             if layer.block in tokens
         }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..copies import sent
 from ..network.blocks import BlockId, Grid, block_name
 from ..network.call import Half
 from ..network.sites import BlockSite, family_of
@@ -28,7 +29,7 @@ from ..noise.inversion import (
 from ..noise.path import Noise
 from ..subject.masks import Threshold, resize_user_mask, union_of_first
 from .bank import ReferenceBank, ReferencePrompt
-from .builder import BankBuilder, Keeps
+from .builder import BankBuilder, Keeps, Project
 from .recorder import Recorder
 from .rows import Layer, thinned
 
@@ -47,8 +48,8 @@ def replay_loop(trajectory: InversionTrajectory, keep: Callable[[int], bool]) ->
     def loop(denoise: Denoiser, device: torch.device, progress: Progress) -> InversionTrajectory:
         last, photo = len(trajectory.sigmas) - 1, trajectory.latents[0].to(device)
         for i in range(last, 0, -1):
-            x = trajectory.latents[i].to(device)
-            denoise(x, trajectory.sigmas[i].to(device).expand(x.shape[0]))
+            x, sigma = (sent(h[i], device) for h in (trajectory.latents, trajectory.sigmas))
+            denoise(x, sigma.expand(x.shape[0]))
             progress(last - i, photo, x)
             if keep(i):
                 break
@@ -113,7 +114,7 @@ class RefUNetPass:
     threshold: Threshold
     mask_steps: int  # tau
     live: bool = False  # no step is held: a sampler will have each of them read anew
-    # [r y x] per step; none where the masks are wired
+    # [r y x] per step, where they were computed; none where the masks are wired
     maps: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -135,7 +136,7 @@ class RefUNetPass:
             word_map = self.recorder.word_map()
             if word_map is None:
                 raise ValueError(f"{NODE}: {self.why_no_map()}")
-            self.maps[i] = word_map.cpu()
+            self.maps[i] = word_map
         return self.live and (self.builder.masks is not None or len(self.maps) >= self.mask_steps)
 
     def why_no_map(self) -> str:
@@ -157,11 +158,11 @@ class RefUNetPass:
             "itself."
         )
 
-    def subject_masks(self) -> dict[Grid, Tensor]:
-        """bool [r y x] per grid: where the subject's words light up in the noisiest steps, eq. (4),
-        (5).
+    def subject_masks(self, maps: Tensor) -> dict[Grid, Tensor]:
+        """Maps [t r y x] of every step, noisiest last -> bool [r y x] per grid: where the subject's
+        words light up in the noisiest steps, eq. (4), (5).
         """
-        noisiest_first = [self.maps[i] for i in sorted(self.maps, reverse=True)]
+        noisiest_first = list(maps.flip(0))
         masks = {
             grid: union_of_first(noisiest_first, self.mask_steps, self.threshold, grid)
             for grid in {*self.grids.values(), self.whole}
@@ -173,20 +174,13 @@ class RefUNetPass:
         )
         return masks
 
-    def finish(
-        self, trajectory: InversionTrajectory, key: str, device: torch.device
-    ) -> ReferenceBank:
+    def finish(self, trajectory: InversionTrajectory, key: str) -> ReferenceBank:
         """The bank, once every step is kept and while the model is still loaded."""
-        masks = self.subject_masks() if self.builder.masks is None else self.builder.masks
-        computed = next(iter(self.recorder.of(Half.COND).values())).dtype
-        maps = torch.stack([self.maps[i] for i in sorted(self.maps)]) if self.maps else None
+        maps = torch.stack([self.maps[i] for i in sorted(self.maps)]).cpu() if self.maps else None
+        masks = self.subject_masks(maps) if self.builder.masks is None else self.builder.masks
         if self.live:
             return self._live_bank(masks, trajectory, key, maps)
-
-        def project(block: BlockId, tokens: Tensor) -> Tensor:
-            return torch.cat(self.sites[block].keys_values(tokens.to(device, computed)), -1).cpu()
-
-        return self.builder.finish(self.grids, masks, trajectory, self.prompts, key, maps, project)
+        return self.builder.finish(self.grids, masks, trajectory, self.prompts, key, maps)
 
     def _live_bank(
         self,
@@ -253,6 +247,19 @@ class RefUNetPass:
         if self.live:
             return 1 if self.builder.masks else self.mask_steps
         return self.steps + one_pass
+
+
+def projecting(sites: Mapping[BlockId, BlockSite]) -> Project | None:
+    """What makes keys and values of a UNet's tokens; None for a transformer, whose tokens are
+    both.
+    """
+    if family_of(sites) is not None:
+        return None
+
+    def project(block: BlockId, tokens: Tensor) -> Tensor:
+        return torch.cat(sites[block].keys_values(tokens), -1)
+
+    return project
 
 
 def is_live(transformer: bool, keeps: Keeps) -> bool:

@@ -103,7 +103,7 @@ class RowReader:
             self._ahead[id(rows), step] = far, self._stream.record_event()
 
     def _pinned(self, row: Tensor) -> Tensor:
-        if not self.pins or row.is_pinned():
+        if not self.pins or not len(row) or row.is_pinned():
             return row
         try:
             return row.pin_memory()

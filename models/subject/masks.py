@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..copies import sent
+
 OTSU_BINS = 256
 # a spread below this share of a map's greatest value is how float32 rounded, which differs by
 # processor
@@ -42,7 +44,7 @@ def token_weights(
                 f"Token map: the text has {tokens} tokens; there is none at position {outside[0]}."
             )
         row[list(at)] = 1.0
-    return chosen.to(device)
+    return sent(chosen, device)
 
 
 def token_map(

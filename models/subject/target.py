@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..copies import sent
 from ..network.blocks import Grid
 from ..network.call import AttnCall
 from .masks import resize_user_mask
@@ -63,7 +64,6 @@ class TargetMask:
                 whole if a is None else whole[:, a[2] : a[2] + a[0], a[3] : a[3] + a[1]]
                 for a in call.areas
             ]
-            self._at[key] = torch.stack(
-                [resize_user_mask(crop, call.grid).flatten(1) for crop in crops]
-            ).to(q)
+            masks = torch.stack([resize_user_mask(crop, call.grid).flatten(1) for crop in crops])
+            self._at[key] = sent(masks, q.device, q.dtype)
         return self._at[key]

@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from torch import Tensor
 
+from ...models.copies import fetched
 from ...models.identity import (
     FORMATS,
     ModelKey,
@@ -120,23 +121,22 @@ def _spread(tensor: Tensor) -> Tensor:
 
 def _fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each as [n] float32 on the CPU; one copy and one wait for every device."""
-    fetched: list[Tensor] = [torch.zeros(0)] * len(tensors)
+    values: list[Tensor] = [torch.zeros(0)] * len(tensors)
     for device in {t.device for t in tensors}:
         here = [i for i, t in enumerate(tensors) if t.device == device]
-        flat = torch.cat([tensors[i].detach().flatten().float() for i in here]).cpu()
-        for i, part in zip(here, flat.split([tensors[i].numel() for i in here])):
-            fetched[i] = part
-    return fetched
+        for i, part in zip(here, fetched([tensors[i] for i in here])):
+            values[i] = part
+    return values
 
 
 def _sketch(facts: object, tensors: Sequence[Tensor], layers: int) -> Sketch:
     """facts: what has to be equal to the letter."""
     pieces = [_piece(t) for t in _evenly(tensors)]
     scaled = [piece for piece in pieces if piece.scale is not None]
-    fetched = _fetch([piece.values for piece in pieces] + [piece.scale for piece in scaled])
-    scales = {id(piece): one.item() for piece, one in zip(scaled, fetched[len(pieces) :])}
+    numbers = _fetch([piece.values for piece in pieces] + [piece.scale for piece in scaled])
+    scales = {id(piece): one.item() for piece, one in zip(scaled, numbers[len(pieces) :])}
     kept = []
-    for piece, values in zip(pieces, fetched):
+    for piece, values in zip(pieces, numbers):
         scale = scales.get(id(piece), 1.0)
         own = piece.dtype if piece.scale is not None else held_as(values, piece.dtype)
         kept.append(cells(values, own, scale))

@@ -12,6 +12,7 @@ import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.cli_args import args
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.model_patcher import ModelPatcher
@@ -272,6 +273,11 @@ def computes_in(model: ModelPatcher) -> torch.dtype:
     """
     cast = model.get_model_object("manual_cast_dtype")
     return network(model).dtype if cast is None else cast
+
+
+def pins_memory() -> bool:
+    """Whether the host lets copies go through pinned memory."""
+    return not args.disable_pinned_memory
 
 
 def token_sizes(

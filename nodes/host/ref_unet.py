@@ -13,6 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...models.copies import sent
 from ...models.network.blocks import BlockId
 from ...models.network.call import Half
 from ...models.network.watch import Watcher
@@ -174,7 +175,7 @@ class _ReferenceSampler(comfy.samplers.Sampler):
             denoised = unframed(
                 guider(
                     framed(guider.model_patcher, x),
-                    sigma.to(x).expand(x.shape[0]),
+                    sent(sigma, x.device, x.dtype).expand(x.shape[0]),
                     model_options=extra_args["model_options"],
                     seed=None,
                 )
@@ -321,15 +322,14 @@ def _live_tokens(
             f"of {len(lacking)} more grids than its {len(bank.masks)}. Take the sampler, scheduler "
             "and steps of the reference, or make it again with a mask wired."
         )
+    kept = run.kept_of(bank)
     if bank.live:  # it runs as deep as the last block that is read
-        device = run.device_and_dtype[0]
-        kept = {grid: positions.to(device) for grid, positions in bank.kept.items()}
         recorder = Recorder(run.blocks_read(bank), kept=kept)
         watch_reference(run, bank, sigma, halves, recorder)
         return {half: recorder.of(half) for half in halves}
     recorder = Recorder(bank.blocks)
     watch_reference(run, bank, sigma, halves, recorder)
-    return {half: bank.keep(recorder.of(half)) for half in halves}
+    return {half: bank.keep(recorder.of(half), kept) for half in halves}
 
 
 def watch_reference(
@@ -337,7 +337,7 @@ def watch_reference(
 ) -> None:
     """One Ref-UNet call on the trajectory at this very sigma, seen by `recorder`."""
     model, device = run.guider.inner_model, run.guider.model_patcher.load_device
-    x = framed(run.guider.model_patcher, bank.latent_at(sigma).to(device))
+    x = framed(run.guider.model_patcher, sent(bank.latent_at(sigma), device))
     wanted = {"positive": Half.COND, "negative": Half.UNCOND}
     conds = {
         kind: comfy.sampler_helpers.convert_cond(_conditioning(bank.prompts[half]))

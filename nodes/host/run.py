@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import comfy.model_sampling
 import torch
-from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...models.copies import sent
 from ...models.network.backbone import Backbone
 from ...models.network.blocks import BlockId, Grid
 from ...models.network.call import Asker, Half, Part
@@ -25,7 +25,7 @@ from ...models.run import Run
 from ...models.story.story import Story
 from .calls import named_parts
 from .foresight import Foreseen
-from .model import log, network
+from .model import log, network, pins_memory
 from .page import warn
 from .sites import sites_of
 from .stages import Stages
@@ -55,6 +55,8 @@ class SamplerRun:
     step_tokens: dict[
         tuple[int, float, frozenset[Half]], Mapping[Half, Mapping[BlockId, Tensor]]
     ] = field(default_factory=dict)
+    # positions of the banks that are read live, on the device
+    kept: dict[int, Mapping[Grid, Tensor]] = field(default_factory=dict)
     sigmas: tuple[float, ...] = ()  # of this sampler run, descending, without the last 0
     steps: int = 0
     story: Story | None = None
@@ -109,7 +111,7 @@ class SamplerRun:
         self.sigmas = tuple(s for s in sigmas.float().tolist() if 0 < s < math.inf)  # float32
         self.steps = len(sigmas) - 1
         self._begin_calls(guider, shape)
-        self.rows = RowReader(self.device_and_dtype[0], pins=not args.disable_pinned_memory)
+        self.rows = RowReader(self.device_and_dtype[0], pins=pins_memory())
         self._begin_injections()
         self._say_other_guidance(guider.conds.get("positive", ()))
 
@@ -158,6 +160,15 @@ class SamplerRun:
             *(i.blocks for i in self.injections if getattr(i, "bank", None) is bank)
         ) & frozenset(bank.blocks)
 
+    def kept_of(self, bank: ReferenceBank) -> Mapping[Grid, Tensor]:
+        """Which tokens of each grid the bank keeps, on the device."""
+        if id(bank) not in self.kept:
+            device = self.device_and_dtype[0]
+            self.kept[id(bank)] = {
+                grid: sent(positions, device) for grid, positions in bank.kept.items()
+            }
+        return self.kept[id(bank)]
+
     def timesteps(self) -> tuple[float, ...]:
         """The model's own timestep, 0 to 999, at each of the run's sigmas; of a transformer the
         noise's share, in thousandths.
@@ -188,7 +199,7 @@ class SamplerRun:
 
     def close(self) -> None:
         self.calls.close()
-        self.guider, self.model_options, self.step_tokens = None, {}, {}
+        self.guider, self.model_options, self.step_tokens, self.kept = None, {}, {}, {}
         self.story = self.stages = self.rows = self.foreseen = None
 
 

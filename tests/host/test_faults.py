@@ -15,9 +15,11 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from kindred.models.concept.inject import ActiveConcept
+from kindred.models.copies import RowWriter
 from kindred.models.reference.bank import ReferenceBank
 from kindred.models.reference.builder import BankBuilder
 from kindred.models.reference.file import Parcel
+from kindred.models.reference.inject import ActiveMaskedSelf
 from kindred.models.reference.recorder import Recorder
 from kindred.models.run import Run
 from kindred.models.story.anchors import AnchorRecorder
@@ -26,7 +28,6 @@ from kindred.models.story.story import Story
 from kindred.nodes.host import KEY, ManagedEncoder, SamplerRun
 from kindred.nodes.host.stages import Stages
 from kindred.nodes.library import SaveReference
-from kindred.models.reference.inject import ActiveMaskedSelf
 from networks import random_model
 from studio import (
     anchors,
@@ -59,6 +60,7 @@ OURS = (
     SamplerRun,
     Recorder,
     BankBuilder,
+    RowWriter,
     Story,
     QueryRecorder,
     Stages,

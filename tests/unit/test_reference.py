@@ -383,7 +383,7 @@ def test_all_positions_are_all_of_them() -> None:
 def built(
     known: bool = False, share: float = 1.0, keeps: Keeps = Keeps.HIDDEN, project=None
 ) -> ReferenceBank:
-    builder = BankBuilder(None, masks() if known else None, share, keeps)
+    builder = BankBuilder(None, masks() if known else None, share, keeps, project)
     grids = {b: grid for b, (grid, _) in BLOCKS.items()}
     for step in range(3):
         builder.add(Half.COND, step, tokens(Half.COND, step), 3, grids)
@@ -394,7 +394,6 @@ def built(
         {Half.COND: ReferencePrompt("a cat", torch.zeros(1, 77, 8))},
         "SD15 0",
         None,
-        project,
     )
 
 
@@ -433,3 +432,6 @@ def test_keys_and_values_lie_side_by_side() -> None:
             ):
                 assert torch.allclose(made[0], kept[0], atol=1e-5) and made.shape == kept.shape
     assert built(keeps=Keeps.AUTO, project=project).bytes == held.bytes
+    before = built(True, keeps=Keeps.KEYS_VALUES, project=project)
+    assert before.layers == held.layers
+    assert torch.allclose(before.features[Half.COND], held.features[Half.COND])
