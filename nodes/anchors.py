@@ -141,7 +141,7 @@ class AnchorSampler(io.ComfyNode):
         story = story_of(model)
         require_placed_keys(host.require_sites(model, SAMPLER), SAMPLER)
         require_sampled(denoise, sampler_name)
-        recorder = AnchorRecorder(inputs.stored_in(precision))
+        recorder = AnchorRecorder(inputs.stored_in(precision), pins=host.pins_memory())
         recording = host.inject(model, replace(story, recorder=recorder), instead_of=story)
         order = seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
         out = host.sample(recording, *order)

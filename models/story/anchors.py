@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..copies import RowWriter, sent
 from ..network.blocks import BlockId, Grid
 from ..network.call import Asker, Half
 from ..noise.inversion import InversionTrajectory
@@ -32,20 +33,6 @@ def passes_over(who: Asker, what: str) -> ValueError:
         f"anchors made with it. "
         + who.choose("asks at every level of its schedule, such as euler, ddim or dpmpp_2m")
     )
-
-
-def in_host_memory(
-    held: Mapping[BlockId, Tensor], precision: torch.dtype | None
-) -> dict[BlockId, Tensor]:
-    """Tokens [l c] per block, brought in one copy for all of them; those that are there stay."""
-    if all(t.device.type == "cpu" and t.dtype == (precision or t.dtype) for t in held.values()):
-        return dict(held)
-    row = torch.cat([t.flatten() for t in held.values()])
-    row = row.to("cpu", precision or row.dtype)
-    return {
-        block: part.view_as(t)
-        for (block, t), part in zip(held.items(), row.split([t.numel() for t in held.values()]))
-    }
 
 
 @dataclass
@@ -69,6 +56,11 @@ class AnchorRecorder:
     _calls: dict[tuple[Any, ...], int | None] = field(default_factory=dict)
     _features: Tensor | None = None
     _subject: Tensor | None = None
+    _subject_there: Tensor | None = None  # where the model computes
+    pins: bool = True  # copies may go through pinned memory
+
+    def __post_init__(self) -> None:
+        self._copies = RowWriter(self.pins)
 
     def expect(self, count: int, sigmas: Sequence[float], asker: Asker) -> None:
         """A run of so many anchors begins; sigmas: those of its schedule, without the last 0."""
@@ -91,12 +83,26 @@ class AnchorRecorder:
         host memory.
         """
         self.asked(sigma)
-        self.latents[sigma] = x[: self.count].float().to("cpu", copy=True)
-        for held in (
-            *(t for (row, _), t in self._tokens.items() if row[1] == sigma),
-            self._outputs.get(sigma, {}),
-        ):
-            held.update(in_host_memory(held, self.precision))  # after the call, not within it
+        (self.latents[sigma],) = self._in_host_memory([x[: self.count]], torch.float32)
+        tokens = [t for (row, _), t in self._tokens.items() if row[1] == sigma]
+        held = [*tokens, self._outputs.get(sigma, {})]
+        places = [(one, block) for one in held for block, t in one.items() if not self._is_kept(t)]
+        for dtype in {one[block].dtype for one, block in places}:  # after the call, not within it
+            here = [(one, block) for one, block in places if one[block].dtype is dtype]
+            copies = self._in_host_memory([one[b] for one, b in here], self.precision or dtype)
+            for (one, block), copy in zip(here, copies):
+                one[block] = copy
+
+    def _is_kept(self, tokens: Tensor) -> bool:
+        """Whether they are in host memory as they are kept."""
+        return tokens.device.type == "cpu" and tokens.dtype == (self.precision or tokens.dtype)
+
+    def _in_host_memory(self, parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Copies of them, in one for all; they may be read once `finish` began."""
+        sizes = [part.numel() for part in parts]
+        row = torch.empty(sum(sizes), dtype=dtype)
+        self._copies(parts, row)
+        return [copy.view(part.shape) for copy, part in zip(row.split(sizes), parts)]
 
     def begin(self, stage: int, sigma: float) -> None:
         """The model is about to be asked at this noise level: what was kept of it no longer counts.
@@ -136,7 +142,9 @@ class AnchorRecorder:
     ) -> None:
         """Self-attention outputs [b n c] before injection; the subject's are kept, as of tokens."""
         self.output_layers.setdefault(block, Layer(block, grid, x.shape[-1]))
-        rows = x[: self.count].flatten(0, 1).index_select(0, self._subject.to(x.device))
+        if self._subject_there is None:
+            self._subject_there = sent(self._subject, x.device)
+        rows = x[: self.count].flatten(0, 1).index_select(0, self._subject_there)
         self._keep(self._outputs.setdefault(sigma, {}), block, rows, (sigma,), call)
 
     def _keep(
@@ -154,10 +162,9 @@ class AnchorRecorder:
         """DIFT features [r n c] and the subject's flat positions [l] among r*n, at the end of the
         first stage.
         """
-        self._features, self._subject = (
-            features.to("cpu", self.precision or features.dtype, copy=True),
-            subject,
-        )
+        dtype = self.precision or features.dtype
+        (self._features,), self._subject = self._in_host_memory([features], dtype), subject
+        self._subject_there = None
 
     def finish(
         self,
@@ -172,6 +179,7 @@ class AnchorRecorder:
 
         ValueError where a level of the schedule lacks its anchors.
         """
+        self._copies.finish()
         if self._unasked:
             raise passes_over(self.asker, f"noise level {self._unasked[0]:.4g}")
         sigmas = sorted(self.latents)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..copies import sent
 from ..subject.correspondence import correspond, telling_channels
 from ..subject.maps import positions_of
 from .plan import NODE, shared_groups
@@ -50,20 +51,24 @@ def match(
     """
     device = features.device
     if transformer:
-        telling = telling_channels(sources)
+        telling = telling_channels(sources).nonzero().squeeze(1)
         features, sources = features[..., telling], sources[..., telling]
     found = [
-        correspond(features, here.flatten(1).to(device), sources, [i.to(device) for i in theirs])
+        correspond(
+            features, sent(here.flatten(1), device), sources, [sent(i, device) for i in theirs]
+        )
         for here, theirs in zip(masks, candidates, strict=True)
     ]
-    keep = torch.stack([m.keep for m in found]).cpu().flatten(1)  # once for the whole run
-    apart = torch.stack([m.distance for m in found]).cpu().flatten(1).masked_fill(~keep, torch.inf)
-    nearest = apart.argmin(0, keepdim=True)
-    rows = torch.stack([m.source for m in found]).cpu().flatten(1).gather(0, nearest)[0]
-    targets = keep.any(0).nonzero().squeeze(1)
+    keep, distance, source = (
+        torch.stack([getattr(m, name) for m in found]).flatten(1)
+        for name in ("keep", "distance", "source")
+    )
+    nearest = distance.masked_fill(~keep, torch.inf).argmin(0, keepdim=True)
+    best = torch.where(keep.any(0), source.gather(0, nearest)[0], -1).cpu()  # once for the run
+    targets = (best >= 0).nonzero().squeeze(1)
     subject = torch.stack(list(masks)).any(0)
     log.info("%s: %d of %d subject tokens found their like", NODE, len(targets), int(subject.sum()))
-    return targets, rows[targets]
+    return targets, best[targets]
 
 
 def say_unmatched(compared: bool, followed: bool) -> None:

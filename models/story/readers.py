@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..copies import sent
 from ..network.blocks import BlockId, Grid
 from ..network.call import Asker, Half, Part, grid_of
 from ..reference.bank import ReferenceBank
@@ -93,7 +94,8 @@ class GeneratedAnchors:
     def outputs(self, sigma: float) -> Mapping[BlockId, Tensor]:
         a = self.bank.anchors
         device, dtype = self.run.device_and_dtype
-        stored = a.outputs[self.row(sigma)].to(device, dtype)
+        read = self.run.rows or RowReader(device)
+        stored = read(a.outputs, self.row(sigma)).to(dtype)
         return split_row(
             stored, a.output_layers, {layer.grid: len(a.subject) for layer in a.output_layers}
         )
@@ -142,7 +144,7 @@ class PhotoAnchors:
             ]
         )
         index = (~drop[self.bank.kept[grid]]).nonzero().squeeze(1)
-        return index.to(self.run.device_and_dtype[0])
+        return sent(index, self.run.device_and_dtype[0])
 
     def text(self, half: Half) -> int | None:
         return self.bank.prompts[half].cross.shape[1]
@@ -159,7 +161,7 @@ class PhotoAnchors:
         return self._live[1]
 
     def outputs(self, sigma: float) -> Mapping[BlockId, Tensor]:
-        subject = self.subject().to(self.run.device_and_dtype[0])
+        subject = sent(self.subject(), self.run.device_and_dtype[0])
         return {
             b: x.flatten(0, 1).index_select(0, subject)
             for b, x in self.watched(sigma).outputs.items()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..attention.parts import References
 from ..attention.references import ReferenceTokens
+from ..copies import sent
 from ..network.blocks import BlockId, Grid
 from ..network.call import AttnCall, Half
 from ..subject.maps import apart_masks, positions_of, subject_masks
@@ -111,9 +112,7 @@ class Step:
         """The masks [b n] on the device."""
         if grid not in self._subject:
             masks = self.masks(grid)
-            self._subject[grid] = (
-                None if masks is None else masks.flatten(1).to(self.device, non_blocking=True)
-            )
+            self._subject[grid] = None if masks is None else sent(masks.flatten(1), self.device)
         return self._subject[grid]
 
     def kept(self, grid: Grid) -> list[Tensor]:
@@ -142,7 +141,7 @@ class Step:
         """The same of all anchors together, [l] in host memory and on the device."""
         if grid not in self._all_kept:
             kept = torch.cat(self.kept(grid))
-            self._all_kept[grid] = kept, kept.to(self.device, non_blocking=True)
+            self._all_kept[grid] = kept, sent(kept, self.device)
         return self._all_kept[grid]
 
     def shared(self, grid: Grid) -> list[tuple[tuple[int, int], Tensor]]:
@@ -155,10 +154,12 @@ class Step:
 
     def _reads(self, kept: Sequence[Tensor]) -> list[tuple[tuple[int, int], Tensor]]:
         groups = shared_groups(self.pictures, self.settings.anchors)
-        reads = [(who, torch.cat([kept[j] for j in read])) for who, read in groups if read]
-        return [
-            (who, index.to(self.device, non_blocking=True)) for who, index in reads if len(index)
-        ]
+        reads = {who: torch.cat([kept[j] for j in read]) for who, read in groups if read}
+        reads = {who: index for who, index in reads.items() if len(index)}
+        if not reads:
+            return []
+        there = sent(torch.cat(list(reads.values())), self.device)
+        return list(zip(reads, there.split([len(index) for index in reads.values()])))
 
     def words(self, grid: Grid) -> Tensor | None:
         """Where each of several subjects is, no token in two: bool [b w y x] in host memory; None
@@ -179,7 +180,7 @@ class Step:
 
     def _gated_at(self, words: Tensor, grid: Grid) -> list[Gated]:
         none = ~words.any(1)
-        gates = (words | none[:, None]).flatten(2).to(self.device)  # [b w n]
+        gates = sent((words | none[:, None]).flatten(2), self.device)  # [b w n]
         return [
             Gated(self._reads(self._left_of(words[:, w], grid)), gates[:, w])
             for w in range(words.shape[1])

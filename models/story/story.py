@@ -20,6 +20,7 @@ from torch import Tensor
 from ..attention.parts import References
 from ..attention.references import ReferenceTokens
 from ..attention.sharing import Gathers, Sharing
+from ..copies import sent
 from ..network.blocks import BlockId, Grid, block_name
 from ..network.call import Asker, AttnCall, Part, Role
 from ..network.sites import BlockSite
@@ -89,7 +90,7 @@ class Story(Watcher):
         self.maps.begin(sigma)
         if self.recorder:
             self.recorder.begin(self.stage, sigma)
-        self.step = self._new_step(self._mean_maps(sigma))  # the one wait for the device in a step
+        self.step = self._new_step(self._mean_maps(sigma))
         # inside a call of the UNet no other may run, so what anchors say is asked here
         if self.anchors and self.wants:
             self.step.tokens()
@@ -167,7 +168,7 @@ class Story(Watcher):
             self.recorder.matched(self.features[:k], torch.cat(positions_of(masks, range(k))))
         if self.anchors:
             stored, subject = self.anchors.features()
-            sources, each = stored.to(self.features), [masks]
+            sources, each = sent(stored.to(self.features.dtype), self.device), [masks]
             candidates = [[subject] * self.pictures]
         else:
             sources = self.features[:k]
@@ -177,7 +178,7 @@ class Story(Watcher):
         targets, rows = match(self.features, each, sources, candidates, self.layout.transformer)
         if self.anchors:  # flat positions among r*n -> rows of the stored outputs
             rows = torch.searchsorted(subject, rows)
-        self.targets, self.sources = targets.to(self.device), rows.to(self.device)
+        self.targets, self.sources = sent(targets, self.device), sent(rows, self.device)
 
     def finish(self) -> None:
         """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the
@@ -414,8 +415,7 @@ class Story(Watcher):
         if self.gates and (gated := self.step.gated(call.grid)):
             found = (one.references(call, k, v, parts, s) for one in gated)
             return list(chain.from_iterable(found))
-        reads = dict(self.step.shared(call.grid))
-        if not reads:
+        if not (reads := dict(self.step.shared(call.grid))):
             return []
         groups = [who for who, _ in shared_groups(self.pictures, s.anchors)]
         return [

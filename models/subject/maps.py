@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..copies import fetched
 from ..network.blocks import BlockId, Grid
 from .masks import Threshold, binarise, resize_soft
 
@@ -55,6 +56,8 @@ class SubjectMaps:
     # the call of the model that each came with
     _calls: dict[tuple[BlockId, object], int | None] = field(default_factory=dict)
     _mean: dict[float, Tensor] = field(default_factory=dict)
+    # noise levels, and their mean in host memory, for the question that is asked next
+    _read: tuple[list[float], Tensor] | None = None
 
     def begin(self, sigma: float) -> None:
         """The model is about to be asked at this noise level: what it said there before no longer
@@ -91,13 +94,28 @@ class SubjectMaps:
     def sigmas(self) -> list[float]:
         return sorted({*self._raw, *self._mean}, reverse=True)
 
+    def read_with(self, level: Tensor) -> float:
+        """A number [1] on the device, in float32 at most, and in the same wait the mean that `mean`
+        gives for the noise level next below all of these.
+        """
+        before = self.sigmas[-LAST_STEPS:]
+        if not before:
+            return float(level)
+        mean = _mean_map([self.at(s) for s in before])
+        read, maps = fetched([level, mean])
+        self._read = before, maps.view(mean.shape)
+        return read.item()
+
     def mean(self, sigma: float, inclusive: bool = False) -> Tensor | None:
         """Running mean [b w y x] in host memory of the last 20 noise levels above `sigma`; None:
         there are none.
         """
         before = [s for s in self.sigmas if s > sigma or (inclusive and s == sigma)][-LAST_STEPS:]
+        (levels, read), self._read = self._read or ((), None), None
         if not before:
             return None
+        if before == levels:
+            return read
         return _mean_map([self.at(s) for s in before]).cpu()
 
 

@@ -135,14 +135,35 @@ class Stages:
                 steps,
             )
 
-    def replayed(self, sigma: float, x: Tensor) -> Tensor | None:
-        """What the first stage answered to this very question, in its order; None: the model has to
-        be asked.
+    def told(self, x: Tensor, timestep: Tensor) -> tuple[float, bool | None]:
+        """A question's noise level, and whether its picture is that of the next answer, None where
+        there is none: read in one wait, and what the story needs beside it too.
         """
-        if not (self._replaying and self._answers):
+        level = timestep.flatten()[:1]
+        if level.dtype is torch.float64:
+            return float(level), None
+        if not self._expects:
+            wired = self.story.user_masks is not None
+            return float(level) if wired else self.story.maps.read_with(level), None
+        seen = self._answers[0][1]
+        if seen.shape != x.shape:
+            return float(level), False
+        sigma, equal = torch.cat([level.float(), (seen == x).all()[None]]).tolist()
+        return sigma, bool(equal)
+
+    @property
+    def _expects(self) -> bool:
+        """Whether the question may be one that the first stage answered."""
+        return self._replaying and bool(self._answers)
+
+    def replayed(self, sigma: float, x: Tensor, equal: bool | None = None) -> Tensor | None:
+        """What the first stage answered to this very question, in its order; None: the model has to
+        be asked. equal: as of `told`.
+        """
+        if not self._expects:
             return None
         asked, seen, answer = self._answers.pop(0)
-        if asked == sigma and torch.equal(seen, x):
+        if asked == sigma and (torch.equal(seen, x) if equal is None else equal):
             self._record(sigma, x)
             return answer
         self._answers.clear()

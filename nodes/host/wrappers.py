@@ -133,15 +133,18 @@ def _predict_noise(
     executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None
 ) -> Tensor:
     run: SamplerRun = model_options["transformer_options"][SAMPLER]
-    sigma = run.foreseen.next(timestep) if run.foreseen else None
-    if sigma is None:
+    sigma, equal = run.foreseen.next(timestep) if run.foreseen else None, None
+    if sigma is None and run.stages:
+        sigma, equal = run.stages.told(x, timestep)
+    elif sigma is None:
         sigma = float(timestep.flatten()[0])
     if run.stages:
         listeners = [
             len(o.get("sampler_post_cfg_function", ())) for o in (model_options, run.model_options)
         ]
         if (
-            listeners[0] == listeners[1] and (known := run.stages.replayed(sigma, x)) is not None
+            listeners[0] == listeners[1]
+            and (known := run.stages.replayed(sigma, x, equal)) is not None
         ):  # CFG++ samplers listen to each call
             return known
     size = tuple(x.shape[-2:])
