@@ -17,6 +17,7 @@ from torch import Tensor
 from ..attention.parts import Merge, References
 from ..attention.references import ReferenceTokens
 from ..attention.weights import WeightMode
+from ..copies import sent
 from ..network.blocks import BlockId
 from ..network.call import AttnCall, Half, Halves, Role
 from ..network.sites import BlockSite
@@ -30,7 +31,7 @@ NODE = "Cross-Attn Detail Inject"
 class ConceptReading:
     """How one concept is read; its keys and values are there before a run begins."""
 
-    # (k, v) [1 m c] per block, in host memory; uncond: of the empty image
+    # (k, v) [1 m c] per block, where the encoder made them; uncond: of the empty image
     keys_values: Mapping[Half, KeysValues]
     pictures: int
     weight: float
@@ -63,7 +64,8 @@ class ConceptReading:
     def _tokens(
         self, half: Half, k: Tensor, v: Tensor, device: torch.device, dtype: torch.dtype
     ) -> ReferenceTokens:
-        k, v, log_mask = k.to(device, dtype), v.to(device, dtype), None
+        k, v = (sent(x, device, dtype) for x in (k, v))
+        log_mask = None
         if self.pictures > 1 and half is Half.COND:  # R equal pictures are one (I9)
             log_mask = torch.full((k.shape[1],), -math.log(self.pictures), device=device)
         return ReferenceTokens(k, v, self.weight, self.mode, log_mask)

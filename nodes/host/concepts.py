@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,20 +98,20 @@ class ManagedEncoder:
         return config, {k: v.detach().float().cpu().clone() for k, v in vision.get_sd().items()}
 
     def look(self, images: Tensor, empty: bool = False) -> Tensor:
-        """What the encoder reads of images [b Y X c] through the wired CLIP Vision, [b n d], in
-        host memory; empty: of no picture instead, b = 1.
+        """What the encoder reads of images [b Y X c] through the wired CLIP Vision, [b n d]
+        float32, where it is computed; empty: of no picture instead, b = 1.
         """
         images = images[:1] if empty else images
         tell, seen = progress(len(images)), []
         for i, image in enumerate(images):
             tell(i)
-            seen.append(self._look(image, empty).float().cpu())
+            seen.append(self._look(image, empty).float())
         tell(len(images))
         return torch.cat(seen)
 
     def encode(self, images: Tensor, empty: bool = False) -> KeysValues:
-        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, in host memory; empty: of zero
-        pixels instead, b = 1.
+        """Images [b Y X c] in 0..1 -> (k, v) [b m c] of every layer, where they are computed;
+        empty: of zero pixels instead, b = 1.
         """
         images = images[:1] if empty else images
         tell, pictures, layers = progress(2 * len(images)), [], []
@@ -126,7 +126,9 @@ class ManagedEncoder:
             tell(len(pictures) + i)
             layers.append(self._keys_values(x))
         tell(2 * len(pictures))
-        keys_values = {block: _together([kv[block] for kv in layers]) for block in layers[0]}
+        keys_values = {
+            block: tuple(map(torch.cat, zip(*(kv[block] for kv in layers)))) for block in layers[0]
+        }
         self._require_finite(keys_values)
         return keys_values
 
@@ -152,18 +154,13 @@ class ManagedEncoder:
         return self.encoder.keys_values(self.encoder.features(x))
 
     def _require_finite(self, keys_values: KeysValues) -> None:
-        if not all(torch.isfinite(x).all() for pair in keys_values.values() for x in pair):
+        finite = [torch.isfinite(x).all() for pair in keys_values.values() for x in pair]
+        if not torch.stack(finite).all():  # one wait
             raise ValueError(
                 f"Kindred: {self.name} gives NaN or infinite values for this picture. Use another "
                 f"picture, or copy or train "
                 "the encoder again."
             )
-
-
-def _together(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(k, v) [1 m c] of each picture -> [b m c], in host memory."""
-    k, v = (torch.cat(parts).cpu() for parts in zip(*pairs))
-    return k, v
 
 
 def continued_encoder(

@@ -24,6 +24,7 @@ from ...models.concept.decoupled import (
 )
 from ...models.concept.encoder import KeysValues
 from ...models.concept.timed import Norms, TimedEncoder
+from ...models.copies import sent
 from ...models.network.backbone import DOUBLE
 from ...models.network.blocks import BlockId
 from ...models.network.call import Half, Halves
@@ -77,8 +78,8 @@ class DecoupledReading:
 class DecoupledInjection:
     """Configuration of one Cross-Attn Detail Inject node on a transformer.
 
-    keys_values: (k, v) [1 m c] per half and block, in host memory; of a timed adapter what it sees
-    of the pictures, per half, [b n d], and its encoder.
+    keys_values: (k, v) [1 m c] per half and block, where the encoder made them; of a timed adapter
+    what it sees of the pictures, per half, [b n d], and its encoder.
     """
 
     how: DecoupledReading
@@ -117,7 +118,7 @@ class DecoupledInjection:
         own = normed(self.config)
         held: dict[Half, Mapping[BlockId, Beside]] = {
             half: {
-                block: Decoupled(k.to(device, dtype), v.to(device, dtype), own)
+                block: Decoupled(*(sent(x, device, dtype) for x in (k, v)), own)
                 for block, (k, v) in layers.items()
             }
             for half, layers in self.keys_values.items()
