@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..attention.parts import References
 from ..attention.references import ReferenceTokens
+from ..copies import sent
 from ..network.backbone import Backbone
 from ..network.blocks import BlockId, Grid
 from ..network.call import AttnCall, Role
@@ -88,17 +89,18 @@ def away(turn: Turn, grid: Grid, device: torch.device) -> Tensor:
     return turn.between(places[:1], places[further : further + 1], device)[0]
 
 
-def damage(changed: Tensor, plain: Tensor) -> float:
+def damage(changed: Tensor, plain: Tensor) -> Tensor:
     """How far a denoised picture [r c y x] moved, as a share of what there is to see in the plain
     one: the mean over pictures of rms(changed - plain) / rms(plain - its mean colour).
 
-    0: nothing moved; 1: as much as the picture itself. At most MOST, also for what is no number.
+    0: nothing moved; 1: as much as the picture itself. At most MOST, also for what is no number. A
+    number [] where they are.
     """
     changed, plain = changed.double(), plain.double()
     seen = plain - plain.mean((-2, -1), keepdim=True)
     rms = [x.square().flatten(1).mean(1).sqrt() for x in (changed - plain, seen)]
     shares = rms[0] / rms[1].clamp(min=1e-12)
-    return float(torch.nan_to_num(shares, nan=MOST, posinf=MOST).clamp(max=MOST).mean())
+    return torch.nan_to_num(shares, nan=MOST, posinf=MOST).clamp(max=MOST).mean()
 
 
 def with_reference(latents: Tensor) -> Tensor:
@@ -142,14 +144,16 @@ def probing(prober: Prober, plan: Plan, x0: Tensor, eps: Tensor, noise: Noise) -
         sums: dict[Change, dict[BlockId, float]] = {change: {} for change in Change}
         report = _counted(progress)
         for sigma in plan.sigmas:
-            x = noise.mix(x0, eps, sigma).to(device)
-            plain = _answer(prober, denoise, x, sigma, None)
+            x = sent(noise.mix(x0, eps, sigma), device)
+            plain, found = _answer(prober, denoise, x, sigma, None), []
             report(plain, x)
-            for change, block in plan.changes():
-                changed = _answer(prober, denoise, x, sigma, (change, block))
-                more = damage(changed, plain) / len(plan.sigmas)
-                sums[change][block] = sums[change].get(block, 0.0) + more
+            for what in plan.changes():
+                changed = _answer(prober, denoise, x, sigma, what)
+                found.append(damage(changed, plain))
                 report(changed, x)
+            # one wait for all passes of a noise level
+            for (change, block), more in zip(plan.changes(), torch.stack(found).tolist()):
+                sums[change][block] = sums[change].get(block, 0.0) + more / len(plan.sigmas)
         return sums
 
     return loop

@@ -179,7 +179,7 @@ def test_damage_is_a_share_of_what_there_is_to_see(shift):
     plain = rand(2, 3, 8, 8, seed=1) + shift
     seen = plain - plain.mean((-2, -1), keepdim=True)
     assert damage(plain, plain) == 0.0
-    assert damage(plain + 0.5 * seen, plain) == pytest.approx(0.5)
+    assert float(damage(plain + 0.5 * seen, plain)) == pytest.approx(0.5)
     assert damage(plain * 7, plain * 7) == 0.0
 
 
