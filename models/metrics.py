@@ -104,11 +104,11 @@ class FaceIdentity:
     """How near the face of each of b pictures is to the faces of photos; a picture's numbers are
     means over the photos with a face.
 
-    cosine in -1..1, distance in 0..2 (of vectors of unit length), closeness = 2 - distance: the
-    paper's table gives one number that is higher for better, and cosine and closeness are what it
-    may be (method.md 2.5). All three are NaN where a face is missing, in the picture or in every
-    photo; found says which pictures have one, and its mean, the detection rate, belongs beside
-    them.
+    cosine in -1..1, distance (in 0..2 where vectors are brought to unit length), closeness = 2 -
+    distance: the paper's table gives one number that is higher for better, and cosine and closeness
+    are what it may be (method.md 2.5). All three are NaN where a face is missing, in the picture or
+    in every photo; found says which pictures have one, and its mean, the detection rate, belongs
+    beside them.
     """
 
     cosine: tuple[float, ...]
@@ -128,10 +128,13 @@ def face_distance(cosine: Tensor) -> Tensor:
 
 
 def face_identity(
-    pictures: Sequence[Tensor | None], photos: Sequence[Tensor | None]
+    pictures: Sequence[Tensor | None], photos: Sequence[Tensor | None], unit: bool = True
 ) -> FaceIdentity:
     """Embeddings [c] of the face in every picture and every photo, of any length; None where no
     face was found.
+
+    unit: distances are of vectors of unit length, as FaceNet's are; False: of the vectors as they
+    are, as dlib's (of length 1.4 or so).
 
     Raises ValueError where those of pictures and of photos differ in width, and for an embedding
     that is zero or not finite.
@@ -140,8 +143,10 @@ def face_identity(
     known = [face for face in photos if face is not None]
     values = iter(())
     if shown and known:
-        cosines = cosine_similarity(torch.stack(shown), torch.stack(known))
-        values = iter(zip(cosines.mean(1).tolist(), face_distance(cosines).mean(1).tolist()))
+        rows = torch.stack(shown).double(), torch.stack(known).double()
+        cosines = cosine_similarity(*rows)
+        distances = face_distance(cosines) if unit else torch.cdist(*rows)
+        values = iter(zip(cosines.mean(1).tolist(), distances.mean(1).tolist()))
     pairs = [(nan, nan) if face is None else next(values, (nan, nan)) for face in pictures]
     return FaceIdentity(
         tuple(c for c, _ in pairs),

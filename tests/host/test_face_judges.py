@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
+import numpy
 import pytest
 import torch
-from evaluation.judges import LEAST_FACE, AestheticHead, Asked, Faces, load_faces
+from evaluation.faces import DLIB, DLIB_NET, FACENET, LEAST_FACE, Faces, load_faces
+from evaluation.judges import AestheticHead, Asked
 from judged import (
     LINES,
     PHOTOS,
@@ -20,6 +25,8 @@ from judged import (
     without_a_face,
 )
 from kindred.miniature.world import held_out_identity, render
+from PIL import Image
+from torch import Tensor
 
 LAW, NAN = pytest.mark.parametrize, float("nan")
 
@@ -78,9 +85,83 @@ def test_a_missing_package_or_file_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "facenet_pytorch", None)
     with pytest.raises(
         ValueError,
-        match="evaluate: faces need the package.*pip install --no-deps facenet-pytorch.*leave the face",
+        match="evaluate: faces by FaceNet need the package.*pip install --no-deps facenet-pytorch.*leave the face",
     ):
         load_faces(tmp_path / "vggface2.pt")
+
+
+def test_each_net_has_its_own_distance():
+    """FaceNet's vectors are compared at length 1, dlib's as they come; the note names the net's own bound."""
+    find, embed, images = Finder(), Embedder(), noise(2)
+    by = {net: Faces(find, embed, net) for net in (FACENET, DLIB_NET)}
+    found = {net: judge(images, Asked(LINES[:2], PHOTOS[:1])) for net, judge in by.items()}
+    with torch.inference_mode():
+        rows, photo = embed(torch.stack([find(p) for p in images])), embed(find(PHOTOS[0])[None])
+    assert found[DLIB_NET]["face_distance"] == pytest.approx((rows - photo).norm(dim=1).tolist())
+    unit = torch.nn.functional.normalize
+    assert found[FACENET]["face_distance"] == pytest.approx(
+        (unit(rows) - unit(photo)).norm(dim=1).tolist(), abs=1e-6
+    )
+    assert found[FACENET]["face_cosine"] == found[DLIB_NET]["face_cosine"]
+    told = {net: judge.columns[1].told for net, judge in by.items()}
+    assert "FaceNet" in told[FACENET] and "below about 1.1 one person" in told[FACENET]
+    assert "dlib" in told[DLIB_NET] and "below about 0.6 one person" in told[DLIB_NET]
+
+
+@pytest.mark.parametrize("lacking", ["dlib", "face_recognition_models"])
+def test_what_dlib_lacks_is_named_with_the_pip_command(monkeypatch, lacking):
+    """Neither is among the packages that the tests need: the other one is made up."""
+    for name in ("dlib", "face_recognition_models"):
+        made = None if name == lacking else ModuleType(name)
+        if made is not None:
+            made.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, made)
+    package = {"dlib": "dlib-bin", "face_recognition_models": "face-recognition-models"}[lacking]
+    with pytest.raises(
+        ValueError,
+        match=f"evaluate: faces by dlib need the package {package}.*"
+        "pip install dlib-bin face-recognition-models. Or leave the face",
+    ):
+        load_faces(DLIB)
+
+
+@pytest.fixture(scope="module")
+def dlib_judge() -> Faces:
+    """dlib's trained net, where its two packages are installed."""
+    pytest.importorskip("dlib")
+    pytest.importorskip("face_recognition_models")
+    return load_faces(DLIB)
+
+
+def views(photo: Tensor) -> list[Tensor]:
+    """A photo [y x 3]: mirrored, darker, and shrunk to two thirds."""
+    smaller = torch.nn.functional.interpolate(
+        photo.movedim(2, 0)[None], scale_factor=2 / 3, mode="bilinear", antialias=True
+    )
+    return [photo.flip(1), photo * 0.6, smaller[0].movedim(0, 2)]
+
+
+def test_dlib_knows_one_person_from_another(dlib_judge):
+    data, pictures = pytest.importorskip("skimage.data"), pytest.importorskip("matplotlib.cbook")
+    one = torch.tensor(data.astronaut()).float() / 255
+    with pictures.get_sample_data("grace_hopper.jpg") as file:
+        other = torch.tensor(numpy.asarray(Image.open(file).convert("RGB"))).float() / 255
+    for who, stranger in ((one, other), (other, one)):
+        for view in views(who):
+            found = dlib_judge(view[None], Asked(("a woman",), (who,)))
+            assert found["face_found"] == [1] and found["face_distance"][0] < 0.6
+            found = dlib_judge(view[None], Asked(("a woman",), (stranger,)))
+            assert found["face_distance"][0] > 0.6
+
+
+def test_dlib_counts_no_face_as_none(dlib_judge):
+    data = pytest.importorskip("skimage.data")
+    person = torch.tensor(data.astronaut()).float() / 255
+    for thing in (data.chelsea(), data.coffee(), data.rocket()):
+        found = dlib_judge(torch.tensor(thing)[None].float() / 255, Asked(("a thing",), (person,)))
+        assert found.pop("face_found") == [0] and all(map(nan_like, found.values()))
+    found = dlib_judge(person[None], Asked(("a woman",), (torch.zeros(9, 9, 3),)))
+    assert found.pop("face_found") == [1] and all(map(nan_like, found.values()))
 
 
 @pytest.fixture(scope="module")

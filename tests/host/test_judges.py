@@ -11,12 +11,12 @@ import comfy.clip_vision
 import comfy.sd
 import pytest
 import torch
+from evaluation.faces import Faces
 from evaluation.judges import (
     AestheticHead,
     Asked,
     Clip,
     Dino,
-    Faces,
     load_head,
     load_text,
     load_vision,
@@ -230,7 +230,7 @@ def test_the_columns_say_what_they_are_by_which_model(folder):
     columns = (
         *judge.columns,
         *Dino(load_vision(folder / "dino.safetensors")).columns,
-        *Faces.columns,
+        *Faces(Finder(), Embedder()).columns,
     )
     assert (
         len({column.name for column in columns})

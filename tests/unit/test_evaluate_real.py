@@ -11,7 +11,7 @@ from evaluate import fill, measured
 from evaluation.ground import BOUNDS, Job
 from evaluation.journal import Journal
 from evaluation.options import chosen, parse
-from evaluation.real import REAL, Files, RealSetting, tables
+from evaluation.real import DLIB, REAL, Files, RealSetting, tables
 from evaluation.rows import Row
 
 PROMPTS = (
@@ -178,6 +178,28 @@ def test_a_file_that_changed_is_measured_anew(files):
     first = Journal.key(setting.of(job))
     (files.references / "cat" / "a.png").write_bytes(b"x")  # another photo becomes the first
     assert Journal.key(setting.of(job)) != first
+
+
+def test_faces_are_judged_by_dlib_where_the_word_says_so(files, tmp_path, monkeypatch):
+    """dlib's net has no file of the user's; a file of that name is ./dlib."""
+    for name in ("host", "dlib"):
+        (tmp_path / name).mkdir() if name == "host" else (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    words = ["--checkpoint", "model.safetensors", "--prompts", "prompts.txt", "--host", "host"]
+    words += ["--references", "refs/cat", "--subject", "cat", "--faces"]
+    by_word, by_file = (parse([*words, faces]).files for faces in (DLIB, "./dlib"))
+    assert by_word.faces == DLIB and by_file.faces == Path("dlib")
+    assert "faces" not in by_word.paths() and "faces" in by_file.paths()
+    job = Job("personalize", Row("self"), 0, 0)
+    grounds = [
+        RealSetting(Path("host"), 50, 7.5, "c", files).of(job)["ground"]
+        for files in (by_word, by_file)
+    ]
+    assert grounds[0]["faces"] == DLIB and grounds[1]["faces"][:2] == ["dlib", 1]
+    with pytest.raises(SystemExit, match="nothing would be judged"):
+        tables(by_word, "story")
+    with pytest.raises(SystemExit, match="no such file"):
+        parse([*words, "dlip"])
 
 
 def test_only_what_was_measured_is_a_column(files, tmp_path):

@@ -152,6 +152,15 @@ def test_face_identity_worked_by_hand() -> None:
     assert found.found == (True, True, True, False)
 
 
+def test_vectors_as_they_are_have_a_distance_of_their_own() -> None:
+    """A triangle of 3, 4 and 5: the cosine minds no length, the distance does."""
+    known = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 8.0])]
+    found = face_identity([torch.tensor([0.0, 4.0]), None], known, unit=False)
+    assert found.cosine == pytest.approx((0.5, nan), nan_ok=True)
+    assert found.distance == pytest.approx(((5 + 4) / 2, nan), nan_ok=True)
+    assert found.closeness == pytest.approx((2 - 4.5, nan), nan_ok=True)
+
+
 def test_a_missing_face_is_no_zero_and_the_detection_rate_tells_of_it() -> None:
     face = torch.tensor([1.0, 0.0])
     found = face_identity([face, None, face], [face])

@@ -23,7 +23,17 @@ DECIDES = (
     "tools/workshop/pictures.py",
     *(
         f"tools/evidence/evaluation/{name}.py"
-        for name in ("personalize", "story", "own", "real", "judges")
+        for name in (
+            "personalize",
+            "pixels",
+            "rivals",
+            "rival_training",
+            "story",
+            "own",
+            "real",
+            "judges",
+            "faces",
+        )
     ),
 )
 

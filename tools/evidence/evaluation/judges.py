@@ -1,7 +1,7 @@
-"""Judges of real pictures: CLIP, DINOv2, an aesthetic head and faces, from files that the user gives (method.md 2.5 and 3.5).
+"""Judges of real pictures: CLIP, DINOv2 and an aesthetic head, from files that the user gives (method.md 2.5 and 3.5).
 
-Nothing is downloaded. CLIP and DINOv2 run in the host's own classes, so call `boot` first; faces need the optional package
-facenet-pytorch. Every error of a file is a ValueError that names the file and what to do.
+Nothing is downloaded. CLIP and DINOv2 run in the host's own classes, so call `boot` first. Every error of a file is a ValueError that
+names the file and what to do.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ SPACES = {
     1024: "ViT-H",
     1280: "ViT-bigG",
 }  # common spaces by their width
-LEAST_FACE = 20  # pixels; MTCNN's own default, and it fails on a picture without room for one
-FACE = 160  # pixels of a side that FaceNet reads
 
 
 @dataclass(frozen=True)
@@ -151,68 +149,6 @@ class Dino:
         images, photos = pictures_of(images, asked)
         image, consistency = similarities(self.embed(images), self.photos(photos))
         return {"dino": image, "dino_consistency": consistency}
-
-
-class Faces:
-    """Whose face it is, as paper A measures it: a detector, and embeddings whose distance tells people apart.
-
-    detect: picture [Y X 3] in 0..1 -> its face as the embedder reads it [3 s s], or None. embed: faces [n 3 s s] -> [n c], of any
-    length. A picture whose face is not found is NaN and leaves the means; face_found, 1 or 0, is the detection rate beside them.
-    """
-
-    columns = (
-        Column(
-            "face_cosine",
-            "face cosine",
-            "mean cosine with the photos' faces, where both have one",
-        ),
-        Column(
-            "face_distance",
-            "face distance",
-            "mean distance d from the photos' faces, 0 to 2; below about 1.1 one person",
-        ),
-        Column(
-            "face_2_minus_d",
-            "face 2 - d",
-            "2 - d: the reading of the paper's identity score that is higher for better",
-        ),
-        Column(
-            "face_found",
-            "faces found",
-            "share of pictures with a face; the others are in none of the face scores",
-        ),
-    )
-
-    def __init__(
-        self, detect: Callable[[Tensor], Tensor | None], embed: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.detect, self.embed, self.photos = detect, embed, Kept(self.faces)
-
-    def faces(self, pictures: Sequence[Tensor]) -> list[Tensor | None]:
-        """The embedding [c] of every picture's face. ValueError where it is not finite."""
-        crops = [self.detect(picture) for picture in pictures]
-        seen = [crop for crop in crops if crop is not None]
-        rows = self.embed(torch.stack(seen)) if seen else ()
-        if not all(row.isfinite().all() for row in rows):
-            raise ValueError(
-                f"{NAME}: the face embedder gave NaN or infinite values. Check its file of weights."
-            )
-        rows = iter(rows)
-        return [None if crop is None else next(rows) for crop in crops]
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]:
-        """Raises ValueError as Clip does."""
-        from kindred.models.metrics import face_identity
-
-        images, photos = pictures_of(images, asked)
-        found = face_identity(self.faces(images), self.photos(photos))
-        return {
-            "face_cosine": list(found.cosine),
-            "face_distance": list(found.distance),
-            "face_2_minus_d": list(found.closeness),
-            "face_found": [float(seen) for seen in found.found],
-        }
 
 
 class Kept:
@@ -374,47 +310,6 @@ def load_head(path: Path | str) -> AestheticHead:
             f"{NAME}: the aesthetic head in {path} reads {space(first.shape[1])}, not {space(HEAD_WIDTH)}. {remedy}"
         )
     return filled(head, weights, path, remedy)
-
-
-def load_faces(weights: Path | str | None, device: str = "cpu") -> Faces:
-    """MTCNN and FaceNet of facenet-pytorch; the detector's weights come with the package, FaceNet's in the file `weights`.
-
-    The package cuts the box about the largest face to 160 pixels and does not turn it upright. It names an older torch than it needs:
-    install it without its dependencies. ValueError: the package or the file is missing, or the file is something else.
-    """
-    install = "pip install --no-deps facenet-pytorch"
-    try:
-        from facenet_pytorch import MTCNN, InceptionResnetV1
-    except ImportError as error:
-        raise ValueError(
-            f"{NAME}: faces need the package facenet-pytorch, which cannot be imported ({error}). Install it beside "
-            f"ComfyUI: {install}. Or leave the face scores out."
-        ) from error
-    remedy = "Give a FaceNet of facenet-pytorch's releases, such as 20180402-114759-vggface2.pt."
-    if weights is None:
-        raise ValueError(
-            f"{NAME}: faces need a file with FaceNet's weights. {remedy} Or leave the face scores out."
-        )
-    found = {
-        name: value
-        for name, value in weights_in(weights, remedy).items()
-        if not name.startswith("logits.")
-    }  # names of people
-    with torch.random.fork_rng(devices=[]):
-        finder, net = (
-            MTCNN(image_size=FACE, min_face_size=LEAST_FACE, device=torch.device(device)),
-            InceptionResnetV1(),
-        )
-    net = filled(net, found, weights, remedy).eval().to(device)
-
-    def detect(picture: Tensor) -> Tensor | None:
-        from PIL import Image
-
-        if min(picture.shape[:2]) < LEAST_FACE:
-            return None
-        return finder(Image.fromarray(picture.mul(255).round().byte().numpy()))
-
-    return Faces(detect, lambda faces: net(faces.to(device)).cpu())
 
 
 def weights_in(path: Path | str, remedy: str) -> Mapping[str, Tensor]:

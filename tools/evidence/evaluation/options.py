@@ -15,6 +15,7 @@ from results import IN_GIT
 from . import real
 from .catalogue import DEFAULT, PLAIN, TABLES
 from .miniatures import FLOW, UNET, fitting, refuse
+from .real import DLIB, INSTALL_DLIB
 from .rows import Row
 from .tables import Table
 
@@ -150,8 +151,9 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
     )
     own.add_argument(
         "--faces",
-        type=Path,
-        help="judges whose face it is: FaceNet's weights; needs pip install --no-deps facenet-pytorch",
+        type=faces_of,
+        help=f"judges whose face it is: the word {DLIB} ({INSTALL_DLIB}), or FaceNet's weights "
+        "(pip install --no-deps facenet-pytorch)",
     )
     own.add_argument(
         "--size",
@@ -165,6 +167,11 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
         default=4,
         help="pictures that are sampled at once (default %(default)s)",
     )
+
+
+def faces_of(text: str) -> Path | str:
+    """The word for dlib's net, or the path of FaceNet's weights (a file called dlib is ./dlib)."""
+    return text if text == DLIB else Path(text)
 
 
 def refuse_too_small(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .judges import Judge
 
 COSINE = "CLIP's raw cosine with the prompt"
+DLIB = "dlib"  # the word for --faces, where FaceNet has a file
+INSTALL_DLIB = "pip install dlib-bin face-recognition-models"
 TIME = Column("seconds", "seconds per picture", digits=1)
 # the papers' columns first, in their order
 REAL = {
@@ -92,7 +94,7 @@ class Files:
     clip_text: Path | None = None
     aesthetic: Path | None = None
     dino: Path | None = None
-    faces: Path | None = None
+    faces: Path | str | None = None  # DLIB, or FaceNet's weights
     size: int = 0  # pixels of a side; 0: what the checkpoint was trained at
     batch: int = 4  # pictures that are sampled at once
 
@@ -192,7 +194,7 @@ class RealSetting(Setting):
             name: state(path)
             for name, path in files.paths().items()
             if name not in ("references", "prompts")
-        }
+        } | ({"faces": DLIB} if files.faces == DLIB else {})
         if job.task == "personalize":
             path, word = files.photos()[job.case]
             case = [
@@ -394,7 +396,8 @@ class Real:
 
 def judges(files: Files) -> Iterator[Judge]:
     """Those whose files were given."""
-    from .judges import Clip, Dino, load_faces, load_head, load_text, load_vision
+    from .faces import load_faces
+    from .judges import Clip, Dino, load_head, load_text, load_vision
 
     if files.clip_vision:
         yield Clip(
@@ -428,6 +431,11 @@ def refuse(rows: Sequence[Row], files: Files) -> None:
     if not files.concept_encoder and (wrong := [row.name for row in rows if row.of(CONCEPT)]):
         raise SystemExit(
             f"evaluate: row {wrong[0]!r} sets an input of Cross-Attn Detail Inject. Give a --concept-encoder."
+        )
+    if wrong := [row.name for row in rows if row.get("rival", "none") != "none"]:
+        raise SystemExit(
+            f"evaluate: row {wrong[0]!r} sets rival, which is measured on the miniature alone. "
+            "Leave out --checkpoint."
         )
     if wrong := [row.name for row in rows if row.get("mask", "word") == "true"]:
         raise SystemExit(
