@@ -35,6 +35,7 @@ from evaluation.ground import BOUNDS, SHOWN, Job, Miniature, Setting
 from evaluation.journal import Journal, fingerprint
 from evaluation.miniatures import UNET
 from evaluation.options import chosen, parse
+from evaluation.pixels import varied
 from evaluation.tables import MINIATURE, Filled, Ground, Table, listed
 from results import prepare
 from terminal import run_program
@@ -165,7 +166,9 @@ def fill(
                 ]
                 for case in cases(table)
             }
-            if kept := {case: values for case, values in kept.items() if len(values) == seeds}:
+            if kept := {
+                case: varied(values) for case, values in kept.items() if len(values) == seeds
+            }:
                 found[row.name] = kept
         shared = set.intersection(*(set(kept) for kept in found.values())) if found else set()
         if shared:
@@ -178,7 +181,8 @@ def fill(
                 for case in sorted(shared)
                 if (values := journal.get(setting.of(Job(table.task, BOUNDS, case, 0))))
             ]
-            filled.append(bounded(table, measured(grounds[table.task], found), found, known))
+            ground = grounds.get(table.name, grounds[table.task])
+            filled.append(bounded(table, measured(ground, found), found, known))
     return filled
 
 

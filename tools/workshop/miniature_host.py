@@ -77,18 +77,26 @@ class Studio:
         with self.torch.inference_mode():
             return self.nodes.CLIPTextEncode().encode(self.clip, "")[0]
 
+    def blank(self, count: int) -> Any:
+        """The samples [b c y x] of `count` empty latents."""
+        side, channels = self.size // 8, self.model.model.latent_format.latent_channels
+        return self.torch.zeros(count, channels, side, side)
+
     def sample(
-        self, model: Any, positive: Any, count: int, seed: int, cfg: float | None = None
+        self,
+        model: Any,
+        positive: Any,
+        count: int,
+        seed: int,
+        cfg: float | None = None,
+        latent: dict[str, Any] | None = None,
+        denoise: float = 1.0,
     ) -> Any:
-        """IMAGE [b y x 3] of `count` pictures from one latent batch."""
-        latent = {
-            "samples": self.torch.zeros(
-                count,
-                self.model.model.latent_format.latent_channels,
-                self.size // 8,
-                self.size // 8,
-            )
-        }
+        """IMAGE [b y x 3] of `count` pictures from one latent batch, which is empty unless given.
+
+        denoise: the share of the noise levels that a given one begins at, as KSampler has it.
+        """
+        latent = latent or {"samples": self.blank(count)}
         cfg = self.cfg if cfg is None else cfg
         with self.torch.inference_mode():
             samples = self.nodes.common_ksampler(
@@ -101,6 +109,7 @@ class Studio:
                 positive,
                 self.empty(),
                 latent,
+                denoise=denoise,
             )[0]
         return self.decode(samples["samples"])
 

@@ -15,6 +15,20 @@ TABLE_2 = {
     "full": "concept.strength=1",
     "shuffled": f"concept.strength=1, {CONTROL}",
 }
+# paper A's Table 1: what people would use instead
+TABLE_1 = {
+    "plain": PLAIN_PHOTO,
+    "textual inversion": "rival=textual inversion",
+    "LoRA": "rival=lora",
+    "LoRA with prior": "rival=lora with prior",
+    "decoupled sum": "self=off, concept.merge=add, concept.start_percent=0",
+    "img2img 0.5": "rival=img2img, denoise=0.5",
+    "img2img 0.7": "rival=img2img, denoise=0.7",
+    "reference-only": "rival=reference-only",
+    "Kindred self": TABLE_2["self"],
+    "Kindred cross": TABLE_2["cross"],
+    "Kindred both": TABLE_2["full"],
+}
 W_S, W_C, DROPOUTS = (0.25, 0.5, 1, 2, 4), (0.25, 0.5, 1, 2, 4), (0, 0.15, 0.5, 0.7)
 
 
@@ -156,6 +170,14 @@ PHOTO, TOLD, CHOSEN_ON = (
 TABLES = {
     table.name: table
     for table in (
+        Table(
+            "table_1",
+            "Paper A, Table 1: what people would use instead",
+            PHOTO,
+            rows_of(PHOTO, TABLE_1),
+            12,
+            needs=ENCODER,
+        ),
         Table(
             "table_2",
             "Paper A, Table 2: what each injection adds",

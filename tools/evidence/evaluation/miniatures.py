@@ -86,6 +86,11 @@ def refuse(rows: Sequence[Row], task: str, miniature: str) -> None:
         raise SystemExit(
             f"evaluate: the {miniature} miniature does not have {STORIES}. {REMEDY.format(other(miniature))}"
         )
+    if miniature == FLOW and (wrong := [row for row in rows if row.get("rival", "none") != "none"]):
+        raise SystemExit(
+            f"evaluate: row {wrong[0].name!r} sets rival, which the {UNET} miniature alone is "
+            f"measured by. Take --miniature {UNET}."
+        )
     if ENCODER not in HAS[miniature] and (wrong := [row for row in rows if sets_concept(row)]):
         names = ", ".join(name for name, _ in wrong[0].inputs if name in CONCEPT)
         raise SystemExit(

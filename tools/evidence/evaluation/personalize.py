@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import rivals
+from .pixels import as_png, copied, small
+from .rivals import KIB
 from .rows import CAPTURE, CONCEPT, INJECT, Row
 
 if TYPE_CHECKING:
     from miniature_host import Studio
 
+    from .rivals import Concept, Draw
+
 APART = 1_000_003  # between the noise of two seeds, so that no case meets another's
+RENDERED = 6000  # seeds of the renderings that copied pixels are told by
 SEEDS = 1000  # more than anybody takes: between the noise of two batches of one subject
 
 
@@ -43,26 +49,26 @@ class Personalize:
         self.banks: dict[
             tuple[Any, ...], tuple[Any, float]
         ] = {}  # references by how they are read, and the seconds it took
+        self.concepts: dict[
+            tuple[Any, ...], Concept
+        ] = {}  # what rivals made, by their rows' inputs
         self.read = 0.0  # seconds spent on reading references so far
 
     def subject(self, number: int) -> Subject:
         if self.last is None or self.last[0] != number:
-            self.last, self.banks = (number, self.subjects(number)), {}
+            self.last, self.banks, self.concepts = (number, self.subjects(number)), {}, {}
         return self.last[1]
 
     def measure(self, row: Row, number: int, seed: int) -> tuple[dict[str, Any], Any]:
         """Values, per picture where they are of pictures, and the pictures [b y x 3]."""
         subject, studio = self.subject(number), self.studio
         made, start, read = [], time.monotonic(), self.read
-        model, told = self.injected(row, subject)
+        draw, told = self.prepared(row, subject)
         with studio.counted() as calls:
             for first in range(0, len(subject.prompts), studio.batch):
                 part = subject.prompts[first : first + studio.batch]
-                lines, noise = (
-                    studio.prompts(part, subject.word),
-                    number + APART * (seed + SEEDS * first),
-                )
-                made.append(studio.sample(model, lines, len(part), noise, row.get("cfg", None)))
+                noise = number + APART * (seed + SEEDS * first)
+                made.append(draw(part, noise, row.get("cfg", None)))
         images = studio.torch.cat(made)
         seconds = (time.monotonic() - start - (self.read - read)) / len(
             images
@@ -72,11 +78,34 @@ class Personalize:
             "unet_calls": len(calls) // len(made),
         }, images
 
+    def prepared(self, row: Row, subject: Subject) -> tuple[Draw, dict[str, Any]]:
+        """How this row draws prompts, and what is known of the photo as it reads it."""
+        if row.get("rival", "none") != "none":
+            concept = self.rival(row, subject)
+            return concept.draw, dict(concept.told)
+        studio = self.studio
+        model, told = self.injected(row, subject)
+
+        def draw(lines: Sequence[str], seed: int, cfg: float | None) -> Any:
+            positive = studio.prompts(lines, subject.word)
+            return studio.sample(model, positive, len(lines), seed, cfg)
+
+        return draw, told
+
+    def rival(self, row: Row, subject: Subject) -> Concept:
+        """What a rival makes of the subject's photo, once."""
+        if (kept := self.concepts.get(row.inputs)) is None:
+            start = time.monotonic()
+            kept = self.concepts[row.inputs] = rivals.concept(self.studio, row, subject)
+            self.read += time.monotonic() - start
+        return kept
+
     def injected(self, row: Row, subject: Subject) -> tuple[Any, dict[str, Any]]:
         """The model with what the row injects, and what is known of the reference."""
         studio, model, told = self.studio, self.studio.model, {}
         if row.get("self", "on") == "on":
             bank, told["seconds_reference"] = self.reference(row, subject)
+            told["seconds_concept"] = told["seconds_reference"]
             mask = subject.shown(row)[1]
             if row.get("mask", "word") == "word" and mask is not None:
                 told["mask_iou"] = overlap(bank, mask)
@@ -91,6 +120,8 @@ class Personalize:
                 image=subject.shown(row)[0],
                 **concept,
             )[0]
+        if model is not studio.model:
+            told["kept_kib"] = len(as_png(subject.photo)) / KIB
         return model, told
 
     def reference(self, row: Row, subject: Subject) -> tuple[Any, float]:
@@ -163,7 +194,11 @@ class Identities:
         )
 
         def judge(images: Any) -> dict[str, Any]:
+            import torch
+
             reading = self.reader.read(images)
+            true = [render(identity, kind, scene, RENDERED + number).image for scene in asked]
+            as_asked = torch.cat([self.studio.picture(image) for image in true])
             return judged(reading, identity) | {
                 "scene": [
                     float(read == scene)
@@ -171,6 +206,8 @@ class Identities:
                 ],
                 "class": [float(read == kind) for read in reading.names("class")],
                 "whole": one_whole(reading),
+                "copied": copied(images, self.studio.picture(photo.image), as_asked),
+                "small": small(images),
             }
 
         prompts = tuple(prompt(kind, scene) for scene in asked)

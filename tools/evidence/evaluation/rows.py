@@ -53,6 +53,14 @@ STORY: dict[str, Kind] = {
     "order": ("fast", "official"),
     "align_keys": bool,
 }
+RIVALS = (  # instead of the pack's own nodes; each but img2img has a row of its own as it comes
+    "none",
+    "img2img",
+    "reference-only",
+    "textual inversion",
+    "lora",
+    "lora with prior",
+)
 OWN = {  # what no node has: how a row is made
     "personalize": {
         "self": ("on", "off"),
@@ -61,6 +69,10 @@ OWN = {  # what no node has: how a row is made
         "inverted": ("no", "yes"),
         "method": ("ddim", "fireflow", "forward noise", "edit-friendly ddpm"),
         "cfg": float,
+        "rival": RIVALS,
+        "denoise": float,
+        "steps": int,
+        "rate": float,
     },
     "story": {
         "node": ("on", "off"),
