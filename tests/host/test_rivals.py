@@ -47,9 +47,9 @@ def plain(task) -> torch.Tensor:
     [
         "rival=img2img, denoise=0.5",
         "rival=reference-only",
-        "rival=textual inversion, steps=25, rate=0.02",
-        "rival=lora, steps=25",
-        "rival=lora with prior, steps=8",
+        "rival=textual inversion, train_steps=25, train_rate=0.02",
+        "rival=lora, train_steps=25",
+        "rival=lora with prior, train_steps=8",
     ],
 )
 def test_a_rival_reads_the_photo_and_leaves_the_model_as_it_was(task, inputs):
@@ -59,7 +59,9 @@ def test_a_rival_reads_the_photo_and_leaves_the_model_as_it_was(task, inputs):
     assert torch.equal(plain(task), before)
     assert all(len(values[key]) == 2 for key in ("identity", "copied", "small", "whole"))
     assert values["kept_kib"] > 0
-    if "steps=25" in inputs:  # its own loss, at noise levels that are the same before and after
+    if (
+        "train_steps=25" in inputs
+    ):  # its own loss, at noise levels that are the same before and after
         assert values["loss_left"] < 1 and values["seconds_concept"] > 0
 
 
@@ -134,7 +136,7 @@ def test_the_class_words_own_vector_is_the_class_word(task, subject):
 
 def test_every_cost_is_measured_by_some_row(task):
     found = set()
-    for inputs in ("", "rival=lora, steps=2"):
+    for inputs in ("", "rival=lora, train_steps=2"):
         found |= task.measure(row(inputs), CASE, 0)[0].keys()
     assert {column.key for column in COSTS} - {"diversity"} <= found
     assert str(Job("personalize", row(""), CASE, 0)) == f"a row, identity {CASE}, seed 0"

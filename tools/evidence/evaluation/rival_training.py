@@ -31,7 +31,7 @@ TEMPLATES = ("a photo of a {}", "a picture of a {}", "a {}", "photo of a {}")
 def textual_inversion(studio: Studio, row: Row, subject: Subject) -> Concept:
     """A vector in the place of the class word, trained by the network's own loss on the photo."""
     torch, start = studio.torch, time.monotonic()
-    steps, rate = row.get("steps", TOKEN_STEPS), row.get("rate", TOKEN_RATE)
+    steps, rate = row.get("train_steps", TOKEN_STEPS), row.get("train_rate", TOKEN_RATE)
     latent = studio.encode(subject.shown(row)[0])["samples"]
     with torch.inference_mode(False), torch.enable_grad():
         learner = Learner(studio, latent.clone(), subject.word)
@@ -193,9 +193,9 @@ def lora_inputs(studio: Studio, row: Row, latent: Any, texts: Sequence[str]) -> 
         "model": studio.model,
         "latents": {"samples": latent},
         "batch_size": 1 if len(latent) == 1 else 2,
-        "steps": row.get("steps", LORA_STEPS),
+        "steps": row.get("train_steps", LORA_STEPS),
         "grad_accumulation_steps": 1,
-        "learning_rate": row.get("rate", LORA_RATE),
+        "learning_rate": row.get("train_rate", LORA_RATE),
         "rank": RANK,
         "optimizer": "AdamW",
         "loss_function": "MSE",

@@ -53,7 +53,7 @@ STORY: dict[str, Kind] = {
     "order": ("fast", "official"),
     "align_keys": bool,
 }
-RIVALS = (  # instead of the pack's own nodes; each but img2img has a row of its own as it comes
+RIVALS = (  # what is measured instead of the nodes of the pack
     "none",
     "img2img",
     "reference-only",
@@ -71,8 +71,8 @@ OWN = {  # what no node has: how a row is made
         "cfg": float,
         "rival": RIVALS,
         "denoise": float,
-        "steps": int,
-        "rate": float,
+        "train_steps": int,
+        "train_rate": float,
     },
     "story": {
         "node": ("on", "off"),
