@@ -3,7 +3,7 @@
 
 python3 dev.py demo       new pictures of one subject from a photo, in a real ComfyUI
 python3 dev.py serve      ComfyUI's canvas with the pack
-python3 dev.py test       every test
+python3 dev.py test       the tests; --long asks every law of every network
 python3 dev.py evaluate   how well it works
 python3 dev.py bench      what it costs beside the plain sampler
 python3 dev.py soak       hundreds of mixed prompts to one server: memory, times and pictures stay as they are
@@ -94,10 +94,10 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
 Stage = tuple[str, list[str]]  # its name, and what the environment's Python is given
 
 
-def test(environment: Environment, expression: str | None, fast: bool) -> int:
+def test(environment: Environment, expression: str | None, fast: bool, long: bool) -> int:
     """Linter, then the rooms of tests/ from the cheapest to the dearest; a failing stage ends the run.
 
-    The last two wait for one server each, so they run beside one another.
+    The last two wait for one server each, so they run beside one another. long: tests/gate.py leaves nothing out.
     """
     refuse_without_test_packages(environment)
     stages = test_stages(expression, fast)
@@ -108,9 +108,9 @@ def test(environment: Environment, expression: str | None, fast: bool) -> int:
             f"\n== {', then what was beside it: '.join(name for name, _ in group)} ==", flush=True
         )
         # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
-        ends = together(
-            environment, [argv for _, argv in group], OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
-        )
+        settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        settings |= {"KINDRED_LONG": "1"} if long else {}
+        ends = together(environment, [argv for _, argv in group], **settings)
         for (name, _), (code, seconds) in zip(group, ends):
             verdict = verdict_on(name, code, expression is not None)
             results.append(f"{name} {verdict} {seconds:.0f} s")
@@ -256,13 +256,18 @@ def command_line() -> argparse.ArgumentParser:
     text = "make or repair the environment: about 2.7 GB to fetch, 6 GB in your cache folder"
     command = commands.add_parser("setup", parents=[own], help=text, description=text)
     command.add_argument("--again", action="store_true", help="make it anew even if it looks whole")
-    text = "run every test, and the linter"
+    text = "run the tests and the linter"
     command = commands.add_parser("test", parents=[own], help=text, description=text)
     command.add_argument(
         "-k", metavar="EXPR", help="only the tests whose names match, as pytest understands it"
     )
     command.add_argument(
         "--fast", action="store_true", help="without the server and without the slow tests"
+    )
+    command.add_argument(
+        "--long",
+        action="store_true",
+        help="ask every law of every network and setting; otherwise the widest of a third of them",
     )
     text = "ComfyUI's canvas with the pack; prints the address to open"
     command = commands.add_parser("serve", parents=[own], help=text, description=text)
@@ -311,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Python   {environment.python}\nComfyUI  {environment.host}")
             return 0
         if chosen.command == "test":
-            return test(environment, chosen.k, chosen.fast)
+            return test(environment, chosen.k, chosen.fast, chosen.long)
         if chosen.command == "serve":
             return serve(environment, chosen.port, chosen.cpu, chosen.base)
         return run(environment, [str(program(chosen.command)), *rest])

@@ -252,6 +252,7 @@ BARE = (
         ("workflows", "--shots"),
         ("serve", "--port"),
         ("test", "--fast"),
+        ("test", "--long"),
         ("setup", "--again"),
     ],
 )
