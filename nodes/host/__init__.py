@@ -63,6 +63,7 @@ from .page import tell, warn
 from .photos import (
     example_name,
     input_pictures,
+    is_painted,
     load_picture,
     offer_example,
     picture_exists,
@@ -140,6 +141,7 @@ __all__ = [
     "input_pictures",
     "install",
     "is_listed",
+    "is_painted",
     "keep_measurement",
     "latent_in",
     "latent_out",

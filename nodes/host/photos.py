@@ -51,9 +51,17 @@ def picture_exists(name: str) -> bool:
     )
 
 
+def is_painted(name: str) -> bool:
+    """Whether the page's mask editor wrote this picture, by the name that it gives."""
+    return Path(name).name.startswith("clipspace-")
+
+
 def load_picture(name: str) -> tuple[Tensor, Tensor]:
-    """IMAGE [1 y x 3|4] and MASK [1 y x], by the host's own loader."""
-    return nodes.LoadImage().load_image(name)
+    """IMAGE [b y x 3] and how transparent it is [b y x], by the host's own loader; of a picture
+    without transparency [b 64 64] of 0.
+    """
+    pictures, clear = nodes.LoadImage().load_image(name)
+    return pictures[..., :3], clear
 
 
 def picture_fingerprint(name: str) -> str:
