@@ -12,7 +12,7 @@ from .comparison import ComparisonGrid
 from .concept import ConceptEncoderLoad, CrossAttnDetailInject
 from .consistory import ConsiStory
 from .evaluation import ConsistencyScore
-from .host import register_folders, register_references
+from .host import register_folders, register_references, show_warnings
 from .inject import MaskedSelfAttnInject
 from .inversion import DDIMInvert
 from .library import LoadReference, SaveReference
@@ -28,6 +28,7 @@ class KindredExtension(ComfyExtension):
     """The pack's nodes in the order of the menu."""
 
     async def on_load(self) -> None:
+        show_warnings()
         miniature = Path(__file__).parent.parent / "miniature"
         register_folders(miniature / "weights" / "concept_encoders")
         register_references(miniature / "weights" / "references")

@@ -13,11 +13,12 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..models.subject.words import SubjectTokens, positions_of, subjects_in
+from ..models.subject.words import SubjectTokens, may_hold, positions_of, subjects_in
 from . import host
 from .host import REPEATS, SUBJECT, TEXT, Prompt
 
 NODE = "Subject Prompts"
+EMPTY = "prompts is empty. Write one prompt per line, for instance: a photo of a cat on the beach."
 # a line's rows [1 w c], and what stands beside them
 Encoded = tuple[Tensor, dict[str, Any]]
 MOST_TOKENS = 24 * 77  # prompts of unequal length are repeated to a common multiple
@@ -80,26 +81,36 @@ def words_in(
     in no line.
     """
     spelled = [[reader(word).pieces for reader in readers] for word in words]
-    each, seen = [], set()
-    for number, (text, prompt) in enumerate(zip(texts, prompts), 1):
-        places = [places_in(prompt, by) for by in spelled]
-        here = {word for word, own in zip(words, places) if any(own)}
-        if not here:
-            raise ValueError(
-                f"{NODE}: line {number}, {text!r:.200}, does not contain the subject "
-                f"{' or '.join(map(repr, words)):.200}. "
-                "Write the subject word in every line exactly as in the subject field."
-            )
-        seen |= here
-        each.append(places)
-    for word in words:
-        if word not in seen:
-            raise ValueError(
-                f"{NODE}: no line contains the subject {word!r:.100}; the lines are "
-                f"{str(texts):.400}. "
-                "Correct the word or take it out of the subject field."
-            )
+    each = [[places_in(prompt, by) for by in spelled] for prompt in prompts]
+    here = [{word for word, own in zip(words, line) if any(own)} for line in each]
+    if why := misses(texts, words, here):
+        raise ValueError(f"{NODE}: {why}")
     return each
+
+
+def misses(texts: Sequence[str], words: Sequence[str], here: Sequence[set[str]]) -> str:
+    """Which lines hold none of the words, all at once, else which words are in no line; "" where
+    neither is. here: the words of each line.
+    """
+    bare = [i for i, found in enumerate(here, 1) if not found] if words else []
+    names = " or ".join(map(repr, words))
+    remedy = "Write the subject word in every line exactly as in the subject field."
+    if len(bare) == 1:
+        line = texts[bare[0] - 1]
+        return f"line {bare[0]}, {line!r:.200}, does not contain the subject {names:.200}. {remedy}"
+    if bare:
+        said = "; ".join(f"{i}: {texts[i - 1]!r:.80}" for i in bare[:10])
+        more = f" and {len(bare) - 10} more" if len(bare) > 10 else ""
+        return (
+            f"{len(bare)} of {len(texts)} lines do not contain the subject {names:.200} "
+            f"({said}{more}). {remedy}"
+        )
+    if lost := [word for word in words if not any(word in found for found in here)]:
+        return (
+            f"no line contains the subject {' or '.join(map(repr, lost)):.200}; the lines are "
+            f"{str(list(texts)):.400}. Correct the word or take it out of the subject field."
+        )
+    return ""
 
 
 def places_in(prompt: Sequence[Prompt], word: Sequence[Any]) -> Places:
@@ -278,15 +289,10 @@ class SubjectPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, prompts: str, subject: str, style: str = "") -> io.NodeOutput:
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(
-                f"{NODE}: prompts is empty. Write one prompt per line, for instance: a photo of a "
-                f"cat on the beach."
-            )
-        words = subjects_in(subject)
-        before = " ".join(style.splitlines()).strip()  # a line of texts is a picture
-        texts = [f"{before} {line}".strip() for line in lines]
+        texts, words = texts_of(prompts, style), subjects_in(subject)
+        if not texts:
+            raise ValueError(f"{NODE}: {EMPTY}")
+        say_unlearnt(clip, texts)
         readers = host.readers_of(clip)
         cut = [[reader(text) for reader in readers] for text in texts] if words else []
         each = words_in(texts, words, cut, readers) if words else []
@@ -303,3 +309,35 @@ class SubjectPrompts(io.ComfyNode):
         if subjects := subject_tokens(words, each, starts, rows):
             extras[SUBJECT] = subjects
         return io.NodeOutput([[cross, extras]], len(texts), "\n".join(texts))
+
+    @classmethod
+    def validate_inputs(
+        cls, prompts: str | None = None, subject: str | None = None, style: str | None = ""
+    ) -> bool | str:
+        """What the letters alone tell, before anything runs; of a wired text, None, nothing."""
+        if prompts is None or style is None:
+            return True
+        texts, words = texts_of(prompts, style), subjects_in(subject or "")
+        if not texts:
+            return f"{NODE}: {EMPTY}"
+        here = [{word for word in words if may_hold(text, word)} for text in texts]
+        why = misses(texts, words, here)
+        return f"{NODE}: {why}" if why else True
+
+
+def texts_of(prompts: str, style: str) -> list[str]:
+    """One text per line that is not empty, the style before it."""
+    before = " ".join(style.splitlines()).strip()  # a line of texts is a picture
+    lines = (line.strip() for line in prompts.splitlines())
+    return [f"{before} {line}".strip() for line in lines if line]
+
+
+def say_unlearnt(clip: Any, texts: Sequence[str]) -> None:
+    """A warning where a checkpoint reads words as nothing, as the miniature does most."""
+    lost, known = host.unlearnt_words(clip, " ".join(texts))
+    if lost:
+        knows = f" It knows {', '.join(known)}." if known else ""
+        host.warn(
+            f"{NODE}: this checkpoint has never learnt {', '.join(map(repr, lost)):.200}, so "
+            f"nothing of it is drawn.{knows} Write these, or load a checkpoint that knows more."
+        )

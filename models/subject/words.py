@@ -59,6 +59,20 @@ def subjects_in(field: str) -> list[str]:
     return [word.strip() for word in re.split("[,;\uff0c\u3001\uff1b\r\n]+", field) if word.strip()]
 
 
+def may_hold(text: str, word: str) -> bool:
+    """Whether a word can stand in a text, by their letters alone, before any tokenizer is asked:
+    False is certain, True is not. Embeddings, which have names and no letters, always may.
+    """
+    wanted = _letters(word)
+    return "embedding:" in word or not wanted or wanted in _letters(text)
+
+
+def _letters(text: str) -> str:
+    """Without weights, marks, spaces, accents and capitals, which tokenizers treat differently."""
+    bare = re.sub(r":\s*[-+]?[0-9.]+\s*\)", ")", text)
+    return "".join(c for c in unicodedata.normalize("NFKD", bare.casefold()) if c.isalnum())
+
+
 def positions_of(prompt: Sequence[Piece], words: Iterable[Sequence[Piece]]) -> tuple[int, ...]:
     """The places of every token of `prompt` that holds a part of any of `words`, each cut by the
     same tokenizer; sorted, each once.

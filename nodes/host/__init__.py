@@ -59,7 +59,7 @@ from .model import (
     self_attentions,
     token_sizes,
 )
-from .page import tell, warn
+from .page import note, show_warnings, tell, warn
 from .photos import (
     example_name,
     input_pictures,
@@ -91,6 +91,7 @@ from .sight import pooling_head, require_sight, tower_of, vision_files
 from .sites import require_invertible, require_plain_positions, require_sites
 from .story import StoryInjection, layout_of
 from .tokens import Prompt, Reader, hides_padding, plain, readers_of, rows_of_tokens
+from .vocabulary import unlearnt_words
 from .wrappers import inject, injected, sample
 
 __all__ = [
@@ -153,6 +154,7 @@ __all__ = [
     "new_encoder",
     "new_reference_path",
     "noise_of",
+    "note",
     "offer_example",
     "picture_embeddings",
     "picture_exists",
@@ -185,6 +187,7 @@ __all__ = [
     "samplers",
     "schedulers",
     "self_attentions",
+    "show_warnings",
     "tell",
     "text_embeddings",
     "text_layers",
@@ -193,6 +196,7 @@ __all__ = [
     "tower_of",
     "tower_title",
     "training",
+    "unlearnt_words",
     "vision_files",
     "warn",
 ]

@@ -153,10 +153,10 @@ def test_the_help_panel_opens_with_the_nodes_picture(canvas, shots):
 
 
 def test_an_error_in_a_node_shows_our_sentence(canvas, shots):
-    """A subject word that no line contains: the page says it in the node's words, and names the node."""
+    """A subject of marks alone, which only the tokenizer knows: the page says it in the node's words, and names the node."""
     canvas.load(CANVAS / "story.json")
     canvas.page.evaluate("""() => { const n = app.graph.nodes.find(n => n.type === 'KindredSubjectPrompts');
-                            n.widgets.find(w => w.name === 'subject').value = 'zebra' }""")
+                            n.widgets.find(w => w.name === 'subject').value = '()' }""")
     ended = canvas.run(60)
     assert (
         ended["kind"] == "execution_error"
