@@ -23,6 +23,7 @@ from ..models.reference.builder import BankBuilder, Keeps
 from ..models.reference.photo import (
     NODE,
     RefUNetPass,
+    doubts_of,
     flow_loop,
     is_live,
     one_pass_loop,
@@ -223,6 +224,8 @@ class RefUNetCapture(io.ComfyNode):
         )
         threshold = OTSU if mask_threshold == OTSU else mask_value
         subject = Finding(mask, mask_blocks, threshold, mask_steps)
+        for doubt in () if mask is None else doubts_of(mask, photo.whole):
+            host.warn(f"{NODE}: {doubt}")
         kept = inputs.stored_in(precision), token_share, Keeps(keeps)
         reading = pass_over(sites, wanted, photo, prompts, subject, *kept)
         if reading.transformer:
@@ -235,9 +238,26 @@ class RefUNetCapture(io.ComfyNode):
         return io.NodeOutput(bank, picture, ui=ui.SavedImages(saved))
 
     @classmethod
+    def validate_inputs(cls, input_types: dict[str, str]) -> bool | str:
+        """What the wires tell before anything runs: input_types, of those that are there."""
+        if why := host.mismatch(cls, input_types):
+            return f"{NODE}: {why}"
+        wired = "inversion" in input_types, "latent" in input_types
+        return True if sum(wired) == 1 else f"{NODE}: {one_of_both(*wired)}"
+
+    @classmethod
     def fingerprint_inputs(cls, blocks: str = "all", **others: Any) -> str:
         """A new measurement means other blocks by the same word."""
         return host.measurements_stamp(blocks)
+
+
+def one_of_both(inversion: bool, latent: bool) -> str:
+    """Why exactly one of them has to be wired."""
+    none, both = "neither an inversion nor a latent is", "both an inversion and a latent are"
+    return (
+        f"{both if latent and inversion else none} wired. Wire exactly one: the photo's "
+        "latent, or the result of DDIM Invert."
+    )
 
 
 @dataclass(frozen=True)
@@ -293,11 +313,7 @@ def photo_of(
     the model.
     """
     if (inversion is None) == (latent is None):
-        none, both = "neither an inversion nor a latent is", "both an inversion and a latent are"
-        raise ValueError(
-            f"{NODE}: {none if latent is None else both} wired. Wire exactly one: the photo's "
-            "latent, or the result of DDIM Invert."
-        )
+        raise ValueError(f"{NODE}: {one_of_both(inversion is not None, latent is not None)}")
     key = host.model_key(model)
     if inversion is not None:
         host.require_same_model(NODE, "inversion", inversion.model_key, key)

@@ -41,7 +41,9 @@ class MaskedSelfInjection(MaskedSelf):
         def tokens_at(sigma: float) -> Mapping[Half, Mapping[BlockId, Tensor]]:
             return host.reference_tokens(run, self.bank, sigma, self.sources)
 
-        return self.active(tokens_at, run.at(self.start, self.end))
+        window = run.at(self.start, self.end)
+        run.foretell(self.bank, [s for s in run.sigmas if window[1] <= s <= window[0]])
+        return self.active(tokens_at, window)
 
 
 class MaskedSelfAttnInject(io.ComfyNode):
@@ -172,9 +174,11 @@ class MaskedSelfAttnInject(io.ComfyNode):
             stands,
         )
         require_halves(injection)
-        return io.NodeOutput(
-            model.clone() if reads_nothing(injection) else host.inject(model, injection)
-        )
+        why = idle(injection)
+        if why and injection.weight:
+            host.warn(f"{NODE}: {why}")
+        plain = bool(why) or injection.weight == 0
+        return io.NodeOutput(model.clone() if plain else host.inject(model, injection))
 
     @classmethod
     def fingerprint_inputs(cls, blocks: str = "all", **others: Any) -> str:
@@ -205,14 +209,22 @@ def require_positions(positions: Positions, sites: Mapping[BlockId, BlockSite]) 
         )
 
 
-def reads_nothing(injection: MaskedSelf) -> bool:
-    """Whether the pictures stay plain whatever is sampled."""
+def idle(injection: MaskedSelf) -> str:
+    """Why the pictures stay plain whatever is sampled, though a weight asks for more; "" where
+    they do not.
+    """
+    if injection.start >= injection.end:
+        return (
+            f"start_percent is {injection.start} and end_percent is {injection.end}, so the "
+            "reference is never read. Give an end above the start."
+        )
     mask = injection.target_mask
-    return (
-        injection.weight == 0
-        or injection.start >= injection.end
-        or (mask is not None and not (mask > 0.5).any())
-    )
+    if mask is not None and not (mask > 0.5).any():
+        return (
+            "the target mask is black, so no part of the picture reads the reference. Make "
+            "the part that may read it white, or take the mask away."
+        )
+    return ""
 
 
 def readable_blocks(

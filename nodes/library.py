@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from comfy_api.v0_0_2 import io, ui
+from torch import Tensor
 
 from ..models.files import remedy
+from ..models.overlay import draw_masks
 from ..models.reference.bank import ReferenceBank
 from ..models.reference.file import load_reference, save_reference
+from ..models.reference.origin import Origin, origin_of
 from . import host
 
 SAVE, LOAD = "Save Reference", "Load Reference"
@@ -91,8 +95,8 @@ class LoadReference(io.ComfyNode):
             node_id="KindredLoadReference",
             display_name=LOAD,
             category="Kindred",
-            description="Reads a reference that Save Reference wrote. With the same model and "
-            "LoRAs it does exactly what the unsaved one did. Put files from other "
+            description="Reads a reference that Save Reference wrote, and shows what it is. With the "
+            "same model and LoRAs it does exactly what the unsaved one did. Put files from other "
             "machines into models/kindred_references.",
             search_aliases=[
                 "load subject",
@@ -113,8 +117,11 @@ class LoadReference(io.ComfyNode):
                 host.Reference.Output(
                     display_name="reference",
                     tooltip="The saved reference, unchanged.",
-                )
+                ),
+                *told(),
             ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -129,6 +136,9 @@ class LoadReference(io.ComfyNode):
             raise OSError(
                 f"{LOAD}: {error}. Look at that folder and its disk, then queue it again."
             ) from error
+        origin, size = origin_of(bank), size_of(bank)
+        said = report(bank, origin, size)
+        host.tell(cls, said)
         log.info(
             "%s: %s, %d picture%s, %s, made with model %s, %.1f MB",
             LOAD,
@@ -139,10 +149,80 @@ class LoadReference(io.ComfyNode):
             bank.model_key,
             bank.bytes / 1e6,
         )
-        return io.NodeOutput(bank)
+        settings = origin.subject, origin.steps, origin.scheduler, origin.sampler
+        levels = bank.trajectory.sigmas.flip(0)
+        return io.NodeOutput(bank, *settings, *size, levels, ui=shown(cls, bank))
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
         """Another file under the same name is another reference."""
         stat = host.reference_path(file).stat()
         return f"{stat.st_mtime_ns} {stat.st_size}"
+
+
+def told() -> list[io.Output]:
+    """What a reference says of how it was made, for the nodes that have to be set alike."""
+    return [
+        io.String.Output(
+            display_name="subject",
+            tooltip="The word that names the subject: for Subject Prompts.",
+        ),
+        io.Int.Output(display_name="steps", tooltip="Its steps: for the sampler."),
+        io.AnyType.Output(
+            display_name="scheduler",
+            tooltip="Its scheduler: for the sampler. custom: wire sigmas instead.",
+        ),
+        io.AnyType.Output(
+            display_name="sampler_name",
+            tooltip="The sampler of anchors, which further pictures need; of a photo, which any "
+            "reads, euler.",
+        ),
+        io.Int.Output(display_name="width", tooltip="In pixels: for Empty Latent Image."),
+        io.Int.Output(display_name="height", tooltip="In pixels: for Empty Latent Image."),
+        io.Sigmas.Output(
+            display_name="sigmas",
+            tooltip="Its noise levels, the noisiest first: for SamplerCustom.",
+        ),
+    ]
+
+
+def size_of(bank: ReferenceBank) -> tuple[int, int]:
+    """Width and height of its pictures in pixels."""
+    pixels = host.cell_of(bank.model_key)
+    height, width = bank.trajectory.latents.shape[-2:]
+    return width * pixels, height * pixels
+
+
+def report(bank: ReferenceBank, origin: Origin, size: tuple[int, int]) -> str:
+    """What stands on the node."""
+    kind = "anchors of a story" if bank.anchors else "a photo" + "s" * (bank.pictures > 1)
+    by = f", {origin.sampler}" if bank.anchors else ""
+    said = (
+        f"{origin.subject or 'subject by mask'}: {kind}, {size[0]}x{size[1]}, "
+        f"{origin.scheduler}{by}, {origin.steps} steps, {bank.bytes / 1e6:.1f} MB, "
+        f"{bank.model_key.split(' ')[0]}"
+    )
+    if origin.scheduler not in host.schedulers():
+        said += ". KSampler has no such scheduler: wire sigmas into SamplerCustom"
+    return said
+
+
+def shown(node: type[io.ComfyNode], bank: ReferenceBank) -> ui.SavedImages | None:
+    """Its pictures in rough colours under the subject's masks; None for a family without."""
+    rough = host.rough_pictures_of(bank.model_key, bank.trajectory.latents[0])
+    if rough is None:
+        return None
+    drawn = thumbnails(rough, bank, host.cell_of(bank.model_key))
+    saved = ui.ImageSaveHelper.save_images(
+        drawn, "kindred_reference", io.FolderType.temp, node, compress_level=1
+    )
+    return ui.SavedImages(saved)
+
+
+def thumbnails(rough: Tensor, bank: ReferenceBank, cell: int) -> Tensor:
+    """Rough pictures [r y x 3] at `cell` pixels to a cell, with their masks where it has any."""
+    size = [n * cell for n in rough.shape[1:3]]
+    wide = torch.nn.functional.interpolate(rough.movedim(-1, 1), size, mode="bilinear")
+    masks = bank.masks.get(tuple(rough.shape[1:3]))
+    pictures = wide.movedim(1, -1)
+    return pictures if masks is None else draw_masks(pictures, masks)

@@ -290,19 +290,34 @@ def user_masks(mask: Tensor, r: int, grids: set[Grid]) -> dict[Grid, Tensor]:
             f"{NODE}: {mask.shape[0]} masks for {r} reference picture{'s' * (r > 1)}. Wire one "
             f"mask, or one per picture."
         )
-    corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    if (corners > 0.5).all() and not (mask > 0.5).all():
-        log.warning(
-            "%s: the wired mask marks all four corners of the photo and %.0f %% of it. If the "
-            "photo is a cut-out, its mask is "
-            "what is transparent, so the background: put InvertMask between.",
-            NODE,
-            100 * (mask > 0.5).float().mean(),
-        )
     masks = {grid: resize_user_mask(mask, grid).expand(r, -1, -1) for grid in grids}
     for resized in masks.values():
         check_masks(resized, "the wired mask is empty (all black). Paint the subject white.")
     return masks
+
+
+def doubts_of(mask: Tensor, whole: Grid) -> list[str]:
+    """Why a wired MASK [1|r Y X] may not be the subject of a photo whose latent is `whole`
+    cells (y, x).
+    """
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    said, (height, width) = [], mask.shape[-2:]
+    corners = mask[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    if (corners > 0.5).all() and not (mask > 0.5).all():
+        said.append(
+            f"the wired mask marks all four corners of the photo and "
+            f"{100 * (mask > 0.5).float().mean():.0f} % of it, as a background does. Put "
+            "InvertMask between if it is one; of a cut-out, Load Photo gives the subject."
+        )
+    stretch = (height / whole[0]) / (width / whole[1])
+    # encoders cut what fills no cell
+    if max(stretch, 1 / stretch) > 1.02 + 1 / whole[0] + 1 / whole[1]:
+        said.append(
+            f"the wired mask is {width}x{height} and the photo {whole[1]}:{whole[0]}, so the mask "
+            "is stretched over it: right if the photo was stretched too, and beside the subject "
+            "if it was cropped or padded. Take both from Load Photo, which fits them together."
+        )
+    return said
 
 
 def check_masks(masks: Tensor, why: str) -> None:

@@ -67,7 +67,7 @@ class StorySetup:
         until, *inject = run.at(*self.moments)
         settings = replace(self.settings, blend_until=until, inject=tuple(inject))
         if run.pictures == 1 and self.bank is None and self.recorder is None:
-            log.info(
+            log.warning(
                 "%s: one picture has nobody to share with, so it stays plain. Raise the batch "
                 "size, or wire a reference.",
                 NODE,

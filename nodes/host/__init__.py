@@ -69,7 +69,7 @@ from .photos import (
     picture_exists,
     picture_fingerprint,
 )
-from .pictures import decode, pictures_in, rough_pictures
+from .pictures import cell_of, decode, pictures_in, rough_pictures, rough_pictures_of
 from .probing import plan_of, probe
 from .ref_unet import (
     first_rows,
@@ -92,6 +92,7 @@ from .sites import require_invertible, require_plain_positions, require_sites
 from .story import StoryInjection, layout_of
 from .tokens import Prompt, Reader, hides_padding, plain, readers_of, rows_of_tokens
 from .vocabulary import unlearnt_words
+from .wires import mismatch
 from .wrappers import inject, injected, sample
 
 __all__ = [
@@ -120,6 +121,7 @@ __all__ = [
     "TEXT",
     "attention_sites",
     "cell",
+    "cell_of",
     "chosen_blocks",
     "chosen_sigmas",
     "computes_in",
@@ -149,6 +151,7 @@ __all__ = [
     "layout_of",
     "load_picture",
     "measurements_stamp",
+    "mismatch",
     "model_key",
     "nameable",
     "new_encoder",
@@ -182,6 +185,7 @@ __all__ = [
     "require_sight",
     "require_sites",
     "rough_pictures",
+    "rough_pictures_of",
     "rows_of_tokens",
     "sample",
     "samplers",

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from ...models.network.call import Part, Role
 from ...models.run import Said
-from .model import REPEATS, SUBJECT
+from .model import REPEATS, SUBJECT, TEXT
 
 
 def said_in(options: Mapping[str, Any]) -> Said:
@@ -36,6 +36,23 @@ def named_parts(conds: Mapping[str, list[dict[str, Any]]]) -> dict[UUID, Part]:
             entry["uuid"] = uuid4()
             parts[entry["uuid"]] = _part(role, entry)
     return parts
+
+
+def require_room(conds: Mapping[str, list[dict[str, Any]]], pictures: int) -> None:
+    """ValueError where Subject Prompts wrote more lines than the batch has pictures: the host would
+    drop the others without a word.
+    """
+    for entry in (entry for entries in conds.values() for entry in entries):
+        rows, text = entry.get("cross_attn"), entry.get(TEXT)
+        if rows is None or text is None or rows.shape[0] <= pictures:
+            continue
+        dropped = "; ".join(str(text).splitlines()[pictures:])
+        raise ValueError(
+            f"Subject Prompts: {rows.shape[0]} lines are wired into a sampler whose latent has "
+            f"{pictures} picture{'s' * (pictures > 1)}, so {rows.shape[0] - pictures} would never "
+            f"be drawn ({dropped:.200}). Wire count into the batch_size of Empty Latent Image, or "
+            "write one line per picture."
+        )
 
 
 def _part(role: Role, entry: Mapping[str, Any]) -> Part:

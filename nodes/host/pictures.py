@@ -20,11 +20,7 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
     latents. ValueError where the family is unknown, the VAE reads other channels, or what it gives
     is not finite.
     """
-    name, _, own = made_with.split(" ")[0].partition("/")
-    family = next((kind for kind in comfy.supported_models.models if kind.__name__ == name), None)
-    scale = (
-        getattr(comfy.latent_formats, own, None) if own else getattr(family, "latent_format", None)
-    )
+    name, scale = made_with.split(" ")[0].partition("/")[0], _format_of(made_with)
     if scale is None:
         raise ValueError(
             f"{node}: the reference was made with a model of the kind {name}, which this ComfyUI "
@@ -51,17 +47,41 @@ def decode(vae: Any, latents: Tensor, made_with: str, node: str) -> Tensor:
     return pictures[..., :3].clamp(0, 1)
 
 
+def _format_of(made_with: str) -> type[comfy.latent_formats.LatentFormat] | None:
+    """The latents of a model_key's family; None for one that this host does not know."""
+    name, _, own = made_with.split(" ")[0].partition("/")
+    if own:
+        return getattr(comfy.latent_formats, own, None)
+    family = next((kind for kind in comfy.supported_models.models if kind.__name__ == name), None)
+    return getattr(family, "latent_format", None)
+
+
+def cell_of(made_with: str) -> int:
+    """How many pixels a latent cell is wide, by a model_key alone."""
+    return int(getattr(_format_of(made_with), "spacial_downscale_ratio", 8))
+
+
 def rough_pictures(model: ModelPatcher, latents: Tensor) -> Tensor | None:
     """Latents in model scale [b c y x] -> [b y x 3] in 0..1, in the colours of the host's fast
     previews; None for a family without.
     """
-    family = model.get_model_object("latent_format")
-    if (
-        family.latent_rgb_factors is None or family.latent_rgb_factors_reshape is not None
-    ):  # reshaped ones have another grid
+    return _in_rough_colours(model.get_model_object("latent_format"), latents)
+
+
+def rough_pictures_of(made_with: str, latents: Tensor) -> Tensor | None:
+    """The same without the model, by its model_key."""
+    kind = _format_of(made_with)
+    return None if kind is None else _in_rough_colours(kind(), latents)
+
+
+def _in_rough_colours(family: comfy.latent_formats.LatentFormat, latents: Tensor) -> Tensor | None:
+    factors, bias = family.latent_rgb_factors, family.latent_rgb_factors_bias
+    # reshaped ones have another grid
+    if factors is None or family.latent_rgb_factors_reshape is not None:
         return None
-    factors, bias = torch.tensor(family.latent_rgb_factors), family.latent_rgb_factors_bias
-    colours = latents.float().cpu().movedim(1, -1) @ factors + (
+    if len(factors) != latents.shape[1]:
+        return None
+    colours = latents.float().cpu().movedim(1, -1) @ torch.tensor(factors) + (
         0 if bias is None else torch.tensor(bias)
     )
     return ((colours + 1) / 2).clamp(0, 1)

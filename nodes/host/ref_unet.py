@@ -40,6 +40,7 @@ from .model import (
     wrapped_injections,
 )
 from .networks import recognise
+from .page import note
 from .run import SamplerRun
 
 
@@ -300,7 +301,7 @@ def reference_tokens(
         way = f"live, {why}" if step is None else "cached"
         if way.split(",")[0] not in run.calls.ways:
             run.calls.ways.add(way.split(",")[0])
-            log.info("Kindred: the reference is read %s.", way)
+            (log.info if step is not None else note)(f"Kindred: the reference is read {way}.")
         run.step_tokens = {
             key: _live_tokens(run, bank, sigma, halves)
             if step is None

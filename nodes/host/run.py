@@ -20,13 +20,15 @@ from ...models.network.blocks import BlockId, Grid
 from ...models.network.call import Asker, Half, Part
 from ...models.network.watch import ActiveInjection
 from ...models.reference.bank import ReferenceBank
+from ...models.reference.forecast import live_reading, other_size
 from ...models.reference.rows import RowReader
 from ...models.run import Run
 from ...models.story.story import Story
-from .calls import named_parts
+from .calls import named_parts, require_room
 from .foresight import Foreseen
+from .latents import cell
 from .model import log, network, pins_memory
-from .page import warn
+from .page import note, warn
 from .sites import sites_of
 from .stages import Stages
 
@@ -121,6 +123,7 @@ class SamplerRun:
         calls.handed, calls.part = None, ""
         calls.sites = sites_of(patcher, calls.backbone)
         calls.compiled = calls.compiled or _is_compiled(patcher)
+        require_room(guider.conds, calls.pictures)
         calls.expect(named_parts(guider.conds))
         calls.wanted, calls.heard = set(), set()
 
@@ -153,6 +156,16 @@ class SamplerRun:
             " Wire the same FluxGuidance into Ref-UNet Feature Capture.",
             sides,
         )
+
+    def foretell(self, bank: ReferenceBank, sigmas: Sequence[float]) -> None:
+        """Say, before the first step, what reading a bank at these noise levels costs, and where
+        it differs from what is drawn; each once in a run.
+        """
+        size = other_size(bank, self.latent, cell(self.guider.model_patcher))
+        for kind, said in (("live", live_reading(bank, sigmas)), ("size", size)):
+            if said and kind not in self.calls.ways:
+                self.calls.ways.add(kind)
+                note(f"Kindred: {said}")
 
     def blocks_read(self, bank: ReferenceBank) -> frozenset[BlockId]:
         """Of a bank, by all injections of this run."""

@@ -413,7 +413,11 @@ class Seen:
         call = AttnCall(("middle", 0, 0), grid, (Role.COND,), (self.area,), self.latent)
         q = torch.zeros(1, grid[0] * grid[1], 8)
         return (
-            config.start_run(SimpleNamespace(at=lambda *percents: percents))
+            config.start_run(
+                SimpleNamespace(
+                    at=lambda *percents: percents, sigmas=(), foretell=lambda *told: None
+                )
+            )
             .target(call, q)[0, 0]
             .unflatten(0, grid)
         )
