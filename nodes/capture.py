@@ -224,8 +224,7 @@ class RefUNetCapture(io.ComfyNode):
         )
         threshold = OTSU if mask_threshold == OTSU else mask_value
         subject = Finding(mask, mask_blocks, threshold, mask_steps)
-        for doubt in () if mask is None else doubts_of(mask, photo.whole):
-            host.warn(f"{NODE}: {doubt}")
+        say_doubts(mask, photo.whole)
         kept = inputs.stored_in(precision), token_share, Keeps(keeps)
         reading = pass_over(sites, wanted, photo, prompts, subject, *kept)
         if reading.transformer:
@@ -290,6 +289,12 @@ class Finding:
     blocks: str  # whose cross-attention locates it
     threshold: Threshold
     steps: int  # tau
+
+
+def say_doubts(mask: Tensor | None, whole: Grid) -> None:
+    """A warning for each reason why a wired mask may not be the subject of a photo."""
+    for doubt in () if mask is None else doubts_of(mask, whole):
+        host.warn(f"{NODE}: {doubt}")
 
 
 def require_share(token_share: float) -> None:

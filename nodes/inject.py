@@ -174,11 +174,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
             stands,
         )
         require_halves(injection)
-        why = idle(injection)
-        if why and injection.weight:
-            host.warn(f"{NODE}: {why}")
-        plain = bool(why) or injection.weight == 0
-        return io.NodeOutput(model.clone() if plain else host.inject(model, injection))
+        return io.NodeOutput(read_by(model, injection))
 
     @classmethod
     def fingerprint_inputs(cls, blocks: str = "all", **others: Any) -> str:
@@ -207,6 +203,16 @@ def require_positions(positions: Positions, sites: Mapping[BlockId, BlockSite]) 
             f"{NODE}: positions is {positions.value}, but this model is {name}, whose attention "
             "keys hold no positions that Kindred can change. Choose own."
         )
+
+
+def read_by(model: Any, injection: MaskedSelfInjection) -> Any:
+    """The MODEL that reads a reference, or a plain one; said where that cannot be meant."""
+    why = idle(injection)
+    if why and injection.weight:
+        host.warn(f"{NODE}: {why}")
+    if why or injection.weight == 0:
+        return model.clone()
+    return host.inject(model, injection)
 
 
 def idle(injection: MaskedSelf) -> str:

@@ -306,8 +306,8 @@ def doubts_of(mask: Tensor, whole: Grid) -> list[str]:
     if (corners > 0.5).all() and not (mask > 0.5).all():
         said.append(
             f"the wired mask marks all four corners of the photo and "
-            f"{100 * (mask > 0.5).float().mean():.0f} % of it, as a background does. Put "
-            "InvertMask between if it is one; of a cut-out, Load Photo gives the subject."
+            f"{100 * (mask > 0.5).float().mean():.0f} % of it, as a background does. If it is one, "
+            "put InvertMask between. Take a cut-out's mask from Load Photo: it gives the subject."
         )
     stretch = (height / whole[0]) / (width / whole[1])
     # encoders cut what fills no cell

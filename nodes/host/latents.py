@@ -50,7 +50,7 @@ def latent_in(model: ModelPatcher, samples: Tensor, node: str) -> Tensor:
         )
     if not samples.any():
         raise ValueError(
-            f"{node}: the latent is empty (all zeros). Connect the encoded photo of the subject, "
+            f"{node}: the latent is empty (all zeros). Wire the encoded photo of the subject, "
             f"not Empty Latent Image."
         )
     return to_model_scale(model, samples)

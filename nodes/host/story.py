@@ -47,8 +47,8 @@ class StoryInjection(StorySetup):
         passes = PhotoPasses(partial(reference_tokens, run), partial(watch_reference, run))
         story = self.begin(run, passes)
         if story is not None:
-            if self.bank and self.bank.anchors is None:
-                run.foretell(self.bank, run.sigmas)
+            if self.bank:  # anchors of other noise levels are refused
+                run.foretell(self.bank, () if self.bank.anchors else run.sigmas)
             held = self.held(run.guider.model_patcher, (run.pictures, 0, *run.latent))
             self.tell_cost(run, story.schedule, held)
         return story

@@ -1,5 +1,5 @@
-"""Which words a checkpoint's text encoder has learnt: its token table has a row of zeros for each of
-the others, as small checkpoints have them for all but a few.
+"""Which words a checkpoint's text encoder has learnt: its token table has a row of zeros for each
+of the others, as small checkpoints have them for all but a few.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _token_table(clip: Any, key: str) -> Tensor | None:
 
 
 def _says(token: Token) -> bool:
-    """Whether a token is part of a word; an embedding's vectors are not, nor start, end and pads."""
+    """Whether a token is part of a word: no embedding's vector, start, end or pad."""
     return isinstance(token[0], int) and len(token) > 2 and token[2] != 0
 
 
