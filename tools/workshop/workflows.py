@@ -47,7 +47,7 @@ OURS = {
 SIZES = {
     "KindredSubjectPrompts": (400, 240),
     "CLIPTextEncode": (400, 160),
-    "KindredLoadPhoto": (300, 330),
+    "KindredLoadPhoto": (300, 440),
     "SaveImage": (420, 420),
     "PreviewImage": (420, 300),
     "MaskPreview": (260, 300),
@@ -59,6 +59,7 @@ SIZES = {
     "KindredRefUNetCapture": (340, 600),
     "KindredDDIMInvert": (320, 380),
     "KindredSaveReference": (320, 150),
+    "KindredLoadReference": (320, 400),
     "KindredConsiStory": (330, 504),
     "KSampler": (300, 270),
 }
