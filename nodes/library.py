@@ -95,9 +95,9 @@ class LoadReference(io.ComfyNode):
             node_id="KindredLoadReference",
             display_name=LOAD,
             category="Kindred",
-            description="Reads a reference that Save Reference wrote, and shows what it is. With the "
-            "same model and LoRAs it does exactly what the unsaved one did. Put files from other "
-            "machines into models/kindred_references.",
+            description="Reads a reference that Save Reference wrote, and shows what it is. With "
+            "the same model and LoRAs it does exactly what the unsaved one did. Put files from "
+            "other machines into models/kindred_references.",
             search_aliases=[
                 "load subject",
                 "load anchors",
