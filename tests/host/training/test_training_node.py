@@ -1,134 +1,30 @@
-"""Host laws of Concept Encoder Train, on the miniature: it learns, keeps what it learned, and leaves nothing else behind."""
+"""Host laws of Concept Encoder Train, on the miniature: it learns, and what it learned is saved and fed to the injection."""
 
 from __future__ import annotations
 
 import gc
 import random
-import weakref
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import comfy.clip_vision
 import comfy.model_management
 import comfy.model_sampling
-import folder_paths
 import numpy as np
 import pytest
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from kindred.miniature.world import CLASSES, SCENES, random_identity, render
 from kindred.models.concept import saving
 from kindred.models.concept.draws import draw
 from kindred.models.concept.file import load_concept_encoder
 from kindred.models.concept.settings import TrainSettings
 from kindred.models.concept.training import Trainer
-from kindred.nodes import host, training
+from kindred.nodes import host
 from kindred.nodes.concept import ConceptEncoderLoad, CrossAttnDetailInject
-from kindred.nodes.training import SMALL, ConceptEncoderTrain, Order
+from kindred.nodes.training import SMALL, Order
 from networks import build_model
 from studio import TOWER, fingerprint, of_model, sample, without_patcher
+from training_steps import at_step
 
-import nodes as host_nodes
-
-SMALLER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_act": "quick_gelu",
-}
 LAW = pytest.mark.parametrize
-
-
-@pytest.fixture(scope="module")
-def world() -> dict:
-    """MODEL, CLIP and VAE as the host's own loader gives them: loaded under inference_mode."""
-    with torch.inference_mode():
-        model, clip, vae = host_nodes.CheckpointLoaderSimple().load_checkpoint(
-            "kindred_miniature.safetensors"
-        )
-    assert next(model.model.parameters()).is_inference()
-    return {"model": model, "clip": clip, "vae": vae}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """models/concept_encoders, empty; the new tower is tiny."""
-    monkeypatch.setattr(training, "SMALL_TOWER", SMALLER)
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths,
-        host.CONCEPTS,
-        ([str(tmp_path)], {".safetensors", ".pt"}),
-    )
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def photos() -> torch.Tensor:
-    """Two renderings as an IMAGE."""
-    pictures = [render(random_identity(n), CLASSES[n], SCENES[n], n).image for n in (0, 1)]
-    return torch.from_numpy(np.stack(pictures)).float() / 255
-
-
-@pytest.fixture
-def train(world, photos):
-    """train(steps=..., ...) as the executor calls the node: lists, under inference_mode."""
-
-    @torch.inference_mode()
-    def call(images=None, prompt="a photo", **more):
-        given = {
-            **world,
-            "save_name": "new",
-            "steps": 3,
-            "learning_rate": 3e-3,
-            "tower_rate": 3e-3,
-            "tower": SMALL,
-            "average": 0.9,
-        } | more
-        out = ConceptEncoderTrain.execute(
-            images=[photos] if images is None else images,
-            prompt=prompt if isinstance(prompt, list) else [prompt],
-            **{name: [value] for name, value in given.items()},
-        )
-        return *out.result, out.ui.as_dict()
-
-    return call
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """Weak references to what a training holds: the copied model, its patcher, the encoder that learns. And the losses it had."""
-    held, made, kept = SimpleNamespace(refs=[], losses=[]), Trainer.__init__, Trainer.kept
-
-    def init(self, encoder, denoise, *more):
-        held.refs += [
-            weakref.ref(o) for o in (encoder, denoise, denoise.patcher, denoise.model, self)
-        ]
-        made(self, encoder, denoise, *more)
-
-    def keep(self, **facts):
-        held.losses = list(self.losses)
-        return kept(self, **facts)
-
-    monkeypatch.setattr(Trainer, "__init__", init)
-    monkeypatch.setattr(Trainer, "kept", keep)
-    return held
-
-
-def at_step(monkeypatch, number, act):
-    """Do something once step `number` is done."""
-    step = Trainer.step
-
-    def wrapped(self):
-        loss = step(self)
-        if self.step_number == number:
-            act(self)
-        return loss
-
-    monkeypatch.setattr(Trainer, "step", wrapped)
 
 
 def prompts(clip) -> dict:
@@ -239,187 +135,6 @@ def test_it_learns_two_pictures_by_heart(train, photos, monkeypatch):
         drop_both=0.0,
     )
     assert errors[1] < 0.7 * errors[0], errors
-
-
-def test_a_cancelled_run_keeps_what_it_learned_and_goes_on_as_if_it_had_not_stopped(
-    train, seen, folder, monkeypatch
-):
-    train(save_name="whole", steps=4)
-    whole = list(seen.losses)
-    with monkeypatch.context() as once:
-        at_step(once, 2, lambda trainer: comfy.model_management.interrupt_current_processing())
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            train(steps=4)
-    gc.collect()
-    assert (
-        not comfy.model_management.in_training
-        and not comfy.model_management.processing_interrupted()
-    )
-    assert not [r() for r in seen.refs if r() is not None]
-    assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 2
-    train(steps=4)
-    assert seen.losses == whole
-    assert (folder / "new.safetensors").read_bytes() == (folder / "whole.safetensors").read_bytes()
-    train(steps=4)  # nothing is left to do: the encoder comes from the state
-    assert seen.losses == whole
-
-
-@contextmanager
-def at_pass(number, act):
-    """`act` at the beginning of UNet pass `number` of whatever trains; yields the passes begun."""
-    begun, forward = [], UNetModel.forward
-
-    def counted(self, *args, **kwargs):
-        begun.append(1)
-        if len(begun) == number:
-            act()
-        return forward(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UNetModel, "forward", counted)
-        yield begun
-
-
-def starve():
-    raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-def fail():
-    raise NotImplementedError("another pack's patch")
-
-
-FAULTS = {
-    "interrupt": (
-        comfy.model_management.interrupt_current_processing,
-        comfy.model_management.InterruptProcessingException,
-    ),
-    "memory": (starve, comfy.model_management.OOM_EXCEPTION),
-    "neighbour": (fail, NotImplementedError),
-}
-
-
-@LAW("fault", FAULTS)
-def test_stopped_at_any_unet_call_of_any_step_it_goes_on_as_if_it_had_not_been(
-    world, train, seen, folder, fault
-):
-    """Two batches to a step: in the middle of one, nothing of it is learned. An interrupt saves, an error keeps what was."""
-    (act, error), how = (
-        FAULTS[fault],
-        {"steps": 2, "accumulate": 2, "batch": 1, "save_every": 250 if fault == "interrupt" else 1},
-    )
-    with at_pass(0, None) as begun:
-        train(save_name="whole", **how)
-    assert len(begun) == 4
-    losses, before = list(seen.losses), of_model(world["model"])
-    for number in range(1, 5):
-        seen.refs.clear()
-        with at_pass(number, act), pytest.raises(error):
-            train(**how)
-        gc.collect()
-        assert seen.refs and not [r() for r in seen.refs if r() is not None], number
-        assert (
-            not comfy.model_management.in_training
-            and not comfy.model_management.processing_interrupted()
-        )
-        done = (number - 1) // 2
-        assert sorted(p.name for p in folder.glob("new*")) == [
-            "new.safetensors",
-            "new.training",
-        ] * (done > 0), number
-        assert (
-            not done
-            or load_concept_encoder(folder / "new.safetensors").config.training["steps"] == done
-        )
-        train(**how)
-        assert seen.losses == losses and of_model(world["model"]) == before, number
-        assert (folder / "new.safetensors").read_bytes() == (
-            folder / "whole.safetensors"
-        ).read_bytes(), number
-        for name in ("new.safetensors", "new.training"):
-            (folder / name).unlink()
-    assert len(list(folder.iterdir())) == 2
-
-
-def test_cancelled_before_the_first_step_nothing_is_saved(train, folder):
-    comfy.model_management.interrupt_current_processing()
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train()
-    assert not list(folder.iterdir()) and not comfy.model_management.in_training
-
-
-def test_resume_refuses_another_run_and_spares_what_is_not_its_own(train, folder, photos, seen):
-    train(steps=1)
-    kept = (folder / "new.safetensors").read_bytes()
-    for changes, words in (
-        ({"learning_rate": 2e-3}, ["0.003", "0.002", "rate"]),
-        ({"batch": 1}, ["batch 2", "batch 1"]),
-        ({"images": [photos.flip(1)]}, ["pictures 2"]),
-        ({"prompt": "a drawing"}, ["pictures 2"]),
-        ({"size": 64}, ["size 128", "size 64"]),
-        ({"merge": "add"}, ["merge concat", "merge add"]),
-    ):
-        with pytest.raises(ValueError) as refused:
-            train(**changes)
-        assert all(
-            word in str(refused.value)
-            for word in ["Concept Encoder Train", "same settings", "name", *words]
-        ), refused.value
-    assert (folder / "new.safetensors").read_bytes() == kept
-    (folder / "new.training").write_bytes(b"PK torn")
-    with pytest.raises(ValueError, match="new.training is torn"):
-        train(steps=2)
-    (folder / "new.training").unlink()
-    with pytest.raises(ValueError, match="new.safetensors is there already.*resume off"):
-        train(steps=2)
-    assert (folder / "new.safetensors").read_bytes() == kept
-    train(steps=1, resume=False, learning_rate=2e-3)
-    assert (folder / "new.safetensors").read_bytes() != kept
-
-
-def test_a_full_disk_leaves_the_last_good_file_and_says_so(train, folder, monkeypatch):
-    limits, save = pytest.importorskip("resource"), Trainer.save
-    soft, hard = limits.getrlimit(limits.RLIMIT_FSIZE)
-
-    def short(self, *files):
-        limits.setrlimit(limits.RLIMIT_FSIZE, (10_000 if self.step_number == 2 else soft, hard))
-        try:
-            save(self, *files)
-        finally:
-            limits.setrlimit(limits.RLIMIT_FSIZE, (soft, hard))
-
-    with monkeypatch.context() as once:
-        once.setattr(Trainer, "save", short)
-        with pytest.raises(OSError) as full:
-            train(save_every=1)
-    words = [
-        "Concept Encoder Train",
-        "step 2 could not be saved",
-        "new.safetensors of step 1 is whole",
-        "make room there",
-    ]
-    assert all(word in str(full.value) for word in words), full.value
-    assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 1
-    assert sorted(p.name for p in folder.iterdir()) == ["new.safetensors", "new.training"]
-    assert not comfy.model_management.in_training
-    train(save_every=1)
-    assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 3
-
-
-def test_a_loss_that_is_not_finite_ends_with_a_sentence_and_the_last_good_state(
-    train, folder, monkeypatch
-):
-    loss = Trainer.loss
-    monkeypatch.setattr(
-        Trainer,
-        "loss",
-        lambda self, *a: loss(self, *a) * (float("nan") if self.step_number == 2 else 1.0),
-    )
-    with pytest.raises(
-        ValueError,
-        match="Concept Encoder Train: training: the loss of step 3 is nan.*learning rate",
-    ):
-        train()
-    assert load_concept_encoder(folder / "new.safetensors").config.training["steps"] == 2
 
 
 def test_batches_lists_sizes_and_channels(train, seen, folder):
