@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -44,22 +45,27 @@ def keep_measurement(measurement: Measurement) -> Path:
     return path
 
 
-def measurement_files() -> list[Path]:
-    """Newest first."""
-    files = ((path.stat().st_mtime_ns, path) for path in measurement_folder().glob("*.json"))
-    return [path for _, path in sorted(files, reverse=True)]
+def measurement_files() -> list[tuple[int, Path]]:
+    """When each was written, in ns, and where it lies; newest first. What goes away meanwhile is
+    left out.
+    """
+    files = []
+    for path in measurement_folder().glob("*.json"):
+        with suppress(OSError):
+            files.append((path.stat().st_mtime_ns, path))
+    return sorted(files, reverse=True)
 
 
 def measurements_stamp(blocks: object) -> str:
     """What of the disk an input `blocks` hangs on, for the host's cache; "" where on nothing."""
     if MEASURED not in str(blocks).lower():
         return ""
-    return " ".join(f"{p.name} {p.stat().st_mtime_ns}" for p in measurement_files())
+    return " ".join(f"{path.name} {written}" for written, path in measurement_files())
 
 
 def _readable() -> Iterator[Measurement]:
     """Every measurement that can be read; of others the log says why."""
-    for path in measurement_files():
+    for _, path in measurement_files():
         try:
             yield load_measurement(path)
         except (ValueError, OSError) as error:

@@ -22,6 +22,7 @@ from kindred.nodes import host
 from kindred.nodes.capture import RefUNetCapture
 from kindred.nodes.consistory import ConsiStory
 from kindred.nodes.host.latents import unframed
+from kindred.nodes.host import measured as host_measured
 from kindred.nodes.host.measured import measurement_folder
 from kindred.nodes.host.sites import require_backbone
 from kindred.nodes.inject import MaskedSelfAttnInject
@@ -332,6 +333,20 @@ def test_a_new_measurement_is_another_input_to_the_cache():
         measured(random_model("tiny"))
         assert node.fingerprint_inputs(blocks="Measured ") != before
         shutil.rmtree(measurement_folder().parent)
+
+
+def test_a_measurement_that_goes_away_meanwhile_is_left_out(kept, monkeypatch):
+    """Between the folder's list and the look at the file."""
+    measured(random_model("tiny"))
+    before = RefUNetCapture.fingerprint_inputs(blocks="measured")
+
+    class Folder:
+        def glob(self, pattern: str) -> list[Path]:
+            return [kept / "gone.json", *kept.glob(pattern)]
+
+    monkeypatch.setattr(host_measured, "measurement_folder", Folder)
+    assert RefUNetCapture.fingerprint_inputs(blocks="measured") == before != ""
+    assert capture(random_model("tiny"), blocks="measured")[0].blocks
 
 
 # published presets ---------------------------------------------------------------------------------
