@@ -6,6 +6,7 @@ Both trees are drawn with the same program on the same machine, each in a proces
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import bit_guard
 import pytest
+import schemas
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -83,6 +85,28 @@ def test_this_tree_draws_what_the_baseline_draws_to_the_bit(root, tmp_path):
     cells = {line.split("/")[0] for line in found}
     assert not found, f"{len(cells)} of {len(bit_guard.CELLS)} cells differ:\n" + "\n".join(found)
     assert {name.split("/")[0] for name in before} == bit_guard.CELLS.keys()
+
+
+def test_what_workflows_save_is_named_and_ordered_as_before(root):
+    """Values of widgets are saved by their place: old inputs come first and as they were, new ones are optional."""
+    if not has(root, BASELINE):
+        pytest.skip(f"the history here does not hold {BASELINE[:12]}: git fetch --unshallow")
+    record = ["git", "show", f"{BASELINE}:tests/host/object_info.json"]
+    before = json.loads(subprocess.run(record, cwd=root, capture_output=True, check=True).stdout)
+    now = schemas.read(schemas.GOLDEN)
+    for key, node in before.items():
+        count = len(node["inputs"])
+        kept, more = now[key]["inputs"][:count], now[key]["inputs"][count:]
+        for old, new in zip(node["inputs"], kept, strict=True):
+            assert (old["id"], old["type"], old["required"]) == (
+                new["id"],
+                new["type"],
+                new["required"],
+            )
+            if isinstance(old.get("options"), list):
+                assert new["options"][: len(old["options"])] == old["options"]
+        assert not any(entry["required"] for entry in more)
+        assert node["outputs"] == now[key]["outputs"]
 
 
 def test_the_smallest_difference_is_named():
