@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--subjects", type=int, default=4000)
     parser.add_argument("--pictures", type=int, default=4, help="of each subject")
     parser.add_argument("--held-out", action="store_true")
-    given = parser.parse_args(arguments)
-    write_album(make_folder(given.folder), given.subjects, given.pictures, given.held_out)
+    args = parser.parse_args(arguments)
+    write_album(make_folder(args.folder), args.subjects, args.pictures, args.held_out)
 
 
 if __name__ == "__main__":

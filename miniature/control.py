@@ -142,16 +142,16 @@ def load_weights(base: Mapping[str, Tensor], path: Path = WEIGHTS) -> dict[str, 
     """The network's weights from a packed file and the UNet's, as the host's ControlLora puts them together."""
     from safetensors.torch import load_file
 
-    told = {name: value.float() for name, value in load_file(path).items()}
+    tensors = {name: value.float() for name, value in load_file(path).items()}
     weights = encoder_of(base) | {
-        name: value for name, value in told.items() if name.endswith((".weight", ".bias"))
+        name: value for name, value in tensors.items() if name.endswith((".weight", ".bias"))
     }
-    for name in told:
+    for name in tensors:
         if name.endswith(".up"):
             module = name.removesuffix(".up")
             weight = weights[f"{module}.weight"]
             weights[f"{module}.weight"] = weight + _update(
-                told[name], told[f"{module}.down"], weight
+                tensors[name], tensors[f"{module}.down"], weight
             )
     return weights
 

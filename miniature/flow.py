@@ -50,8 +50,8 @@ def class_rows(host: Path, captions: Sequence[str]) -> Tensor:
     tokens, alone = (
         load_tokenizer(host)(texts) for texts in (list(captions), [f"a {c}" for c in CLASSES])
     )
-    found = torch.isin(tokens, alone[:, 2])  # behind the start token and "a"
-    return torch.where(found.any(1), found.int().argmax(1), 0)
+    named = torch.isin(tokens, alone[:, 2])  # behind the start token and "a"
+    return torch.where(named.any(1), named.int().argmax(1), 0)
 
 
 @torch.no_grad()

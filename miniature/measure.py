@@ -7,9 +7,7 @@ sigmas, which is DDIM), in bfloat16 autocast: the same pictures as the host's wi
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from .autoencoder import Autoencoder, psnr
 from .data import Renderings, held_out
 from .denoiser import MASK_LAYERS, Attention, build_text, build_unet, load_tokenizer, schedule
 from .pack import CHECKPOINT, TABLE, load_autoencoder
-from .program import prepare, run_program
+from .program import measuring_options, prepare, run_program, tell_figures
 from .reader import Reading, load_reader
 from .train_reader import accuracy
 from .train_whole import verdicts
@@ -183,9 +181,9 @@ def word_masks(
     return np.stack([row > otsu(row) for row in soft]).reshape(-1, 8, 8)
 
 
-def overlap(found: np.ndarray, true: np.ndarray) -> float:
+def overlap(seen: np.ndarray, true: np.ndarray) -> float:
     """Mean intersection over union of masks [b y x]."""
-    return float(np.mean((found & true).sum((1, 2)) / np.maximum((found | true).sum((1, 2)), 1)))
+    return float(np.mean((seen & true).sum((1, 2)) / np.maximum((seen | true).sum((1, 2)), 1)))
 
 
 def mask_figures(model: Miniature, pictures: Renderings, latents: Tensor) -> dict[str, float]:
@@ -249,8 +247,8 @@ def measure(
     }
     figures |= mask_figures(model, pictures, latents)
     pairs = [(name, scene) for name in CLASSES for scene in SCENES for _ in range(count)]
-    made = sample(model, [prompt(*pair) for pair in pairs], seed)
-    reading = reader.read(made)
+    samples = sample(model, [prompt(*pair) for pair in pairs], seed)
+    reading = reader.read(samples)
     figures["class_accuracy.prompts"] = _share(reading.names("class"), [name for name, _ in pairs])
     figures["scene_accuracy.prompts"] = _share(
         reading.names("scene"), [scene for _, scene in pairs]
@@ -266,7 +264,7 @@ def measure(
             [reading.names("class")[i] for i in rows], [kind] * len(rows)
         )
     if sheet is not None:
-        save_sheet(made, count, sheet)
+        save_sheet(samples, count, sheet)
     return figures
 
 
@@ -293,22 +291,13 @@ def save_sheet(images: Tensor, count: int, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--host", type=Path, required=True, help="a ComfyUI folder")
-    parser.add_argument("--count", type=int, default=20, help="pictures per class and scene")
-    parser.add_argument("--seed", type=int, default=1000)
+    measuring_options(parser, 20, "pictures per class and scene", 1000, "a sheet of samples")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--sheet", type=Path, help="write a sheet of samples here (.jpg or .png)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
-    prepare(None, given.json, given.sheet)
-    torch.set_num_threads(given.threads)
-    figures = measure(given.host, given.count, given.seed, given.checkpoint, given.sheet)
-    report = {"command": "evaluate --task miniature", "seed": given.seed, "figures": figures}
-    text = json.dumps(report, indent=1)
-    if given.json:
-        given.json.write_text(text)
-    sys.stdout.write(text + "\n")
+    args = parser.parse_args(arguments)
+    prepare(None, args.json, args.sheet)
+    torch.set_num_threads(args.threads)
+    figures = measure(args.host, args.count, args.seed, args.checkpoint, args.sheet)
+    tell_figures("evaluate --task miniature", args.seed, figures, args.json)
 
 
 if __name__ == "__main__":

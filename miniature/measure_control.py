@@ -7,9 +7,7 @@ without. The reader says where the subject stands (on its grid of 16 x 16) and w
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 from .control import WEIGHTS, build_network, control, covered, hint_of, load_weights
 from .data import Renderings, held_out
 from .measure import CFG, STEPS, Miniature, open_miniature, overlap, sample
-from .program import prepare, run_program
+from .program import measuring_options, prepare, run_program, tell_figures
 from .reader import MASK_GRID, Reader, load_reader
 from .world import CLASSES, SCENES, prompt
 
@@ -40,8 +38,8 @@ def controlled(
     network, weights = build_network(host), load_weights(model.unet.state_dict(), path)
 
     def added(rows: slice, x: Tensor, t: Tensor, context: Tensor) -> dict[str, list[Tensor]]:
-        told = control(network, weights, x, hints[rows].repeat(2, 1, 1, 1), t, context)
-        return {name: [part * strength for part in parts] for name, parts in told.items()}
+        controlled = control(network, weights, x, hints[rows].repeat(2, 1, 1, 1), t, context)
+        return {name: [part * strength for part in parts] for name, parts in controlled.items()}
 
     return sample(model, prompts, seed, steps, cfg, control=added)
 
@@ -73,16 +71,16 @@ def measure(
     model, reader, pictures = open_miniature(host), load_reader(), held_out(count, OFFSET)
     prompts = [prompt(CLASSES[kind], SCENES[scene]) for kind, scene, *_ in pictures.labels.tolist()]
     hints, images = hint_of(pictures.masks), torch.from_numpy(pictures.images).float() / 255
-    made = {
+    by_kind = {
         "control": controlled(model, host, path, hints, prompts, seed, steps, cfg, strength),
         "plain": sample(model, prompts, seed, steps, cfg),
         "ceiling": model.decode(model.encode(images)),
     }
     figures: dict[str, float] = {"count.pictures": count, "strength": strength}
-    for name, pictures_made in made.items():
+    for name, pictures_made in by_kind.items():
         figures |= figures_of(reader, pictures, pictures_made, name)
     if sheet is not None:
-        _save_sheet([hints.movedim(1, -1), made["control"], made["plain"]], sheet)
+        _save_sheet([hints.movedim(1, -1), by_kind["control"], by_kind["plain"]], sheet)
     return figures
 
 
@@ -99,36 +97,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m miniature.measure_control", description=__doc__
     )
-    parser.add_argument("--host", type=Path, required=True, help="a ComfyUI folder")
-    parser.add_argument("--count", type=int, default=120, help="held-out silhouettes")
-    parser.add_argument("--seed", type=int, default=5000)
+    measuring_options(parser, 120, "held-out silhouettes", 5000, "hints and pictures")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--cfg", type=float, default=CFG)
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--control", type=Path, default=WEIGHTS)
-    parser.add_argument("--sheet", type=Path, help="write hints and pictures here (.jpg or .png)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    prepare(None, given.json, given.sheet)
-    torch.set_num_threads(given.threads)
+    prepare(None, args.json, args.sheet)
+    torch.set_num_threads(args.threads)
     figures = measure(
-        given.host,
-        given.count,
-        given.seed,
-        given.control,
-        given.strength,
-        given.steps,
-        given.cfg,
-        given.sheet,
+        args.host,
+        args.count,
+        args.seed,
+        args.control,
+        args.strength,
+        args.steps,
+        args.cfg,
+        args.sheet,
     )
-    text = json.dumps(
-        {"command": "miniature.measure_control", "seed": given.seed, "figures": figures}, indent=1
-    )
-    if given.json:
-        given.json.write_text(text)
-    sys.stdout.write(text + "\n")
+    tell_figures("miniature.measure_control", args.seed, figures, args.json)
 
 
 if __name__ == "__main__":

@@ -77,9 +77,9 @@ def main() -> None:
         sys.stdout.write(
             f"{name} = [\n{rows}]\n{name}_BIAS = [{', '.join(f'{value:.4f}' for value in bias.tolist())}]\n"
         )
-        told = agreement(factors, bias, *coded(held_out(60), autoencoder))
+        share = agreement(factors, bias, *coded(held_out(60), autoencoder))
         sys.stdout.write(
-            f"# correlation with the picture: {float(told.mean()):.3f} on average, {float(told.min()):.3f} at least\n"
+            f"# correlation with the picture: {float(share.mean()):.3f} on average, {float(share.min()):.3f} at least\n"
         )
 
 

@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m miniature.subject", description=__doc__)
     parser.add_argument("--host", type=Path, required=True, help="a ComfyUI folder")
     parser.add_argument("--out", type=Path, default=SUBJECT)
-    given = parser.parse_args(arguments)
-    prepare(None, given.out)
-    sys.stderr.write(f"{given.out.name}: {make(given.host, given.out):.2f} MiB\n")
+    args = parser.parse_args(arguments)
+    prepare(None, args.out)
+    sys.stderr.write(f"{args.out.name}: {make(args.host, args.out):.2f} MiB\n")
 
 
 if __name__ == "__main__":

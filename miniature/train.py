@@ -62,55 +62,55 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="compile the flow's blocks: 1.5 times as fast behind the first minute; needs a C++ compiler",
     )
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run = Run(
-        make_folder(given.folder),
-        torch.device(given.device),
-        given.seed,
-        given.renderings,
-        given.workers,
-        compiled=given.compile,
+        make_folder(args.folder),
+        torch.device(args.device),
+        args.seed,
+        args.renderings,
+        args.workers,
+        compiled=args.compile,
     )
-    if given.part in ("flow", "flow-decoder"):  # before there are several workers
+    if args.part in ("flow", "flow-decoder"):  # before there are several workers
         from .pack import begin_flow
 
         begin_flow(run.folder)
-    if given.part != "renderings" and given.workers > 1:
+    if args.part != "renderings" and args.workers > 1:
         training_set(
             run.folder, run.renderings
         )  # before there are several workers, who all would render it
-        _meeting(given, os.getpid()).unlink(
+        _meeting(args, os.getpid()).unlink(
             missing_ok=True
         )  # of an older process of this number, which was killed
-        torch.multiprocessing.spawn(_work, (run, given), nprocs=given.workers)
+        torch.multiprocessing.spawn(_work, (run, args), nprocs=args.workers)
     else:
-        torch.set_num_threads(given.threads)
-        _train(run, given)
+        torch.set_num_threads(args.threads)
+        _train(run, args)
 
 
-def _meeting(given: argparse.Namespace, process: int) -> Path:
+def _meeting(args: argparse.Namespace, process: int) -> Path:
     """The file by which the workers of one process find one another."""
-    return given.folder.resolve() / f"meeting-{given.part}-{process}"
+    return args.folder.resolve() / f"meeting-{args.part}-{process}"
 
 
-def _work(rank: int, run: Run, given: argparse.Namespace) -> None:
+def _work(rank: int, run: Run, args: argparse.Namespace) -> None:
     """One of several processes that train together: robust where other programs share the cores, as threads are not."""
     settle()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s"
     )
-    torch.set_num_threads(max(given.threads // run.workers, 1))
-    meeting = _meeting(given, os.getppid()).as_uri()
+    torch.set_num_threads(max(args.threads // run.workers, 1))
+    meeting = _meeting(args, os.getppid()).as_uri()
     torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=run.workers)
-    _train(replace(run, rank=rank), given)
+    _train(replace(run, rank=rank), args)
     torch.distributed.destroy_process_group()
 
 
-def _train(run: Run, given: argparse.Namespace) -> None:
-    for part in ALL if given.part == "all" else (given.part,):
+def _train(run: Run, args: argparse.Namespace) -> None:
+    for part in ALL if args.part == "all" else (args.part,):
         if run.rank == 0 or part not in ALONE:
-            PARTS[part](run, given.host, given.steps or STEPS.get(part, 0))
+            PARTS[part](run, args.host, args.steps or STEPS.get(part, 0))
 
 
 # the parts, each with the imports of its own: not every one needs the host ---------------------------------------------------

@@ -110,8 +110,8 @@ def train_autoencoder(
         total += squared.item()
         if (step + 1) % 100 == 0 and run.rank == 0:
             seconds = (time.monotonic() - began) / (step + 1 - start)
-            told = name, step + 1, steps, total / 100, moments.item(), seconds
-            log.info("%sautoencoder %d/%d squared %.5f moments %.3f %.3f s/step", *told)
+            facts = name, step + 1, steps, total / 100, moments.item(), seconds
+            log.info("%sautoencoder %d/%d squared %.5f moments %.3f %.3f s/step", *facts)
             total = 0.0
         if ((step + 1) % 500 == 0 or step + 1 == steps) and run.rank == 0:
             _keep(path, model, average, optimizers, step + 1)

@@ -102,11 +102,11 @@ def fit(
     steps: int,
     peak: float,
     saved: int = SAVED,
-    told: Callable[[LowRank], str] | None = None,
+    verdict: Callable[[LowRank], str] | None = None,
 ) -> LowRank:
     """Minimises loss_of(weights, step); resumes from `path` bit for bit. Returns the averaged weights.
 
-    told: says something of the averaged weights whenever a state is saved.
+    verdict: says something of the averaged weights whenever a state is saved.
     """
     optimizer = torch.optim.AdamW(low.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     average = {name: value.clone() for name, value in low.state_dict().items()}
@@ -142,8 +142,8 @@ def fit(
                     "step": step + 1,
                 },
             )
-            if told is not None:
-                log.info("%s", told(averaged(low, average)))
+            if verdict is not None:
+                log.info("%s", verdict(averaged(low, average)))
     return averaged(low, average)
 
 
@@ -176,7 +176,7 @@ def train_control(
         without = float(exam.loss(None, 0, 96))
 
     @torch.no_grad()
-    def told(current: LowRank) -> str:
+    def verdict(current: LowRank) -> str:
         return f"held-out loss {float(exam.loss(current(), 0, 96)):.4f}, without it {without:.4f}"
 
     fit(
@@ -185,7 +185,7 @@ def train_control(
         lambda weights, step: lesson.loss(weights, step, batch),
         steps,
         peak,
-        told=told,
+        verdict=verdict,
     )
 
 

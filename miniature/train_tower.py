@@ -129,7 +129,7 @@ def train_tower(
                     "step": step + 1,
                 },
             )
-            log.info("held-out %s", told(model, average))
+            log.info("held-out %s", held_out_figures(model, average))
             weights = {
                 n.removeprefix("tower.").removeprefix("vision_model."): v
                 for n, v in average.items()
@@ -142,7 +142,9 @@ def train_tower(
 
 
 @torch.no_grad()
-def told(model: TowerReader, weights: dict[str, Tensor], count: int = 200) -> dict[str, float]:
+def held_out_figures(
+    model: TowerReader, weights: dict[str, Tensor], count: int = 200
+) -> dict[str, float]:
     """Share right of every kind and mean errors of the hues (of the circle) on held-out renderings."""
     judge, pictures = TowerReader(), held_out(count)
     judge.load_state_dict(weights)

@@ -103,7 +103,7 @@ def test_each_net_has_its_own_distance():
         (unit(rows) - unit(photo)).norm(dim=1).tolist(), abs=1e-6
     )
     assert found[FACENET]["face_cosine"] == found[DLIB_NET]["face_cosine"]
-    told = {net: judge.columns[1].told for net, judge in by.items()}
+    told = {net: judge.columns[1].meaning for net, judge in by.items()}
     assert "FaceNet" in told[FACENET] and "below about 1.1 one person" in told[FACENET]
     assert "dlib" in told[DLIB_NET] and "below about 0.6 one person" in told[DLIB_NET]
 

@@ -238,8 +238,8 @@ def test_the_columns_say_what_they_are_by_which_model(folder):
         == len(columns)
         == 10
     )
-    assert all(column.told for column in columns)
-    assert all("CLIP of width 32, 24 px" in column.told for column in judge.columns)
+    assert all(column.meaning for column in columns)
+    assert all("CLIP of width 32, 24 px" in column.meaning for column in judge.columns)
 
 
 def test_judging_changes_nothing_and_a_second_look_is_the_same(folder):

@@ -19,7 +19,7 @@ from demo_story import (
     SAVE,
     STORY,
     WORKFLOWS,
-    Told,
+    StoryRun,
     anchors,
     costs,
     from_photos,
@@ -43,8 +43,8 @@ def links(graph) -> set[str]:
     return {v[0] for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)}
 
 
-def told(pictures=(), graph=None, outputs=None, calls: int = 7) -> Told:
-    return Told(graph or {}, outputs or {}, list(pictures), {SAMPLER: 2.5, CAPTURE: 1.5}, calls)
+def run_of(pictures=(), graph=None, outputs=None, calls: int = 7) -> StoryRun:
+    return StoryRun(graph or {}, outputs or {}, list(pictures), {SAMPLER: 2.5, CAPTURE: 1.5}, calls)
 
 
 @LAW("name", WORKFLOWS)
@@ -132,7 +132,7 @@ def test_a_photo_story_of_any_number_of_photos(count):
 
 def test_the_saved_name_is_what_load_reference_lists():
     assert (
-        saved_name(told(outputs={SAVE: {"text": ["kindred/subject_00002_.safetensors, 2.9 MB"]}}))
+        saved_name(run_of(outputs={SAVE: {"text": ["kindred/subject_00002_.safetensors, 2.9 MB"]}}))
         == "subject_00002_.safetensors"
     )
 
@@ -199,7 +199,7 @@ def test_the_sheet_and_the_report_hold_everything(tmp_path, capsys):
         "photo_story": 4,
     }
     every = {
-        name: told(
+        name: run_of(
             [Image.new("RGB", (128, 128), (10 * i + 5, 200, 40 * j)) for i in range(count)],
             {"1": {}},
             calls=j,
@@ -235,4 +235,4 @@ def test_the_sheet_and_the_report_hold_everything(tmp_path, capsys):
 def test_without_more_and_photos_the_sheet_has_two_rows():
     given = argparse.Namespace(prompt=["a", "b"])
     pictures = [Image.new("RGB", (30, 20))] * 2
-    assert len(rows(given, {"plain": told(pictures), "story": told(pictures)})) == 2
+    assert len(rows(given, {"plain": run_of(pictures), "story": run_of(pictures)})) == 2

@@ -240,7 +240,7 @@ def outputs() -> set[str]:
         match
         for name in PROGRAMS
         for match in re.findall(
-            r'(?:"--out",[^()]*default=|given\.out = )Path\("([^"]+)"\)', text_of(name)
+            r'(?:"--out",[^()]*default=|args\.out = )Path\("([^"]+)"\)', text_of(name)
         )
     }
     for page in files(".md"):

@@ -169,13 +169,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--json", action="store_true", help="a report on stdout instead of the paths")
     add("--quiet", action="store_true", help="no line for every node")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     for name in ("repeat", "lines_per_job"):
-        if getattr(given, name) < 1:
+        if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} wants 1 or more")
-    if any(":" not in words for words in given.header):
+    if any(":" not in words for words in args.header):
         parser.error("--header is written as NAME: VALUE")
-    return given
+    return args
 
 
 def run(
@@ -230,18 +230,18 @@ def exit_code(jobs: Sequence[Job], runners: Sequence[Runner], stopped: bool) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = parse(argv)
+    args = parse(argv)
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # what was handed over is taken back then too
     try:
-        plan, jobs = planned(given)
-        headers = dict(re.split(r":\s*", words, maxsplit=1) for words in given.header)
+        plan, jobs = planned(args)
+        headers = dict(re.split(r":\s*", words, maxsplit=1) for words in args.header)
         urls = dict.fromkeys(
             (url if "://" in url else f"http://{url}").rstrip("/")
-            for url in given.server or [DEFAULT]
+            for url in args.server or [DEFAULT]
         )
-        shelf = Shelf(given.out.expanduser())
+        shelf = Shelf(args.out.expanduser())
     except (Refusal, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -249,28 +249,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         {node: title(plan.graph, node) for node in plan.graph},
         len(urls) > 1,
         len(jobs),
-        given.quiet,
-        not given.json,
+        args.quiet,
+        not args.json,
     )
     stopped, runners = run(
-        plan, jobs, [Client(url, headers) for url in urls], shelf, voice, given.patience
+        plan, jobs, [Client(url, headers) for url in urls], shelf, voice, args.patience
     )
     code = exit_code(jobs, runners, stopped)
-    tell_end(given, jobs, runners, code)
+    tell_end(args, jobs, runners, code)
     return code
 
 
 def tell_end(
-    given: argparse.Namespace, jobs: Sequence[Job], runners: Sequence[Runner], code: int
+    args: argparse.Namespace, jobs: Sequence[Job], runners: Sequence[Runner], code: int
 ) -> None:
     """A sentence on stderr, and with --json the report on stdout."""
     done = sum(job.state == "done" for job in jobs)
     print(
         f"{done} of {len(jobs)} job{'s' * (len(jobs) > 1)} done"
-        + (f", files in {given.out}" if done else ""),
+        + (f", files in {args.out}" if done else ""),
         file=sys.stderr,
     )
-    if given.json:
+    if args.json:
         report = {
             "exit_code": code,
             "hosts": {runner.host: runner.reason or runner.state for runner in runners},

@@ -188,13 +188,13 @@ def spec(info: Info, graph: Graph, place: Place) -> tuple[Any, Mapping[str, Any]
             f"The host does not know {kind} ({place.node}, {title(graph, place.node)}): install the pack that it comes from."
         )
     inputs = {
-        name: told
+        name: spec
         for group in ("required", "optional")
-        for name, told in (info[kind]["input"].get(group) or {}).items()
+        for name, spec in (info[kind]["input"].get(group) or {}).items()
     }
     if place.input in inputs:
-        told = inputs[place.input]
-        return told[0], told[1] if len(told) > 1 else {}
+        spec = inputs[place.input]
+        return spec[0], spec[1] if len(spec) > 1 else {}
     now = graph[place.node].get("inputs", {}).get(place.input)
     if (
         place.input.partition(".")[0] in inputs and now is not None
@@ -287,11 +287,11 @@ def picture_place(info: Info, graph: Graph, key: str) -> Place:
 
 def uploads(info: Info, kind: str) -> list[str]:
     """The inputs of a type of node that take an uploaded file."""
-    told = info.get(kind, {}).get("input", {})
+    groups = info.get(kind, {}).get("input", {})
     return [
         name
         for group in ("required", "optional")
-        for name, words in (told.get(group) or {}).items()
+        for name, words in (groups.get(group) or {}).items()
         if len(words) > 1 and any(words[1].get(upload) for upload in UPLOADS)
     ]
 

@@ -61,9 +61,9 @@ class Plan:
             )
 
         def build(job: Job) -> Graph:
-            made = copy.deepcopy(graph)
+            changed = copy.deepcopy(graph)
             if self.each is not None:
-                put(made, self.each, typed(info, graph, Change(self.each, job.lines or "")))
+                put(changed, self.each, typed(info, graph, Change(self.each, job.lines or "")))
             if self.seed is not None or self.repeat > 1:
                 first = (
                     graph[seeds[0].node]["inputs"][seeds[0].input]
@@ -72,8 +72,8 @@ class Plan:
                 )
                 job.seed = first + job.turn
                 for place in seeds:
-                    put(made, place, typed(info, graph, Change(place, str(job.seed))))
-            return made
+                    put(changed, place, typed(info, graph, Change(place, str(job.seed))))
+            return changed
 
         for job in jobs:
             build(job)

@@ -93,15 +93,15 @@ def lasting(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
     if not isinstance(raw, io.RawIOBase) or isinstance(raw, Outlet):
         return stream
     end = Outlet(raw)
-    made = io.TextIOWrapper(
+    wrapped = io.TextIOWrapper(
         end if raw is buffer else io.BufferedWriter(end),
         stream.encoding,
         "backslashreplace",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
-    atexit.register(made.flush)  # Python's own is for whatever is sys.stdout then
-    return made
+    atexit.register(wrapped.flush)  # Python's own is for whatever is sys.stdout then
+    return wrapped
 
 
 def settle() -> None:

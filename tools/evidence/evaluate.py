@@ -90,12 +90,12 @@ def strip(of: Mapping[str, Any]) -> str:
 
 
 def measure(
-    given: argparse.Namespace, tables: Sequence[Table], journal: Journal, setting: Setting
+    args: argparse.Namespace, tables: Sequence[Table], journal: Journal, setting: Setting
 ) -> bool:
     """Measures what the journal does not have of the tables; False where Ctrl-C ended it first."""
-    jobs = list(jobs_of(tables, given.seeds, setting, given.out / "pictures"))
-    make = partial(real.Real if given.files else Miniature, setting)
-    return work_off(jobs, make, given.processes, journal, setting)
+    jobs = list(jobs_of(tables, args.seeds, setting, args.out / "pictures"))
+    make = partial(real.Real if args.files else Miniature, setting)
+    return work_off(jobs, make, args.processes, journal, setting)
 
 
 def work_off(
@@ -156,7 +156,7 @@ def fill(
     """The tables with what the journal has of them: the cases that all of a table's rows have, like with like."""
     filled = []
     for table in tables:
-        found: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+        figures: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
         for row in table.rows:
             kept = {
                 case: [
@@ -169,12 +169,12 @@ def fill(
             if kept := {
                 case: varied(values) for case, values in kept.items() if len(values) == seeds
             }:
-                found[row.name] = kept
-        shared = set.intersection(*(set(kept) for kept in found.values())) if found else set()
+                figures[row.name] = kept
+        shared = set.intersection(*(set(kept) for kept in figures.values())) if figures else set()
         if shared:
-            found = {
+            figures = {
                 name: {case: kept[case] for case in kept if case in shared}
-                for name, kept in found.items()
+                for name, kept in figures.items()
             }
             known = [
                 values
@@ -182,7 +182,7 @@ def fill(
                 if (values := journal.get(setting.of(Job(table.task, BOUNDS, case, 0))))
             ]
             ground = grounds.get(table.name, grounds[table.task])
-            filled.append(bounded(table, measured(ground, found), found, known))
+            filled.append(bounded(table, measured(ground, figures), figures, known))
     return filled
 
 
@@ -218,7 +218,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def tabulate(given: argparse.Namespace) -> int:
+def tabulate(args: argparse.Namespace) -> int:
     """Measure, print the tables and write the folder -> exit code."""
     try:
         import evaluation.report  # noqa: F401  said before hours of measuring
@@ -226,36 +226,36 @@ def tabulate(given: argparse.Namespace) -> int:
         raise SystemExit(
             f"evaluate: the plots need {missing.name}. Install it into this Python: pip install {missing.name}"
         ) from None
-    tables, common = chosen(given), (given.host, given.steps, given.cfg, fingerprint(given.host))
+    tables, common = chosen(args), (args.host, args.steps, args.cfg, fingerprint(args.host))
     setting = (
-        real.RealSetting(*common, given.files)
-        if given.files
-        else Setting(*common, miniature=given.miniature)
+        real.RealSetting(*common, args.files)
+        if args.files
+        else Setting(*common, miniature=args.miniature)
     )
     began = time.monotonic()
-    prepare(given.out, given.json)
-    with alone(given.out):
-        journal = Journal(given.out / "journal.jsonl")
+    prepare(args.out, args.json)
+    with alone(args.out):
+        journal = Journal(args.out / "journal.jsonl")
         failed, whole = "", False
         try:
-            whole = measure(given, tables, journal, setting)
+            whole = measure(args, tables, journal, setting)
         except WorkerError as error:
             failed = str(error)
-    filled = fill(tables, given.seeds, journal, setting, real.REAL if given.files else MINIATURE)
+    filled = fill(tables, args.seeds, journal, setting, real.REAL if args.files else MINIATURE)
     figures = {"seconds.total": time.monotonic() - began}
     for one in filled:
         print(f"\n{one.markdown()}")
         own = "" if one.table.name in PLAINLY_NAMED else f"{one.table.name}."
         figures |= {f"{own}{name}": value for name, value in one.figures().items()}
     if filled:
-        write_folder(given, filled, setting, whole, figures)
+        write_folder(args, filled, setting, whole, figures)
     if not whole:
         print(f"evaluate: {failed or 'stopped'}; the same command resumes here.", file=sys.stderr)
     return 0 if whole else 1 if failed else 130
 
 
 def write_folder(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     filled: Sequence[Filled],
     setting: Setting,
     whole: bool,
@@ -266,23 +266,23 @@ def write_folder(
     from evaluation.sheets import sheets
 
     report = {
-        "command": given.command,
+        "command": args.command,
         "version": version(),
         "code": setting.code,
         "seed": 0,
-        "steps": given.steps,
-        "cfg": given.cfg,
-        **({} if given.files else {"miniature": given.miniature}),
+        "steps": args.steps,
+        "cfg": args.cfg,
+        **({} if args.files else {"miniature": args.miniature}),
         "complete": whole,
         "figures": figures,
     }
     pictures = sheets(
-        filled, lambda *which: given.out / "pictures" / strip(setting.of(Job(*which, seed=0)))
+        filled, lambda *which: args.out / "pictures" / strip(setting.of(Job(*which, seed=0)))
     )
-    write(given.out, filled, report, pictures, {"table_2": real.PAPER_A} if given.files else {})
-    if given.json:
-        given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    print(f"\n{given.out / 'report.md'}")
+    write(args.out, filled, report, pictures, {"table_2": real.PAPER_A} if args.files else {})
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    print(f"\n{args.out / 'report.md'}")
 
 
 @contextmanager
@@ -299,57 +299,57 @@ def alone(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def miniature(given: argparse.Namespace) -> int:
+def miniature(args: argparse.Namespace) -> int:
     """The miniature's own figures -> exit code."""
-    prepare(None, given.json)
-    figures = (unet_figures if given.miniature == UNET else flow_figures)(given)
+    prepare(None, args.json)
+    figures = (unet_figures if args.miniature == UNET else flow_figures)(args)
     if figures is None:
         print("evaluate: stopped; the same command resumes here.", file=sys.stderr)
         return 130
     for name, value in sorted(figures.items()):
         print(f"  {name:28} {value:.3f}")
-    if given.json:
-        report = {"command": given.command, "version": version(), "seed": 0, "figures": figures}
-        given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    if args.json:
+        report = {"command": args.command, "version": version(), "seed": 0, "figures": figures}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return 0
 
 
-def unet_figures(given: argparse.Namespace) -> dict[str, float]:
+def unet_figures(args: argparse.Namespace) -> dict[str, float]:
     from boot import boot
 
-    boot(given.host)
+    boot(args.host)
     from kindred.miniature.measure import measure as figures_of
 
-    return figures_of(given.host, given.count or PICTURES)
+    return figures_of(args.host, args.count or PICTURES)
 
 
-def flow_figures(given: argparse.Namespace) -> dict[str, float] | None:
+def flow_figures(args: argparse.Namespace) -> dict[str, float] | None:
     """None where Ctrl-C ended it; what was measured until then is in the journal of --out."""
     as_kindred()
     from kindred.miniature.pack import FLOW_CHECKPOINT
 
-    common = (given.host, given.steps, given.cfg, fingerprint(given.host))
-    setting = Setting(*common, miniature=given.miniature)
-    jobs, make = own.jobs(given.count or PICTURES), partial(own.OwnFigures, setting)
-    prepare(given.out)
-    with alone(given.out):
-        journal = Journal(given.out / "journal.jsonl")
+    common = (args.host, args.steps, args.cfg, fingerprint(args.host))
+    setting = Setting(*common, miniature=args.miniature)
+    jobs, make = own.jobs(args.count or PICTURES), partial(own.OwnFigures, setting)
+    prepare(args.out)
+    with alone(args.out):
+        journal = Journal(args.out / "journal.jsonl")
         try:
-            whole = work_off(jobs, make, given.processes, journal, setting)
+            whole = work_off(jobs, make, args.processes, journal, setting)
         except WorkerError as error:
             raise SystemExit(f"evaluate: {error}") from error
     if not whole:
         return None
-    found = {job: journal.get(setting.of(job)) for job in jobs}
-    return own.figures(found, FLOW_CHECKPOINT.stat().st_size / 2**20)
+    results = {job: journal.get(setting.of(job)) for job in jobs}
+    return own.figures(results, FLOW_CHECKPOINT.stat().st_size / 2**20)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = parse(argv, __doc__)
-    if given.task == "miniature":
-        return miniature(given)
+    args = parse(argv, __doc__)
+    if args.task == "miniature":
+        return miniature(args)
     as_kindred()
-    return tabulate(given)
+    return tabulate(args)
 
 
 if __name__ == "__main__":

@@ -55,14 +55,16 @@ class Reading:
 def subjects(studio: FlowStudio, first: int, count: int) -> list[Subject]:
     from kindred.miniature.world import CLASSES, SCENES, held_out_identity, render
 
-    made = []
+    all_subjects = []
     for n in range(count):
         identity, class_name = held_out_identity(first + n), CLASSES[n % len(CLASSES)]
         scene, target = SCENES[3 * n % len(SCENES)], SCENES[(3 * n + 3) % len(SCENES)]
         drawn = render(identity, class_name, scene, 1000 + n)
         mask = studio.torch.from_numpy(drawn.mask).float()[None]
-        made.append(Subject(identity, class_name, scene, target, studio.picture(drawn.image), mask))
-    return made
+        all_subjects.append(
+            Subject(identity, class_name, scene, target, studio.picture(drawn.image), mask)
+        )
+    return all_subjects
 
 
 def capture(studio: FlowStudio, subject: Subject, mask: Any) -> tuple[Any, Any]:

@@ -50,9 +50,9 @@ def git(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str
 
 def files(*suffixes: str) -> list[str]:
     """Paths, relative to the root, of what git tracks or would track; ends of names narrow them down."""
-    told = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    if told.returncode == 0 and (ROOT / ".git").exists():
-        names = [name for name in told.stdout.split("\0") if name and (ROOT / name).is_file()]
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if listed.returncode == 0 and (ROOT / ".git").exists():
+        names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     else:  # an unpacked archive: no git, or that of a folder around it
         names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
         names = [

@@ -142,51 +142,51 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="ComfyUI's folder (dev.py gives it)",
     )
     add("--one", help=argparse.SUPPRESS)  # a child that tells the peak memory of one case
-    given = parser.parse_args(argv)
-    given.host = Path(
-        given.host or parser.error("--host is missing; run it as: python3 dev.py bench")
+    args = parser.parse_args(argv)
+    args.host = Path(
+        args.host or parser.error("--host is missing; run it as: python3 dev.py bench")
     )
-    given.steps = given.steps if given.steps is not None else 50 if given.device == "cuda" else 2
-    given.dtype = given.dtype or ("fp16" if given.device == "cuda" else "fp32")
+    args.steps = args.steps if args.steps is not None else 50 if args.device == "cuda" else 2
+    args.dtype = args.dtype or ("fp16" if args.device == "cuda" else "fp32")
     for name, least in (("latent", 8), ("steps", 2), ("rounds", 1), ("threads", 1)):
-        if getattr(given, name) < least:
-            parser.error(f"--{name} is {getattr(given, name)}; give {least} or more")
-    if not 0 < given.subject <= 1:
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; give {least} or more")
+    if not 0 < args.subject <= 1:
         parser.error(
-            f"--subject is {given.subject}; give a share of the picture above 0 and up to 1, such as 0.25"
+            f"--subject is {args.subject}; give a share of the picture above 0 and up to 1, such as 0.25"
         )
-    if min(given.pictures, default=1) < 1:
-        parser.error(f"--pictures is {min(given.pictures)}; give 1 or more")
-    if given.memory and given.device == "cuda":
+    if min(args.pictures, default=1) < 1:
+        parser.error(f"--pictures is {min(args.pictures)}; give 1 or more")
+    if args.memory and args.device == "cuda":
         parser.error(
             "--memory is for --device cpu; on CUDA every run tells the allocator's peak by itself, so leave it out"
         )
-    if given.syncs and given.device != "cuda":
+    if args.syncs and args.device != "cuda":
         parser.error(
-            f"--syncs asks a CUDA device, but --device is {given.device}. Add --device cuda, or take --counts instead"
+            f"--syncs asks a CUDA device, but --device is {args.device}. Add --device cuda, or take --counts instead"
         )
-    if given.update and not given.update.is_file():
-        parser.error(f"--update {given.update}: there is no such page")
+    if args.update and not args.update.is_file():
+        parser.error(f"--update {args.update}: there is no such page")
     try:
-        given.keys = chosen(given.case, given.pictures, given.steps)
+        args.keys = chosen(args.case, args.pictures, args.steps)
     except ValueError as error:
         parser.error(str(error))
-    return given
+    return args
 
 
-def setting_of(given: argparse.Namespace) -> Setting:
-    return Setting(**{f.name: getattr(given, f.name) for f in fields(Setting)})
+def setting_of(args: argparse.Namespace) -> Setting:
+    return Setting(**{f.name: getattr(args, f.name) for f in fields(Setting)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = arguments(argv)
-    prepare(None, given.json)
+    args = arguments(argv)
+    prepare(None, args.json)
     try:
         with stoppable():
-            if given.one:
-                return tell_peak(given)
-            runs, code = both(given) if given.attention == "both" else alone(given)
+            if args.one:
+                return tell_peak(args)
+            runs, code = both(args) if args.attention == "both" else alone(args)
     except (Refusal, RuntimeError) as refusal:
         print(f"\nbench: {refusal}", file=sys.stderr)
         return REFUSED
@@ -196,18 +196,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return STOPPED
-    return deliver(given, runs, code, command_of(argv))
+    return deliver(args, runs, code, command_of(argv))
 
 
-def deliver(given: argparse.Namespace, runs: list[dict[str, Any]], code: int, command: str) -> int:
+def deliver(args: argparse.Namespace, runs: list[dict[str, Any]], code: int, command: str) -> int:
     """The table on the terminal (of two attention settings, each child has printed its own), the JSON, the page -> exit code."""
-    if given.attention != "both":
+    if args.attention != "both":
         print(f"{command}\n\n{markdown(runs[0])}" if runs else "", flush=True)
     try:
-        if given.json and runs:
-            write_json(given.json, report(runs, command))
-        if given.update and not code:  # a page shows whole measurements
-            write_page(given.update, given.block or given.family, block(runs, command))
+        if args.json and runs:
+            write_json(args.json, report(runs, command))
+        if args.update and not code:  # a page shows whole measurements
+            write_page(args.update, args.block or args.family, block(runs, command))
     except (OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return REFUSED
@@ -217,21 +217,21 @@ def deliver(given: argparse.Namespace, runs: list[dict[str, Any]], code: int, co
 # one setting ---------------------------------------------------------------------------------------------------------------------
 
 
-def alone(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+def alone(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """Measure in this process -> the run, exit code."""
     import torch
 
-    setting, clock = setting_of(given), clock_of(given.device, torch)
-    if missing := left_out(given.case, given.steps):
-        note(f"Left out, since they need more than {given.steps} steps: {', '.join(missing)}.")
-    ground = Ground(given.host, setting)
-    note(ground.estimate(given.keys))
+    setting, clock = setting_of(args), clock_of(args.device, torch)
+    if missing := left_out(args.case, args.steps):
+        note(f"Left out, since they need more than {args.steps} steps: {', '.join(missing)}.")
+    ground = Ground(args.host, setting)
+    note(ground.estimate(args.keys))
     jobs: dict[Key, Job] = {}
-    for key in given.keys:  # plain first, then what is compared with it
+    for key in args.keys:  # plain first, then what is compared with it
         jobs.setdefault((PLAIN, key[1]), ground.job((PLAIN, key[1]), clock))
         note(f"made ready: {name_of(key)}", passing=True)
         jobs[key] = ground.job(key, clock)
-    played = play(jobs, given.rounds, Told(given.rounds))
+    played = play(jobs, args.rounds, Rounds(args.rounds))
     note("", passing=True)
     if not played.rounds:
         raise KeyboardInterrupt
@@ -239,7 +239,7 @@ def alone(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     code = STOPPED if played.stopped else 0
     try:
         if not code:
-            probe(given, ground, jobs, probed)
+            probe(args, ground, jobs, probed)
     except KeyboardInterrupt:
         code = STOPPED
     except (Refusal, RuntimeError) as refusal:  # the rounds are worth their table
@@ -249,7 +249,7 @@ def alone(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     return [
         run_of(
             setting,
-            software(torch, given.device),
+            software(torch, args.device),
             len(played.rounds),
             clock.name,
             rows,
@@ -260,23 +260,23 @@ def alone(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
 
 
 def probe(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     ground: Ground,
     jobs: Mapping[Key, Job],
     found: dict[str, dict[str, Any]],
 ) -> None:
     """What was asked for beside the time, into found by case, plain_b1 and so on among them."""
     for key, job in jobs.items():
-        told = found.setdefault(name_of(key), {})
-        if given.counts:
+        figures = found.setdefault(name_of(key), {})
+        if args.counts:
             note(f"counted: {name_of(key)}", passing=True)
-            told |= counted(job)
-        if given.syncs:
+            figures |= counted(job)
+        if args.syncs:
             note(f"watched for waits: {name_of(key)}", passing=True)
-            told["first_wait"] = first_wait(job, ground.unet, ground.torch.cuda)
-        if given.memory:
+            figures["first_wait"] = first_wait(job, ground.unet, ground.torch.cuda)
+        if args.memory:
             note(f"peak memory: {name_of(key)}", passing=True)
-            told["peak"] = peak_of(given, key)
+            figures["peak"] = peak_of(args, key)
     note("", passing=True)
 
 
@@ -302,7 +302,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-class Told:
+class Rounds:
     """Where the rounds are, on the terminal; after the first, how long the others will take."""
 
     def __init__(self, rounds: int) -> None:
@@ -335,33 +335,33 @@ def note(text: str, passing: bool = False) -> None:
 # children ------------------------------------------------------------------------------------------------------------------------
 
 
-def child(given: argparse.Namespace, *more: str, attention: str | None = None) -> list[str]:
+def child(args: argparse.Namespace, *more: str, attention: str | None = None) -> list[str]:
     """The command of a child that measures the same setting."""
-    told = {f.name: getattr(given, f.name) for f in fields(Setting)} | {
-        "attention": attention or given.attention,
-        "host": given.host,
+    options = {f.name: getattr(args, f.name) for f in fields(Setting)} | {
+        "attention": attention or args.attention,
+        "host": args.host,
     }
     return [
         sys.executable,
         str(Path(__file__).resolve()),
-        *(word for name, value in told.items() for word in (f"--{name}", str(value))),
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
         *more,
     ]
 
 
-def both(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+def both(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """One child after the other, since the host chooses its attention when it starts; each prints its own table -> runs, exit code."""
     runs: list[dict[str, Any]] = []
-    more = [word for key in given.keys for word in ("--case", name_of(key))] + [
+    more = [word for key in args.keys for word in ("--case", name_of(key))] + [
         "--rounds",
-        str(given.rounds),
+        str(args.rounds),
     ]
-    more += [f"--{name}" for name in ("memory", "counts", "syncs") if getattr(given, name)]
+    more += [f"--{name}" for name in ("memory", "counts", "syncs") if getattr(args, name)]
     with tempfile.TemporaryDirectory(prefix="kindred-bench-") as folder:
         for attention in ATTENTION:
-            told = Path(folder) / f"{attention}.json"
+            report = Path(folder) / f"{attention}.json"
             with subprocess.Popen(
-                child(given, *more, "--json", str(told), attention=attention)
+                child(args, *more, "--json", str(report), attention=attention)
             ) as process:
                 try:
                     code = process.wait()
@@ -372,8 +372,8 @@ def both(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
                     except subprocess.TimeoutExpired:
                         process.kill()
                         code = STOPPED
-            runs += json.loads(told.read_text("utf-8"))["runs"] if told.is_file() else []
-            if code and (told.is_file() or code == STOPPED):
+            runs += json.loads(report.read_text("utf-8"))["runs"] if report.is_file() else []
+            if code and (report.is_file() or code == STOPPED):
                 return runs, code
             if code:
                 raise Refusal(
@@ -384,10 +384,10 @@ def both(given: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     return runs, 0
 
 
-def peak_of(given: argparse.Namespace, key: Key) -> int:
+def peak_of(args: argparse.Namespace, key: Key) -> int:
     """Peak memory of a child that samples this case once."""
     done = subprocess.run(
-        child(given, "--one", name_of(key)),
+        child(args, "--one", name_of(key)),
         stdout=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
@@ -400,15 +400,15 @@ def peak_of(given: argparse.Namespace, key: Key) -> int:
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
-def tell_peak(given: argparse.Namespace) -> int:
+def tell_peak(args: argparse.Namespace) -> int:
     """In a child: everything is made ready, the peak is forgotten where the system can (Linux), and the case runs once."""
     import torch
 
-    case, _, pictures = given.one.rpartition("_b")
+    case, _, pictures = args.one.rpartition("_b")
     if case not in (PLAIN, *CASES):
-        raise Refusal(f"--one {given.one}: there is no such case")
+        raise Refusal(f"--one {args.one}: there is no such case")
     clock: Clock = clock_of("cpu", torch)
-    job = Ground(given.host, setting_of(given), own_weights=True).job((case, int(pictures)), clock)
+    job = Ground(args.host, setting_of(args), own_weights=True).job((case, int(pictures)), clock)
     gc.collect()
     anew = forget_peak()
     job()

@@ -23,7 +23,7 @@ UNetModel.forward = counted
 
 
 @PromptServer.instance.routes.get("/kindred_calls")
-async def told(request: web.Request) -> web.Response:
+async def counts(request: web.Request) -> web.Response:
     """The count since the last question."""
     global calls
     answer, calls = calls, 0

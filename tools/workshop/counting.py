@@ -87,7 +87,7 @@ class Counting(TorchDispatchMode):
                 func,
                 name,
                 args[:3],
-                {"attn_mask": given(args, kwargs), "scale": kwargs.get("scale")},
+                {"attn_mask": mask_of(args, kwargs), "scale": kwargs.get("scale")},
             )[0]
         if name == MATH:
             self.attention[MATH] += 1
@@ -125,10 +125,10 @@ class Counting(TorchDispatchMode):
         if "_scaled_dot_product" in name:
             self.attention[name] += 1
         if not any(r.alias_info for r in func._schema.returns):  # else nothing new is made
-            for made in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(made, Tensor):
-                    self.largest = max(self.largest, made.untyped_storage().nbytes())
-                    self.shapes.add(tuple(made.shape))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+                    self.shapes.add(tuple(tensor.shape))
         return out
 
 
@@ -154,12 +154,12 @@ def run(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """func(*args, **kwargs); on the meta device an op that was seen with such shapes is not asked again."""
     if func.is_view or not on_paper(args) or any(a.alias_info for a in func._schema.arguments):
         return func(*args, **kwargs)
-    key = func, told(args), told(kwargs)
+    key = func, without_values(args), without_values(kwargs)
     if key not in known:
         out = func(*args, **kwargs)
         if not isinstance(out, Tensor) and not all(isinstance(t, Tensor) or t is None for t in out):
             return out
-        known[key] = None if isinstance(out, Tensor) else type(out), told(out)
+        known[key] = None if isinstance(out, Tensor) else type(out), without_values(out)
         return out
     kind, shapes = known[key]
     made = [
@@ -178,18 +178,18 @@ def on_paper(x: Any) -> bool:
     )
 
 
-def told(x: Any) -> Any:
+def without_values(x: Any) -> Any:
     """What is known of arguments without their contents."""
     if isinstance(x, Tensor):
         return tuple(x.shape), x.stride(), x.dtype
     if isinstance(x, Mapping):
-        return tuple((name, told(value)) for name, value in x.items())
-    return tuple(map(told, x)) if isinstance(x, (tuple, list)) else x
+        return tuple((name, without_values(value)) for name, value in x.items())
+    return tuple(map(without_values, x)) if isinstance(x, (tuple, list)) else x
 
 
-def comes_home(read: Tensor, made: Tensor) -> bool:
+def comes_home(read: Tensor, answer: Tensor) -> bool:
     """Whether a copy goes from a device to host memory."""
-    return read.device.type not in ("cpu", "meta") and made.device.type == "cpu"
+    return read.device.type not in ("cpu", "meta") and answer.device.type == "cpu"
 
 
 def picks(index: Tensor | None) -> bool:
@@ -197,11 +197,11 @@ def picks(index: Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
-def given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+def mask_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     return args[3] if len(args) > 3 else kwargs.get("attn_mask")
 
 
 def fusible(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> bool:
     """What the CPU's fused attention takes: no mask or one of 2 or 4 axes, and values as wide as the queries."""
-    mask = given((q, k, v, *args), kwargs)
+    mask = mask_of((q, k, v, *args), kwargs)
     return q.shape[-1] == v.shape[-1] and (mask is None or mask.ndim in (2, 4))

@@ -195,11 +195,11 @@ def psnr_db(a: Image.Image, b: Image.Image) -> float:
     )
 
 
-def flow(given: argparse.Namespace) -> bool:
-    return given.miniature == "flow"
+def flow(args: argparse.Namespace) -> bool:
+    return args.miniature == "flow"
 
 
-def measured(made: Mapping[str, Sequence[Image.Image]], file: Path | None) -> dict[str, float]:
+def measured(by_title: Mapping[str, Sequence[Image.Image]], file: Path | None) -> dict[str, float]:
     """Identity and scene figures of a miniature's demo, by the attribute reader; file: None for the UNet miniature's own."""
     as_kindred()
     import numpy as np
@@ -216,7 +216,7 @@ def measured(made: Mapping[str, Sequence[Image.Image]], file: Path | None) -> di
         lambda images: autoencoder.decode(autoencoder.encode(images.movedim(-1, 1))).movedim(1, -1),
     )
     figures = {"identity.floor": floor, "identity.ceiling": ceiling}
-    for name, pictures in made.items():
+    for name, pictures in by_title.items():
         reading = reader.read(
             torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).float()
             / 255
@@ -297,53 +297,53 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a story instead; tools/workshop/demo.py --story --help tells its options",
     )
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
-    given = parser.parse_args(argv)
-    own = given.checkpoint is not None
-    settle_miniature(given, parser)
-    if given.concept_encoder and not own:
+    args = parser.parse_args(argv)
+    own = args.checkpoint is not None
+    settle_miniature(args, parser)
+    if args.concept_encoder and not own:
         parser.error("--concept-encoder needs the --checkpoint that it was trained for")
-    if given.clip_vision and not given.concept_encoder:
+    if args.clip_vision and not args.concept_encoder:
         parser.error("--clip-vision needs --concept-encoder")
     for name in ("reference", "subject", "prompt"):
-        if own and not getattr(given, name):
+        if own and not getattr(args, name):
             parser.error(f"--checkpoint also needs --{name}")
     for path in filter(
-        None, (given.checkpoint, given.reference, given.concept_encoder, given.clip_vision)
+        None, (args.checkpoint, args.reference, args.concept_encoder, args.clip_vision)
     ):
         if not path.is_file():
             parser.error(f"{path} is not a file")
     if not own:
-        from_world(given)
-    given.cfg = given.cfg if given.cfg is not None else 7.5 if own else 4.0
-    return given
+        from_world(args)
+    args.cfg = args.cfg if args.cfg is not None else 7.5 if own else 4.0
+    return args
 
 
-def settle_miniature(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def settle_miniature(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """What is the flow miniature's own; words that would do nothing end the program."""
-    if given.checkpoint and given.miniature:
+    if args.checkpoint and args.miniature:
         parser.error("--miniature does nothing here: --checkpoint draws")
-    if flow(given) and given.concept_weight is not None:
+    if flow(args) and args.concept_weight is not None:
         parser.error(
             "--concept-weight does nothing here: the flow miniature has no concept encoder"
         )
-    if flow(given) and given.out == parser.get_default("out"):
-        given.out = Path("kindred-demo-flow")
-    given.steps = given.steps or (flow_workflow.STEPS if flow(given) else 50)
+    if flow(args) and args.out == parser.get_default("out"):
+        args.out = Path("kindred-demo-flow")
+    args.steps = args.steps or (flow_workflow.STEPS if flow(args) else 50)
 
 
-def from_world(given: argparse.Namespace) -> None:
+def from_world(args: argparse.Namespace) -> None:
     """The miniature's own job: a held-out identity in one scene, asked for in three others."""
     as_kindred()
     from kindred.miniature.world import held_out_identity, prompt, render
 
-    given.rendered = not (
-        given.reference or given.prompt or given.subject
+    args.rendered = not (
+        args.reference or args.prompt or args.subject
     )  # else there is no truth to measure against
-    given.subject = given.subject or CLASS
-    given.prompt = given.prompt or [prompt(CLASS, scene) for scene in REST]
-    given.photo = (
-        given.reference.read_bytes()
-        if given.reference
+    args.subject = args.subject or CLASS
+    args.prompt = args.prompt or [prompt(CLASS, scene) for scene in REST]
+    args.photo = (
+        args.reference.read_bytes()
+        if args.reference
         else png(render(held_out_identity(HELD_OUT), CLASS, SCENE, 11).image)
     )
 
@@ -362,42 +362,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         from demo_story import main as story
 
         return story([word for word in argv if word != "--story"])
-    given = parse(argv)
+    args = parse(argv)
     from PIL import Image
 
-    own = given.checkpoint is not None
+    own = args.checkpoint is not None
     began = time.monotonic()
-    photo = given.reference.read_bytes() if own else given.photo
-    size = given.size or (native_size(given.checkpoint) if own else 128)
-    prepare(given.out, given.json)
+    photo = args.reference.read_bytes() if own else args.photo
+    size = args.size or (native_size(args.checkpoint) if own else 128)
+    prepare(args.out, args.json)
     models = {
-        "checkpoints": flow_workflow.checkpoint() if flow(given) else given.checkpoint,
-        "concept_encoders": given.concept_encoder,
-        "clip_vision": given.clip_vision,
+        "checkpoints": flow_workflow.checkpoint() if flow(args) else args.checkpoint,
+        "concept_encoders": args.concept_encoder,
+        "clip_vision": args.clip_vision,
     }
     with HostServer(
-        given.host, models={kind: [path] for kind, path in models.items() if path} or None
+        args.host, models={kind: [path] for kind, path in models.items() if path} or None
     ) as server:
-        graph, pictures, figures = drawn(server.client, given, photo, size)
-    if not own and given.rendered:
-        file = flow_workflow.checkpoint() if flow(given) else None
+        graph, pictures, figures = drawn(server.client, args, photo, size)
+    if not own and args.rendered:
+        file = flow_workflow.checkpoint() if flow(args) else None
         figures |= measured(pictures, file) | {"count.identities": 1}
     figures["seconds.total"] = time.monotonic() - began
-    write(given, pictures, Image.open(BytesIO(photo)), figures, graph)
+    write(args, pictures, Image.open(BytesIO(photo)), figures, graph)
     return 0
 
 
 def drawn(
-    client: Client, given: argparse.Namespace, photo: bytes, size: int
+    client: Client, args: argparse.Namespace, photo: bytes, size: int
 ) -> tuple[dict[str, Any], dict[str, list[Image.Image]], dict[str, float]]:
     """The workflow, the pictures of each column, and what they and the photo's inversion took."""
     from PIL import Image
 
-    own = given.checkpoint is not None
-    own_file = flow_workflow.CHECKPOINT if flow(given) else "kindred_miniature.safetensors"
-    checkpoint = given.checkpoint.name if own else own_file
+    own = args.checkpoint is not None
+    own_file = flow_workflow.CHECKPOINT if flow(args) else "kindred_miniature.safetensors"
+    checkpoint = args.checkpoint.name if own else own_file
     name = client.upload_image(photo, "kindred_reference.png")
-    graph = prepared(given, name, checkpoint, size)
+    graph = prepared(args, name, checkpoint, size)
     titles = {
         key: node.get("_meta", {}).get("title", node["class_type"]) for key, node in graph.items()
     }
@@ -413,7 +413,7 @@ def drawn(
                 "seconds.inversion": watch.seconds[CAPTURE],
                 "seconds.sampling": watch.seconds[SAMPLER],
             }
-    if flow(given):  # KSampler Advanced cannot begin at a straight flow's noise
+    if flow(args):  # KSampler Advanced cannot begin at a straight flow's noise
         return graph, pictures, figures
     back = with_progress(client, round_trip(graph), watch)
     decoded = [Image.open(BytesIO(client.view(back[key]["images"][0]))) for key in ("23", "25")]
@@ -421,7 +421,7 @@ def drawn(
 
 
 def write(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     pictures: Mapping[str, Sequence[Image.Image]],
     photo: Image.Image,
     figures: dict[str, float],
@@ -441,14 +441,14 @@ def write(
         )
     )
     shown = {title: pictures[title] for title in WAYS if title in pictures}
-    sheet(square, shown, given.prompt).save(given.out / "sheet.png")
+    sheet(square, shown, args.prompt).save(args.out / "sheet.png")
     for title, found in pictures.items():
         for i, picture in enumerate(found, 1):
-            picture.save(given.out / f"{title}_{i}.png")
-    (given.out / "workflow_api.json").write_text(json.dumps(graph, indent=2), "utf-8")
+            picture.save(args.out / f"{title}_{i}.png")
+    (args.out / "workflow_api.json").write_text(json.dumps(graph, indent=2), "utf-8")
     ways = ", ".join(f"{WAYS[title]} ({title})" for title in shown)
     look = f"on the left your photo, then each prompt drawn {len(shown)} ways: {ways}"
-    report(given, "demo", {"prompts": given.prompt}, figures, look)
+    report(args, "demo", {"prompts": args.prompt}, figures, look)
 
 
 if __name__ == "__main__":

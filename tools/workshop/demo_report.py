@@ -62,9 +62,9 @@ def native_size(checkpoint: Path) -> int:
 
 
 def report(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     command: str,
-    asked: Mapping[str, Any],
+    settings: Mapping[str, Any],
     figures: Mapping[str, float],
     shown: str,
 ) -> None:
@@ -75,12 +75,12 @@ def report(
     content = {
         "command": command,
         "version": version(),
-        "seed": given.seed,
-        **asked,
+        "seed": args.seed,
+        **settings,
         "figures": figures,
     }
-    for path in filter(None, (given.out / "report.json", given.json)):
+    for path in filter(None, (args.out / "report.json", args.json)):
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for name, value in sorted(figures.items()):
         print(f"  {name:24} {value:.3f}")
-    print(f"\nOpen {(given.out / 'sheet.png').resolve()}: {shown}.")
+    print(f"\nOpen {(args.out / 'sheet.png').resolve()}: {shown}.")

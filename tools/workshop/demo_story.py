@@ -63,7 +63,7 @@ Graph = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Told:
+class StoryRun:
     """What one job of the host gave."""
 
     graph: Graph
@@ -78,9 +78,9 @@ class Teller:
     """Runs graphs one after another, on a server that counts the UNet's evaluations."""
 
     client: Client
-    told: dict[str, Told] = field(default_factory=dict)
+    runs: dict[str, StoryRun] = field(default_factory=dict)
 
-    def run(self, name: str, graph: Graph, shown: str = PICTURES) -> Told:
+    def run(self, name: str, graph: Graph, shown: str = PICTURES) -> StoryRun:
         """shown: the node whose pictures count."""
         from PIL import Image
 
@@ -95,29 +95,29 @@ class Teller:
         pictures = [
             Image.open(BytesIO(self.client.view(image))) for image in outputs[shown]["images"]
         ]
-        self.told[name] = Told(
+        self.runs[name] = StoryRun(
             graph, outputs, pictures, watch.seconds, self.client.json("/kindred_calls")
         )
-        return self.told[name]
+        return self.runs[name]
 
 
-def graph_of(workflow: str, given: argparse.Namespace, lines: Sequence[str], subject: str) -> Graph:
+def graph_of(workflow: str, args: argparse.Namespace, lines: Sequence[str], subject: str) -> Graph:
     """A shipped workflow with this job's inputs."""
     graph = json.loads(WORKFLOWS[workflow].read_text("utf-8"))
     graph[LOADER]["inputs"]["ckpt_name"] = (
-        given.checkpoint.name if given.checkpoint else "kindred_miniature.safetensors"
+        args.checkpoint.name if args.checkpoint else "kindred_miniature.safetensors"
     )
     graph[PROMPTS]["inputs"] |= {
         "prompts": "\n".join(lines),
         "subject": subject,
-        "style": given.style,
+        "style": args.style,
     }
-    graph[SIZE]["inputs"] |= {"width": given.size, "height": given.size}
-    graph[STORY]["inputs"]["strength"] = given.strength
+    graph[SIZE]["inputs"] |= {"width": args.size, "height": args.size}
+    graph[STORY]["inputs"]["strength"] = args.strength
     graph[SAMPLER]["inputs"] |= {
-        "seed": given.seed,
-        "steps": given.steps,
-        "cfg": given.cfg,
+        "seed": args.seed,
+        "steps": args.steps,
+        "cfg": args.cfg,
         "sampler_name": "ddim",
         "scheduler": "ddim_uniform",
     }
@@ -148,13 +148,13 @@ def anchors(graph: Graph) -> Graph:
     return graph
 
 
-def from_photos(graph: Graph, names: Sequence[str], given: argparse.Namespace) -> Graph:
+def from_photos(graph: Graph, names: Sequence[str], args: argparse.Namespace) -> Graph:
     """The photo story of any number of uploaded photos."""
     graph = copy.deepcopy(graph)
     load, scale = graph[PHOTO[0]], graph[SCALED[0]]
     for key in (*PHOTO, *SCALED):
         del graph[key]
-    scale["inputs"] |= {"width": given.size, "height": given.size}
+    scale["inputs"] |= {"width": args.size, "height": args.size}
     for i, name in enumerate(names):
         graph[f"photo {i + 1}"] = load | {"inputs": {"image": name}}
         graph[f"scaled {i + 1}"] = scale | {
@@ -162,11 +162,11 @@ def from_photos(graph: Graph, names: Sequence[str], given: argparse.Namespace) -
         }
     graph[BATCH]["inputs"] = {f"images.image{i}": [f"scaled {i + 1}", 0] for i in range(len(names))}
     graph[COARSE]["inputs"] |= {
-        "prompts": f"a photo of a {given.subject}",
-        "subject": given.subject,
+        "prompts": f"a photo of a {args.subject}",
+        "subject": args.subject,
         "style": "",
     }
-    graph[CAPTURE]["inputs"]["steps"] = given.steps
+    graph[CAPTURE]["inputs"]["steps"] = args.steps
     return graph
 
 
@@ -179,13 +179,13 @@ def only_read(graph: Graph) -> Graph:
     }
 
 
-def saved_name(told: Told) -> str:
+def saved_name(one: StoryRun) -> str:
     """The name under which Load Reference lists what Save Reference wrote: "kindred/subject_00001_.safetensors, 2.9 MB"."""
-    return told.outputs[SAVE]["text"][0].partition(",")[0].removeprefix("kindred/")
+    return one.outputs[SAVE]["text"][0].partition(",")[0].removeprefix("kindred/")
 
 
 @contextmanager
-def counting_server(given: argparse.Namespace) -> Iterator[HostServer]:
+def counting_server(args: argparse.Namespace) -> Iterator[HostServer]:
     """A host with the pack and tools/workshop/count_calls.py."""
     with tempfile.TemporaryDirectory(prefix="kindred-", ignore_cleanup_errors=True) as base:
         (Path(base) / "custom_nodes").mkdir()
@@ -193,69 +193,71 @@ def counting_server(given: argparse.Namespace) -> Iterator[HostServer]:
             ROOT / "tools" / "workshop" / "count_calls.py",
             Path(base) / "custom_nodes" / "count_calls.py",
         )
-        models = {"checkpoints": [given.checkpoint]} if given.checkpoint else None
-        with HostServer(given.host, base=Path(base), models=models) as server:
+        models = {"checkpoints": [args.checkpoint]} if args.checkpoint else None
+        with HostServer(args.host, base=Path(base), models=models) as server:
             yield server
 
 
-def tell(given: argparse.Namespace, client: Client) -> dict[str, Told]:
+def tell(args: argparse.Namespace, client: Client) -> dict[str, StoryRun]:
     """Every story asked for, by name; `anchors` and `reading` are the first halves of two of them."""
     teller = Teller(client)
-    graph = graph_of("story", given, given.prompt, given.subject)
+    graph = graph_of("story", args, args.prompt, args.subject)
     teller.run("plain", plain(graph))
     teller.run("story", graph)
-    if given.more:
-        made = teller.run("anchors", anchors(graph_of("story", given, given.anchors, given.second)))
-        graph = graph_of("story_more_pictures", given, given.more, given.second)
-        graph[LOAD]["inputs"]["file"] = saved_name(made)
-        graph[SAMPLER]["inputs"]["seed"] = given.seed + 1
+    if args.more:
+        anchored = teller.run(
+            "anchors", anchors(graph_of("story", args, args.anchors, args.second))
+        )
+        graph = graph_of("story_more_pictures", args, args.more, args.second)
+        graph[LOAD]["inputs"]["file"] = saved_name(anchored)
+        graph[SAMPLER]["inputs"]["seed"] = args.seed + 1
         teller.run("more_pictures", graph)
-    if given.reference:
+    if args.reference:
         names = [
             client.upload_image(photo, f"kindred_photo_{i}.png")
-            for i, photo in enumerate(given.reference, 1)
+            for i, photo in enumerate(args.reference, 1)
         ]
         graph = from_photos(
-            graph_of("story_from_photo", given, given.prompt, given.subject), names, given
+            graph_of("story_from_photo", args, args.prompt, args.subject), names, args
         )
         teller.run("reading", only_read(graph), PREVIEW)
         teller.run("photo_story", graph)
-    return teller.told
+    return teller.runs
 
 
 Row = tuple[str, Sequence[tuple["Image.Image", str]]]
 
 
-def rows(given: argparse.Namespace, told: Mapping[str, Told]) -> list[Row]:
+def rows(args: argparse.Namespace, runs: Mapping[str, StoryRun]) -> list[Row]:
     """The sheet's rows: a title, and pictures with what was asked for."""
     from PIL import Image
 
     def captioned(name: str, lines: Sequence[str]) -> list[tuple[Image.Image, str]]:
-        return list(zip(told[name].pictures, lines, strict=True))
+        return list(zip(runs[name].pictures, lines, strict=True))
 
     made: list[Row] = [
-        ("plain: the prompts by themselves", captioned("plain", given.prompt)),
+        ("plain: the prompts by themselves", captioned("plain", args.prompt)),
         (
             "story: the same noise, with ConsiStory Shared Attention",
-            captioned("story", given.prompt),
+            captioned("story", args.prompt),
         ),
     ]
-    if "more_pictures" in told:
+    if "more_pictures" in runs:
         made.append(
             (
                 "more pictures of a saved subject: its two anchors, then what was made from the file",
-                captioned("anchors", [f"anchor: {line}" for line in given.anchors])
-                + captioned("more_pictures", given.more),
+                captioned("anchors", [f"anchor: {line}" for line in args.anchors])
+                + captioned("more_pictures", args.more),
             )
         )
-    if "photo_story" in told:
+    if "photo_story" in runs:
         photos = [
-            (Image.open(BytesIO(photo)), f"photo {i}") for i, photo in enumerate(given.reference, 1)
+            (Image.open(BytesIO(photo)), f"photo {i}") for i, photo in enumerate(args.reference, 1)
         ]
         made.append(
             (
                 "from photos: what was inverted, then the first row's noise",
-                photos + captioned("photo_story", given.prompt),
+                photos + captioned("photo_story", args.prompt),
             )
         )
     return made
@@ -295,14 +297,14 @@ def square(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB").crop((left, top, left + side, top + side))
 
 
-def costs(told: Mapping[str, Told]) -> dict[str, float]:
+def costs(runs: Mapping[str, StoryRun]) -> dict[str, float]:
     """Evaluations of the UNet and seconds of the sampler (of the capture, for `reading`), by story."""
-    figures: dict[str, float] = {f"unet_calls.{name}": job.unet_calls for name, job in told.items()}
-    timed = {name: CAPTURE if name == "reading" else SAMPLER for name in told}
+    figures: dict[str, float] = {f"unet_calls.{name}": job.unet_calls for name, job in runs.items()}
+    timed = {name: CAPTURE if name == "reading" else SAMPLER for name in runs}
     return figures | {
-        f"seconds.{name}": told[name].seconds[node]
+        f"seconds.{name}": runs[name].seconds[node]
         for name, node in timed.items()
-        if node in told[name].seconds
+        if node in runs[name].seconds
     }
 
 
@@ -358,74 +360,76 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how alike the subjects become, 0 to 1 (default: %(default)s)",
     )
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     own = ("subject", "style", "prompt", "more", "reference")
-    for path in filter(None, (given.checkpoint, *(given.reference or ()))):
+    for path in filter(None, (args.checkpoint, *(args.reference or ()))):
         if not path.is_file():
             parser.error(f"{path} is not a file")
-    if given.checkpoint is None and any(getattr(given, name) for name in own):
+    if args.checkpoint is None and any(getattr(args, name) for name in own):
         parser.error(
             f"--{', --'.join(own)} tell a story of your own and need --checkpoint; the miniature tells one that it can measure"
         )
-    if given.checkpoint and (not given.subject or len(given.prompt or ()) < 2):
+    if args.checkpoint and (not args.subject or len(args.prompt or ()) < 2):
         parser.error("--checkpoint also needs --subject, and --prompt twice at least")
-    given.measured = given.checkpoint is None
-    if given.measured:
-        from_world(given)
+    args.measured = args.checkpoint is None
+    if args.measured:
+        from_world(args)
     else:
-        given.style, given.second, given.anchors = (
-            given.style or "",
-            given.subject,
-            given.prompt[:2],
+        args.style, args.second, args.anchors = (
+            args.style or "",
+            args.subject,
+            args.prompt[:2],
         )
-        given.reference = [path.read_bytes() for path in given.reference or ()]
-    given.size = given.size or (native_size(given.checkpoint) if given.checkpoint else 128)
-    given.cfg = given.cfg if given.cfg is not None else 5.0 if given.checkpoint else 4.0
-    return given
+        args.reference = [path.read_bytes() for path in args.reference or ()]
+    args.size = args.size or (native_size(args.checkpoint) if args.checkpoint else 128)
+    args.cfg = args.cfg if args.cfg is not None else 5.0 if args.checkpoint else 4.0
+    return args
 
 
-def from_world(given: argparse.Namespace) -> None:
+def from_world(args: argparse.Namespace) -> None:
     """The miniature's own stories."""
     from checkout import as_kindred
 
     as_kindred()
     from kindred.miniature.world import PLACES
 
-    given.style, given.subject, given.second = "a photo of a", SUBJECT, SECOND
-    given.prompt = [f"{SUBJECT} {PLACES[scene]}" for scene in SCENES["story"]]
-    given.anchors, given.more = (
+    args.style, args.subject, args.second = "a photo of a", SUBJECT, SECOND
+    args.prompt = [f"{SUBJECT} {PLACES[scene]}" for scene in SCENES["story"]]
+    args.anchors, args.more = (
         [f"{SECOND} {PLACES[scene]}" for scene in SCENES[name]]
         for name in ("anchors", "more_pictures")
     )
-    given.reference = photos(PHOTO_SCENES)
+    args.reference = photos(PHOTO_SCENES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = parse(argv)
+    args = parse(argv)
     began = time.monotonic()
-    prepare(given.out, given.json)
-    with counting_server(given) as server:
-        told = tell(given, server.client)
-    figures = costs(told)
-    if given.measured:
+    prepare(args.out, args.json)
+    with counting_server(args) as server:
+        runs = tell(args, server.client)
+    figures = costs(runs)
+    if args.measured:
         figures |= figures_of(
-            {name: job.pictures for name, job in told.items() if name != "reading"}
+            {name: job.pictures for name, job in runs.items() if name != "reading"}
         )
     figures["seconds.total"] = time.monotonic() - began
-    write(given, told, figures)
+    write(args, runs, figures)
     return 0
 
 
-def write(given: argparse.Namespace, told: Mapping[str, Told], figures: dict[str, float]) -> None:
+def write(
+    args: argparse.Namespace, runs: Mapping[str, StoryRun], figures: dict[str, float]
+) -> None:
     """sheet.png, the single pictures, the graphs that were run, report.json."""
-    sheet(rows(given, told)).save(given.out / "sheet.png")
-    for name, job in told.items():
+    sheet(rows(args, runs)).save(args.out / "sheet.png")
+    for name, job in runs.items():
         for i, picture in enumerate(job.pictures, 1):
-            picture.save(given.out / f"{name}_{i}.png")
-        (given.out / f"{name}_api.json").write_text(json.dumps(job.graph, indent=2), "utf-8")
-    asked = {"prompts": given.prompt, "more": given.more or []}
+            picture.save(args.out / f"{name}_{i}.png")
+        (args.out / f"{name}_api.json").write_text(json.dumps(job.graph, indent=2), "utf-8")
+    asked = {"prompts": args.prompt, "more": args.more or []}
     look = "the first row is without Kindred, each row below it shares one subject"
-    report(given, "demo --story", asked, figures, look)
+    report(args, "demo --story", asked, figures, look)
 
 
 if __name__ == "__main__":

@@ -82,10 +82,10 @@ def cache_folder() -> Path:
 
 def pins_hash(version: tuple[int, int]) -> str:
     """Twelve hex digits of everything that decides what is installed."""
-    told = f"{sys.platform} {platform.machine()} {version}".encode()
+    place = f"{sys.platform} {platform.machine()} {version}".encode()
     # line endings as in the repository, whatever the checkout made of them
     return hashlib.sha256(
-        told + LOCK.read_bytes().replace(b"\r", b"") + HOST_PIN.read_bytes().replace(b"\r", b"")
+        place + LOCK.read_bytes().replace(b"\r", b"") + HOST_PIN.read_bytes().replace(b"\r", b"")
     ).hexdigest()[:12]
 
 
@@ -151,7 +151,7 @@ def only_one(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`; the system drops it when the process dies, so a killed setup leaves none behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        told = False
+        said = False
         while True:
             try:
                 if sys.platform == "win32":
@@ -165,11 +165,11 @@ def only_one(path: Path) -> Iterator[None]:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if not told:
+                if not said:
                     print(
                         "Another setup is at work on this environment: waiting for it.", flush=True
                     )
-                told = True
+                said = True
                 time.sleep(0.5)
         try:
             yield

@@ -27,17 +27,17 @@ LEFT_OUT = ("KindredConceptEncoderLoad", "KindredCrossAttnDetailInject")  # it h
 
 def flow_form(graph: Mapping[str, Any]) -> dict[str, Any]:
     """A UNet miniature's workflow in API form as one of the flow miniature's; MODEL goes past what is left out."""
-    made = copy.deepcopy(dict(graph))
-    models = {key: node["inputs"].get("model") for key, node in made.items()}
-    gone = [key for key, node in made.items() if node["class_type"] in LEFT_OUT]
+    flow = copy.deepcopy(dict(graph))
+    models = {key: node["inputs"].get("model") for key, node in flow.items()}
+    gone = [key for key, node in flow.items() if node["class_type"] in LEFT_OUT]
     for key in gone:
-        del made[key]
-    for node in made.values():
+        del flow[key]
+    for node in flow.values():
         inputs = node["inputs"]
         inputs |= {name: value for name, value in SAMPLING.items() if name in inputs}
         while isinstance(inputs.get("model"), list) and inputs["model"][0] in gone:
             inputs["model"] = models[inputs["model"][0]]
-    return made
+    return flow
 
 
 def checkpoint() -> Path:

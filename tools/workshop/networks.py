@@ -193,9 +193,9 @@ def kinds() -> dict[str, tuple[Any, Callable[[Any, torch.device], Any]]]:
         return lambda config, device: kind(config, device=device, **how)
 
     def inpainting(config: Any, device: torch.device) -> Any:
-        made = plain(config, device)
-        made.set_inpaint()
-        return made
+        model = plain(config, device)
+        model.set_inpaint()
+        return model
 
     augmented = {
         "noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"},

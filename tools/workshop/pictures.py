@@ -145,8 +145,8 @@ def key_of(
     root: Path, files: Sequence[Path], size: int, pixels: int, made_with: str
 ) -> dict[str, Any]:
     """What a cache was made of: it serves for nothing else. size, pixels: sides that the VAE and the tower see."""
-    told = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    return {"files": told, "size": size, "pixels": pixels, "model": made_with, "version": 1}
+    facts = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return {"files": facts, "size": size, "pixels": pixels, "model": made_with, "version": 1}
 
 
 def begin(

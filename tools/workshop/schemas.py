@@ -163,21 +163,21 @@ def _entries(
 
 def differences(old: Nodes, new: Nodes) -> list[str]:
     """One sentence per change from one shape() to another; none where nothing drifted."""
-    told = [f"{name}: the node is gone" for name in old if name not in new]
-    told += [f"{name}: the node is new" for name in new if name not in old]
+    sentences = [f"{name}: the node is gone" for name in old if name not in new]
+    sentences += [f"{name}: the node is new" for name in new if name not in old]
     for name in (name for name in old if name in new):
         was, has = old[name], new[name]
         for title, key in (("input", "id"), ("output", "name")):
-            told += [
+            sentences += [
                 f"{name}: {line}"
                 for line in _entries(title, was[f"{title}s"], has[f"{title}s"], key)
             ]
-        told += [
+        sentences += [
             f"{name}: {fact} was {was.get(fact)!r}, is {has.get(fact)!r}"
             for fact in {**was, **has}
             if fact not in ("inputs", "outputs") and was.get(fact) != has.get(fact)
         ]
-    return told
+    return sentences
 
 
 def locale_key(name: str) -> str:
@@ -199,7 +199,7 @@ def english(nodes: Nodes) -> dict[str, dict[str, Any]]:
                 locale_key(socket): {"name": socket.split(".")[-1], "tooltip": tip}
                 for socket, tip in grown(name, options)
             }
-        given = {
+        shown = {
             str(place): {"name": name, "tooltip": tip}
             for place, (name, _, tip, _) in enumerate(outputs(node))
         }
@@ -207,7 +207,7 @@ def english(nodes: Nodes) -> dict[str, dict[str, Any]]:
             "display_name": node["display_name"],
             "description": node["description"],
             "inputs": taken,
-            **({"outputs": given} if given else {}),
+            **({"outputs": shown} if shown else {}),
         }
     categories = {part: part for node in nodes.values() for part in node["category"].split("/")}
     return {"nodeDefs": words, "main": {"nodeCategories": categories}}
@@ -277,8 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     nodes = object_info(boot(Path(os.environ["KINDRED_HOST"])).NODE_CLASS_MAPPINGS)
     now, words = shape(nodes, host_lists()), english(nodes)
-    told = differences(read(GOLDEN), now)
-    told += [
+    sentences = differences(read(GOLDEN), now)
+    sentences += [
         f"locales/en/{stem}.json is not what the nodes say"
         for stem, content in words.items()
         if read(LOCALES / "en" / f"{stem}.json") != content
@@ -290,10 +290,10 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.translated:
         write(MADE_FROM, {path: fingerprint(text) for path, text in flat(words).items()})
     if chosen.stale:
-        told = stale(words, read(MADE_FROM))
-    unaccepted = [HOW] if told and not (chosen.accept or chosen.stale) else []
-    print("\n".join([*told, *unaccepted]) if told else "Nothing changed.")
-    return 1 if told and not chosen.accept else 0
+        sentences = stale(words, read(MADE_FROM))
+    unaccepted = [HOW] if sentences and not (chosen.accept or chosen.stale) else []
+    print("\n".join([*sentences, *unaccepted]) if sentences else "Nothing changed.")
+    return 1 if sentences and not chosen.accept else 0
 
 
 if __name__ == "__main__":

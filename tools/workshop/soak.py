@@ -106,24 +106,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=os.environ.get("KINDRED_HOST"),
         help="ComfyUI's folder (dev.py gives it)",
     )
-    given = parser.parse_args(argv)
-    if not given.host:
+    args = parser.parse_args(argv)
+    if not args.host:
         parser.error("--host is missing; run it as: python3 dev.py soak")
-    if given.steps < 4 or 1000 % given.steps:
+    if args.steps < 4 or 1000 % args.steps:
         parser.error(
-            f"--steps is {given.steps}; give a divisor of 1000 of 4 or more: a story has two stages, and ddim_uniform then has as "
+            f"--steps is {args.steps}; give a divisor of 1000 of 4 or more: a story has two stages, and ddim_uniform then has as "
             "many steps as asked for"
         )
-    given.kind = [kind for kind in MIX if kind in given.kind]
-    for kind in given.kind:
-        if (needed := NEEDS.get(kind)) and needed not in given.kind:
+    args.kind = [kind for kind in MIX if kind in args.kind]
+    for kind in args.kind:
+        if (needed := NEEDS.get(kind)) and needed not in args.kind:
             parser.error(f"--kind {kind} reads what {needed} writes: name both")
-    if given.quick and "check" not in given.kind:
+    if args.quick and "check" not in args.kind:
         parser.error("--quick compares the kind check with a fresh server: name it too")
     for name, least in (("prompts", 1), ("threads", 1), ("flat", 0), ("slower", 1)):
-        if getattr(given, name) < least:
-            parser.error(f"--{name} is {getattr(given, name)}; give {least} or more")
-    return given
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; give {least} or more")
+    return args
 
 
 @dataclass
@@ -202,11 +202,11 @@ def digest_of(client: Client, images: Sequence[Mapping[str, str]]) -> str:
     """Of the pixels alone: a file also holds its workflow."""
     from PIL import Image
 
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for image in images:
         picture = Image.open(BytesIO(client.view(image)))
-        told.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
-    return told.hexdigest()
+        digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
+    return digest.hexdigest()
 
 
 def resident(pid: int, status: str = "/proc/{}/status") -> int:
@@ -241,17 +241,17 @@ def in_the_environment(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.update({} if value is None else {name: value})
 
 
-def server_of(given: argparse.Namespace) -> HostServer:
-    return HostServer(given.host, threads=given.threads)
+def server_of(args: argparse.Namespace) -> HostServer:
+    return HostServer(args.host, threads=args.threads)
 
 
 def soak(
-    given: argparse.Namespace, note: Callable[[str], None]
+    args: argparse.Namespace, note: Callable[[str], None]
 ) -> tuple[Soak, list[Reading], Late | None]:
     """Every prompt -> the old server's, a fresh one's of the first round, and both servers' of one more round in turns."""
-    rounds, kinds = rounds_of(given.prompts, len(given.kind)), given.kind
-    with server_of(given) as server:
-        old = Soak(server, given.steps)
+    rounds, kinds = rounds_of(args.prompts, len(args.kind)), args.kind
+    with server_of(args) as server:
+        old = Soak(server, args.steps)
         for turn in range(rounds):
             for kind in kinds:
                 old.send(kind, turn, 0 if turn == rounds - 1 else turn)
@@ -260,10 +260,10 @@ def soak(
                 f"round {turn + 1} of {rounds}: {len(old.readings)} prompts, {last.resident / 1e6:.0f} MB, "
                 f"{sum(r.seconds for r in old.readings[-len(kinds) :]):.0f} s"
             )
-        with server_of(given) as other:
-            fresh = Soak(other, given.steps)
-            first = [fresh.send(kind, 0, 0) for kind in (["check"] if given.quick else kinds)]
-            if given.quick:
+        with server_of(args) as other:
+            fresh = Soak(other, args.steps)
+            first = [fresh.send(kind, 0, 0) for kind in (["check"] if args.quick else kinds)]
+            if args.quick:
                 return old, first, None
             kept, late = list(old.readings), ([], [])
             for turn in (rounds, rounds + 1):
@@ -298,7 +298,7 @@ def figures_of(
     readings: Sequence[Reading], late: Late | None, laws: Sequence[Law]
 ) -> dict[str, float]:
     held = memory(readings)
-    told = {
+    figures = {
         "memory.first_mb": held.thirds[0] / 1e6,
         "memory.last_mb": held.thirds[2] / 1e6,
         "memory.growth": held.growth,
@@ -308,34 +308,34 @@ def figures_of(
         "seconds.total": sum(r.seconds for r in readings),
     }
     if late:
-        told |= {
+        figures |= {
             "time.last_over_first": typical(slowdown(readings)),
             "time.old_over_fresh": typical(beside_fresh(*late)),
         }
-    return told
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = arguments(argv)
-    prepare(None, given.json)
+    args = arguments(argv)
+    prepare(None, args.json)
     try:
         with in_the_environment(GIVE_BACK):
-            old, first, late = soak(given, lambda text: print(text, file=sys.stderr, flush=True))
+            old, first, late = soak(args, lambda text: print(text, file=sys.stderr, flush=True))
     except HostError as error:
         print(f"\nsoak: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("\nsoak: stopped; what was measured so far says nothing yet.", file=sys.stderr)
         return STOPPED
-    laws = judged(old.readings, first, late, given.flat, given.slower)
+    laws = judged(old.readings, first, late, args.flat, args.slower)
     print(f"{table(old.readings, late)}\n")
     for law in laws:
         print(f"{'ok    ' if law.kept else 'BROKEN'}  {law.name}: {law.says}")
-    if given.json:
-        given.json.write_text(
+    if args.json:
+        args.json.write_text(
             json.dumps(
                 {
-                    "command": f"soak --prompts {given.prompts} --steps {given.steps} --kind {' '.join(given.kind)}",
+                    "command": f"soak --prompts {args.prompts} --steps {args.steps} --kind {' '.join(args.kind)}",
                     "version": version(),
                     "seed": 0,
                     "figures": figures_of(old.readings, late, laws),

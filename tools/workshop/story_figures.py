@@ -76,7 +76,7 @@ def limits(reader: Reader, autoencode: Any, count: int = LIMITS) -> tuple[float,
     )
 
 
-def figures_of(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
+def figures_of(sets: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
     """Figures of plain, story, photo_story, and of more_pictures: its two pictures among themselves and with the two anchors."""
     as_kindred()
     import torch
@@ -93,9 +93,9 @@ def figures_of(made: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
     figures["consistency.floor"], figures["consistency.ceiling"] = limits(reader, autoencode)
     figures["identity.floor"], figures["identity.ceiling"] = floor_and_ceiling(reader, autoencode)
     for name in ("plain", "story", "photo_story"):
-        figures |= figures_of_set(name, reader, made[name], SCENES["story"], SUBJECT)
+        figures |= figures_of_set(name, reader, sets[name], SCENES["story"], SUBJECT)
     name, scenes = "more_pictures", SCENES["anchors"] + SCENES["more_pictures"]
-    pictures = [*made["anchors"], *made[name]]
+    pictures = [*sets["anchors"], *sets[name]]
     figures |= figures_of_set(name, reader, pictures, scenes, SECOND)
     # a picture without a subject has no box
     return {name: value for name, value in figures.items() if value == value}

@@ -33,32 +33,32 @@ from terminal import run_program
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse(argv, __doc__)
+    args = parse(argv, __doc__)
     try:
-        PictureFolder(given.images, given.prompt).files()
+        PictureFolder(args.images, args.prompt).files()
     except NoPictures as problem:  # said before seconds of loading
         raise SystemExit(f"train_concept_encoder: {problem}") from problem
-    if given.tensorboard and find_spec("tensorboard") is None:
+    if args.tensorboard and find_spec("tensorboard") is None:
         raise SystemExit(
             "train_concept_encoder: --tensorboard needs the tensorboard package; log.csv is written in any case."
         )
     quiet = int(os.environ.get("RANK", "0")) != 0
-    if torch.cuda.is_available() and not given.cpu:
+    if torch.cuda.is_available() and not args.cpu:
         torch.cuda.set_device(
             int(os.environ.get("LOCAL_RANK", 0))
         )  # before the host asks the first GPU for its memory
-    boot(Path(given.host), cpu=given.cpu or not torch.cuda.is_available())
+    boot(Path(args.host), cpu=args.cpu or not torch.cuda.is_available())
     from datetime import timedelta
 
     accelerator = Accelerator(
-        mixed_precision=given.mixed_precision,
-        cpu=given.cpu or not torch.cuda.is_available(),
+        mixed_precision=args.mixed_precision,
+        cpu=args.cpu or not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )  # the first process reads the pictures
     if accelerator.device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     try:
-        return Training(given, accelerator, quiet).run()
+        return Training(args, accelerator, quiet).run()
     except NoPictures as problem:
         raise SystemExit(f"train_concept_encoder: {problem}") from problem
     except OSError as problem:

@@ -76,13 +76,13 @@ def make_pictures(
             for kind, (workflow, node, beside) in HELP.items():
                 if workflow == name:
                     drawn = None if kind in ALONE else shot(canvas, node)
-                    made = [
+                    written = [
                         picture
                         for key in ((node,) if kind in ALONE else beside)
                         for picture in pictures[key]
                     ]
                     IMAGES.mkdir(parents=True, exist_ok=True)
-                    help_picture(drawn, made).save(
+                    help_picture(drawn, written).save(
                         IMAGES / f"{kind}.jpg", quality=88, optimize=True
                     )
         print(f"{name}: ran, pictures kept", flush=True)
@@ -124,15 +124,17 @@ def shot(canvas: Canvas, node: int) -> Image.Image:
     return Image.open(BytesIO(canvas.page.screenshot(clip=clip))).convert("RGB")
 
 
-def help_picture(node: Image.Image | None, made: Sequence[Image.Image]) -> Image.Image:
+def help_picture(node: Image.Image | None, pictures: Sequence[Image.Image]) -> Image.Image:
     """The node over a row of what it made, as wide as a help panel likes it."""
-    share = sum(picture.width / picture.height for picture in made)
-    height = min(round((HELP_WIDTH - GAP * (len(made) - 1)) / share), HELP_WIDTH) if made else 0
+    share = sum(picture.width / picture.height for picture in pictures)
+    height = (
+        min(round((HELP_WIDTH - GAP * (len(pictures) - 1)) / share), HELP_WIDTH) if pictures else 0
+    )
     row = [
         picture.resize(
             (max(int(picture.width * height / picture.height), 1), height), Image.LANCZOS
         )
-        for picture in made
+        for picture in pictures
     ]
     rows = [[node]] * (node is not None) + [row] * bool(row)
     page = Image.new(

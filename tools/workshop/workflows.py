@@ -104,8 +104,8 @@ def groups_of(graph: Mapping[str, Node]) -> dict[str, list[int]]:
 
 def note(name: str, key: int) -> Node:
     """The workflow's note as a node of the canvas."""
-    told = NOTES[name]
-    text = f"## {told.title}\n\n{told.text}\n\n---\n\n{told.yours}"
+    sentences = NOTES[name]
+    text = f"## {sentences.title}\n\n{sentences.text}\n\n---\n\n{sentences.yours}"
     width, letters = NOTE_WIDTH if on_the_miniature(name) else WIDE_NOTE
     lines = sum(1 + len(line) // letters for line in text.splitlines())
     return {
@@ -141,8 +141,8 @@ def columns(ids: Sequence[int], nodes: Mapping[int, Node]) -> list[list[int]]:
 
 def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> dict[str, Any]:
     """The page's own graph, with places, sizes, colours, groups and the note."""
-    made = json.loads(json.dumps(drawn))
-    nodes = {int(node["id"]): node for node in made["nodes"]}
+    arranged = json.loads(json.dumps(drawn))
+    nodes = {int(node["id"]): node for node in arranged["nodes"]}
     for node in nodes.values():
         width, height = node["size"]
         node["size"] = list(SIZES.get(node["type"], (max(round(width), 280), round(height))))
@@ -151,7 +151,7 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
     nodes[first] = note(name, first)
     groups = groups_of(graph)
     head = next(iter(groups))
-    left, made["groups"] = 0, []
+    left, arranged["groups"] = 0, []
     for number, (title, ids) in enumerate(groups.items()):
         start, bottom = left, 0
         left += PADDING
@@ -163,7 +163,7 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
             left += max(nodes[key]["size"][0] for key in column) + GAP
             bottom = max(bottom, top - TITLE - GAP)
         left += PADDING - GAP
-        made["groups"].append(
+        arranged["groups"].append(
             {
                 "id": number + 1,
                 "title": title,
@@ -174,21 +174,21 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
             }
         )
         left += GAP
-    made["nodes"] = [nodes[key] for key in sorted(nodes)]
-    made["last_node_id"] = first
-    return made
+    arranged["nodes"] = [nodes[key] for key in sorted(nodes)]
+    arranged["last_node_id"] = first
+    return arranged
 
 
 def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the file: no nulls but those of sockets, an id that stays, and who brings each node."""
-    made, graph = without_nulls(drawn), api_form(name)
+    clean, graph = without_nulls(drawn), api_form(name)
     versions = {
         "kindred": version(),
         "comfy-core": json.loads(
             (ROOT / "tools" / "workshop" / "pins" / "host.json").read_text("utf-8")
         )["comfyui"],
     }
-    for node in made["nodes"]:
+    for node in clean["nodes"]:
         if node["type"] == "MarkdownNote":
             node["properties"] = {}
             continue
@@ -200,11 +200,11 @@ def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         }
         if models := models_of(graph[str(node["id"])]):
             node["properties"]["models"] = models
-    made["nodes"].sort(key=lambda node: int(node["id"]))
+    clean["nodes"].sort(key=lambda node: int(node["id"]))
     extra = {"ds": {"scale": 0.7, "offset": [60, 120]}}
     return (
         {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"kindred/{name}")), "revision": 0}
-        | {key: value for key, value in made.items() if key not in ("id", "revision", "extra")}
+        | {key: value for key, value in clean.items() if key not in ("id", "revision", "extra")}
         | {"extra": extra}
     )
 
@@ -262,28 +262,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--shots", type=Path, help="keep a screenshot of each in this folder")
     parser.add_argument("--host", type=Path, help="ComfyUI's folder (dev.py gives it)")
-    given = parser.parse_args(argv)
-    prepare(given.shots)
+    args = parser.parse_args(argv)
+    prepare(args.shots)
     follow(API)
-    unknown = sorted(set(given.name) - set(names()))
+    unknown = sorted(set(args.name) - set(names()))
     if unknown:
         parser.error(f"there is no workflows/api/{unknown[0]}.json; there are {', '.join(names())}")
     from canvas import browser
 
     small = [ROOT / "tests" / "small_models"]  # else the page complains of missing files
-    with HostServer(given.host, cpu=True, threads=1, packs=small) as server, browser() as chromium:
+    with HostServer(args.host, cpu=True, threads=1, packs=small) as server, browser() as chromium:
         with chromium.page(server.url, vue=False) as canvas:
-            for name in given.name or names():
+            for name in args.name or names():
                 print(
                     f"{name}: {'written' if write(name, draw(canvas, name)) else 'as it was'}",
                     flush=True,
                 )
-                if given.shots:
-                    canvas.screenshot(given.shots / f"{name}.png")
-        if given.run:
+                if args.shots:
+                    canvas.screenshot(args.shots / f"{name}.png")
+        if args.run:
             from workflow_pictures import make_pictures
 
-            make_pictures(server, chromium, given.name or names(), given.shots)
+            make_pictures(server, chromium, args.name or names(), args.shots)
     return 0
 
 

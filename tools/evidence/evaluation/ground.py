@@ -41,7 +41,7 @@ class Setting:
 
     def of(self, job: Job) -> dict[str, Any]:
         """Everything that decides a job's numbers: its key in the journal."""
-        told = {
+        facts = {
             "ground": "miniature" if self.miniature == UNET else f"{self.miniature} miniature",
             "task": job.task,
             "inputs": dict(job.row.inputs),
@@ -49,9 +49,9 @@ class Setting:
             "code": self.code,
         }
         return (
-            told
+            facts
             if job.row == BOUNDS
-            else told | {"seed": job.seed, "steps": self.steps, "cfg": self.cfg}
+            else facts | {"seed": job.seed, "steps": self.steps, "cfg": self.cfg}
         )
 
 

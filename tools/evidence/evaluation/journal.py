@@ -40,14 +40,14 @@ DECIDES = (
 
 def fingerprint(host: Path) -> str:
     """Twelve hex digits of the code, the weights and the versions (ComfyUI's, torch's) that decide a measurement."""
-    told = hashlib.sha256(importlib.metadata.version("torch").encode())
+    digest = hashlib.sha256(importlib.metadata.version("torch").encode())
     if (release := host / "comfyui_version.py").is_file():
-        told.update(release.read_bytes())
+        digest.update(release.read_bytes())
     for path in sorted({path for pattern in DECIDES for path in ROOT.glob(pattern)}):
-        told.update(
+        digest.update(
             f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
         )
-    return told.hexdigest()[:12]
+    return digest.hexdigest()[:12]
 
 
 class Journal:

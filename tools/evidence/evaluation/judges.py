@@ -34,7 +34,7 @@ class Column:
 
     name: str
     title: str
-    told: str
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ class Clip:
             ),
             Column("aesthetic", "aesthetic", "LAION's improved aesthetic predictor, 1 to 10"),
         ]
-        given = {"text": clip is not None, "aesthetic": head is not None}
+        has = {"text": clip is not None, "aesthetic": head is not None}
         self.columns = tuple(
-            replace(c, told=f"{c.told} ({self.title})") for c in every if given.get(c.name, True)
+            replace(c, meaning=f"{c.meaning} ({self.title})")
+            for c in every
+            if has.get(c.name, True)
         )
         self.embed = partial(embedded, vision)
         self.photos, self.texts = Kept(self.embed), Kept(self.read)
@@ -113,12 +115,12 @@ class Clip:
         images, photos = pictures_of(images, asked)
         own = self.embed(images)
         image, consistency = similarities(own, self.photos(photos))
-        found = {"image": image, "consistency": consistency}
+        columns = {"image": image, "consistency": consistency}
         if self.clip is not None:
-            found["text"] = paired_cosines(own, torch.stack(self.texts(asked.prompts))).tolist()
+            columns["text"] = paired_cosines(own, torch.stack(self.texts(asked.prompts))).tolist()
         if self.head is not None:
-            found["aesthetic"] = self.head(own).tolist()
-        return {column.name: found[column.name] for column in self.columns}
+            columns["aesthetic"] = self.head(own).tolist()
+        return {column.name: columns[column.name] for column in self.columns}
 
 
 class Dino:
@@ -319,16 +321,16 @@ def weights_in(path: Path | str, remedy: str) -> Mapping[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"{NAME}: there is no file {path}. {remedy}")
     try:
-        found = comfy.utils.load_torch_file(str(path), safe_load=True)
+        weights = comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:  # pickle, zip and safetensors have each their own
         raise ValueError(
             f"{NAME}: {path} is no file of weights ({why(error)}). {remedy}"
         ) from error
-    if not isinstance(found, Mapping) or not all(
-        isinstance(value, Tensor) for value in found.values()
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(value, Tensor) for value in weights.values()
     ):
         raise ValueError(f"{NAME}: {path} holds something else than named weights. {remedy}")
-    return found
+    return weights
 
 
 def filled(module: nn.Module, weights: Mapping[str, Tensor], path: Path | str, remedy: str) -> Any:

@@ -54,25 +54,25 @@ def fitting(
 
     by_name: they were asked for by their names. SystemExit where one of those, or all, cannot be.
     """
-    made, said = [], []
+    fit, said = [], []
     for table in tables:
         if need := lacks(table, miniature):
-            told = f"{table.name} needs {need}, which the {miniature} miniature does not have"
+            sentence = f"{table.name} needs {need}, which the {miniature} miniature does not have"
             if by_name:
-                raise SystemExit(f"evaluate: {told}. {REMEDY.format(other(miniature))}")
-            said.append(f"{told}: left out.")
+                raise SystemExit(f"evaluate: {sentence}. {REMEDY.format(other(miniature))}")
+            said.append(f"{sentence}: left out.")
             continue
         if gone := left_out(table, miniature):
             said.append(
                 f"{table.name} is without {', '.join(gone)}: the {miniature} miniature does not have {ENCODER}."
             )
-        made.append(fitted(table, miniature))
-    if not made:
+        fit.append(fitted(table, miniature))
+    if not fit:
         raise SystemExit(
             f"evaluate: the {miniature} miniature does not have {', '.join(needs(tables))}, which all of it needs. "
             + REMEDY.format(other(miniature))
         )
-    return made, said
+    return fit, said
 
 
 def needs(tables: Sequence[Table]) -> Iterator[str]:

@@ -29,25 +29,25 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     )
     common_arguments(parser)
     own_arguments(parser)
-    given = parser.parse_args(argv)
-    given.files = files_of(given, parser)
+    args = parser.parse_args(argv)
+    args.files = files_of(args, parser)
     for name, on_miniature, on_checkpoint in (
         ("steps", 25, 50),
         ("cfg", 4.0, 7.5),
         ("processes", min(8, os.cpu_count() or 1), 1),
     ):
-        if getattr(given, name) is None:
-            setattr(given, name, on_checkpoint if given.files else on_miniature)
-    given.command = " ".join(["evaluate", *(sys.argv[1:] if argv is None else argv)])
-    refuse_too_small(given, parser)
-    refuse_without_effect(given, parser)
-    given.miniature = given.miniature or UNET
-    if given.miniature == FLOW and given.out == parser.get_default("out"):
-        given.out = Path("kindred-evaluation-flow")
-    given.host = Path(
-        given.host or parser.error("--host is missing; run it as: python3 dev.py evaluate")
+        if getattr(args, name) is None:
+            setattr(args, name, on_checkpoint if args.files else on_miniature)
+    args.command = " ".join(["evaluate", *(sys.argv[1:] if argv is None else argv)])
+    refuse_too_small(args, parser)
+    refuse_without_effect(args, parser)
+    args.miniature = args.miniature or UNET
+    if args.miniature == FLOW and args.out == parser.get_default("out"):
+        args.out = Path("kindred-evaluation-flow")
+    args.host = Path(
+        args.host or parser.error("--host is missing; run it as: python3 dev.py evaluate")
     )
-    return given
+    return args
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,89 +174,87 @@ def faces_of(text: str) -> Path | str:
     return text if text == DLIB else Path(text)
 
 
-def refuse_too_small(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def refuse_too_small(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for name, least in (
-        ("count", 1 if given.files else 2),
+        ("count", 1 if args.files else 2),
         ("batch", 1),
         ("seeds", 1),
         ("steps", 1),
         ("processes", 1),
         ("first", 0),
     ):
-        if (value := getattr(given, name)) is not None and value < least:
+        if (value := getattr(args, name)) is not None and value < least:
             why = ": the floor compares every identity with another one" if name == "count" else ""
             parser.error(f"--{name} is {value}, but takes {least} at least{why}")
 
 
-def refuse_without_effect(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def refuse_without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Options that another one leaves nothing to do."""
     for option, without, why in (
-        ("table", given.variant, "--variant makes a table of its own"),
-        ("table", given.task != "all", "--task takes all tables of one paper"),
-        ("variant", given.task == "miniature", "--task miniature has no rows"),
-        ("miniature", given.files, "--checkpoint is measured"),
-        ("first", given.files, "a checkpoint's cases are your photos, from the first on"),
+        ("table", args.variant, "--variant makes a table of its own"),
+        ("table", args.task != "all", "--task takes all tables of one paper"),
+        ("variant", args.task == "miniature", "--task miniature has no rows"),
+        ("miniature", args.files, "--checkpoint is measured"),
+        ("first", args.files, "a checkpoint's cases are your photos, from the first on"),
     ):
-        if getattr(given, option) not in (None, []) and without:
+        if getattr(args, option) not in (None, []) and without:
             parser.error(f"--{option} does nothing here: {why}")
 
 
-def files_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> real.Files | None:
+def files_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> real.Files | None:
     """What a run on the user's checkpoint reads; None for the miniature."""
     names = [field.name for field in fields(real.Files)]
-    if not given.checkpoint:
-        if lonely := [name for name in names if getattr(given, name) and name != "batch"]:
+    if not args.checkpoint:
+        if lonely := [name for name in names if getattr(args, name) and name != "batch"]:
             parser.error(
                 f"--{lonely[0].replace('_', '-')} needs a --checkpoint: the miniature has its own"
             )
         return None
-    if not given.prompts:
+    if not args.prompts:
         parser.error("--checkpoint needs --prompts, a file with a prompt on each line")
-    if given.table or given.task == "miniature":
+    if args.table or args.task == "miniature":
         parser.error(
-            f"{'--table' if given.table else '--task miniature'} is the miniature's; take --variant for rows of your own"
+            f"{'--table' if args.table else '--task miniature'} is the miniature's; take --variant for rows of your own"
         )
-    return real.Files(**{name: getattr(given, name) for name in names})
+    return real.Files(**{name: getattr(args, name) for name in names})
 
 
-def chosen(given: argparse.Namespace) -> list[Table]:
+def chosen(args: argparse.Namespace) -> list[Table]:
     """The tables to measure, with this run's cases; what the miniature has not for them is said. SystemExit where words do not fit."""
-    if given.variant:
-        tables = [own_table(given)]
-    elif given.files:
-        tables = real.tables(given.files, given.task)
+    if args.variant:
+        tables = [own_table(args)]
+    elif args.files:
+        tables = real.tables(args.files, args.task)
     else:
-        names = given.table or [
-            name for name in DEFAULT if given.task in ("all", TABLES[name].task)
-        ]
-        tables, told = fitting([TABLES[name] for name in names], given.miniature, bool(given.table))
-        for sentence in told:
-            print(f"evaluate: {sentence}", file=sys.stderr)
-    if given.files:
-        return [replace(t, count=min(given.count or t.count, t.count)) for t in tables]
-    return [
-        replace(
-            t, count=given.count or t.count, first=t.first if given.first is None else given.first
+        names = args.table or [name for name in DEFAULT if args.task in ("all", TABLES[name].task)]
+        tables, sentences = fitting(
+            [TABLES[name] for name in names], args.miniature, bool(args.table)
         )
+        for sentence in sentences:
+            print(f"evaluate: {sentence}", file=sys.stderr)
+    if args.files:
+        return [replace(t, count=min(args.count or t.count, t.count)) for t in tables]
+    return [
+        replace(t, count=args.count or t.count, first=t.first if args.first is None else args.first)
         for t in tables
     ]
 
 
-def own_table(given: argparse.Namespace) -> Table:
+def own_table(args: argparse.Namespace) -> Table:
     """The rows of --variant beside plain."""
-    if given.task not in ("personalize", "story"):
+    if args.task not in ("personalize", "story"):
         raise SystemExit(
             "evaluate: --variant needs --task personalize or --task story: the inputs are that task's."
         )
-    rows = (PLAIN[given.task], *(Row.parse(given.task, text) for text in given.variant))
+    rows = (PLAIN[args.task], *(Row.parse(args.task, text) for text in args.variant))
     if twice := sorted({a.name for a, b in combinations(rows, 2) if a.name == b.name}):
         raise SystemExit(
             f"evaluate: two rows are called {', '.join(twice)}. Give each a name of its own."
         )
-    if given.files:
-        count = real.tables(given.files, given.task)[0].count
-        real.refuse(rows, given.files)
+    if args.files:
+        count = real.tables(args.files, args.task)[0].count
+        real.refuse(rows, args.files)
     else:
-        refuse(rows, given.task, given.miniature)
-        count = 12 if given.task == "personalize" else 6
-    return Table("own", "Rows of your own", given.task, rows, count)
+        refuse(rows, args.task, args.miniature)
+        count = 12 if args.task == "personalize" else 6
+    return Table("own", "Rows of your own", args.task, rows, count)

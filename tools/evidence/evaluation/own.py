@@ -27,15 +27,15 @@ def jobs(count: int, batch: int = 4) -> list[Job]:
     """`count` pictures of every class and scene, at most `batch` in a job; and the held-out renderings."""
     from kindred.miniature.world import CLASSES, SCENES
 
-    made = []
+    all_jobs = []
     for pair in range(len(CLASSES) * len(SCENES)):
         for number, first in enumerate(range(0, count, batch)):
             pictures = min(batch, count - first)
-            made.append(Job(PROMPTS, Row("prompts", (("pictures", pictures),)), pair, number))
+            all_jobs.append(Job(PROMPTS, Row("prompts", (("pictures", pictures),)), pair, number))
     for chunk in range(HELD_OUT // CHUNK):
         masked = max(0, min(CHUNK, MASKED * count - CHUNK * chunk))
-        made.append(Job(RENDERINGS, Row("renderings", (("masked", masked),)), chunk, 0))
-    return made
+        all_jobs.append(Job(RENDERINGS, Row("renderings", (("masked", masked),)), chunk, 0))
+    return all_jobs
 
 
 class OwnFigures:
@@ -61,8 +61,8 @@ class OwnFigures:
         kind, scene = CLASSES[job.case // len(SCENES)], SCENES[job.case % len(SCENES)]
         pictures = job.row.get("pictures", 1)
         lines = self.studio.prompts([prompt(kind, scene)] * pictures, kind)
-        made = self.studio.sample(self.studio.model, lines, pictures, job.case + APART * job.seed)
-        reading = self.reader.read(made)
+        drawn = self.studio.sample(self.studio.model, lines, pictures, job.case + APART * job.seed)
+        reading = self.reader.read(drawn)
         return colours_of(reading) | {
             "class": [float(name == kind) for name in reading.names("class")],
             "scene": [float(name == scene) for name in reading.names("scene")],
@@ -122,27 +122,27 @@ def figures(found: Mapping[Job, Mapping[str, Any]], size: float) -> dict[str, fl
     """Flat names and numbers, as of the UNet miniature; found: what was measured of every job; size: of the file in MiB."""
     from kindred.miniature.world import CLASSES, SCENES
 
-    asked = {job: values for job, values in found.items() if job.task == PROMPTS}
+    prompted = {job: values for job, values in found.items() if job.task == PROMPTS}
     known = [values for job, values in found.items() if job.task == RENDERINGS]
-    made = {
-        "class_accuracy.prompts": fmean(every(asked.values(), "class")),
-        "scene_accuracy.prompts": fmean(every(asked.values(), "scene")),
-        "whole_subject.prompts": fmean(every(asked.values(), "whole")),
+    means = {
+        "class_accuracy.prompts": fmean(every(prompted.values(), "class")),
+        "scene_accuracy.prompts": fmean(every(prompted.values(), "scene")),
+        "whole_subject.prompts": fmean(every(prompted.values(), "whole")),
         "whole_subject.renderings": fmean(every(known, "whole")),
-        "spread_ratio": spread(list(asked.values())) / spread(known),
+        "spread_ratio": spread(list(prompted.values())) / spread(known),
         "vae.psnr_db": fmean(every(known, "psnr")),
-        "count.pictures": len(list(every(asked.values(), "class"))),
+        "count.pictures": len(list(every(prompted.values(), "class"))),
         "size.mib": size,
     }
     if sought := list(every(known, "iou")):
-        made |= {"mask.iou": fmean(sought), "count.masks": len(sought)}
+        means |= {"mask.iou": fmean(sought), "count.masks": len(sought)}
     for name in known[0]["accuracy"]:
         values = [one["accuracy"][name] for one in known if not math.isnan(one["accuracy"][name])]
-        made[f"reader_after_vae.{name}"] = fmean(values)
+        means[f"reader_after_vae.{name}"] = fmean(values)
     for number, kind in enumerate(CLASSES):
-        of_kind = [values for job, values in asked.items() if job.case // len(SCENES) == number]
-        made[f"class_accuracy.{kind}"] = fmean(every(of_kind, "class"))
-    return made
+        of_kind = [values for job, values in prompted.items() if job.case // len(SCENES) == number]
+        means[f"class_accuracy.{kind}"] = fmean(every(of_kind, "class"))
+    return means
 
 
 def every(

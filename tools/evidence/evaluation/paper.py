@@ -79,14 +79,14 @@ class Page:
         self, text: str, room: float, size: float = WORDS, turned: bool = False, bold: bool = False
     ) -> Text:
         """A text broken into lines of at most `room` pixels, where it has spaces."""
-        made = ""
+        lines = ""
         for word in text.split():
             probe = self.write(
-                said(f"{made.rsplit(chr(10), 1)[-1]} {word}".strip()), size, bold=bold
+                said(f"{lines.rsplit(chr(10), 1)[-1]} {word}".strip()), size, bold=bold
             )
-            made += ("\n" if self.box(probe).width > room else " ") * bool(made) + word
+            lines += ("\n" if self.box(probe).width > room else " ") * bool(lines) + word
             probe.remove()
-        return self.write(said(made), size, turned=turned, bold=bold)
+        return self.write(said(lines), size, turned=turned, bold=bold)
 
     def line(self, xs: Sequence[float], ys: Sequence[float], colour: str, marker: str = "") -> None:
         """A thin line to a label, under everything; with a marker at its first place a strong one, for the key."""
@@ -143,48 +143,48 @@ def page(
 ) -> Page:
     """Title, key, axes with their titles, floor and ceiling, and labels at the ends of lines (label, x, y, style)."""
     figure = Figure((WIDTH / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
-    made = Page(figure, FigureCanvasAgg(figure), figure.add_axes((0.1, 0.1, 0.8, 0.8)))
-    made.axes.patch.set_visible(False)  # lines to labels lie under the axes
-    top = heading(made, title, key, height)
-    scales.on(made.axes)
+    sheet = Page(figure, FigureCanvasAgg(figure), figure.add_axes((0.1, 0.1, 0.8, 0.8)))
+    sheet.axes.patch.set_visible(False)  # lines to labels lie under the axes
+    top = heading(sheet, title, key, height)
+    scales.on(sheet.axes)
     crossing = x.marks(scales.logarithmic)
-    beside = [made.write(said(cut(name)), SMALL, style.ink) for name, _, _, style in ends]
-    beside += [made.write(name, SMALL, GREY) for name, _ in y.marks()]
-    above = [made.write(name, SMALL, GREY) for name, _ in crossing]
-    right = WIDTH - MARGIN - max((made.box(text).width + 2 * GAP for text in beside), default=0.0)
-    top -= max((made.box(text).height + GAP for text in above), default=0.0)
-    fit(made, x.title, y.title, right, top, height)
+    beside = [sheet.write(said(cut(name)), SMALL, style.ink) for name, _, _, style in ends]
+    beside += [sheet.write(name, SMALL, GREY) for name, _ in y.marks()]
+    above = [sheet.write(name, SMALL, GREY) for name, _ in crossing]
+    right = WIDTH - MARGIN - max((sheet.box(text).width + 2 * GAP for text in beside), default=0.0)
+    top -= max((sheet.box(text).height + GAP for text in above), default=0.0)
+    fit(sheet, x.title, y.title, right, top, height)
     if scales.ticks is not None:
-        thin(made, scales.ticks)
-    made.free = right + GAP if beside else WIDTH - MARGIN / 2
+        thin(sheet, scales.ticks)
+    sheet.free = right + GAP if beside else WIDTH - MARGIN / 2
     for name, value in y.marks():
-        made.axes.axhline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
+        sheet.axes.axhline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
     for name, value in crossing:
-        made.axes.axvline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
+        sheet.axes.axvline(value, color=GREY, linewidth=0.7, dashes=(5, 3), zorder=1.5, gid=name)
     places = [(p, q, style.colour) for _, p, q, style in ends]
     places += [(math.nan, value, GREY) for _, value in y.marks()]
-    beside_of(made, beside, places)
-    above_of(made, above, [value for _, value in crossing], top)
-    return made
+    beside_of(sheet, beside, places)
+    above_of(sheet, above, [value for _, value in crossing], top)
+    return sheet
 
 
-def heading(made: Page, title: str, key: Mapping[str, Style], height: int) -> float:
+def heading(page: Page, title: str, key: Mapping[str, Style], height: int) -> float:
     """Title and key -> where they end."""
     top = height - MARGIN
     if title:
-        text = made.paragraph(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
-        top = made.put(text, MARGIN, top - made.box(text).height).y0 - 1.4 * GAP
-    return legend(made, key, top)
+        text = page.paragraph(title, WIDTH - 2 * MARGIN, TITLE, bold=True)
+        top = page.put(text, MARGIN, top - page.box(text).height).y0 - 1.4 * GAP
+    return legend(page, key, top)
 
 
-def fit(made: Page, across: str, upward: str, right: float, top: float, height: int) -> None:
+def fit(page: Page, across: str, upward: str, right: float, top: float, height: int) -> None:
     """Put the axes below `top` and left of `right`, as large as the words along them let them be."""
-    below = made.paragraph(across, right - 4 * MARGIN)
-    beside = made.paragraph(upward, top - 4 * MARGIN, turned=True)
-    least_left = MARGIN + made.box(beside).width + GAP
-    least_bottom = MARGIN + made.box(below).height + GAP
+    below = page.paragraph(across, right - 4 * MARGIN)
+    beside = page.paragraph(upward, top - 4 * MARGIN, turned=True)
+    least_left = MARGIN + page.box(beside).width + GAP
+    least_bottom = MARGIN + page.box(below).height + GAP
     left, bottom = least_left, least_bottom
-    axes, renderer = made.axes, made.canvas.get_renderer
+    axes, renderer = page.axes, page.canvas.get_renderer
     for _ in range(2):  # the ticks' words depend on the axes' size, and that on them
         frame(axes, left, bottom, right, top, height)
         words = [axis.get_tightbbox(renderer()) for axis in (axes.xaxis, axes.yaxis)]
@@ -192,9 +192,9 @@ def fit(made: Page, across: str, upward: str, right: float, top: float, height: 
         left += max(0.0, least_left - min((box.x0 for box in boxes), default=math.inf))
         bottom += max(0.0, least_bottom - min((box.y0 for box in boxes), default=math.inf))
     frame(axes, left, bottom, right, top, height)
-    width = made.box(below).width
-    made.put(below, min((left + right - width) / 2, WIDTH - MARGIN - width), MARGIN)
-    made.put(beside, MARGIN, (bottom + top - made.box(beside).height) / 2)
+    width = page.box(below).width
+    page.put(below, min((left + right - width) / 2, WIDTH - MARGIN - width), MARGIN)
+    page.put(beside, MARGIN, (bottom + top - page.box(beside).height) / 2)
 
 
 def frame(axes: Axes, left: float, bottom: float, right: float, top: float, height: int) -> None:
@@ -203,48 +203,48 @@ def frame(axes: Axes, left: float, bottom: float, right: float, top: float, heig
     )
 
 
-def legend(made: Page, key: Mapping[str, Style], top: float) -> float:
+def legend(page: Page, key: Mapping[str, Style], top: float) -> float:
     """What each colour is, in rows under the title -> where they end."""
     left, low = MARGIN, top
     for name, style in key.items():
-        text = made.write(said(cut(name)), WORDS, style.ink)
-        box = made.box(text)
+        text = page.write(said(cut(name)), WORDS, style.ink)
+        box = page.box(text)
         if left > MARGIN and left + 54 + box.width > WIDTH - MARGIN:
             left, top = MARGIN, low - GAP / 2
-        box = made.put(text, left + 54, top - box.height)
-        made.line(
+        box = page.put(text, left + 54, top - box.height)
+        page.line(
             [left + 22, left, left + 44], [(box.y0 + box.y1) / 2] * 3, style.colour, style.marker
         )
         left, low = box.x1 + 3 * GAP, min(low, box.y0)
     return low - 1.5 * GAP if key else top
 
 
-def thin(made: Page, ticks: Sequence[float]) -> None:
+def thin(page: Page, ticks: Sequence[float]) -> None:
     """Ticks stay where something was measured; of their words only those that do not touch the one before."""
     end, words = -math.inf, []
     for tick in ticks:
-        text = made.write(f"{tick:g}", WORDS)
+        text = page.write(f"{tick:g}", WORDS)
         width, middle = (
-            made.box(text).width,
-            made.axes.transData.transform((tick, made.axes.get_ylim()[0]))[0],
+            page.box(text).width,
+            page.axes.transData.transform((tick, page.axes.get_ylim()[0]))[0],
         )
         fits = middle - width / 2 > end + 8
         words.append(text.get_text() if fits else "")
         end = middle + width / 2 if fits else end
         text.remove()
-    made.axes.xaxis.set_major_formatter(FixedFormatter(words))
+    page.axes.xaxis.set_major_formatter(FixedFormatter(words))
 
 
 def beside_of(
-    made: Page, texts: Sequence[Text], places: Sequence[tuple[float, float, str]]
+    page: Page, texts: Sequence[Text], places: Sequence[tuple[float, float, str]]
 ) -> None:
     """Labels right of the axes, as near to their lines' ends (x or nan for the frame, y, colour) as they go without touching."""
-    frame_box = made.axes.get_window_extent()
+    frame_box = page.axes.get_window_extent()
     ends = [
-        made.axes.transData.transform((made.axes.get_xlim()[1] if math.isnan(p) else p, q))
+        page.axes.transData.transform((page.axes.get_xlim()[1] if math.isnan(p) else p, q))
         for p, q, _ in places
     ]
-    heights = [made.box(text).height + 5 for text in texts]
+    heights = [page.box(text).height + 5 for text in texts]
     starts = spread(
         [y - height / 2 for (_, y), height in zip(ends, heights)],
         heights,
@@ -252,18 +252,18 @@ def beside_of(
         frame_box.y1 + GAP,
     )
     for text, start, height, (x, y), (p, _, colour) in zip(texts, starts, heights, ends, places):
-        made.put(text, frame_box.x1 + 1.6 * GAP, start + 2.5)
+        page.put(text, frame_box.x1 + 1.6 * GAP, start + 2.5)
         xs, ys = [x, frame_box.x1, frame_box.x1 + 1.3 * GAP], [y, y, start + height / 2]
-        made.line(xs[math.isnan(p) :], ys[math.isnan(p) :], colour)
+        page.line(xs[math.isnan(p) :], ys[math.isnan(p) :], colour)
 
 
-def above_of(made: Page, texts: Sequence[Text], values: Sequence[float], top: float) -> None:
+def above_of(page: Page, texts: Sequence[Text], values: Sequence[float], top: float) -> None:
     """Labels above the axes, which end at `top`, as near to their values as they go without touching."""
-    low = made.axes.get_ylim()[0]
-    places = [made.axes.transData.transform((value, low))[0] for value in values]
-    widths = [made.box(text).width + GAP for text in texts]
+    low = page.axes.get_ylim()[0]
+    places = [page.axes.transData.transform((value, low))[0] for value in values]
+    widths = [page.box(text).width + GAP for text in texts]
     wanted = [place - width / 2 for place, width in zip(places, widths)]
     starts = spread(wanted, widths, MARGIN, WIDTH - MARGIN)
     for text, start, place in zip(texts, starts, places):
-        box = made.put(text, start + GAP / 2, top + GAP)
-        made.line([place, min(max(place, box.x0), box.x1)], [top, top + GAP - 3], GREY)
+        box = page.put(text, start + GAP / 2, top + GAP)
+        page.line([place, min(max(place, box.x0), box.x1)], [top, top + GAP - 3], GREY)

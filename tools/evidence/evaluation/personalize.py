@@ -62,20 +62,20 @@ class Personalize:
     def measure(self, row: Row, number: int, seed: int) -> tuple[dict[str, Any], Any]:
         """Values, per picture where they are of pictures, and the pictures [b y x 3]."""
         subject, studio = self.subject(number), self.studio
-        made, start, read = [], time.monotonic(), self.read
-        draw, told = self.prepared(row, subject)
+        pictures, start, read = [], time.monotonic(), self.read
+        draw, figures = self.prepared(row, subject)
         with studio.counted() as calls:
             for first in range(0, len(subject.prompts), studio.batch):
                 part = subject.prompts[first : first + studio.batch]
                 noise = number + APART * (seed + SEEDS * first)
-                made.append(draw(part, noise, row.get("cfg", None)))
-        images = studio.torch.cat(made)
+                pictures.append(draw(part, noise, row.get("cfg", None)))
+        images = studio.torch.cat(pictures)
         seconds = (time.monotonic() - start - (self.read - read)) / len(
             images
         )  # the concept encoder's part is in it
-        return told | subject.judge(images) | {
+        return figures | subject.judge(images) | {
             "seconds": seconds,
-            "unet_calls": len(calls) // len(made),
+            "unet_calls": len(calls) // len(pictures),
         }, images
 
     def prepared(self, row: Row, subject: Subject) -> tuple[Draw, dict[str, Any]]:
@@ -102,13 +102,13 @@ class Personalize:
 
     def injected(self, row: Row, subject: Subject) -> tuple[Any, dict[str, Any]]:
         """The model with what the row injects, and what is known of the reference."""
-        studio, model, told = self.studio, self.studio.model, {}
+        studio, model, figures = self.studio, self.studio.model, {}
         if row.get("self", "on") == "on":
-            bank, told["seconds_reference"] = self.reference(row, subject)
-            told["seconds_concept"] = told["seconds_reference"]
+            bank, figures["seconds_reference"] = self.reference(row, subject)
+            figures["seconds_concept"] = figures["seconds_reference"]
             mask = subject.shown(row)[1]
             if row.get("mask", "word") == "word" and mask is not None:
-                told["mask_iou"] = overlap(bank, mask)
+                figures["mask_iou"] = overlap(bank, mask)
             model = studio.run(
                 "KindredMaskedSelfAttnInject", model=model, reference=bank, **row.of(INJECT)
             )[0]
@@ -121,8 +121,8 @@ class Personalize:
                 **concept,
             )[0]
         if model is not studio.model:
-            told["kept_kib"] = len(as_png(subject.photo)) / KIB
-        return model, told
+            figures["kept_kib"] = len(as_png(subject.photo)) / KIB
+        return model, figures
 
     def reference(self, row: Row, subject: Subject) -> tuple[Any, float]:
         """The photo as this row reads it (a negative too, where a row wants its half), and the seconds that it took."""
@@ -187,7 +187,7 @@ class Identities:
         from kindred.miniature.world import CLASSES, SCENES, held_out_identity, prompt, render
 
         identity, kind = held_out_identity(number), CLASSES[number % len(CLASSES)]
-        photographed, *asked = (SCENES[(number + k) % len(SCENES)] for k in (0, 3, 6))
+        photographed, *scenes = (SCENES[(number + k) % len(SCENES)] for k in (0, 3, 6))
         photo, another = (
             render(who, kind, photographed, 5000 + number)
             for who in (identity, held_out_identity(number + 1))
@@ -197,12 +197,12 @@ class Identities:
             import torch
 
             reading = self.reader.read(images)
-            true = [render(identity, kind, scene, RENDERED + number).image for scene in asked]
+            true = [render(identity, kind, scene, RENDERED + number).image for scene in scenes]
             as_asked = torch.cat([self.studio.picture(image) for image in true])
             return judged(reading, identity) | {
                 "scene": [
                     float(read == scene)
-                    for read, scene in zip(reading.names("scene"), asked, strict=True)
+                    for read, scene in zip(reading.names("scene"), scenes, strict=True)
                 ],
                 "class": [float(read == kind) for read in reading.names("class")],
                 "whole": one_whole(reading),
@@ -210,7 +210,7 @@ class Identities:
                 "small": small(images),
             }
 
-        prompts = tuple(prompt(kind, scene) for scene in asked)
+        prompts = tuple(prompt(kind, scene) for scene in scenes)
         return Subject(
             self.studio.picture(photo.image),
             kind,

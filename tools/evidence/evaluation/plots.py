@@ -19,25 +19,25 @@ from .points import Axis, Point, error, finite, limits, values_of
 
 
 def label(
-    made: Page, series: Mapping[str, Sequence[Point]], look: Mapping[str, Style], x: Axis, y: Axis
+    sheet: Page, series: Mapping[str, Sequence[Point]], look: Mapping[str, Style], x: Axis, y: Axis
 ) -> bool:
     """Write every point's label beside it -> whether all found a place."""
     rows = [(point, look[name]) for name, points in series.items() for point in points]
     if not rows:
         return True
-    at, box = made.axes.transData.transform, made.axes.get_window_extent()
+    at, box = sheet.axes.transData.transform, sheet.axes.get_window_extent()
     ends = [
         ((a.x, a.y), (b.x, b.y)) for points in series.values() for a, b in zip(points, points[1:])
     ]
     for p, _ in rows:
         dx, dy = error(p.x_error), error(p.y_error)
         ends += [((p.x - dx, p.y), (p.x + dx, p.y)), ((p.x, p.y - dy), (p.x, p.y + dy))]
-    ends += [((made.axes.get_xlim()[0], v), (made.axes.get_xlim()[1], v)) for _, v in y.marks()]
-    ends += [((v, made.axes.get_ylim()[0]), (v, made.axes.get_ylim()[1])) for _, v in x.marks()]
+    ends += [((sheet.axes.get_xlim()[0], v), (sheet.axes.get_xlim()[1], v)) for _, v in y.marks()]
+    ends += [((v, sheet.axes.get_ylim()[0]), (v, sheet.axes.get_ylim()[1])) for _, v in x.marks()]
     anchors, lines = at([(p.x, p.y) for p, _ in rows]), at(np.reshape(ends, (-1, 2))).reshape(-1, 4)
-    texts = [made.write(said(cut(p.label)), SMALL, style.ink) for p, style in rows]
-    sizes = np.array([(made.box(text).width + 4, made.box(text).height + 4) for text in texts])
-    room = np.array([box.x0 + 4, box.y0 + 4, made.free, box.y1 - 4])
+    texts = [sheet.write(said(cut(p.label)), SMALL, style.ink) for p, style in rows]
+    sizes = np.array([(sheet.box(text).width + 4, sheet.box(text).height + 4) for text in texts])
+    room = np.array([box.x0 + 4, box.y0 + 4, sheet.free, box.y1 - 4])
     done = True
     for text, spot, anchor, (point, style) in zip(
         texts, placed(anchors, sizes, room, lines), anchors, rows
@@ -46,10 +46,10 @@ def label(
             text.remove()
             done = done and not point.label
             continue
-        made.put(text, spot[0] + 2, spot[1] + 2)
+        sheet.put(text, spot[0] + 2, spot[1] + 2)
         ray = leaders(anchor, spot[None])[0]
         if np.hypot(*(ray[2:] - ray[:2])) > RIM + LEADER:
-            made.line(ray[::2], ray[1::2], style.colour)
+            sheet.line(ray[::2], ray[1::2], style.colour)
     return done
 
 
@@ -65,18 +65,18 @@ def front_figure(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: 
     xs = limits(values_of(chain.from_iterable(shown.values()), x, "x"), 0.06, 0.07)
     ys = limits(values_of(chain.from_iterable(shown.values()), y, "y"), 0.06, 0.06)
     for height in HEIGHTS:
-        made = page(title, key, x, y, Scales(xs, ys), height)
+        sheet = page(title, key, x, y, Scales(xs, ys), height)
         for name, points in shown.items():
-            scatter(made, name, points, look[name])
-        if label(made, shown, look, x, y):
+            scatter(sheet, name, points, look[name])
+        if label(sheet, shown, look, x, y):
             break
-    return made.figure
+    return sheet.figure
 
 
-def scatter(made: Page, name: str, points: Sequence[Point], style: Style) -> None:
+def scatter(sheet: Page, name: str, points: Sequence[Point], style: Style) -> None:
     """The points of a series with their errors, joined in their order."""
     across, up = [point.x for point in points], [point.y for point in points]
-    made.axes.errorbar(
+    sheet.axes.errorbar(
         across,
         up,
         [error(p.y_error) for p in points],
@@ -87,8 +87,8 @@ def scatter(made: Page, name: str, points: Sequence[Point], style: Style) -> Non
         alpha=0.45,
         zorder=2,
     )
-    made.axes.plot(across, up, color=style.colour, linewidth=0.9, alpha=0.5, zorder=2.5)
-    made.axes.plot(
+    sheet.axes.plot(across, up, color=style.colour, linewidth=0.9, alpha=0.5, zorder=2.5)
+    sheet.axes.plot(
         across,
         up,
         linestyle="none",
@@ -129,20 +129,24 @@ def curves_figure(
     ]
     height = max(HEIGHT, 400 + 34 * len(ends))
     across = (2.0 ** xs[0], 2.0 ** xs[1]) if logarithmic else xs
-    made = page(title, {}, x, y, Scales(across, ys, ticks, logarithmic), height, ends)
+    sheet = page(title, {}, x, y, Scales(across, ys, ticks, logarithmic), height, ends)
     for name, points in shown.items():
-        curve(made, name, points, look[name])
-    return made.figure
+        curve(sheet, name, points, look[name])
+    return sheet.figure
 
 
-def curve(made: Page, name: str, points: Sequence[Point], style: Style) -> None:
+def curve(sheet: Page, name: str, points: Sequence[Point], style: Style) -> None:
     """A series as a line with a band of one standard error."""
     across = [point.x for point in points]
     low, high = ([point.y + sign * error(point.y_error) for point in points] for sign in (-1, 1))
-    made.axes.fill_between(across, low, high, color=style.colour, alpha=0.13, linewidth=0, zorder=2)
+    sheet.axes.fill_between(
+        across, low, high, color=style.colour, alpha=0.13, linewidth=0, zorder=2
+    )
     if len(points) == 1:  # a band of no width shows no error
-        made.axes.vlines(across, low, high, color=style.colour, linewidth=0.8, alpha=0.45, zorder=2)
-    made.axes.plot(
+        sheet.axes.vlines(
+            across, low, high, color=style.colour, linewidth=0.8, alpha=0.45, zorder=2
+        )
+    sheet.axes.plot(
         across,
         [point.y for point in points],
         color=style.colour,

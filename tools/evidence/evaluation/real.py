@@ -166,17 +166,17 @@ class Files:
 
     def with_subject(self, lines: Sequence[str], word: str) -> tuple[str, ...]:
         """Prompts about a subject. SystemExit for one that does not name it: its mask could not be found."""
-        made = tuple(line.replace("{subject}", word) for line in lines)
+        named = tuple(line.replace("{subject}", word) for line in lines)
         edge = r"\b" if word.isascii() else ""  # Chinese words stand without spaces
         if without := [
             line
-            for line in made
+            for line in named
             if not re.search(f"{edge}{re.escape(word)}{edge}", line, re.IGNORECASE)
         ]:
             raise SystemExit(
                 f"evaluate: the prompt {without[0]!r} does not name the subject {word!r}. Write {{subject}} where it belongs."
             )
-        return made
+        return named
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class RealSetting(Setting):
         import torch
 
         files = self.files
-        told = {
+        facts = {
             name: state(path)
             for name, path in files.paths().items()
             if name not in ("references", "prompts")
@@ -206,7 +206,7 @@ class RealSetting(Setting):
         else:
             case = files.sets()[job.case]
         return super().of(job) | {
-            "ground": told,
+            "ground": facts,
             "case": case,
             "subject": files.subject,
             "size": files.size,
@@ -389,7 +389,7 @@ class Real:
             values |= judge(images.float().cpu(), Asked(prompts, photos))
         return values | {
             "judged_by": {
-                column.name: column.told for judge in self.judges for column in judge.columns
+                column.name: column.meaning for judge in self.judges for column in judge.columns
             }
         }
 

@@ -23,11 +23,11 @@ def write(
 ) -> list[Path]:
     """Everything into `folder`; returns what was written. `pictures` and `notes`: the sheet and the words below a table, by its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    made: list[Path] = []
+    written: list[Path] = []
 
     def put(name: str, text: str) -> None:
-        made.append(folder / name)
-        made[-1].write_text(text, "utf-8")
+        written.append(folder / name)
+        written[-1].write_text(text, "utf-8")
 
     parts = []
     for one in filled:
@@ -37,7 +37,7 @@ def write(
         if name in pictures:
             drawn.append(folder / f"{name}_pictures.jpg")
             pictures[name].save(drawn[-1], quality=90)
-        made += drawn
+        written += drawn
         words = filter(None, (one.by_part(), one.judged_by(), notes.get(name, "")))
         parts += [
             f"## {one.table.title}",
@@ -47,7 +47,7 @@ def write(
         ]
     put("report.json", json.dumps(dict(report), indent=2) + "\n")
     put("report.md", page(report, parts, filled))
-    return made
+    return written
 
 
 def page(report: Mapping[str, Any], parts: Sequence[str], filled: Sequence[Filled]) -> str:
@@ -92,22 +92,22 @@ def plots(folder: Path, one: Filled) -> list[Path]:
                 lines.setdefault(f"{line}: {what}", []).append(
                     Point(row.name, number, score.mean, 0.0, score.error)
                 )
-    made = [folder / f"{one.table.name}_front.png"]
+    files = [folder / f"{one.table.name}_front.png"]
     height = Axis(
         title, *(None if math.isnan(bound) else bound for bound in (one.floor, one.ceiling))
     )
-    front(made[0], one.table.title, series, Axis(one.ground.text_title), height)
+    front(files[0], one.table.title, series, Axis(one.ground.text_title), height)
     if any(len(points) > 1 for points in lines.values()):
-        made.append(folder / f"{one.table.name}_curves.png")
+        files.append(folder / f"{one.table.name}_curves.png")
         curves(
-            made[1],
+            files[1],
             one.table.title,
             lines,
             Axis(one.table.axis),
             Axis(f"{title}, and share as asked"),
             one.table.axis == "weight",
         )
-    return made
+    return files
 
 
 def family(name: str) -> tuple[str, float | None]:

@@ -19,7 +19,7 @@ def sheets(
     filled: Sequence[Filled], kept: Callable[[str, Row, int], Path]
 ) -> dict[str, Image.Image]:
     """A sheet for every table of which pictures were kept; `kept` tells where those of a task's row and case lie."""
-    made = {}
+    files = {}
     for one in filled:
         table = one.table
         rows = ([BOUNDS] if table.task == "personalize" else []) + list(table.rows)
@@ -32,10 +32,10 @@ def sheets(
             for case in range(table.first, table.first + table.count)
         ]
         if whole := [case for case in strips if len(case) == len(rows)]:
-            made[table.name] = sheet(
+            files[table.name] = sheet(
                 ["photo" if row == BOUNDS else row.name for row in rows], whole
             )
-    return made
+    return files
 
 
 def sheet(titles: Sequence[str], cases: Sequence[Sequence[Sequence[Image.Image]]]) -> Image.Image:

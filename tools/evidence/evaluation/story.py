@@ -43,11 +43,11 @@ class Story:
 
     def measure(self, row: Row, number: int, seed: int) -> tuple[dict[str, Any], Any]:
         """Values of the set, per picture where they are of pictures, and its pictures [b y x 3]."""
-        told, studio, start = self.sets(number), self.studio, time.monotonic()
+        sets, studio, start = self.sets(number), self.studio, time.monotonic()
         model, lines, count = (
             studio.model,
-            studio.prompts(told.prompts, told.word),
-            len(told.prompts),
+            studio.prompts(sets.prompts, sets.word),
+            len(sets.prompts),
         )
         if row.get("freeu", "no") == "yes":
             model = studio.freeu(model, **FREEU)
@@ -63,7 +63,7 @@ class Story:
         with studio.counted() as calls:
             images = studio.sample(model, lines, count, number + APART * seed, row.get("cfg", None))
         seconds = (time.monotonic() - start) / count
-        return told.judge(images) | {"seconds": seconds, "unet_calls": len(calls)}, images
+        return sets.judge(images) | {"seconds": seconds, "unet_calls": len(calls)}, images
 
 
 # the miniature's sets --------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def floor_of(readings: Sequence[Mapping[str, Mapping[str, Sequence[Any]]]]) -> f
     import torch
     from kindred.miniature.reader import Reading, pairwise_similarity
 
-    made = [
+    sets = [
         Reading(
             *(
                 {name: torch.tensor(values) for name, values in reading[part].items()}
@@ -153,5 +153,5 @@ def floor_of(readings: Sequence[Mapping[str, Mapping[str, Sequence[Any]]]]) -> f
         )
         for reading in readings
     ]
-    found = [float(pairwise_similarity(a, b).mean()) for a, b in combinations(made, 2)]
-    return statistics.fmean(found) if found else math.nan
+    similarities = [float(pairwise_similarity(a, b).mean()) for a, b in combinations(sets, 2)]
+    return statistics.fmean(similarities) if similarities else math.nan

@@ -183,9 +183,9 @@ class Filled:
                 mean /= (
                     self.scores[self.plain][column.key].mean if self.plain in self.scores else 0
                 ) or math.nan
-            yield told(mean, column.digits)
+            yield rounded(mean, column.digits)
             if column.error:
-                yield told(scores[column.key].error, column.digits)
+                yield rounded(scores[column.key].error, column.digits)
             if column.key == self.ground.identity and self.bounded:
                 yield f"{self.way(row):.2f}"
 
@@ -234,7 +234,7 @@ class Filled:
             self.parts_ceiling.get(part.key, math.nan) for part in self.ground.parts
         ]
         lines += [
-            f"| {name} | {' | '.join(told(value, 2) for value in values)} |"
+            f"| {name} | {' | '.join(rounded(value, 2) for value in values)} |"
             for name, values in known.items()
         ]
         return "\n".join(lines)
@@ -244,8 +244,8 @@ class Filled:
         said = {
             name: by
             for seeds in self.found.values()
-            for made in seeds.values()
-            for values in made
+            for judged in seeds.values()
+            for values in judged
             for name, by in values.get("judged_by", {}).items()
         }
         return "\n".join(
@@ -293,7 +293,7 @@ class Filled:
         identity = next(
             column.figure for column in self.ground.columns if column.key == self.ground.identity
         )
-        made = {
+        means = {
             f"{identity}.floor": self.floor,
             f"{identity}.ceiling": self.ceiling,
             f"count.{self.ground.units[1]}": max(
@@ -301,28 +301,28 @@ class Filled:
             ),
         }
         for row, scores in self.scores.items():
-            made |= {
+            means |= {
                 f"{column.figure}.{row}": scores[column.key].mean
                 for column in self.ground.columns
                 if column.figure
             }
-            made |= {
+            means |= {
                 f"error.{identity}.{row}": scores[self.ground.identity].error,
                 f"seconds.{row}": scores["seconds"].mean,
             }
             if "unet_calls" in scores:
-                made[f"unet_calls.{row}"] = scores["unet_calls"].mean
+                means[f"unet_calls.{row}"] = scores["unet_calls"].mean
             if not math.isnan(overlap := self.score(row, "mask_iou").mean):
-                made.setdefault(
+                means.setdefault(
                     "mask.iou", overlap
                 )  # of the first row that finds the subject by its word
             if not math.isnan(reading := self.score(row, "seconds_reference").mean):
-                made.setdefault("seconds.inversion", reading)
-                made.setdefault("seconds.sampling", scores["seconds"].mean)
-        return {name: value for name, value in made.items() if not math.isnan(value)}
+                means.setdefault("seconds.inversion", reading)
+                means.setdefault("seconds.sampling", scores["seconds"].mean)
+        return {name: value for name, value in means.items() if not math.isnan(value)}
 
 
-def told(number: float, digits: int) -> str:
+def rounded(number: float, digits: int) -> str:
     """A number, or nothing where there is none."""
     return "" if math.isnan(number) else f"{number:.{digits}f}"
 

@@ -210,7 +210,7 @@ def chosen(wanted: Sequence[str], pictures: Sequence[int], steps: int) -> list[K
         DEFAULT if not pictures else sorted({name.rpartition("_b")[0] for name in DEFAULT})
     ):
         exact = re.fullmatch(r"(.+)_b(\d+)", word)
-        name, told = (
+        name, why = (
             (exact[1], (int(exact[2]),)) if exact and exact[1] in CASES else (word, tuple(pictures))
         )
         cases = [c for c in CASES.values() if word == "all" or name in (c.name, c.group)]
@@ -221,10 +221,10 @@ def chosen(wanted: Sequence[str], pictures: Sequence[int], steps: int) -> list[K
             )
         by_name = bool(wanted) and name in CASES
         for case in cases:
-            fitting = [n for n in told or case.usual if n >= case.least]
+            fitting = [n for n in why or case.usual if n >= case.least]
             if by_name and not fitting:
                 raise ValueError(
-                    f"--case {word} with {' and '.join(map(str, told))} pictures: it needs {case.least} or more. "
+                    f"--case {word} with {' and '.join(map(str, why))} pictures: it needs {case.least} or more. "
                     f"Add --pictures {max(case.least, *case.usual)}."
                 )
             if fitting and by_name and steps < case.steps:

@@ -35,8 +35,8 @@ class CpuClock:
 
     def measure(self, job: Callable[[], Made]) -> tuple[Made, Reading]:
         start = time.process_time()
-        made = job()
-        return made, Reading(time.process_time() - start)
+        result = job()
+        return result, Reading(time.process_time() - start)
 
 
 class CudaClock:
@@ -53,10 +53,10 @@ class CudaClock:
         cuda.synchronize()
         cuda.reset_peak_memory_stats()
         start.record()
-        made = job()
+        result = job()
         end.record()
         cuda.synchronize()
-        return made, Reading(start.elapsed_time(end) / 1000, cuda.max_memory_allocated())
+        return result, Reading(start.elapsed_time(end) / 1000, cuda.max_memory_allocated())
 
 
 def clock_of(device: str, torch: Any) -> Clock:

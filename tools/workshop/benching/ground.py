@@ -314,10 +314,10 @@ class Ground:
         parts = self.parts(key)
 
         def lap() -> Lap:
-            made, seconds, calls, rows, peaks = None, [], [], 0, []
+            result, seconds, calls, rows, peaks = None, [], [], 0, []
             for part in parts:
                 self.rows.clear()
-                made, reading = clock.measure(lambda part=part, made=made: part(made))
+                result, reading = clock.measure(lambda part=part, result=result: part(result))
                 seconds.append(reading.seconds)
                 calls.append(len(self.rows))
                 rows += sum(self.rows)
@@ -327,7 +327,7 @@ class Ground:
                 tuple(calls),
                 rows,
                 max(peaks, default=None),
-                bool(self.torch.isfinite(made).all()),
+                bool(self.torch.isfinite(result).all()),
             )
 
         return lap
@@ -353,7 +353,7 @@ class Ground:
                 * width
             )
 
-        cases, told = {case for case, _ in keys}, [f"weights {size(sum(storages.values()))}"]
+        cases, sizes = {case for case, _ in keys}, [f"weights {size(sum(storages.values()))}"]
         every, decoder = row(list(self.sites)), row([b for b in self.sites if b[0] == "output"])
         for names, halves in (
             ({"cached", "weighted", "cached_concept", "cold"}, 1),
@@ -361,18 +361,18 @@ class Ground:
         ):
             if cases & names:
                 whole = every * halves * len(self.times)
-                told.append(
+                sizes.append(
                     f"features of the reference{' in both halves' * (halves - 1)} {size(round(whole * s.subject))} "
                     f"({size(whole)} while it is read)"
                 )
         if cases & {"more", "more_story"}:
-            told.append(
+            sizes.append(
                 f"kept anchors up to {size(round(decoder * 2 * 2 * s.subject) * len(self.times))}"
             )
         import comfy.model_management as management
 
         free = size(int(management.get_free_memory(management.get_torch_device())))
-        return f"Memory beside the sampling itself: {', '.join(told)}. Free now: {free}."
+        return f"Memory beside the sampling itself: {', '.join(sizes)}. Free now: {free}."
 
 
 def size(count: int) -> str:

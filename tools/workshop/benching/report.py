@@ -197,26 +197,26 @@ def columns_of(cases: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mappin
 
 def remarks(run: Run) -> list[str]:
     """What a reader must know before believing the table."""
-    told, cases = [], run["cases"]
+    sentences, cases = [], run["cases"]
     for n in sorted({c["pictures"] for c in cases if c["rejected"]}):
         spread = next(c["plain_spread"] for c in cases if c["pictures"] == n)
-        told.append(
+        sentences.append(
             f"Rejected: with {n} picture{'s' * (n > 1)} the plain sampler's own times spread over {spread:.0%} of their median, "
             f"more than {LIMIT:.0%}: something else used this machine. Measure again when it is quiet, with more --rounds."
         )
     if run["rounds"] == 1:
-        told.append("One round has no spread: give --rounds 5 for a table to rely on.")
-    told += [
+        sentences.append("One round has no spread: give --rounds 5 for a table to rely on.")
+    sentences += [
         f"{c['case']} with {c['pictures']} made NaN or infinite values: its time may not be that of a real run."
         for c in cases
         if not c["finite"]
     ]
     waits = sorted({c["plain_first_wait"] for c in cases if c.get("plain_first_wait")})
-    told += [
+    sentences += [
         f"The plain UNet call waits for the device itself, at {w}: what our cases do behind it cannot be seen."
         for w in waits
     ]
-    return told
+    return sentences
 
 
 def listed() -> str:
@@ -259,5 +259,5 @@ def write_page(path: Path, name: str, text: str) -> None:
     path.write_text(page, "utf-8", newline="\n")
 
 
-def write_json(path: Path, told: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -35,7 +35,7 @@ def find_file(kind: str, name: str, host: Path) -> str:
 
 
 def make_encoder(
-    given: argparse.Namespace, model: Any, seed: int
+    args: argparse.Namespace, model: Any, seed: int
 ) -> tuple[ConceptEncoder, dict[str, Any]]:
     """The encoder for a MODEL, with the tower that is asked for -> encoder, the tower's description.
 
@@ -49,18 +49,18 @@ def make_encoder(
     from kindred.nodes import host
 
     family, layers, width = host.concept_layers(model, NODE)
-    if width is not None and given.tie > 1:
+    if width is not None and args.tie > 1:
         raise ValueError("--tie is for transformers: a UNet's layers have keys and values each.")
     if width is None:
-        given.merge = Merge.ADD.value  # a transformer reads it beside its attention
-    if given.start:
-        start = load_concept_encoder(given.start)
-        check_start(given.start, start.config, family, layers, width)
+        args.merge = Merge.ADD.value  # a transformer reads it beside its attention
+    if args.start:
+        start = load_concept_encoder(args.start)
+        check_start(args.start, start.config, family, layers, width)
         tower, weights, pixels = dict(start.config.tower), None, start.config.preprocessing
-        given.merge = start.config.merge.value
+        args.merge = start.config.merge.value
     else:
         start = None
-        tower, weights, pixels = new_tower(given)
+        tower, weights, pixels = new_tower(args)
     torch.manual_seed(seed)
     own = tokens_width(layers, width) if start is None else start.config.width
     config = ConceptConfig(
@@ -70,8 +70,8 @@ def make_encoder(
         tower["hidden_size"],
         tower,
         pixels,
-        Merge(given.merge),
-        tied=given.tie if start is None else start.config.tied,
+        Merge(args.merge),
+        tied=args.tie if start is None else start.config.tied,
     )
     encoder = ConceptEncoder(config)
     if weights:
@@ -98,21 +98,21 @@ def check_start(
 
 
 def new_tower(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None, Preprocessing]:
     """Description, weights and pictures of the tower that --clip-vision names or --new-tower describes."""
     from kindred.models.concept.config import Preprocessing
     from kindred.nodes import host
 
-    if not given.clip_vision:
-        tower = json.loads(given.new_tower)
-        weights = load_file(given.tower_weights) if given.tower_weights else None
+    if not args.clip_vision:
+        tower = json.loads(args.new_tower)
+        weights = load_file(args.tower_weights) if args.tower_weights else None
         return tower, weights, Preprocessing(tower["image_size"])
     import comfy.clip_vision
 
-    vision = comfy.clip_vision.load(find_file("clip_vision", given.clip_vision, given.host))
+    vision = comfy.clip_vision.load(find_file("clip_vision", args.clip_vision, args.host))
     if vision is None:
-        raise ValueError(f"{given.clip_vision} is no CLIP vision model.")
+        raise ValueError(f"{args.clip_vision} is no CLIP vision model.")
     tower, weights = host.ManagedEncoder.tower_of(vision)
     pixels = Preprocessing(vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
     return tower, weights, pixels

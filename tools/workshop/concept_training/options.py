@@ -18,11 +18,11 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     )
     run_arguments(parser)
     loop_arguments(parser)
-    given = parser.parse_args(argv)
-    if not given.host:
+    args = parser.parse_args(argv)
+    if not args.host:
         parser.error("--host is missing: ComfyUI's folder")
-    given.settings = {s.name: getattr(given, s.name) for s in loop_settings()}
-    return given
+    args.settings = {s.name: getattr(args, s.name) for s in loop_settings()}
+    return args
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,38 +27,38 @@ from .validation import draw_subjects, losses_of
 class Training:
     """One run of the program."""
 
-    def __init__(self, given: argparse.Namespace, accelerator: Accelerator, quiet: bool) -> None:
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, quiet: bool) -> None:
         from kindred.models.concept.settings import TrainSettings
         from kindred.models.concept.training import Trainer
         from kindred.models.concept.training_state import read_state
         from kindred.nodes import host
 
-        self.given, self.accelerator, self.quiet, self.host = given, accelerator, quiet, host
-        self.name = given.name or given.out.resolve().name
-        make_folder(given.out)
-        settings = TrainSettings(**given.settings)
+        self.args, self.accelerator, self.quiet, self.host = args, accelerator, quiet, host
+        self.name = args.name or args.out.resolve().name
+        make_folder(args.out)
+        settings = TrainSettings(**args.settings)
         checkpoint, clip = self.load_checkpoint()
-        encoder, tower = make_encoder(given, self.model, settings.seed)
+        encoder, tower = make_encoder(args, self.model, settings.seed)
         self.say(estimate(encoder, settings, self.model.model.diffusion_model, accelerator))
-        size = given.size or host.SIDES.get(encoder.config.family, 512)
+        size = args.size or host.SIDES.get(encoder.config.family, 512)
         self.read_pictures(checkpoint, size, encoder.config.preprocessing)
         self.prompts = Prompts(clip)
         for text in list(dict.fromkeys(("", *self.examples.prompts)))[:MOST_PROMPTS]:
             self.prompts[text]  # before the UNet is loaded, which the text encoder would push aside
         merge = encoder.config.merge
-        self.denoise = host.frozen(self.model, merge, self.prompts, given.checkpointing, NODE)
+        self.denoise = host.frozen(self.model, merge, self.prompts, args.checkpointing, NODE)
         self.trainer = Trainer(
             encoder, self.denoise, self.examples, settings, Accelerated(accelerator)
         )
         self.describe(size, tower)
-        if (given.out / "state.pt").is_file():
-            self.trainer.resume(read_state(given.out / "state.pt"), **self.made_with)
+        if (args.out / "state.pt").is_file():
+            self.trainer.resume(read_state(args.out / "state.pt"), **self.made_with)
 
     def load_checkpoint(self) -> tuple[str, Any]:
         """The MODEL and the VAE that are trained for -> the checkpoint's path, its CLIP. Raises ValueError where one is missing."""
         import comfy.sd
 
-        checkpoint = find_file("checkpoints", self.given.checkpoint, self.given.host)
+        checkpoint = find_file("checkpoints", self.args.checkpoint, self.args.host)
         self.model, clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
             checkpoint, output_vae=True, output_clip=True, model_options=self.precision()
         )
@@ -70,10 +70,10 @@ class Training:
 
     def read_pictures(self, checkpoint: str, size: int, pixels: Any) -> None:
         """Encode what is not in the cache, and take the examples from there."""
-        given, accelerator = self.given, self.accelerator
+        args, accelerator = self.args, self.accelerator
         unreadable = prepare(
-            PictureFolder(given.images, given.prompt),
-            given.out / "cache",
+            PictureFolder(args.images, args.prompt),
+            args.out / "cache",
             size,
             pixels,
             f"{Path(checkpoint).name} {self.host.model_key(self.model)}",
@@ -89,29 +89,29 @@ class Training:
                 sep="\n  ",
                 file=sys.stderr,
             )
-        self.examples, self.validation = load_examples(given.out / "cache", given.held_out)
+        self.examples, self.validation = load_examples(args.out / "cache", args.held_out)
 
     def describe(self, size: int, tower: dict[str, Any]) -> None:
         """`made_with`, which a state must have been made with to go on from; and the facts of the encoder's file."""
         from kindred.models.identity import tell_key
 
-        given, settings, accelerator = self.given, self.trainer.settings, self.accelerator
+        args, settings, accelerator = self.args, self.trainer.settings, self.accelerator
         base = self.host.model_key(self.model)
         self.made_with = {
             "pictures": self.digest(),
             "size": size,
-            "merge": given.merge,
+            "merge": args.merge,
             "tower": tower,
             "base": tell_key(base),
             "processes": accelerator.num_processes,
-            "precision": given.mixed_precision,
+            "precision": args.mixed_precision,
         }
         self.facts = {
             "pictures": len(self.examples),
             "subjects": len(self.examples.groups),
             "batch": settings.batch * settings.accumulate * accelerator.num_processes,
             "rate": settings.rate,
-            "prompt": given.prompt,
+            "prompt": args.prompt,
             "seed": settings.seed,
             "drop": [settings.drop_text, settings.drop_image, settings.drop_both],
             "base": str(base),
@@ -119,22 +119,22 @@ class Training:
 
     def digest(self) -> str:
         """Names, sizes and prompts of the pictures, in short."""
-        known = json.loads((self.given.out / "cache" / "index.json").read_text("utf-8"))
-        told = (
+        known = json.loads((self.args.out / "cache" / "index.json").read_text("utf-8"))
+        facts = (
             [[name, size] for name, size, _ in known["key"]["files"]],
             known["unreadable"],
             known["prompts"],
-            self.given.held_out,
+            self.args.held_out,
         )
-        return f"{len(self.examples)} {hashlib.blake2b(json.dumps(told).encode(), digest_size=4).hexdigest()}"
+        return f"{len(self.examples)} {hashlib.blake2b(json.dumps(facts).encode(), digest_size=4).hexdigest()}"
 
     def precision(self) -> dict[str, torch.dtype]:
         """bf16 weights where a GPU computes in bf16; on a CPU casting each time costs more than it saves."""
         return {
             "dtype": torch.bfloat16
-            if self.given.mixed_precision == "bf16"
+            if self.args.mixed_precision == "bf16"
             and torch.cuda.is_available()
-            and not self.given.cpu
+            and not self.args.cpu
             else torch.float32
         }
 
@@ -151,11 +151,11 @@ class Training:
             tqdm.write(text, file=sys.stderr)
 
     def run(self) -> int:
-        given, trainer, s = self.given, self.trainer, self.trainer.settings
+        args, trainer, s = self.args, self.trainer, self.trainer.settings
         began, first, board = time.monotonic(), trainer.step_number, self.board()
         if first:
             self.say(f"going on from step {first}")
-            if not (given.out / f"{self.name}.safetensors").is_file():
+            if not (args.out / f"{self.name}.safetensors").is_file():
                 self.save()
         bar = tqdm(
             total=s.steps, initial=first, disable=self.quiet, file=sys.stderr, mininterval=1.0
@@ -169,7 +169,7 @@ class Training:
                 bar.set_postfix_str(f"loss {sum(last) / len(last):.4f}")
             if board:
                 board.add_scalar("loss", loss, step)
-            if step % given.save_every == 0 or step == s.steps:
+            if step % args.save_every == 0 or step == s.steps:
                 self.save()
             if self.validates_at(step):
                 self.tell_validation(step, board)
@@ -181,7 +181,7 @@ class Training:
         return 0
 
     def validates_at(self, step: int) -> bool:
-        every = self.given.validate_every
+        every = self.args.validate_every
         if not every or self.validation is None:
             return False
         return step % every == 0 or step == self.trainer.settings.steps
@@ -200,15 +200,15 @@ class Training:
         if self.accelerator.device.type == "cuda":
             peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         self.say(
-            f"{per_second:.2f} pictures a second{peak}\n{self.given.out / self.name}.safetensors"
+            f"{per_second:.2f} pictures a second{peak}\n{self.args.out / self.name}.safetensors"
         )
 
     def board(self) -> Any:
-        if not self.given.tensorboard or self.quiet:
+        if not self.args.tensorboard or self.quiet:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self.given.out / "tensorboard")
+        return SummaryWriter(self.args.out / "tensorboard")
 
     def save(self) -> None:
         """State, encoder and log: each whole or as it was."""
@@ -216,7 +216,7 @@ class Training:
 
         if not self.accelerator.is_main_process:
             return
-        out = self.given.out
+        out = self.args.out
         self.trainer.save(
             out / f"{self.name}.safetensors", out / "state.pt", self.made_with, self.facts
         )
@@ -247,5 +247,5 @@ class Training:
         grid = draw_subjects(self.model, self.vae, managed, self.validation, self.prompts)
         self.denoise.load()  # the host may have moved it away for the VAE
         Image.fromarray(np.ascontiguousarray(grid)).save(
-            self.given.out / f"validation-{self.trainer.step_number:06d}.png"
+            self.args.out / f"validation-{self.trainer.step_number:06d}.png"
         )

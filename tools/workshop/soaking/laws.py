@@ -126,12 +126,12 @@ def judged(
         Law(
             "the same seeds, the same pictures",
             not others,
-            told(ends, others, "in the first round and the last"),
+            sentence(ends, others, "in the first round and the last"),
         ),
         Law(
             "a fresh server draws the same",
             not unlike_fresh,
-            told(fresh, unlike_fresh, "beside the first round"),
+            sentence(fresh, unlike_fresh, "beside the first round"),
         ),
     ]
     return [*laws, nothing_gets_slower(readings, late, slower)] if late else laws
@@ -158,7 +158,7 @@ def nothing_gets_slower(readings: Sequence[Reading], late: Late, slower: float) 
     )
 
 
-def told(readings: Iterable[Reading], others: Sequence[str], where: str) -> str:
+def sentence(readings: Iterable[Reading], others: Sequence[str], where: str) -> str:
     return f"{len({r.kind for r in readings if r.digest})} kinds {where}" + (
         f"; others: {', '.join(others)}" if others else ""
     )

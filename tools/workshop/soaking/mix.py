@@ -158,13 +158,13 @@ def scored(turn: Turn) -> Graph:
 def inverted(turn: Turn) -> Graph:
     """DDIM Invert first, its path replayed for the capture."""
     graph = own(turn)
-    told = graph[demo.CAPTURE]["inputs"]
+    inputs = graph[demo.CAPTURE]["inputs"]
     graph["invert"] = {
         "class_type": "KindredDDIMInvert",
         "inputs": {
-            "model": told["model"],
-            "latent": told.pop("latent"),
-            "positive": told["positive"],
+            "model": inputs["model"],
+            "latent": inputs.pop("latent"),
+            "positive": inputs["positive"],
             "steps": turn.steps,
             "scheduler": "ddim_uniform",
             "method": "ddim",
@@ -172,11 +172,11 @@ def inverted(turn: Turn) -> Graph:
             "check": True,
         },
     }
-    told["inversion"] = ["invert", 0]
+    inputs["inversion"] = ["invert", 0]
     return graph
 
 
-def told(turn: Turn) -> Graph:
+def story_graph(turn: Turn) -> Graph:
     """A story of three pictures."""
     graph = read("story")
     graph[story.PROMPTS]["inputs"]["prompts"] = "\n".join(STORY_LINES)
@@ -188,7 +188,7 @@ def told(turn: Turn) -> Graph:
 
 def anchored(turn: Turn) -> Graph:
     """Two anchors, sampled and saved, and one more picture of their subject."""
-    graph = story.anchors(told(turn))
+    graph = story.anchors(story_graph(turn))
     graph[story.PROMPTS]["inputs"]["prompts"] = "\n".join(STORY_LINES[:2])
     extra = extra_picture(turn, [story.SAMPLER, 1])
     graph[story.SAVE]["inputs"]["filename_prefix"] = "kindred/soak_anchors"
@@ -199,7 +199,9 @@ def anchored(turn: Turn) -> Graph:
 def extra_picture(turn: Turn, reference: list[Any]) -> Graph:
     """One more picture of anchors; its nodes carry names of their own."""
     graph = {
-        key: node for key, node in told(turn).items() if key not in (story.LOADER, story.NEGATIVE)
+        key: node
+        for key, node in story_graph(turn).items()
+        if key not in (story.LOADER, story.NEGATIVE)
     }
     graph[story.PROMPTS]["inputs"]["prompts"] = STORY_LINES[2]
     graph[story.STORY]["inputs"]["reference"] = reference
@@ -219,7 +221,11 @@ def extra_picture(turn: Turn, reference: list[Any]) -> Graph:
 
 def more(turn: Turn) -> Graph:
     """One more picture of the anchors that were saved last."""
-    alone = {key: node for key, node in told(turn).items() if key in (story.LOADER, story.NEGATIVE)}
+    alone = {
+        key: node
+        for key, node in story_graph(turn).items()
+        if key in (story.LOADER, story.NEGATIVE)
+    }
     load = {
         "load": {"class_type": "KindredLoadReference", "inputs": {"file": turn.saved["anchored"]}}
     }
@@ -235,7 +241,7 @@ def fails(turn: Turn) -> Graph:
         del graph["14"]  # it does not depend on that node, so the host would still run it
         return graph
     if way == 1:
-        graph = told(turn)
+        graph = story_graph(turn)
         graph[story.PROMPTS]["inputs"]["prompts"] = "cat on the beach\nbird in the snow"
         return graph
     graph = more(turn)
@@ -245,7 +251,7 @@ def fails(turn: Turn) -> Graph:
 
 def stopped(turn: Turn) -> Graph:
     """Interrupted while it samples: a story, or both injections."""
-    graph = (told if turn.number % 2 else both)(Turn(turn.number, PATIENT, turn.saved))
+    graph = (story_graph if turn.number % 2 else both)(Turn(turn.number, PATIENT, turn.saved))
     if demo.CAPTURE in graph and graph[demo.CAPTURE]["class_type"] == "KindredRefUNetCapture":
         graph[demo.CAPTURE]["inputs"]["steps"] = turn.steps
     return graph
@@ -254,7 +260,7 @@ def stopped(turn: Turn) -> Graph:
 MIX: dict[str, Callable[[Turn], Graph]] = {
     "plain": plain,
     "own": own,
-    "told": told,
+    "told": story_graph,
     "cross": cross,
     "saves": saves,
     "anchored": anchored,
