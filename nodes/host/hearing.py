@@ -7,11 +7,12 @@ While a run lasts, its MODEL carries a patch on the forward of each of their att
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import comfy.utils
@@ -116,7 +117,7 @@ def _rebound(forward: Forward) -> Forward | None:
     """
     function = getattr(forward, "__func__", forward)
     code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-    if code is None or ATTENTION not in code.co_names or ATTENTION not in names:
+    if code is None or ATTENTION not in names or not _asks_by_name(code):
         return None
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -127,6 +128,16 @@ def _rebound(forward: Forward) -> Forward | None:
     same.__kwdefaults__ = function.__kwdefaults__
     owner = getattr(forward, "__self__", None)
     return same if owner is None else MethodType(same, owner)
+
+
+def _asks_by_name(code: CodeType) -> bool:
+    """Whether it calls the host's attention by its module's name for it; not by one that it imports
+    itself, or as another module's.
+    """
+    return any(
+        step.opname == "LOAD_GLOBAL" and step.argval == ATTENTION
+        for step in dis.get_instructions(code)
+    )
 
 
 def _restore(model: ModelPatcher, name: str) -> None:

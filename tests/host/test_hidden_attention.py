@@ -8,11 +8,12 @@ from functools import cache
 from types import MethodType
 from typing import Any
 
+import comfy.ldm.modules.attention
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
-from kindred.nodes.host import KEY
+from kindred.nodes.host import KEY, hearing
 from kindred.nodes.host.networks import recognise
 from studio import capture, inject
 from test_transformers import FELT, SAME, WHITE, apart, bank_of, plain, way_of
@@ -64,9 +65,11 @@ def patched(name: str) -> list[str]:
 def own_attention(attention: Any, factor: float) -> Any:
     """Another pack's forward of PixArt's self-attention, which calls the host's attention by its name."""
 
-    def forward(x: Tensor, mask: Any = None, HW: Any = None, block_id: Any = None) -> Tensor:
+    def forward(
+        x: Tensor, mask: Any = None, HW: Any = None, block_id: Any = None, *, share: float = factor
+    ) -> Tensor:
         q, k, v = attention.qkv(x).chunk(3, -1)
-        return factor * attention.proj(optimized_attention(q, k, v, attention.num_heads))
+        return share * attention.proj(optimized_attention(q, k, v, attention.num_heads))
 
     return forward
 
@@ -78,6 +81,26 @@ def around(forward: Any) -> Any:
         return forward(*args, **kwargs)
 
     return twice
+
+
+def importing(forward: Any) -> Any:
+    """Another pack's forward that imports the host's attention where it calls it."""
+
+    def own(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        return optimized_attention(x, x, x, 2)
+
+    return own
+
+
+def by_module(forward: Any) -> Any:
+    """Another pack's forward that calls the host's attention as its module's."""
+
+    def own(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return comfy.ldm.modules.attention.optimized_attention(x, x, x, 2)
+
+    return own
 
 
 class Called:
@@ -110,6 +133,8 @@ def test_a_run_leaves_nothing_on_the_network(name: str) -> None:
     sample(model, name)
     assert asked and all(set(recognise(tiny(name)).hidden) <= set(seen) for seen in asked)
     assert not patched(name) and not model.object_patches and not model.object_patches_backup
+    assert not any("forward" in vars(m) for m in network(name).modules())
+    assert hearing._options.get() is None
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -201,7 +226,7 @@ def test_another_packs_attention_is_read_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-@pytest.mark.parametrize("kind", [around, Called])
+@pytest.mark.parametrize("kind", [around, Called, importing, by_module])
 def test_a_forward_that_cannot_be_heard_is_refused(name: str, kind: Any) -> None:
     """Before the work, wherever it is asked."""
     model = tiny(name).clone()
