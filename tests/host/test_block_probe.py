@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -324,6 +325,38 @@ def test_a_damaged_measurement_is_passed_over_and_told(kept, caplog):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"figures": {}}))
     with pytest.raises(ValueError, match="not been measured"):
         capture(model, blocks="measured")
+
+
+def test_what_is_no_file_is_passed_over_and_told(kept, caplog):
+    model = random_model("tiny")
+    measured(model)
+    (kept / "folder.json").mkdir()
+    assert capture(model, blocks="measured")[0].blocks
+    assert "a measurement of blocks is passed over" in caplog.text
+
+
+def with_a_lora(strength: float) -> Any:
+    model = random_model("tiny").clone()
+    key = next(k for k in model.model_state_dict() if k.endswith("attn1.to_k.weight"))
+    weight = model.model_state_dict()[key]
+    model.add_patches({key: ("diff", (torch.ones_like(weight),))}, strength)
+    return model
+
+
+def test_of_several_measurements_the_models_own_counts_and_else_the_newest(kept):
+    """Files of one checkpoint without a LoRA and with two, the one without the oldest."""
+    models = [random_model("tiny"), with_a_lora(0.5), with_a_lora(0.7)]
+    for day, model in enumerate(models):
+        before = {*kept.glob("*")}
+        measured(model)
+        (path,) = {*kept.glob("*")} - before
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"day": f"day {day}"}))
+        os.utime(path, (1000 + day, 1000 + day))
+    for day, model in enumerate(models):
+        own, differ = host_measured.measurement_of(model)
+        assert (own.day, differ) == (f"day {day}", ())
+    own, differ = host_measured.measurement_of(with_a_lora(0.9))
+    assert own.day == "day 2" and differ == ("LoRAs",)
 
 
 def test_a_new_measurement_is_another_input_to_the_cache():
