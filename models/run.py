@@ -18,7 +18,7 @@ from .attention.parts import References
 from .attention.sharing import Sharing
 from .network.backbone import Backbone
 from .network.blocks import BlockId, Grid, block_name
-from .network.call import Asker, AttnCall, Joint, Part, Pass, is_resized
+from .network.call import Asker, AttnCall, Joint, Part, Pass, Turn, is_resized
 from .network.sites import BlockSite
 from .network.traced import Traced, trace
 from .network.watch import ActiveInjection, PassEnds, Watcher
@@ -61,11 +61,7 @@ class Run:
     part: str = ""  # as of AttnCall
     pictures: int = 0  # in the sampled batch; 0: not known
     active: list[ActiveInjection] = field(default_factory=list)
-    current: AttnCall | None = None  # the call that the UNet is in
-    pending: AttnCall | None = None  # the same, while its attention function comes next
-    asked: tuple[int, ...] = ()  # the shape of its queries' tokens [b n c]
-    # tokens [b n c] and context [b t c] as the host gave them
-    before: tuple[Tensor, Tensor] | None = None
+    turn: Turn | None = None  # the attention that a UNet is at
     traced: dict[tuple[Any, ...], Traced | None] = field(default_factory=dict)
     compiled: bool = False  # torch.compile stands somewhere in the network
     backbone: Backbone | None = None  # of a transformer; None: a UNet
@@ -110,12 +106,10 @@ class Run:
         return AttnCall(
             said.block,
             said.grid,
-            tuple(p.role for p in parts),
-            tuple(p.area for p in parts),
+            tuple(parts),
             self.handed or self.latent,
             text is not None,
             repeats if any(map(_several, repeats)) else (),
-            tuple(parts),
             said.size,
             part=self.part,
         )
@@ -138,11 +132,9 @@ class Run:
         return AttnCall(
             block,
             self.passing.grid,
-            tuple(p.role for p in parts),
-            tuple(p.area for p in parts),
+            tuple(parts),
             self.handed or self.latent,
-            texts=tuple(parts),
-            given=self.passing.latent,
+            network_size=self.passing.latent,
             part=self.part,
             joint=Joint(picture, mask),
         )
@@ -170,15 +162,40 @@ class Run:
         places = tuple(None if at is None else _places(at, text) for at in where)
         return replace(call, cross=True, places=places), text
 
-    def settled(self, call: AttnCall, n: Tensor, context: Tensor) -> AttnCall:
-        """The call behind all patches: its rows and keys as they are now, or why that cannot be
-        told.
+    def settle(self, n: Tensor, context: Tensor) -> AttnCall | None:
+        """Behind all patches the block's attention comes next: its call, n [b n c], context
+        [b t c]; None where no patch of ours heard of it.
+        """
+        turn = self.turn
+        if turn is None or turn.before is None:
+            return None
+        turn.call = self._settled(turn.call, turn.before, n, context)
+        turn.before, turn.shape, turn.due = None, tuple(n.shape), True
+        return turn.call
+
+    @property
+    def due(self) -> AttnCall | None:
+        """The call whose attention function comes next."""
+        return self.turn.call if self.turn and self.turn.due else None
+
+    def take(self) -> AttnCall | None:
+        """The same; one attention is the block's, what others attend to until the next is
+        theirs.
+        """
+        call = self.due
+        if call is not None:
+            self.turn.due = False
+        return call
+
+    def _settled(
+        self, call: AttnCall, before: tuple[Tensor, Tensor], n: Tensor, context: Tensor
+    ) -> AttnCall:
+        """Its rows and keys as they are now, or why that cannot be told.
 
         Tiles of HyperTile are other rows of the same tokens; in self-attention the keys are no
         text.
         """
-        (was, text), self.before = self.before, None
-        cross = call.cross
+        (was, text), cross = before, call.cross
         if n.shape[0] == was.shape[0] and (not cross or context.shape[1] == text.shape[1]):
             return call
         if not cross and n.shape[0] * n.shape[1] == was.shape[0] * was.shape[1]:
@@ -191,7 +208,7 @@ class Run:
         known = cross, *shapes, *map(id, call.texts)
         if self.traced.get(known) is None and (known, call.block) not in self.traced:
             once = [p.text or text.shape[1] for p in call.texts]
-            traced = trace(len(call.roles), was, n, *((text, context, once) if cross else ()))
+            traced = trace(len(call.texts), was, n, *((text, context, once) if cross else ()))
             self.traced[known if traced else (known, call.block)] = traced
         if (traced := self.traced.get(known)) is not None:
             return call.after(traced)
@@ -199,9 +216,9 @@ class Run:
             call,
             unknown=f"another node's {'cross' if cross else 'self'}-attention patch gives block "
             f"{block_name(call.block)} "
-            f"{n.shape[0]} rows where the model was given {was.shape[0]} ({len(call.roles)} "
+            f"{n.shape[0]} rows where the model was given {was.shape[0]} ({len(call.texts)} "
             f"prompts of "
-            f"{was.shape[0] // len(call.roles)} pictures), and whose they are cannot be told "
+            f"{was.shape[0] // len(call.texts)} pictures), and whose they are cannot be told "
             f"(regional prompts, attention "
             "couple). Remove that node.",
         )
@@ -209,7 +226,7 @@ class Run:
     def end_if_complete(self) -> None:
         """PassEnds where the rest of this pass is for nobody."""
         if self.ends_early and all(watcher.complete for watcher in self.watchers):
-            self.pending = None
+            self.take()
             raise PassEnds
 
     def drop_hook(self) -> None:
@@ -225,10 +242,12 @@ class Run:
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
         self.active, self.watchers, self.sites, self.parts, self.traced = [], [], {}, {}, {}
-        self.current = self.pending = self.before = self.passing = None
+        self.turn = self.passing = None
         self.drop_hook()
 
-    def found(self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor) -> list[References | Sharing]:
+    def references(
+        self, call: AttnCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> list[References | Sharing]:
         """What the parts of a call read of every active injection; empty where they read
         nothing.
         """
@@ -254,7 +273,7 @@ class Run:
         self.hear(call)
         if self.alters(call):
             q, k, v = self.altered(call, q, k, v)
-        references = self.found(call, q, k, v)
+        references = self.references(call, q, k, v)
         if not references:
             return attend(q, k, v, heads)
         return self.read(call, references, attend, q, k, v, heads)

@@ -58,7 +58,7 @@ def _is_read(reference: References | Sharing, call: AttnCall) -> bool:
     """Whether any part of the call reads it."""
     if isinstance(reference, Sharing):
         return True
-    return any(reference.read_by(call, part) for part in range(len(call.roles)))
+    return any(reference.read_by(call, part) for part in range(len(call.texts)))
 
 
 def _require_projections(call: AttnCall, site: BlockSite, error: AttributeError) -> None:
@@ -124,9 +124,9 @@ def share_of_own(call: AttnCall, site: BlockSite, k: Tensor) -> float:
     Tiles, merged tokens and smaller grids leave fewer, beside which a reference would be louder.
     More of them are another node's reference, which ours stands beside as beside one of our own.
     """
-    if call.cross or call.joint or not call.given:
+    if call.cross or call.joint or not call.network_size:
         return 1.0
-    y, x = grid_of(call.given, site.divisor)
+    y, x = grid_of(call.network_size, site.divisor)
     return min(k.shape[1] / (y * x), 1.0)
 
 
@@ -140,7 +140,7 @@ def _read_by_picture(
     heads: int,
 ) -> Tensor:
     """Pictures that read the same share a call: no mask, and no tokens that nobody reads."""
-    rows = q.shape[0] // len(call.roles)
+    rows = q.shape[0] // len(call.texts)
     bounds = {0, rows}
     for reference in references:
         bounds.update(reference.pictures or ())
@@ -169,7 +169,7 @@ def _read_alike(
     injections share a call.
     """
     groups: dict[tuple[int | None, ...], list[int]] = {}
-    for part in range(len(call.roles)):
+    for part in range(len(call.texts)):
         groups.setdefault(_lengths(call, references, part), []).append(part)
     out: dict[int, Tensor] = {}
     for lengths, parts in groups.items():
@@ -180,7 +180,7 @@ def _read_alike(
         if len(groups) == 1:
             return mixed
         out.update(zip(parts, mixed.chunk(len(parts))))
-    return torch.cat([out[part] for part in range(len(call.roles))])
+    return torch.cat([out[part] for part in range(len(call.texts))])
 
 
 def _lengths(call: AttnCall, references: Sequence[References], part: int) -> tuple[int | None, ...]:

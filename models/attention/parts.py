@@ -56,7 +56,7 @@ class References:
     by_row: ReferenceTokens | None = None
 
     def read_by(self, call: AttnCall, part: int) -> ReferenceTokens | None:
-        return self.by_part.get(part) or self.by_role.get(call.roles[part])
+        return self.by_part.get(part) or self.by_role.get(call.texts[part].role)
 
     def covers(self, first: int, last: int) -> bool:
         return self.pictures is None or self.pictures[0] <= first and last <= self.pictures[1]
@@ -67,10 +67,10 @@ class References:
         """
         if self.merge is Merge.ADD:
             return self
-        made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
+        copies: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
 
         def of(t: ReferenceTokens) -> ReferenceTokens:
-            return made.setdefault(id(t), quieter(t, share))
+            return copies.setdefault(id(t), quieter(t, share))
 
         return replace(
             self,
@@ -83,13 +83,13 @@ class References:
         """What the pictures first <= i < last of `rows` read; tokens that all rows share stay as
         they are.
         """
-        made: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
+        copies: dict[int, ReferenceTokens] = {}  # roles that share their tokens go on sharing them
 
         def of(t: ReferenceTokens) -> ReferenceTokens:
-            if id(t) not in made:
+            if id(t) not in copies:
                 # else made for these pictures alone
-                made[id(t)] = t if self.pictures is not None else row_of(t)
-            return made[id(t)]
+                copies[id(t)] = t if self.pictures is not None else row_of(t)
+            return copies[id(t)]
 
         def row_of(t: ReferenceTokens) -> ReferenceTokens:
             def some(x: Tensor) -> Tensor:
@@ -127,14 +127,14 @@ def attend_sharing(
 ) -> Tensor:
     """Attention where a story alone is read; parts that do not share stay the host's own."""
     shared = sharing.attend(attend, [take_parts(call, t, sharing.parts) for t in (q, k, v)], heads)
-    alone = [p for p in range(len(call.roles)) if p not in sharing.parts]
+    alone = [p for p in range(len(call.texts)) if p not in sharing.parts]
     plain = (
         attend(*(take_parts(call, t, alone) for t in (q, k, v)), heads).chunk(len(alone))
         if alone
         else ()
     )
     of_part = dict(zip(sharing.parts, shared)) | {part: [out] for part, out in zip(alone, plain)}
-    return torch.cat([piece for part in range(len(call.roles)) for piece in of_part[part]])
+    return torch.cat([piece for part in range(len(call.texts)) for piece in of_part[part]])
 
 
 def beside_others(sharing: Sharing, call: AttnCall, k: Tensor, v: Tensor) -> list[References]:
@@ -203,7 +203,7 @@ def _region(references: References, parts: Sequence[int], rows: int) -> Tensor |
 
 def take_parts(call: AttnCall, x: Tensor, parts: Sequence[int]) -> Tensor:
     """The rows of the listed parts; x itself where they are all of it, a view where it is one."""
-    if len(parts) == len(call.roles):
+    if len(parts) == len(call.texts):
         return x
     views = call.parts(x)
     return views[parts[0]] if len(parts) == 1 else torch.cat([views[p] for p in parts])
@@ -235,7 +235,7 @@ def gather_parts(
             rows == 1
             and references.by_row
             and not references.by_part
-            and [call.roles[p] for p in parts] == list(references.by_role)
+            and [call.texts[p].role for p in parts] == list(references.by_role)
         ):
             first = references.by_row
         else:

@@ -141,14 +141,14 @@ class Sharing:
         """The same for whoever joins them with other references: k v [b n c] of one part -> what
         each group reads beside its own.
         """
-        n, at, found = k.shape[1], 0, []
+        n, at, read = k.shape[1], 0, []
         for (first, last), length in zip(self.gather.groups, self.gather.lengths):
             index = self.gather.index[at + n : at + length]  # the first part's first picture
             at += len(self.parts) * (last - first) * length
             if length > n:
                 kv = (t.flatten(0, 1).index_select(0, index)[None] for t in (k, v))
-                found.append(((first, last), self._tokens(*kv)))
-        return found
+                read.append(((first, last), self._tokens(*kv)))
+        return read
 
     def _tokens(self, k: Tensor, v: Tensor) -> ReferenceTokens:
         return ReferenceTokens(k, v, self.weight, dims_text=self.dims_text)

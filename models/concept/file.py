@@ -44,8 +44,8 @@ def load_concept_encoder(path: Path) -> AnyEncoder:
         config = read_description(path, header.metadata[FORMAT])
         names = {name: name for name in header.shapes}
     else:
-        found = read_adapter(path, header.shapes)
-        config, names = found or read_full_face(path, header.shapes)
+        adapter = read_adapter(path, header.shapes)
+        config, names = adapter or read_full_face(path, header.shapes)
     with torch.device("meta"):  # sizes alone: a file that lies about them gets no memory
         encoder = built(config)
     check_shapes(path, encoder, {own: header.shapes[theirs] for own, theirs in names.items()})

@@ -52,14 +52,14 @@ class BesideOwn:
 
     def read(self, attend: Attend, q: Tensor, own: tuple[Tensor, Tensor], heads: int) -> Tensor:
         """q [b n (h d)], own k v [b n (h d)] -> [b n (h d)]."""
-        asked, own_k = q, own[0]
+        queries, own_k = q, own[0]
         if self.theirs is not None:
-            asked, own_k = _over(q, self.theirs.q), _over(own_k, self.theirs.k)
-        asked = rms_normed(asked, heads, EPS, self.norms.q.to(q.device))
+            queries, own_k = _over(q, self.theirs.q), _over(own_k, self.theirs.k)
+        queries = rms_normed(queries, heads, EPS, self.norms.q.to(q.device))
         own_k = rms_normed(own_k, heads, EPS, self.norms.k.to(q.device))
         k, v = (t.to(q).expand(len(q), -1, -1) for t in (self.k, self.v))
-        asked, own_k = asked.to(q), own_k.to(q)
-        return attend(asked, torch.cat((own_k, k), 1), torch.cat((own[1], v), 1), heads)
+        queries, own_k = queries.to(q), own_k.to(q)
+        return attend(queries, torch.cat((own_k, k), 1), torch.cat((own[1], v), 1), heads)
 
 
 def _over(x: Tensor, weight: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Part:
     """
 
     role: Role = Role.OTHER
-    area: tuple[int, ...] | None = None
+    area: tuple[int, ...] | None = None  # (height, width, y, x) in latent cells, of a crop
     text: int | None = None
     repeats: tuple[int, ...] = (1,)  # per row: how many times Subject Prompts already repeats it
     subject: SubjectTokens | None = None
@@ -132,22 +132,22 @@ class Pass:
     # what is added to the picture's tokens [b n c] once the block is done
     behind: list[Tensor] = field(default_factory=list)
 
-    def next(self, told: BlockId | None, keys: int) -> BlockId | None:
+    def next(self, named: BlockId | None, keys: int) -> BlockId | None:
         """The block of the next call, None where it holds no whole picture.
 
-        told: what the host says of it, if anything; keys: how many it has. A named block's own call
-        is its first with keys for the whole picture. Where blocks are counted, a call with fewer
-        where a block's is due is another node's, and not counted; a block that reads the text alone
-        may have fewer.
+        named: what the host says of it, if anything; keys: how many it has. A named block's own
+        call is its first with keys for the whole picture. Where blocks are counted, a call with
+        fewer where a block's is due is another node's, and not counted; a block that reads the text
+        alone may have fewer.
         """
         whole = keys >= self.grid[0] * self.grid[1]
         if self.backbone.named:
-            if told is None or told in self.done or told not in self.backbone.calls:
+            if named is None or named in self.done or named not in self.backbone.calls:
                 return None
-            if told[0] != CROSS and not whole:
+            if named[0] != CROSS and not whole:
                 return None
-            self.done.add(told)
-            return told
+            self.done.add(named)
+            return named
         calls = self.backbone.calls
         block = calls[self.seen] if self.seen < len(calls) else None
         if block is not None and block[0] != CROSS and not whole:
@@ -174,6 +174,19 @@ class Pass:
         return self.backbone.grid(self.latent)
 
 
+@dataclass
+class Turn:
+    """A UNet's attention, from the first patch of the host's that hears of it to the function that
+    computes it.
+    """
+
+    call: AttnCall
+    # tokens [b n c] and context [b t c] as the host gave them; None: all patches are done
+    before: tuple[Tensor, Tensor] | None
+    shape: tuple[int, ...] = ()  # [b n c] of its queries' tokens behind all patches
+    due: bool = False  # the block's attention function comes next
+
+
 @dataclass(frozen=True)
 class AttnCall:
     """One attention call of the host, translated: extra_options of
@@ -182,24 +195,28 @@ class AttnCall:
 
     block: BlockId
     grid: Grid
-    roles: tuple[Role, ...]  # per equal part of the batch, in the host's order
-    # per part: (height, width, y, x) in latent cells of a cropped call
-    areas: tuple[tuple[int, ...] | None, ...]
+    texts: tuple[Part, ...]  # what is known of each equal part of the batch, in the host's order
     latent: Grid  # size of what the sampler asks about: of the whole latent, unless it resizes
     cross: bool = False  # cross-attention, whose keys are the text
     # per part, per row (cycled): how many times its text stands in the keys; () is once
     repeats: tuple[tuple[int, ...], ...] = ()
-    texts: tuple[Part, ...] = ()  # per part: what is known of its text
-    given: Grid | None = None  # size of what the UNet was given, in latent cells; None: not known
+    network_size: Grid | None = (
+        None  # size of what the UNet was given, in latent cells; None: not known
+    )
     # per part: where in its text each key stands, None: it is not there; (): as the host gave it
     places: tuple[Places | None, ...] = ()
     unknown: str = ""  # why nobody can tell whose the rows are
     joint: Joint | None = None  # a transformer's call: text and picture in one softmax
     part: str = ""  # who asks about a part of the picture, and of which size
 
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Of each part."""
+        return tuple(part.role for part in self.texts)
+
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
-        return x.chunk(len(self.roles))
+        return x.chunk(len(self.texts))
 
     def of_picture(self, keys: Tensor) -> Tensor:
         """Of all keys [b m c] those of the picture [b n c]; beside a text they are some of them."""
@@ -212,11 +229,13 @@ class AttnCall:
         """
         y, x = self.latent  # an area may reach over the edge, where the host ends it
         sizes = (
-            (min(a[0], y - a[2]), min(a[1], x - a[3])) if a else (y, x)
-            for role, a in zip(self.roles, self.areas)
-            if role is not Role.OTHER
+            (min(p.area[0], y - p.area[2]), min(p.area[1], x - p.area[3])) if p.area else (y, x)
+            for p in self.texts
+            if p.role is not Role.OTHER
         )
-        return next((size for size in sizes if self.given and size != self.given), None)
+        return next(
+            (size for size in sizes if self.network_size and size != self.network_size), None
+        )
 
     def word(self, part: int, positions: Sequence[int], keys: int, text: int) -> list[int] | None:
         """Which of a part's keys are the words at these positions of its text of so many tokens;
@@ -248,8 +267,6 @@ class AttnCall:
         ]
         return replace(
             self,
-            roles=tuple(self.roles[p] for p in traced.parts),
-            areas=tuple(self.areas[p] for p in traced.parts),
             texts=tuple(self.texts[p] for p in traced.parts),
             places=traced.places if self.cross else (),
             repeats=tuple(repeats) if any(r != 1 for row in repeats for r in row) else (),
@@ -260,5 +277,5 @@ class AttnCall:
         picked = tuple(
             tuple(rows[i % len(rows)] for i in range(first, last)) for rows in self.repeats
         )
-        joint = self.joint and self.joint.pictures(len(self.roles), first, last)
+        joint = self.joint and self.joint.pictures(len(self.texts), first, last)
         return replace(self, repeats=picked, joint=joint)

@@ -68,7 +68,7 @@ class AnchorRecorder:
         self.count, self.asker, self._unasked = count, asker, [*levels]
         self._levels = levels if levels == tuple(sorted(levels, reverse=True)) else ()
 
-    def asked(self, sigma: float) -> None:
+    def require_levels(self, sigma: float) -> None:
         """ValueError once a level lies behind that was not asked for; the next one may be, as
         samplers look ahead.
         """
@@ -82,7 +82,7 @@ class AnchorRecorder:
         """x [b c y x] as the model was asked at this noise level; what was kept of the call goes to
         host memory.
         """
-        self.asked(sigma)
+        self.require_levels(sigma)
         (self.latents[sigma],) = self._in_host_memory([x[: self.count]], torch.float32)
         tokens = [t for (row, _), t in self._tokens.items() if row[1] == sigma]
         held = [*tokens, self._outputs.get(sigma, {})]

@@ -9,16 +9,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..copies import sent
-from ..subject.correspondence import correspond, telling_channels
+from ..subject.correspondence import correspond, smooth, telling_channels
 from ..subject.maps import positions_of
 from .plan import NODE, shared_groups
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Comparison:
+    """DIFT's features of a run's pictures, and once they are compared, which of their tokens are
+    injected from where.
+    """
+
+    sigma: float | None = None  # the noise level that the features come from
+    features: Tensor | None = None  # [b n c]
+    targets: Tensor | None = None  # [k] flat positions among b*n
+    sources: Tensor | None = None  # [k] rows that they are injected from
+    _call: int | None = None  # of the model, that the features come from
+
+    def read(self, h: Tensor, sigma: float, call: int) -> None:
+        """h [b c y x] of the cond half; of one call of the model the last counts, of several the
+        first.
+        """
+        if self.features is not None and self._call != call:
+            return
+        self.sigma, self._call = sigma, call or None
+        self.features = smooth(h.float()).flatten(2).movedim(1, 2)
 
 
 def candidates_in_batch(masks: Tensor, anchors: int, count: int) -> list[Tensor]:

@@ -111,12 +111,12 @@ class Schedule:
             self.settings.weight and self.settings.dropout < 1,
         )
         twice = self.first_injection is not None
-        asked = (
+        levels = (
             [*steps[: self.first_stage], *steps[self.step(self.first_injection) :]]
             if twice
             else steps
         )
-        return sum(1 + bool(shares and (known or i) and self.blend(self.sigmas[i])) for i in asked)
+        return sum(1 + bool(shares and (known or i) and self.blend(self.sigmas[i])) for i in levels)
 
 
 def dropped(seed: int, picture: int, step: int, grid: Grid, share: float) -> Tensor:

@@ -30,8 +30,8 @@ def require_whole(call: AttnCall, x: Tensor, pictures: int, grid: Grid) -> None:
     rows, columns = grid
     if call.cut:
         raise ValueError(
-            f"{NODE}: the model was given {call.given[0]}x{call.given[1]} of a latent of "
-            f"{call.cut[0]}x{call.cut[1]}. "
+            f"{NODE}: the model was given {call.network_size[0]}x{call.network_size[1]} of a "
+            f"latent of {call.cut[0]}x{call.cut[1]}. "
             "Pictures that share a subject must be sampled whole: remove the node that cuts them "
             "(tiled diffusion)."
         )

@@ -45,7 +45,7 @@ class Gated:
         settings: StorySettings,
     ) -> list[References]:
         """What the listed parts of a call read, k v [b m c] of which the picture's are meant."""
-        mask = self.gate.float().expand(len(call.roles), -1, -1)
+        mask = self.gate.float().expand(len(call.texts), -1, -1)
         own = [call.parts(call.of_picture(t)) for t in (k, v)]
 
         def tokens(part: int, index: Tensor) -> ReferenceTokens:

@@ -21,17 +21,15 @@ from ..attention.parts import References
 from ..attention.references import ReferenceTokens
 from ..attention.sharing import Gathers, Sharing
 from ..copies import sent
-from ..network.blocks import BlockId, Grid, block_name
+from ..network.blocks import BlockId, Grid
 from ..network.call import Asker, AttnCall, Part, Role
 from ..network.sites import BlockSite
-from ..network.traced import Places
 from ..network.watch import Watcher
-from ..subject.correspondence import adain, inject, smooth
-from ..subject.maps import SubjectMaps, positions_of
-from ..subject.masks import token_map, token_weights
-from ..subject.words import SubjectTokens
+from ..subject.correspondence import adain, inject
+from ..subject.maps import positions_of
 from .anchors import AnchorRecorder
-from .matching import candidates_in_batch, match, say_unmatched
+from .followed import FollowedWords
+from .matching import Comparison, candidates_in_batch, match, say_unmatched
 from .plan import NODE, SLACK, Schedule, StorySettings, shared_groups
 from .refusals import require_own_keys, require_whole
 from .sources import AnchorSource, Layout
@@ -58,36 +56,27 @@ class Story(Watcher):
     node: ClassVar[str] = NODE
     stage: int = 0  # 1, 2; 0 where one stage is enough
     sigma: float = 0.0
-    maps: SubjectMaps = field(default_factory=SubjectMaps)
+    comparison: Comparison = field(default_factory=Comparison)
     vanilla: dict[BlockId, Tensor] = field(default_factory=dict)  # of the pass before this one
-    tapped: float | None = None  # the noise level that DIFT's features come from
-    features: Tensor | None = None  # [b n c]
-    targets: Tensor | None = None  # [k] flat positions among b*n that are injected
-    sources: Tensor | None = None  # [k] rows that they are injected from
     _seen: bool = False  # the model ran its attention in this step
-    _weights: dict[tuple[SubjectTokens, int, int, Places], Tensor | None] = field(
-        default_factory=dict
-    )
     _said: set[str] = field(default_factory=set)  # warnings that come once in a run
     _highest: float = 0.0  # noise level so far
     _fell: bool = False  # below an earlier one: there the subject may be known
     _calls: int = 0  # of the model
-    _features_of: int | None = None  # the call that DIFT's features come from
-    _no_word: str = ""  # why the subject's word could not be followed in this step
-    _words_heard: bool = False  # a cross-attention with the word in it was heard in this run
 
     def __post_init__(self) -> None:
         self.stage = int(self.schedule.first_injection is not None)
+        self.words = FollowedWords(self.pictures)
         self._gathers = Gathers(self.pictures, self.settings.weight, self.device)
         self.step = self._new_step(None)
 
     # steps ----------------------------------------------------------------------------------------
 
     def begin_step(self, sigma: float) -> None:
-        self.sigma, self._seen, self._no_word = sigma, False, ""
+        self.sigma, self._seen = sigma, False
         self._fell, self._highest = self._fell or sigma < self._highest, max(sigma, self._highest)
         self._gathers.begin_step()
-        self.maps.begin(sigma)
+        self.words.begin(sigma)
         if self.recorder:
             self.recorder.begin(self.stage, sigma)
         self.step = self._new_step(self._mean_maps(sigma))
@@ -129,8 +118,7 @@ class Story(Watcher):
         ValueError where another node left no cross-attention in which the subject's word could be
         followed.
         """
-        if self._no_word and self.sigma not in self.maps.sigmas:
-            raise ValueError(f"{NODE}: {self._no_word}")
+        self.words.require_followed(self.sigma)
         if not self._seen and "missed" not in self._said:
             self._said.add("missed")
             log.warning(
@@ -146,39 +134,43 @@ class Story(Watcher):
     @property
     def first_stage_ends(self) -> bool:
         """After the call at this noise level: what the second stage needs is there."""
-        return self.stage == 1 and not self.settings.official and self.features is not None
+        return (
+            self.stage == 1 and not self.settings.official and self.comparison.features is not None
+        )
 
     def begin_second_stage(self) -> None:
         """Match the pictures (eq. 8, 9), choose what is injected (eq. 5, the gate of appendix B),
         and forget what comes anew.
         """
-        last = -1.0 if self.settings.official or self.tapped is None else self.tapped
+        read_at = self.comparison.sigma
+        last = -1.0 if self.settings.official or read_at is None else read_at
         self.step = self._new_step(self._mean_maps(last, inclusive=True))
         self._match()
-        self.maps.forget(self.settings.inject[0] * (1 + SLACK))
-        self.stage, self.features = 2, None
+        self.words.maps.forget(self.settings.inject[0] * (1 + SLACK))
+        self.stage, self.comparison.features = 2, None
 
     def _match(self) -> None:
-        masks = self.step.masks(self._grid(self.layout.divisor))
-        if masks is None or self.features is None:
-            say_unmatched(self.features is not None, self._words_heard)
+        features, masks = self.comparison.features, self.step.masks(self._grid(self.layout.divisor))
+        if masks is None or features is None:
+            say_unmatched(features is not None, self.words.heard)
             return
         k = self.anchor_count
         if self.recorder:
-            self.recorder.matched(self.features[:k], torch.cat(positions_of(masks, range(k))))
+            self.recorder.matched(features[:k], torch.cat(positions_of(masks, range(k))))
         if self.anchors:
             stored, subject = self.anchors.features()
-            sources, each = sent(stored.to(self.features.dtype), self.device), [masks]
+            sources, each = sent(stored.to(features.dtype), self.device), [masks]
             candidates = [[subject] * self.pictures]
         else:
-            sources = self.features[:k]
+            sources = features[:k]
             words = self.step.words(self._grid(self.layout.divisor)) if self.gates else None
             each = [masks] if words is None else list(words.unbind(1))
             candidates = [candidates_in_batch(m, self.settings.anchors, k) for m in each]
-        targets, rows = match(self.features, each, sources, candidates, self.layout.transformer)
+        targets, rows = match(features, each, sources, candidates, self.layout.transformer)
         if self.anchors:  # flat positions among r*n -> rows of the stored outputs
             rows = torch.searchsorted(subject, rows)
-        self.targets, self.sources = sent(targets, self.device), sent(rows, self.device)
+        self.comparison.targets = sent(targets, self.device)
+        self.comparison.sources = sent(rows, self.device)
 
     def finish(self) -> None:
         """Tell the recorder where the anchors' subjects were in the end, and the words' maps on the
@@ -202,9 +194,9 @@ class Story(Watcher):
             if (m := self.step.masks(g)) is not None
         }
         seen = sorted(self.recorder.latents)
-        if self.step.soft is not None and {*seen} <= {*self.maps.sigmas}:
+        if self.step.soft is not None and {*seen} <= {*self.words.maps.sigmas}:
             self.recorder.maps = (
-                torch.stack([self.maps.at(s)[: self.anchor_count].sum(1) for s in seen])
+                torch.stack([self.words.maps.at(s)[: self.anchor_count].sum(1) for s in seen])
                 .float()
                 .cpu()
             )
@@ -234,7 +226,7 @@ class Story(Watcher):
         """The running mean of the words' maps above a noise level; None where the user
         wired masks.
         """
-        return None if self.user_masks is not None else self.maps.mean(sigma, inclusive)
+        return None if self.user_masks is not None else self.words.maps.mean(sigma, inclusive)
 
     def _grid(self, divisor: int) -> Grid:
         return -(-self.latent[0] // divisor), -(-self.latent[1] // divisor)
@@ -299,54 +291,12 @@ class Story(Watcher):
         for i in self.sharing_parts(call.texts):
             part = call.texts[i]
             named = part.role is Role.COND and part.subject and (part.text or part.rows)
-            if named and id(part) not in done and self._follow(call, i, q, k, heads):
+            if not named or id(part) in done:
+                continue
+            grid = self._grid(self.layout.divisors[call.block])
+            call_number = self._calls or None
+            if self.words.follow(call, i, q, k, heads, grid, self.sigma, call_number):
                 done.add(id(part))
-
-    def _follow(self, call: AttnCall, i: int, q: Tensor, k: Tensor, heads: int) -> bool:
-        """Keep where part i of the call looks for its subject's words; False, and why, where they
-        cannot be followed.
-        """
-        part = call.texts[i]
-        if call.unknown:
-            self._no_word = f"{call.unknown[:-1]}, or wire masks of the subject."
-            return False
-        weights = self._word_weights(call, i, k)
-        if weights is None:
-            self._no_word = (
-                f"another node's cross-attention patch leaves {k.shape[1]} keys of other contents "
-                f"in block "
-                f"{block_name(call.block)} where the text has {part.text} tokens, so the subject's "
-                f"word cannot be "
-                "followed there (NegPip, regional prompts). Wire masks of the subject, or remove "
-                "that node."
-            )
-            return False
-        q_part = call.parts(q)[i]
-        self._require_whole(call, q_part)
-        maps = token_map(q_part, call.parts(k)[i], weights, heads)  # [b n w]
-        maps = maps.movedim(-1, 1).unflatten(2, call.grid)
-        self.maps.add(self.sigma, call.block, id(part), maps, self._calls or None)
-        self._words_heard = True
-        return True
-
-    def _word_weights(self, call: AttnCall, i: int, k: Tensor) -> Tensor | None:
-        """Weights [b m w] of part i's words among its keys, k [b m c]; None where they are not
-        there.
-        """
-        part, keys = call.texts[i], k.shape[1]
-        key = part.subject, part.text, keys, call.places[i] if call.places else ()
-        if key not in self._weights:
-            words = [
-                [call.word(i, row, keys, part.text) for row in word]
-                for word in part.subject.of_words(self.pictures)
-            ]
-            lacks = any(None in rows for rows in words)
-            self._weights[key] = (
-                None
-                if lacks
-                else torch.stack([token_weights(rows, keys, k.device) for rows in words], -1)
-            )
-        return self._weights[key]
 
     def self_tokens(self, call: AttnCall, n: Tensor) -> Tensor:
         self._seen = True
@@ -355,8 +305,10 @@ class Story(Watcher):
         parts = self.sharing_parts(call.texts)
         if self.recorder and parts:
             kept, index = self.step.all_kept(call.grid)
-            for half in {call.roles[i].half: None for i in parts}:  # the first part of each half
-                part = call.parts(n)[next(i for i in parts if call.roles[i].half is half)]
+            for half in {
+                call.texts[i].role.half: None for i in parts
+            }:  # the first part of each half
+                part = call.parts(n)[next(i for i in parts if call.texts[i].role.half is half)]
                 self._require_whole(call, part)
                 self.recorder.tokens(
                     self.stage,
@@ -384,7 +336,7 @@ class Story(Watcher):
             return n
         parts = self.sharing_parts(call.texts)
         nu = self.schedule.blend(self.sigma)
-        if len(parts) == len(call.roles):
+        if len(parts) == len(call.texts):
             return torch.lerp(n, vanilla, nu)
         pairs = zip(call.parts(n), call.parts(vanilla))
         return torch.cat(
@@ -437,9 +389,9 @@ class Story(Watcher):
     def _references_to_anchors(
         self, call: AttnCall, site: BlockSite, k: Tensor, parts: Sequence[int]
     ) -> list[References]:
-        made, projected = {}, {}
+        tokens_of, projected = {}, {}
         for i in parts:
-            half = self.settings.halves.source(call.roles[i].half)
+            half = self.settings.halves.source(call.texts[i].role.half)
             tokens = self.step.tokens()[half][call.block]
             if not len(tokens):
                 return []
@@ -455,8 +407,8 @@ class Story(Watcher):
                 values = values.expand(len(keys), -1, -1)
             weight = self.settings.weight * self.anchors.loudness(call.block)
             dims = self.settings.dims_text
-            made[i] = ReferenceTokens(keys, values, weight, dims_text=dims)
-        return [References({}, by_part=made)]
+            tokens_of[i] = ReferenceTokens(keys, values, weight, dims_text=dims)
+        return [References({}, by_part=tokens_of)]
 
     def self_output(self, call: AttnCall, out: Tensor) -> Tensor:
         """Eq. (6): outputs after to_out, cond half, from a snapshot of all pictures, so that their
@@ -468,21 +420,22 @@ class Story(Watcher):
             or not self.schedule.injects(self.sigma)
         ):
             return out
-        parts = [i for i in self.sharing_parts(call.texts) if call.roles[i] is Role.COND]
+        targets, sources = self.comparison.targets, self.comparison.sources
+        parts = [i for i in self.sharing_parts(call.texts) if call.texts[i].role is Role.COND]
         mixed = list(call.parts(out)) if parts else []
         for i in parts:
             x = mixed[i]
             self._require_whole(call, x)
             if (
-                self.recorder and self.targets is not None and i == parts[0]
+                self.recorder and targets is not None and i == parts[0]
             ):  # None: the pictures could not be compared
                 self.recorder.output(self.sigma, call.block, call.grid, x, self._calls or None)
-            if self.targets is not None and len(self.targets):
+            if targets is not None and len(targets):
                 snapshot = (
                     self.step.outputs()[call.block].to(x) if self.anchors else x.flatten(0, 1)
                 )
-                mixed[i] = inject(x, snapshot, self.sources, self.targets, self.settings.injection)
-        return torch.cat(mixed) if parts and self.targets is not None and len(self.targets) else out
+                mixed[i] = inject(x, snapshot, sources, targets, self.settings.injection)
+        return torch.cat(mixed) if parts and targets is not None and len(targets) else out
 
     def output_block(self, index: int | BlockId, h: Tensor, parts: Sequence[Part]) -> None:
         if (
@@ -491,10 +444,6 @@ class Story(Watcher):
             or self.sigma > self.schedule.features_at * (1 + SLACK)
         ):
             return
-        for i in self.sharing_parts(parts):
-            if parts[i].role is Role.COND and (
-                self.features is None or self._features_of == self._calls
-            ):
-                self.tapped, self._features_of = self.sigma, self._calls or None
-                self.features = smooth(h.chunk(len(parts))[i].float()).flatten(2).movedim(1, 2)
-                return
+        cond = [i for i in self.sharing_parts(parts) if parts[i].role is Role.COND]
+        if cond:
+            self.comparison.read(h.chunk(len(parts))[cond[0]], self.sigma, self._calls)

@@ -123,8 +123,8 @@ def correspond(
             best = (here @ there.T).argmax(-1)
             places[i, rows] = positions.index_select(0, best)
             distance[i, rows] = _cosine_distance(here, there.index_select(0, best))
-    told = distance.cpu().double()  # some devices have no float64
-    near = told < otsu_threshold(told, axes=1)[:, None]
+    distances = distance.cpu().double()  # some devices have no float64
+    near = distances < otsu_threshold(distances, axes=1)[:, None]
     return Matches(places, distance, target_masks & near.to(target_masks.device))
 
 

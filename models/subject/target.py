@@ -29,6 +29,21 @@ class TargetMask:
         with it; where the sampler resizes
         the picture, the mask is resized to what it asks about. ValueError on tiles and parts.
         """
+        self._require_whole(call, q)
+        areas = tuple(part.area for part in call.texts)
+        key = (call.latent, call.grid, areas)
+        if key not in self._at:
+            whole = resize_user_mask(self.mask, call.latent).float()
+            crops = [
+                whole if a is None else whole[:, a[2] : a[2] + a[0], a[3] : a[3] + a[1]]
+                for a in areas
+            ]
+            masks = torch.stack([resize_user_mask(crop, call.grid).flatten(1) for crop in crops])
+            self._at[key] = sent(masks, q.device, q.dtype)
+        return self._at[key]
+
+    def _require_whole(self, call: AttnCall, q: Tensor) -> None:
+        """ValueError on tiles and parts, and where there is no mask for each picture."""
         if call.grid[0] * call.grid[1] != q.shape[1]:
             raise ValueError(
                 f"{self.node}: a target mask needs whole pictures, but a node before the sampler "
@@ -41,8 +56,8 @@ class TargetMask:
             raise ValueError(
                 f"{self.node}: a target mask needs whole pictures, but a node before the sampler "
                 f"cut them into tiles "
-                f"({call.given[0]}x{call.given[1]} of a latent of {whole[0]}x{whole[1]}: tiled "
-                f"diffusion does this). "
+                f"({call.network_size[0]}x{call.network_size[1]} of a latent of "
+                f"{whole[0]}x{whole[1]}: tiled diffusion does this). "
                 "Remove that node or the target mask."
             )
         if call.part:
@@ -51,19 +66,9 @@ class TargetMask:
                 f"sampler, or remove the "
                 "target mask."
             )
-        rows = q.shape[0] // len(call.roles)
+        rows = q.shape[0] // len(call.texts)
         if self.mask.shape[0] not in (1, rows):
             raise ValueError(
                 f"{self.node}: {self.mask.shape[0]} target masks for {rows} pictures. Wire one "
                 f"mask, or one per picture."
             )
-        key = (call.latent, call.grid, call.areas)
-        if key not in self._at:
-            whole = resize_user_mask(self.mask, call.latent).float()
-            crops = [
-                whole if a is None else whole[:, a[2] : a[2] + a[0], a[3] : a[3] + a[1]]
-                for a in call.areas
-            ]
-            masks = torch.stack([resize_user_mask(crop, call.grid).flatten(1) for crop in crops])
-            self._at[key] = sent(masks, q.device, q.dtype)
-        return self._at[key]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models.attention.fused import FusedAttend
 from ...models.network.blocks import block_name
-from ...models.network.call import AttnCall
+from ...models.network.call import AttnCall, Turn
 from ...models.network.watch import PassEnds
 from ...models.run import Run
 from .foreign import hands_on, told_once
@@ -29,10 +29,10 @@ def attn1_patch(
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
         _say_unheard(run, n)
-        run.current = run.call(options)
+        call = run.call(options)
         for watcher in run.watchers:
-            n = watcher.self_tokens(run.current, n)
-        run.before = n, context
+            n = watcher.self_tokens(call, n)
+        run.turn = Turn(call, (n, context))
         run.end_if_complete()
     return n, context, value
 
@@ -40,9 +40,9 @@ def attn1_patch(
 @torch.compiler.disable
 def attn1_output_patch(out: Tensor, options: dict[str, Any]) -> Tensor:
     run: Run | None = options.get(KEY)
-    if isinstance(run, Run) and run.current is not None:
+    if isinstance(run, Run) and run.turn is not None:
         for watcher in run.watchers:
-            out = watcher.self_output(run.current, out)
+            out = watcher.self_output(run.turn.call, out)
         run.end_if_complete()
     return out
 
@@ -64,7 +64,7 @@ def attn2_patch(
     run: Run | None = options.get(KEY)
     if isinstance(run, Run):
         _say_unheard(run, n)
-        run.current, run.before = run.call(options, context.shape[1]), (n, context)
+        run.turn = Turn(run.call(options, context.shape[1]), (n, context))
     return n, context, value
 
 
@@ -76,10 +76,9 @@ def last_patch(
     the block's.
     """
     run: Run | None = options.get(KEY)
-    if isinstance(run, Run) and run.current is not None and run.before is not None:
-        run.current = run.settled(run.current, n, context)
-        run.pending, run.asked = run.current, tuple(n.shape)
-        _hand_on(run, run.current, options)
+    call = run.settle(n, context) if isinstance(run, Run) else None
+    if call is not None:
+        _hand_on(run, call, options)
     return n, context, value
 
 
@@ -100,11 +99,11 @@ def _say_unheard(run: Run, x: Tensor) -> None:
     """Say once where something should have been read, but another node computed the attention past
     the host's function.
     """
-    call, run.pending = run.pending, None
+    call = run.take()
     if call is None or call.unknown or run.ways is None or "unheard" in run.ways:
         return
-    tokens = x.new_empty(run.asked)
-    if run.found(call, tokens, tokens, tokens):
+    tokens = x.new_empty(run.turn.shape)
+    if run.references(call, tokens, tokens, tokens):
         run.ways.add("unheard")
         log.info(
             "Kindred: another node computes the %s-attention of block %s by itself, at least in "
@@ -140,11 +139,10 @@ def unet_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tenso
             return func(q, k, v, heads, mask=mask, **kwargs)
 
         run = (kwargs.get("transformer_options") or {}).get(KEY)
-        call = run.pending if isinstance(run, Run) else None
-        if call is None or mask is not None or kwargs.get("skip_reshape"):
+        ours = isinstance(run, Run) and mask is None and not kwargs.get("skip_reshape")
+        call = run.take() if ours else None
+        if call is None:
             return attend(q, k, v, heads, mask)
-        # one attention is the block's; what others attend to until the next is theirs
-        run.pending = None
         for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)
         run.end_if_complete()
@@ -174,9 +172,10 @@ class Beside:
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         run: Run | None = options.get(KEY)
-        if not isinstance(run, Run) or run.pending is None:
+        call = run.take() if isinstance(run, Run) else None
+        if call is None:
             return self.f(q, k, v, options)
-        call, run.pending, heads = run.pending, None, options["n_heads"]
+        heads = options["n_heads"]
         run.hear(call)
         out = self.f(q, k, v, options)
         for watcher in run.watchers if call.cross else ():
@@ -197,7 +196,7 @@ class Beside:
 
         return (
             out + (run.attend(call, attend, q, k, v, heads) - attend(q, k, v, heads))
-            if run.alters(call) or run.found(call, q, k, v)
+            if run.alters(call) or run.references(call, q, k, v)
             else out
         )
 

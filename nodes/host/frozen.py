@@ -100,7 +100,7 @@ class Frozen:
     def learning(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def _asked(
+    def _naming(
         self, run: Run, part: Part, sigma: Tensor, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Options of a call whose rows are all of one part of a run."""
@@ -152,7 +152,7 @@ class FrozenUNet(Frozen):
             active=[Learning(keys_values, weight, self.merge)],
         )
         part = Part(Role.COND, None, longest, repeats)
-        options = self._asked(run, part, sigma, install(self.options, run))
+        options = self._naming(run, part, sigma, install(self.options, run))
         return self.model.apply_model(x, sigma, transformer_options=options, **conds)
 
 
@@ -220,7 +220,7 @@ class FrozenTransformer(Frozen):
             active=[decoupled(keys_values, weight)],
         )
         installed = install(self.options, run, places=[Place.ATTENTION])
-        options = self._asked(run, Part(Role.COND, None, text), sigma, installed)
+        options = self._naming(run, Part(Role.COND, None, text), sigma, installed)
         x = framed(self.patcher, x)
         return unframed(self.model.apply_model(x, sigma, transformer_options=options, **conds))
 

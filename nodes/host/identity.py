@@ -278,7 +278,7 @@ def family(model: ModelPatcher) -> str:
 # the name as the first references have it: to the letter, or they are refused ---------------------
 
 
-def _told(value: object, dtype: torch.dtype | None = None) -> Iterable[object]:
+def _marks(value: object, dtype: torch.dtype | None = None) -> Iterable[object]:
     """What tells one patch of the weights from another, cheaply; dtype: what its tensors will be
     cast to.
     """
@@ -287,9 +287,9 @@ def _told(value: object, dtype: torch.dtype | None = None) -> Iterable[object]:
         yield _first(value).to(dtype or value.dtype).float().tolist()
     elif isinstance(value, (list, tuple)):
         for v in value:
-            yield from _told(v, dtype)
+            yield from _marks(v, dtype)
     elif hasattr(value, "weights"):
-        yield from _told(value.weights, dtype)
+        yield from _marks(value.weights, dtype)
     elif isinstance(value, (float, int, str)):
         yield value
 
@@ -320,7 +320,7 @@ def _exact(
     for (key, (weight, *patches)), values in zip(looked.items(), first):
         digest.update(
             repr(
-                (key, [tuple(weight.shape), values.tolist()], [list(_told(p)) for p in patches])
+                (key, [tuple(weight.shape), values.tolist()], [list(_marks(p)) for p in patches])
             ).encode()
         )
     # eps, v, zsnr: the same weights read otherwise
@@ -335,7 +335,7 @@ def _exact(
     # be then
     if hooks:
         beside = [
-            (name, hook.multiplier, [*_told(hook.adapter, cast.get(hook.module.weight.dtype))])
+            (name, hook.multiplier, [*_marks(hook.adapter, cast.get(hook.module.weight.dtype))])
             for name, hook in hooks
         ]
         digest.update(repr(beside).encode())

@@ -125,7 +125,7 @@ def _miscounted(run: Run, calls: int) -> None:
     )
 
 
-def _told(options: Mapping[str, Any]) -> BlockId | None:
+def _named_block(options: Mapping[str, Any]) -> BlockId | None:
     """The block that the host says it is in; most families say nothing."""
     kind, index = options.get("block_type"), options.get("block_index")
     return None if kind is None or index is None else (kind, index, 0)
@@ -179,7 +179,7 @@ class _BlockCall:
         k = self.k if unplaced is None else unplaced()
         return torch.cat([k[:, keys], self.v[:, keys]], -1)
 
-    def asked(self) -> _BlockCall:
+    def with_queries(self) -> _BlockCall:
         """The call with the picture's queries as the watchers change them; itself where none
         does.
         """
@@ -221,7 +221,7 @@ class _BlockCall:
         if self.block[0] == CROSS:
             return []
         self.run.hear(self.translated)
-        return self.run.found(self.translated, self.q[:, self.picture(self.q)], self.k, self.v)
+        return self.run.references(self.translated, self.q[:, self.picture(self.q)], self.k, self.v)
 
     def alters(self) -> bool:
         """Whether a watcher changes what it is computed of."""
@@ -298,7 +298,7 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
         shown = _BlockCall(run, block, options, *tokens, heads)
         shown.show()
         run.end_if_complete()
-        call = shown.asked()
+        call = shown.with_queries()
         references, concepts = call.references(), read_beside(run, block)
         attend = _in_layout(host, plain(kwargs))
         if call.alters():
@@ -333,7 +333,7 @@ def _block_of(options: Mapping[str, Any], keys: int) -> BlockId | None:
     run = options.get(KEY)
     if not isinstance(run, Run) or run.passing is None:
         return None
-    block = run.passing.next(_told(options), keys)
+    block = run.passing.next(_named_block(options), keys)
     return block if run.watchers or run.active else None
 
 

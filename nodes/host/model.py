@@ -202,7 +202,7 @@ def is_lora(injection: Any) -> bool:
     """Whether one of the host's injections is a LoRA in bypass mode: weights, and no module of
     another pack.
     """
-    return any(isinstance(found, BypassInjectionManager) for found in closure(injection.inject))
+    return any(isinstance(one, BypassInjectionManager) for one in closure(injection.inject))
 
 
 def _pack(function: object) -> str:

@@ -144,7 +144,7 @@ class Stages:
             return float(level), None
         if not self._expects:
             wired = self.story.user_masks is not None
-            return float(level) if wired else self.story.maps.read_with(level), None
+            return float(level) if wired else self.story.words.maps.read_with(level), None
         seen = self._answers[0][1]
         if seen.shape != x.shape:
             return float(level), False
@@ -162,12 +162,12 @@ class Stages:
         """
         if not self._expects:
             return None
-        asked, seen, answer = self._answers.pop(0)
-        if asked == sigma and (torch.equal(seen, x) if equal is None else equal):
+        level, seen, answer = self._answers.pop(0)
+        if level == sigma and (torch.equal(seen, x) if equal is None else equal):
             self._record(sigma, x)
             return answer
         self._answers.clear()
-        self.story.maps.forget(sigma)
+        self.story.words.maps.forget(sigma)
         return None
 
     def answered(self, sigma: float, x: Tensor, denoised: Tensor) -> None:

@@ -147,7 +147,7 @@ def test_whoever_keeps_the_options_keeps_no_tokens(kept):
     assert (
         options_kept
         and alive(kept) == 0
-        and not any(o[KEY].active or o[KEY].pending for o in options_kept)
+        and not any(o[KEY].active or o[KEY].turn for o in options_kept)
     )
 
 

@@ -505,7 +505,5 @@ def test_whoever_keeps_the_options_of_a_failed_run_keeps_no_features(name):
         with pytest.raises(Stop):
             JOBS[name](m)
         assert not [
-            run
-            for run in held
-            if run.watchers or run.active or run.sites or run.parts or run.pending
+            run for run in held if run.watchers or run.active or run.sites or run.parts or run.turn
         ], number

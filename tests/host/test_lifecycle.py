@@ -149,9 +149,7 @@ def test_an_abandoned_run_holds_no_tensors():
     model.set_model_attn1_patch(patch)
     sample(model)
     assert {run.ways is None for run in kept} == {True, False}  # the live pass, the sampler's own
-    assert not any(
-        run.watchers or run.active or run.sites or run.parts or run.pending for run in kept
-    )
+    assert not any(run.watchers or run.active or run.sites or run.parts or run.turn for run in kept)
     assert not any(
         run.step_tokens or run.guider or run.model_options for run in samplers if run is not None
     )

@@ -126,10 +126,11 @@ def whole_story(
 
     def matched(self: Story) -> None:
         match(self)
-        seen.update(zip(self.targets.tolist(), self.sources.tolist()))
+        found = self.comparison
+        seen.update(zip(found.targets.tolist(), found.sources.tolist()))
         if matched_in:
             given = whole_story(*matched_in)[1]
-            self.targets, self.sources = (
+            found.targets, found.sources = (
                 torch.tensor([*t], dtype=torch.long) for t in (given.keys(), given.values())
             )
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kindred.models.attention.weights import SELF_ODDS, WeightMode, dial
-from kindred.models.network.call import AttnCall, Half, Halves, Role
+from kindred.models.network.call import AttnCall, Half, Halves, Part, Role
 from kindred.models.reference.bank import ReferenceBank
 from kindred.nodes.inject import MaskedSelfInjection
 from networks import build_model, random_model
@@ -410,7 +410,7 @@ class Seen:
         config = MaskedSelfInjection(
             bank_of(), 1.0, WeightMode.LOGIT_BIAS, frozenset(), 0.0, 1.0, Halves.COND, target
         )
-        call = AttnCall(("middle", 0, 0), grid, (Role.COND,), (self.area,), self.latent)
+        call = AttnCall(("middle", 0, 0), grid, (Part(Role.COND, self.area),), self.latent)
         q = torch.zeros(1, grid[0] * grid[1], 8)
         return (
             config.start_run(

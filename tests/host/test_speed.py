@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from kindred.models.attention.fused import FusedAttend
+from kindred.models.network.call import Turn
 from kindred.models.reference.builder import Keeps
 from kindred.models.run import Run
 from kindred.nodes.host import SamplerRun, attention, foresight, injected, install, wrappers
@@ -343,7 +344,7 @@ def test_more_rows_than_torchs_attention_takes_are_left_to_the_host(monkeypatch)
 def test_an_attention_of_another_layout_or_with_a_mask_is_not_the_blocks(how):
     """It is the caller's own, and the block's is still to come."""
     run, asked = Run(), []
-    run.pending = call = object()
+    run.turn = Turn(call := object(), None, due=True)
     options = install({}, run)["transformer_options"]
     options["optimized_attention_override"](
         lambda *given, **more: asked.append(more),
@@ -352,7 +353,7 @@ def test_an_attention_of_another_layout_or_with_a_mask_is_not_the_blocks(how):
         transformer_options=options,
         **how,
     )
-    assert run.pending is call and [{key: more[key] for key in how} for more in asked] == [how]
+    assert run.due is call and [{key: more[key] for key in how} for more in asked] == [how]
 
 
 # memory ------------------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_masks_that_are_all_empty_leave_the_pictures_plain():
 def test_a_word_that_lights_up_nowhere_is_said_once(caplog, monkeypatch):
     """A constant map has no subject (I15): nothing is shared, and the log names the remedy."""
     monkeypatch.setattr(
-        "kindred.models.story.story.token_map",
+        "kindred.models.story.followed.token_map",
         lambda q, k, positions, heads: q.new_zeros(*q.shape[:2], positions.shape[-1]),
     )
     assert torch.equal(pictures(story(MODEL)), plain())

@@ -73,14 +73,7 @@ def unet(run: Run, x: Tensor, parts: tuple[Part, ...], text: Tensor) -> Tensor:
             for watcher in run.watchers:
                 watcher.output_block(block[1], h, parts)
         small = F.avg_pool2d(h, site.divisor)
-        call = AttnCall(
-            block,
-            tuple(small.shape[2:]),
-            tuple(p.role for p in parts),
-            (None,) * len(parts),
-            GRID,
-            texts=parts,
-        )
+        call = AttnCall(block, tuple(small.shape[2:]), parts, GRID)
         tokens, (one, two) = small.flatten(2).mT, (site.module.attn1, site.module.attn2)
         n = queries = F.layer_norm(tokens, (C,))
         for watcher in run.watchers:
@@ -202,9 +195,7 @@ def differs(a: Tensor, b: Tensor) -> bool:
 
 
 def attn(block=FINE, parts: tuple[Part, ...] = (UNCOND, COND), grid=GRID) -> AttnCall:
-    return AttnCall(
-        block, grid, tuple(p.role for p in parts), tuple(p.area for p in parts), GRID, texts=parts
-    )
+    return AttnCall(block, grid, parts, GRID)
 
 
 def spots(pictures: int, seed: int = 3) -> Tensor:

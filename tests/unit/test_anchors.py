@@ -127,9 +127,9 @@ def test_the_bank_holds_what_was_seen_and_where() -> None:
         bank.trajectory.latents[-1], NOISE[:2].float()
     )
     assert torch.equal(
-        bank.maps, torch.stack([story.maps.at(s)[:2].sum(1) for s in sigmas])
+        bank.maps, torch.stack([story.words.maps.at(s)[:2].sum(1) for s in sigmas])
     ) and bank.maps.shape == (7, 2, 2, 3)
-    last = story.maps.mean(-1.0)
+    last = story.words.maps.mean(-1.0)
     assert {g: m.tolist() for g, m in bank.masks.items()} == {
         g: subject_masks(last, g)[:2].tolist() for g in ((2, 3), GRID)
     }

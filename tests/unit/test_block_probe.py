@@ -10,7 +10,7 @@ import pytest
 import torch
 from kindred.models.network.backbone import Backbone
 from kindred.models.network.blocks import block_name, select_blocks
-from kindred.models.network.call import AttnCall, Joint, Role
+from kindred.models.network.call import AttnCall, Joint, Part, Role
 from kindred.models.network.rope import Turn
 from kindred.models.noise.path import DIFFUSION
 from kindred.models.probe.file import as_json, load_measurement, save_measurement
@@ -61,7 +61,7 @@ class Toy:
         if block == BLIND:
             q = torch.zeros_like(q)
         picture = slice(TEXT, TEXT + 16)
-        call = AttnCall(block, GRID, (Role.COND,), (None,), GRID, joint=Joint(picture))
+        call = AttnCall(block, GRID, (Part(Role.COND),), GRID, joint=Joint(picture))
         if self.prober.alters(block):
             q, k, v = self.prober.altered(call, q, k, v)
         if self.prober.concerns(call):
@@ -137,7 +137,7 @@ def test_a_probe_that_fails_changes_nothing_afterwards():
 def test_a_picture_that_is_lent_itself_stays_as_it_is():
     """Two equal pictures: keys twice are keys once where a softmax holds the picture alone."""
     keys = rand(1, 5, 6, seed=3).expand(2, -1, -1)
-    call = AttnCall(PLAIN, GRID, (Role.COND,), (None,), GRID)
+    call = AttnCall(PLAIN, GRID, (Part(Role.COND),), GRID)
     prober = Prober(None, Change.LENT, PLAIN)
     (lent,) = prober.references(call, None, keys, keys, keys)
     tokens = lent.by_role[Role.COND]
@@ -146,7 +146,7 @@ def test_a_picture_that_is_lent_itself_stays_as_it_is():
 
 def test_each_picture_is_lent_the_next_one():
     keys, values = rand(3, 5, 6, seed=3), rand(3, 5, 6, seed=4)
-    call = AttnCall(PLAIN, GRID, (Role.COND,), (None,), GRID, joint=Joint(slice(2, 5)))
+    call = AttnCall(PLAIN, GRID, (Part(Role.COND),), GRID, joint=Joint(slice(2, 5)))
     (lent,) = Prober(None, Change.LENT, PLAIN).references(call, None, keys, keys, values)
     tokens = lent.by_role[Role.COND]
     for row in range(3):
@@ -156,7 +156,7 @@ def test_each_picture_is_lent_the_next_one():
 
 def test_only_the_pictures_keys_are_moved():
     prober = Prober(BACKBONE, Change.MOVED, PLAIN)
-    call = AttnCall(PLAIN, GRID, (Role.COND,), (None,), GRID, joint=Joint(slice(TEXT, TEXT + 16)))
+    call = AttnCall(PLAIN, GRID, (Part(Role.COND),), GRID, joint=Joint(slice(TEXT, TEXT + 16)))
     q, k, v = (rand(1, TEXT + 16, D, seed=s) for s in (1, 2, 3))
     same_q, moved, same_v = prober.altered(call, q, k, v)
     assert same_q is q and same_v is v and torch.equal(moved[:, :TEXT], k[:, :TEXT])

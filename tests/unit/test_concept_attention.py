@@ -106,7 +106,8 @@ class Reads:
 def cross_call(
     *roles: Role, repeats: tuple = (), cross: bool = True, areas: tuple | None = None
 ) -> AttnCall:
-    return AttnCall(BLOCK, (2, 3), roles, areas or (None,) * len(roles), (4, 6), cross, repeats)
+    parts = tuple(map(Part, roles, areas or (None,) * len(roles)))
+    return AttnCall(BLOCK, (2, 3), parts, (4, 6), cross, repeats)
 
 
 def part(role: Role, rows: int = B) -> tuple[Tensor, Tensor, Tensor]:
@@ -489,9 +490,8 @@ def test_a_target_mask_in_an_area_is_cut_with_it() -> None:
     """An area prompt is a crop of the latent, (height, width, y, x): its queries are those cells."""
     mask, q = torch.zeros(1, 4, 8), torch.zeros(3, 4, C)
     mask[0, :2, 4:] = 1
-    call = AttnCall(
-        BLOCK, (2, 2), (COND,) * 3, ((2, 4, 0, 4), (2, 4, 2, 4), (4, 4, 0, 2)), (4, 8), True
-    )
+    areas = (2, 4, 0, 4), (2, 4, 2, 4), (4, 4, 0, 2)
+    call = AttnCall(BLOCK, (2, 2), tuple(Part(COND, area) for area in areas), (4, 8), True)
     got = TargetMask(mask, "Node")(call, q)
     assert got.shape == (3, 1, 4) and got.tolist() == [
         [[1, 1, 1, 1]],
@@ -510,7 +510,7 @@ def test_a_target_mask_is_made_once_per_grid() -> None:
     assert first.shape == (2, B, N) and first.dtype == torch.float16 and target(call, q) is first
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0, 0], first[0, 1])
     other = target(
-        AttnCall(BLOCK, (4, 6), (UNCOND, COND), (None, None), (4, 6), True),
+        AttnCall(BLOCK, (4, 6), (Part(UNCOND), Part(COND)), (4, 6), True),
         torch.zeros(2 * B, 24, C),
     )
     assert other.shape == (2, B, 24) and target(call, q) is first

@@ -34,8 +34,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def call() -> AttnCall:
     parts = tuple(Part(role) for role in ROLES)
-    none = (None,) * len(ROLES)
-    return AttnCall(BLOCK, GRID, ROLES, none, GRID, texts=parts, joint=Joint(slice(0, N)))
+    return AttnCall(BLOCK, GRID, parts, GRID, joint=Joint(slice(0, N)))
 
 
 TOKENS = {

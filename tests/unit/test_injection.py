@@ -35,7 +35,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def call(*roles: Role) -> AttnCall:
-    return AttnCall(BLOCK, (2, 3), roles, (None,) * len(roles), (4, 6))
+    return AttnCall(BLOCK, (2, 3), tuple(map(Part, roles)), (4, 6))
 
 
 def reference(
@@ -377,7 +377,7 @@ def test_a_call_knows_its_parts_by_their_names() -> None:
     run.expect({"a": Part(COND), "b": Part(COND, (2, 3, 0, 1)), "c": Part(UNCOND)})
     seen = run.call(Said(("a", "b", "c", "a stranger"), block=("output", 4, 1), grid=(5, 7)))
     assert seen.roles == (COND, COND, UNCOND, OTHER)
-    assert seen.areas == (None, (2, 3, 0, 1), None, None)
+    assert [part.area for part in seen.texts] == [None, (2, 3, 0, 1), None, None]
     assert seen.block == ("output", 4, 1) and seen.grid == (5, 7) and seen.latent == (4, 6)
 
 
@@ -391,7 +391,7 @@ def test_a_closed_run_holds_nothing() -> None:
         call(COND),
     )
     run.close()
-    assert not (run.watchers or run.sites or run.parts or run.active or run.pending)
+    assert not (run.watchers or run.sites or run.parts or run.active or run.turn)
 
 
 # recording -----------------------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_tokens_are_recorded_by_half_and_block() -> None:
     recorder, n = Recorder([BLOCK]), rand(3 * B, N, C, seed=1)
     recorder.self_tokens(call(UNCOND, OTHER, COND), n)
     recorder.self_tokens(
-        AttnCall(("output", 1, 0), (2, 3), (UNCOND, OTHER, COND), (None,) * 3, (4, 6)), n
+        AttnCall(("output", 1, 0), (2, 3), call(UNCOND, OTHER, COND).texts, (4, 6)), n
     )
     assert torch.equal(recorder.of(Half.COND)[BLOCK], n[2 * B :]) and torch.equal(
         recorder.of(Half.UNCOND)[BLOCK], n[:B]
@@ -490,12 +490,11 @@ def test_a_target_mask_is_cut_anew_for_every_size_that_the_sampler_asks_for():
     drawn[:, :, :105] = 1
     target, x = TargetMask(drawn, "a test"), torch.zeros(1, 64, C)
     at = {
-        n: target(AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x).view(8, 8)[0]
-        for n in (16, 15)
+        n: target(AttnCall(BLOCK, (8, 8), (Part(COND),), (n, n)), x).view(8, 8)[0] for n in (16, 15)
     }
     for n, found in at.items():
-        alone = TargetMask(drawn, "a test")(
-            AttnCall(BLOCK, (8, 8), (COND,), (None,), (n, n)), x
-        ).view(8, 8)[0]
+        alone = TargetMask(drawn, "a test")(AttnCall(BLOCK, (8, 8), (Part(COND),), (n, n)), x).view(
+            8, 8
+        )[0]
         assert torch.equal(found, alone)
     assert not torch.equal(at[16], at[15])

@@ -9,7 +9,7 @@ import torch
 from kindred.models.attention.parts import Merge, References
 from kindred.models.attention.references import ReferenceTokens
 from kindred.models.attention.weights import WeightMode
-from kindred.models.network.call import AttnCall, Role
+from kindred.models.network.call import AttnCall, Part, Role
 from kindred.models.network.sites import BlockSite
 from kindred.models.run import Run
 from small_attention import sdpa_attend
@@ -47,7 +47,7 @@ class Reads:
 
 
 def call(repeats: tuple[tuple[int, ...], ...] = ()) -> AttnCall:
-    return AttnCall(BLOCK, (2, 3), ROLES, (None,) * 3, (4, 6), repeats=repeats)
+    return AttnCall(BLOCK, (2, 3), tuple(map(Part, ROLES)), (4, 6), repeats=repeats)
 
 
 def own() -> list[Tensor]:

@@ -342,7 +342,7 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize("noise", FLOWS, ids=["unit", "louder"])
 @pytest.mark.parametrize("invert", [euler_invert, fireflow_invert])
 def test_constant_velocity_is_inverted_exactly(invert, noise) -> None:
-    """One picture, one noise: the path is the straight line between them, and both come back."""
+    """I59: one picture, one noise: the path is the straight line between them, and both come back."""
     x0, eps, sigmas = randn(*SHAPE, seed=20), randn(*SHAPE, seed=21), flow_ladder(7)
     velocity = noise.scale * eps - x0
     denoise = lambda x, sigma: x - column(sigma) * velocity  # noqa: E731
@@ -356,7 +356,7 @@ def test_constant_velocity_is_inverted_exactly(invert, noise) -> None:
 
 
 def test_fireflow_is_of_second_order_and_euler_of_first() -> None:
-    """On the exact flow of a mixture, twice the steps leave a quarter of FireFlow's error and half of Euler's."""
+    """I59: on the exact flow of a mixture, twice the steps leave a quarter of FireFlow's error and half of Euler's."""
     denoise, x0 = flow_mixture()
     fine = fireflow_invert(denoise, x0, flow_ladder(4096), noise=Flow())
     errors = {euler_invert: [], fireflow_invert: []}
@@ -412,7 +412,7 @@ def test_one_pass_by_euler_captures_at_the_points_of_a_flow() -> None:
 
 @pytest.mark.parametrize("invert", [euler_invert, fireflow_invert])
 def test_the_end_of_a_flow_is_arrived_at_and_never_asked(invert) -> None:
-    """At sigma 1 a network need know nothing: the trajectory is finite there."""
+    """I60: at sigma 1 a network need know nothing: the trajectory is finite there."""
     denoise, x0 = flow_mixture()
     blind = lambda x, sigma: denoise(x, sigma) / (sigma[0] < 1)  # noqa: E731
     latents = invert(blind, x0, flow_ladder(6), noise=Flow())

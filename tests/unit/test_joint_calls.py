@@ -11,7 +11,7 @@ from kindred.models.attention.fused import FusedAttend, product_attend
 from kindred.models.attention.joint import PictureReader, TextShare, attend_picture, attend_rows
 from kindred.models.attention.parts import References, attend_group
 from kindred.models.attention.references import ReferenceTokens, attend_with_references
-from kindred.models.network.call import AttnCall, Role
+from kindred.models.network.call import AttnCall, Part, Role
 from small_attention import TIGHT, Recorder, rand, sdpa_attend
 from small_joint import (
     KEPT,
@@ -241,7 +241,7 @@ def test_target_masks_join_as_in_a_picture_alone(way, masked) -> None:
     regions = torch.zeros(2, 1, 1, P)
     regions[0, ..., 1:4], regions[1, ..., 3:5] = 1, 1
     given = [References({Role.COND: t}, region) for t, region in zip(heard, regions)]
-    call = AttnCall(("middle", 0, 0), (2, 3), (Role.COND,), (None,), (4, 6))
+    call = AttnCall(("middle", 0, 0), (2, 3), (Part(Role.COND),), (4, 6))
     reader = PictureReader(picture, KEPT, mask)
     found = attend_group(call, WAYS[way], q, k, v, H, given, [0], reader)
     plain = sdpa_attend(q, k, v, H, mask)

@@ -30,7 +30,7 @@ def call_of(sides: str, roles: tuple = ROLES, mask: Tensor | None = None) -> Att
     before, _ = SIDES[sides]
     joint = Joint(slice(before, before + P), mask)
     parts = tuple(Part(role) for role in roles)
-    return AttnCall(BLOCK, GRID, roles, (None,) * len(roles), GRID, texts=parts, joint=joint)
+    return AttnCall(BLOCK, GRID, parts, GRID, joint=joint)
 
 
 def batch(sides: str, parts: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +72,7 @@ def row_by_formula(
 def by_formula(call, shared, reads, q, k, v, weight, mask=None) -> Tensor:
     """Every row by itself; parts that do not share are the host's own."""
     out = []
-    for part in range(len(call.roles)):
+    for part in range(len(call.texts)):
         own = slice(part * PICTURES, (part + 1) * PICTURES)
         keys, values = (call.of_picture(t[own]).flatten(0, 1) for t in (k, v))
         for i in range(PICTURES):
@@ -181,7 +181,7 @@ def test_each_of_two_subjects_is_read_by_its_like_alone(way, parts) -> None:
 
 @LAW("grid", [(4, 6), (8, 12)])
 def test_no_token_is_of_two_subjects(grid) -> None:
-    """T19: together they are what the words' masks are together; the same word twice is the first alone."""
+    """I58: together they are what the words' masks are together; the same word twice is the first alone."""
     soft = rand(3, 2, 4, 6, seed=7).float().exp()
     masks, apart = word_masks(soft, grid), apart_masks(soft, grid)
     assert torch.equal(apart.any(1), masks.any(1)) and not (apart[:, 0] & apart[:, 1]).any()
@@ -221,7 +221,7 @@ def test_where_two_subjects_lie_the_nearer_match_counts() -> None:
 
 
 def test_massive_channels_do_not_count() -> None:
-    """T8: a channel that is as great in every token is left out, so that whatever is added to it changes no match."""
+    """I58: a channel that is as great in every token is left out, so that whatever is added to it changes no match."""
     features = rand(2, 12, 7, seed=1).float()
     features[..., 3] = 500.0 + 0.1 * features[..., 3]
     telling = telling_channels(features)

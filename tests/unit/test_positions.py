@@ -1,4 +1,4 @@
-"""Where the tokens of a reference stand (T1, T3, T7, T10 and T23 of the design's list; laws I46, I52 to I54)."""
+"""Where the tokens of a reference stand (laws I40, I46, I52 to I55)."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_keys_appended_before_the_code_are_keys_turned_behind_it(share, halves, 
 
 @PAIRINGS
 def test_a_shuffled_copy_put_back_in_order_is_the_picture(halves) -> None:
-    """T7: where each token of a shuffled picture is put where its like stands, a picture that reads it stays; where they stood, not."""
+    """I55: where each token of a shuffled picture is put where its like stands, a picture that reads it stays; where they stood, not."""
     code, grid = laid("from a corner", halves), (3, 4)
     q, k, v = own_of(code, grid)
     order = torch.randperm(count(grid), generator=torch.Generator().manual_seed(3))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kindred.models.attention.parts import attend_sharing, beside_others
 from kindred.models.attention.sharing import Gathers, Sharing
-from kindred.models.network.call import AttnCall, Role
+from kindred.models.network.call import AttnCall, Part, Role
 from kindred.models.run import Run
 from kindred.models.story.plan import shared_groups
 from small_attention import sdpa_attend
@@ -27,7 +27,7 @@ def scene(roles, shared, anchors, weight):
         for i, (who, read) in enumerate(shared_groups(B, anchors))
         if read
     }
-    call = AttnCall(("output", 1, 0), GRID, roles, (None,) * len(roles), (6, 8))
+    call = AttnCall(("output", 1, 0), GRID, tuple(map(Part, roles)), (6, 8))
     gather = Gathers(B, weight, CPU).of(GRID, len(shared), groups, reads, torch.float32)
     return call, Sharing(shared, gather, weight), reads, q, k, v
 

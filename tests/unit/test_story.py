@@ -73,15 +73,7 @@ def call(
     grid: tuple[int, int] = GRID,
     cross: bool = False,
 ) -> AttnCall:
-    return AttnCall(
-        block,
-        grid,
-        tuple(p.role for p in parts),
-        tuple(p.area for p in parts),
-        LATENT,
-        cross,
-        texts=parts,
-    )
+    return AttnCall(block, grid, parts, LATENT, cross)
 
 
 def own(pictures: int, parts: int, seed: int = 40) -> list[Tensor]:
@@ -449,7 +441,7 @@ def test_repeated_text_is_the_same_text_and_appended_keys_are_none(repeats, appe
     keys = torch.cat((text.repeat(1, repeats, 1), rand(3, appended, C, seed=6)), 1)
     story = told()
     look(story, COND, text=keys)
-    found = story.maps.at(2.0)
+    found = story.words.maps.at(2.0)
     positions = [2 + TEXT * i for i in range(repeats)]
     torch.testing.assert_close(
         found,
@@ -464,7 +456,7 @@ def test_prompts_of_unlike_lengths_with_the_word_at_one_place() -> None:
     look(story, short, long, text=text)
     q = (4 * rand(6, 6, C, seed=60)).chunk(2)
     wanted = token_map(q[0], text[:3], [(2, 7)], HEADS) + token_map(q[1], text[3:], [(2,)], HEADS)
-    torch.testing.assert_close(story.maps.at(2.0), wanted.unflatten(1, (1, 2, 3)) / 2)
+    torch.testing.assert_close(story.words.maps.at(2.0), wanted.unflatten(1, (1, 2, 3)) / 2)
 
 
 def test_two_prompts_of_the_cond_half_in_one_call_or_in_two() -> None:
@@ -476,7 +468,7 @@ def test_two_prompts_of_the_cond_half_in_one_call_or_in_two() -> None:
         for parts in calls:
             rows = torch.cat([torch.arange(3) + 3 * (p is two) for p in parts])
             story.cross(call(*parts, block=MAP, grid=(2, 3), cross=True), q[rows], k[rows], HEADS)
-        found.append(story.maps.at(2.0))
+        found.append(story.words.maps.at(2.0))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
 
@@ -498,7 +490,7 @@ def test_prompts_that_do_not_tell(parts) -> None:
     story = told()
     look(story, *parts)
     story.begin_step(1.0)
-    assert story.maps.sigmas == [] and story.step.masks(GRID) is None and not story.shares
+    assert story.words.maps.sigmas == [] and story.step.masks(GRID) is None and not story.shares
 
 
 def test_a_step_evaluated_twice_counts_once() -> None:
@@ -520,7 +512,7 @@ def test_wired_masks_leave_the_words_unused() -> None:
     story, qkv = told(3, spots(1), 5.0), own(3, 1)
     look(story, COND, sigma=5.0)
     story.begin_step(2.0)
-    assert story.maps.sigmas == [] and torch.equal(
+    assert story.words.maps.sigmas == [] and torch.equal(
         story.step.masks(GRID), spots(1).bool().expand(3, -1, -1)
     )
     assert torch.equal(

@@ -152,19 +152,22 @@ def test_features_are_read_once_from_the_cond_half(parts, mine) -> None:
     """Of the tap alone, at the level nearest t = 261, smoothed, in float32; a copy."""
     story, h = told(3, masks=spots(3)), rand(3 * len(parts), C, *GRID, seed=1)
     for sigma in (10.0, 2.5):
-        assert at(story, sigma, h, parts).features is None and not story.first_stage_ends
+        assert at(story, sigma, h, parts).comparison.features is None and not story.first_stage_ends
     story.begin_step(1.5)
     story.output_block(0, h, parts)
     story.output_block(1, h[:3], (UNCOND,))
-    assert story.features is None and story.tapped is None
+    assert story.comparison.features is None and story.comparison.sigma is None
     story.output_block(1, h, parts)
     assert story.first_stage_ends
     wanted = smooth(h.chunk(len(parts))[mine].float()).flatten(2).mT
     h.zero_()
     story.output_block(1, h + 1, parts)  # another node's extra pass at the same level
-    assert torch.equal(story.features, wanted) and story.features.dtype == torch.float32
+    assert (
+        torch.equal(story.comparison.features, wanted)
+        and story.comparison.features.dtype == torch.float32
+    )
     at(story, 0.8, h, parts)
-    assert torch.equal(story.features, wanted) and story.tapped == 1.5
+    assert torch.equal(story.comparison.features, wanted) and story.comparison.sigma == 1.5
 
 
 @pytest.mark.parametrize(
@@ -173,12 +176,14 @@ def test_features_are_read_once_from_the_cond_half(parts, mine) -> None:
 def test_samplers_that_ask_between_the_levels(sigma, tapped) -> None:
     """The first level at or below the one nearest t = 261."""
     story = at(told(3, masks=spots(3)), sigma, rand(6, C, *GRID, seed=1))
-    assert (story.features is not None) == tapped and story.tapped == (sigma if tapped else None)
+    assert (story.comparison.features is not None) == tapped and story.comparison.sigma == (
+        sigma if tapped else None
+    )
 
 
 def test_one_stage_is_enough_without_injection() -> None:
     story = at(told(3, masks=spots(3), injection=0.0), 1.5, rand(6, C, *GRID, seed=1))
-    assert story.stage == 0 and story.features is None and not story.first_stage_ends
+    assert story.stage == 0 and story.comparison.features is None and not story.first_stage_ends
     out = rand(6, 24, C, seed=2)
     assert story.self_output(attn(), out) is out
 
@@ -220,7 +225,9 @@ def test_injection_mixes_in_the_best_match_of_another_picture(anchors, alpha) ->
         matched(4, h, masks, anchors=anchors, injection=alpha),
         injected(h, out[4:], masks, anchors, alpha),
     )
-    assert story.stage == 2 and story.features is None and not torch.equal(wanted, out[4:])
+    assert (
+        story.stage == 2 and story.comparison.features is None and not torch.equal(wanted, out[4:])
+    )
     for sigma in (6.0, 4.0, 2.5):
         story.begin_step(sigma)
         before = out.clone()
@@ -260,9 +267,9 @@ def test_the_second_stage_starts_from_what_came_before_the_injection(monkeypatch
         story = told(3, official=official)
         for i, sigma in enumerate(SIGMAS):
             at(story, sigma, rand(6, C, *GRID, seed=9) if sigma >= 1.5 else None)
-            story.maps.add(sigma, MIDDLE, 0, torch.rand(3, 1, 2, 3))
+            story.words.maps.add(sigma, MIDDLE, 0, torch.rand(3, 1, 2, 3))
             assert story.first_stage_ends == (sigma <= 1.5 and not official)
-        wanted = story.maps.mean(last, inclusive=True)
+        wanted = story.words.maps.mean(last, inclusive=True)
         seen = []
         monkeypatch.setattr(
             step.Step,
@@ -270,7 +277,9 @@ def test_the_second_stage_starts_from_what_came_before_the_injection(monkeypatch
             lambda self, grid: seen.append(self.soft) or spots(3).bool(),
         )
         story.begin_second_stage()
-        assert torch.equal(seen[0], wanted) and story.maps.sigmas == [10.0] and story.stage == 2
+        assert (
+            torch.equal(seen[0], wanted) and story.words.maps.sigmas == [10.0] and story.stage == 2
+        )
 
 
 def test_a_run_that_cannot_compare_goes_on_without_injection(caplog) -> None:
@@ -282,7 +291,7 @@ def test_a_run_that_cannot_compare_goes_on_without_injection(caplog) -> None:
     ):
         story.begin_second_stage()
         story.begin_step(4.0)
-        assert story.targets is None and story.self_output(attn(), out) is out
+        assert story.comparison.targets is None and story.self_output(attn(), out) is out
     assert len(caplog.records) == 2 and "no features are injected" in caplog.text
     for block in (FINE, COARSE):
         with pytest.raises(ValueError, match=r"\b2 pictures .*\b3\b"):
