@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from kindred.models.story.matching import Comparison
+from kindred.nodes.host import joint
 from kindred.nodes.host.sites import require_backbone
 from matrix import split_calls
 from test_transformers import FAMILIES, FELT, SAME, apart
-from tiny_networks import prompt, tiny
+from tiny_networks import READ, prompt, tiny
 from torch import Tensor
 from transformer_stories import BLACK, SHARING, WHITE, WORD, pictures, plain, prompts_of, story
 
@@ -158,6 +160,31 @@ def test_an_interrupted_run_leaves_nothing(name: str, inside: bool) -> None:
         pictures(failing, name)
     assert torch.equal(pictures(tiny(name), name), plain(name))
     assert torch.equal(pictures(model, name), pictures(story(name), name))
+
+
+@LAW("name", ["Flux", "SD3.5", "ZImage", "Anima", "PixArtSigma"])
+def test_what_pictures_are_compared_by_lies_as_the_picture_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of the tap [b c y x]: one changed token of what it answers is one changed cell."""
+    seen, read, answered = [], Comparison.read, joint._BlockCall.answered
+
+    def noted(comparison: Comparison, h: Tensor, *rest: Any) -> None:
+        seen.append(h.clone())
+        read(comparison, h, *rest)
+
+    def marked(call: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        _, columns = READ[name].grid
+        out[:, call.picture(out).start + 2 * columns + 1] = 100.0
+        return answered(call, out)
+
+    monkeypatch.setattr(Comparison, "read", noted)
+    monkeypatch.setattr(joint._BlockCall, "answered", marked)
+    pictures(story(name), name, (0, 1))
+    h = seen[0]
+    assert h.shape[2:] == READ[name].grid
+    assert (h == 100.0).all(1).nonzero().tolist() == [[i, 2, 1] for i in range(2)]
 
 
 def test_prompts_without_a_subject_are_refused() -> None:

@@ -93,12 +93,6 @@ def test_a_picture_that_reads_itself_stays_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_outside_of_its_window_nothing_is_touched(name: str) -> None:
-    model = inject(tiny(name), bank_of(name), start_percent=0.98, end_percent=0.99)
-    assert torch.equal(sample(model, name), plain(name))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_held_or_read_anew_the_reference_is_the_same(name: str) -> None:
     live, held = bank_of(name), bank_of(name, keeps="keys and values")
     assert live.live and not live.bytes and not held.live and held.bytes
@@ -199,28 +193,6 @@ def test_calls_that_another_node_adds_are_said_once(
     assert all("Remove that node" in text for text in said)
 
 
-@pytest.mark.parametrize("fails", ["Flux", "SD3.5", "ZImage"])
-def test_a_failed_run_leaves_nothing(fails: str) -> None:
-    """Neither an error inside the network nor the host's interrupt."""
-    from comfy.model_management import InterruptProcessingException
-
-    for error in (RuntimeError("out of memory"), InterruptProcessingException()):
-        model, calls = inject(tiny(fails), bank_of(fails)), []
-
-        def fail(
-            executor: Any, *args: Any, error: Exception = error, calls: list = calls, **kwargs: Any
-        ) -> Tensor:
-            calls.append(1)
-            if len(calls) == 2:
-                raise error
-            return executor(*args, **kwargs)
-
-        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "fails", fail)
-        with pytest.raises(type(error)):
-            sample(model, fails)
-        assert torch.equal(sample(tiny(fails), fails), plain(fails))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("keeps", ["automatic", "keys and values"])
 def test_a_saved_reference_draws_the_same_picture(name: str, keeps: str, tmp_path: Path) -> None:
@@ -234,18 +206,20 @@ def test_a_saved_reference_draws_the_same_picture(name: str, keeps: str, tmp_pat
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_odd_sizes_and_other_texts_are_read_too(name: str) -> None:
-    """A photo of another size than the picture, and a prompt of another length than the photo's."""
+    """Picture and photo of other sizes than one another's, odd where the host cuts them again; a prompt of another length."""
     family = READ[name]
-    y, x = family.grid[0] * family.patch, (family.grid[1] + 2) * family.patch
-    if family.odd and family.patch > 1:
-        y, x = y - 1, x - 1
+    less = int(family.odd and family.patch > 1)
+    rows, columns = family.grid
+    y, x = rows * family.patch - less, (columns + 2) * family.patch - less
+    start = torch.zeros_like(latent(name, size=((rows + 1) * family.patch - less, x)))
     photo = {"samples": latent(name, seed=21, size=(y, x))}
     bank = capture(tiny(name), photo, prompt(name, seed=4), steps=3, scheduler="simple", mask=HALF)[
         0
     ]
-    longer = prompt(name, words=family.words + max(family.step, 3))
-    pictures = [sample(m, name, positive=longer) for m in (inject(tiny(name), bank), tiny(name))]
-    assert pictures[0].isfinite().all() and apart(*pictures) > FELT
+    how = {"positive": prompt(name, words=family.words + max(family.step, 3)), "start": start}
+    pictures = [sample(m, name, **how) for m in (inject(tiny(name), bank), tiny(name))]
+    assert pictures[0].isfinite().all() and pictures[0].shape == start.shape
+    assert apart(*pictures) > FELT
 
 
 def test_a_reference_of_another_family_is_refused() -> None:
@@ -409,31 +383,6 @@ def test_chained_references_dim_the_text_only_where_one_of_them_does(name: str) 
     kept, dimmed = (inject(once, itself(name), 2.0, text_share=t) for t in ("kept", "plain"))
     assert apart(sample(kept, name, cfg=1.0), alone) < SAME
     assert apart(sample(dimmed, name, cfg=1.0), alone) > FELT
-
-
-@pytest.mark.parametrize("name", ["Flux", "SD3.5", "ZImage", "Anima", "PixArtSigma", "ErnieImage"])
-def test_an_error_inside_of_the_network_leaves_nothing(name: str) -> None:
-    network, seen = tiny(name).model.diffusion_model, []
-    block = next(
-        m
-        for n, m in network.named_modules()
-        if n.endswith(".1") and ("block" in n or "layers" in n)
-    )
-
-    def fail(module: Any, args: Any) -> None:
-        seen.append(1)
-        if len(seen) == 3:
-            raise RuntimeError("out of memory")
-
-    model = inject(tiny(name), bank_of(name))
-    handle = block.register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            sample(model, name)
-    finally:
-        handle.remove()
-    assert torch.equal(sample(tiny(name), name), plain(name))
-    assert torch.equal(sample(model, name), sample(inject(tiny(name), bank_of(name)), name))
 
 
 def test_two_photos_of_a_subject_are_one_reference() -> None:
