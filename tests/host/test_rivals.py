@@ -47,6 +47,7 @@ def plain(task) -> torch.Tensor:
     [
         "rival=img2img, denoise=0.5",
         "rival=reference-only",
+        "rival=reference-only, halves=cond only",
         "rival=textual inversion, train_steps=25, train_rate=0.02",
         "rival=lora, train_steps=25",
         "rival=lora with prior, train_steps=8",
@@ -101,8 +102,9 @@ def test_the_reference_stays_the_photo_while_it_is_read(task, subject, monkeypat
     assert torch.allclose(sampled[0][:1], task.studio.autoencode(subject.photo), atol=0.02)
 
 
-def test_pictures_read_their_own_tokens_and_the_first_ones():
-    """Two halves of one reference and two pictures, worked by hand."""
+@pytest.mark.parametrize("both", [True, False])
+def test_pictures_read_their_own_tokens_and_the_first_ones(both):
+    """Two halves of one reference and two pictures, worked by hand; the half without the prompt comes first, as the host may have it."""
     patches = []
 
     class Model:
@@ -112,11 +114,12 @@ def test_pictures_read_their_own_tokens_and_the_first_ones():
         def set_model_attn1_patch(self, patch):
             patches.append(patch)
 
-    rivals.reading_the_first(Model(), 2)
+    rivals.reading_the_first(Model(), 2, both)
     hidden = torch.tensor([1.0, 2, 3, 4, 5, 6]).view(6, 1, 1)
-    q, k, v = patches[0](hidden, hidden, hidden, {})
+    q, k, v = patches[0](hidden, hidden, hidden, {"cond_or_uncond": [1, 0]})
     assert q is hidden and k is v
-    assert k[..., 0].tolist() == [[1, 1], [2, 1], [3, 1], [4, 4], [5, 4], [6, 4]]
+    second = [[1, 1], [2, 1], [3, 1]] if both else [[1, 1], [2, 2], [3, 3]]
+    assert k[..., 0].tolist() == [*second, [4, 4], [5, 4], [6, 4]]
 
 
 @torch.inference_mode()

@@ -18,13 +18,14 @@ TABLE_2 = {
 # paper A's Table 1: what people would use instead
 TABLE_1 = {
     "plain": PLAIN_PHOTO,
-    "textual inversion": "rival=textual inversion, train_steps=300, train_rate=0.02",
-    "LoRA": "rival=lora, train_steps=300, train_rate=0.0005",
-    "LoRA with prior": "rival=lora with prior, train_steps=300, train_rate=0.0005",
+    "textual inversion": "rival=textual inversion, train_steps=100, train_rate=0.1",
+    "LoRA": "rival=lora, train_steps=200, train_rate=0.0005",
+    "LoRA with prior": "rival=lora with prior, train_steps=200, train_rate=0.0005",
     "decoupled sum": "self=off, concept.merge=add",
     "img2img 0.5": "rival=img2img, denoise=0.5",
     "img2img 0.7": "rival=img2img, denoise=0.7",
     "reference-only": "rival=reference-only",
+    "reference-only, cond": "rival=reference-only, halves=cond only",
     "Kindred self": TABLE_2["self"],
     "Kindred cross": TABLE_2["cross"],
     "Kindred both": TABLE_2["full"],

@@ -31,7 +31,7 @@ def copied(images: Any, photo: Any, as_asked: Any) -> list[float]:
 
 
 def small(images: Any) -> list[list[int]]:
-    """Pictures [b y x 3] in 0..1 as 8 x 8 colours in 0..255, a list each: a journal can keep them."""
+    """Pictures [b y x 3] in 0..1 as 8 x 8 colours in 0..255, which a journal can keep."""
     from torch.nn.functional import adaptive_avg_pool2d
 
     shrunk = adaptive_avg_pool2d(images.movedim(3, 1).float(), SMALL)

@@ -6,7 +6,7 @@ Each as its users do it, with the host's own nodes wherever it has them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +59,12 @@ def img2img(studio: Studio, row: Row, subject: Subject) -> Concept:
 def reference_only(studio: Studio, row: Row, subject: Subject) -> Concept:
     """The photo first in the batch, noised anew to each step's level, and read by the others.
 
-    As the control "reference_only" is described by its authors: self-attention in all layers and
-    both halves reads the pictures' own tokens and the photo's; no mask, no inversion.
+    As the control "reference_only" is described by its authors: self-attention in all layers reads
+    the pictures' own tokens and the photo's; no mask, no inversion. The row's `halves`: both, as
+    nodes without a dial for fidelity have it, or cond only, which is the most of that dial.
     """
     photo, torch = subject.shown(row)[0], studio.torch
+    both = row.get("halves", "both") == "both"
 
     def draw(lines: Sequence[str], seed: int, cfg: float | None) -> Any:
         count = len(lines)
@@ -71,25 +73,37 @@ def reference_only(studio: Studio, row: Row, subject: Subject) -> Concept:
         noised[0] = 0  # the host keeps what is masked as it is, at each step's own noise
         latent = {"samples": torch.cat([first, studio.blank(count)]), "noise_mask": noised}
         positive = studio.prompts([subject.coarse, *lines], subject.word)
-        model = reading_the_first(studio.model, count)
+        model = reading_the_first(studio.model, count, both)
         return studio.sample(model, positive, count + 1, seed, cfg, latent)[1:]
 
     return Concept(draw, {"kept_kib": len(as_png(photo)) / KIB})
 
 
-def reading_the_first(model: Any, count: int) -> Any:
-    """The MODEL whose self-attention lets `count` pictures read the one before them."""
+def reading_the_first(model: Any, count: int, both: bool = True) -> Any:
+    """The MODEL whose self-attention lets `count` pictures read the one before them.
+
+    both: in the half without the prompt too; otherwise a picture reads itself twice there, which
+    is what it reads alone.
+    """
     import torch
 
     def patch(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         # hidden states [b t c], of one half after the other; keys and values are made of them later
         halves = k.view(-1, count + 1, *k.shape[1:])
-        read = torch.cat([halves, halves[:, :1].expand_as(halves)], 2).flatten(0, 1)
+        first = halves[:, :1].expand_as(halves)
+        if not both:
+            first = torch.stack([halves[i] if half else first[i] for i, half in kinds(options)])
+        read = torch.cat([halves, first], 2).flatten(0, 1)
         return q, read, read
 
     model = model.clone()
     model.set_model_attn1_patch(patch)
     return model
+
+
+def kinds(options: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """The halves of a batch in order: 0 with the prompt, 1 without, as the host tells them."""
+    yield from enumerate(options["cond_or_uncond"])
 
 
 def timed(start: float) -> dict[str, float]:
