@@ -191,7 +191,8 @@ def facenet_faces(weights: Path | str | None, device: str = "cpu") -> Faces:
     except ImportError as error:
         raise ValueError(
             f"{NAME}: faces by FaceNet need the package facenet-pytorch, which cannot be imported "
-            f"({error}). Install it beside ComfyUI: {install}. Or give --faces {DLIB}, or leave the face scores out."
+            f"({error}). Install it beside ComfyUI: {install}. Or give --faces {DLIB}, or leave "
+            "the face scores out."
         ) from error
     remedy = "Give a FaceNet of facenet-pytorch's releases, such as 20180402-114759-vggface2.pt."
     if weights is None:
