@@ -6,6 +6,7 @@ Screenshots are kept in the folder KINDRED_SHOTS; else in a temporary one of pyt
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from canvas import Browser, Canvas, NoBrowser, browser
 from checkout import ROOT
 from host_server import HostServer
 
+sys.path.append(str(Path(__file__).resolve().parent))  # tests import hands from here
 HOST = os.environ.get("KINDRED_HOST")
 NO_BROWSER = 77  # exit code of a run that had none: dev.py says so in its last line
 WHY = pytest.StashKey[str]()

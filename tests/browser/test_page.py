@@ -4,94 +4,18 @@ from __future__ import annotations
 
 import pytest
 from client import Client
+from hands import EMPTY, drag, found_by, grip, set_field, settled, slot
 
-from workflows import CANVAS, names
-
-EMPTY = {
-    "last_node_id": 0,
-    "last_link_id": 0,
-    "nodes": [],
-    "links": [],
-    "groups": [],
-    "version": 0.4,
-}
-
-
-def settled(canvas, milliseconds: int = 400) -> None:
-    canvas.page.wait_for_timeout(milliseconds)
-
-
-def found_by(canvas, words: str, title: str, at: tuple[int, int]) -> int:
-    """A node by double click, words, Enter once it is the first that is offered, and a click where it shall stand; gives its id."""
-    before = set(canvas.page.evaluate("app.graph.nodes.map(n => Number(n.id))"))
-    search = canvas.page.locator("[role=combobox][aria-controls=results-list]")
-    for _ in range(
-        20
-    ):  # two clicks of a busy machine lie too far apart for the page, as a user's may
-        canvas.page.mouse.dblclick(*at)
-        settled(canvas, 3000)
-        if search.is_visible():
-            break
-    search.press_sequentially(words, delay=15)
-    first = canvas.page.get_by_test_id("result-item").first
-    first.filter(has_text=title).wait_for(timeout=120_000)
-    search.press("Enter")
-    canvas.page.wait_for_function(
-        "n => app.graph.nodes.length > n", arg=len(before), timeout=120_000
-    )
-    canvas.page.mouse.move(at[0] + 5, at[1] + 5)
-    settled(canvas, 300)
-    canvas.page.mouse.click(*at)
-    settled(canvas, 600)
-    new = set(canvas.page.evaluate("app.graph.nodes.map(n => Number(n.id))")) - before
-    assert len(new) == 1
-    return new.pop()
-
-
-def grip(canvas, node: int) -> tuple[float, float]:
-    """A point in the title of a node."""
-    box = canvas.box(node)
-    return box["x"] + box["width"] / 2, box["y"] + 12
-
-
-def slot(canvas, node: int, name: str, output: bool) -> tuple[float, float]:
-    """Where a socket is on the screen."""
-    if canvas.vue:
-        side = "lg-slot--output" if output else "lg-slot--input"
-        box = (
-            canvas.body(node)
-            .locator(f".{side}", has_text=name)
-            .first.locator("[data-testid=slot-dot]")
-            .first.bounding_box()
-        )
-        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    return tuple(
-        canvas.page.evaluate(
-            """([id, name, output]) => {
-        const n = app.graph.getNodeById(id), d = app.canvas.ds, r = app.canvas.canvas.getBoundingClientRect();
-        const i = (output ? n.outputs : n.inputs).findIndex(s => s.name === name || s.label === name);
-        const p = n.getConnectionPos(!output, i);
-        return [r.left + (p[0] + d.offset[0]) * d.scale, r.top + (p[1] + d.offset[1]) * d.scale] }""",
-            [node, name, output],
-        )
-    )
-
-
-def drag(canvas, start: tuple[float, float], end: tuple[float, float]) -> None:
-    mouse = canvas.page.mouse
-    mouse.move(*start)
-    mouse.down()
-    mouse.move((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, steps=6)
-    mouse.move(*end, steps=8)
-    mouse.up()
-    settled(canvas)
+from workflows import CANVAS, canvas_file, names
 
 
 def test_the_template_browser_lists_every_workflow_and_opens_one(canvas, shots):
     canvas.command("Comfy.BrowseTemplates")
     for name in names():
         canvas.page.wait_for_selector(
-            f'[data-testid="template-workflow-{name}"]', state="attached", timeout=120_000
+            f'[data-testid="template-workflow-{canvas_file(name).stem}"]',
+            state="attached",
+            timeout=120_000,
         )
     canvas.page.get_by_text("kindred", exact=True).first.click()
     settled(canvas, 1500)
@@ -152,19 +76,41 @@ def test_the_help_panel_opens_with_the_nodes_picture(canvas, shots):
     canvas.screenshot(shots / f"help_{'vue' if canvas.vue else 'canvas'}.png")
 
 
-def test_an_error_in_a_node_shows_our_sentence(canvas, shots):
-    """A subject of marks alone, which only the tokenizer knows: the page says it in the node's words, and names the node."""
+def test_an_error_in_a_node_is_said_at_once_in_our_sentence(canvas, shots):
+    """A subject of marks alone, which only the tokenizer knows: a toast says it in the node's words, and goes when the next run begins."""
     canvas.load(CANVAS / "story.json")
-    canvas.page.evaluate("""() => { const n = app.graph.nodes.find(n => n.type === 'KindredSubjectPrompts');
-                            n.widgets.find(w => w.name === 'subject').value = '()' }""")
+    set_field(canvas, canvas.node("KindredSubjectPrompts"), "subject", "()")
     ended = canvas.run(60)
     assert (
         ended["kind"] == "execution_error"
         and ended["detail"]["node_type"] == "KindredSubjectPrompts"
     )
+    toast = canvas.page.locator(".p-toast-message").filter(has_text="does not contain the subject")
+    toast.wait_for(timeout=120_000)
+    canvas.screenshot(shots / f"error_{'vue' if canvas.vue else 'canvas'}.png")
+    said = toast.inner_text()
+    assert "Subject Prompts" in said and said.count("Subject Prompts") == 1 and "()" in said
+    canvas.run(60)
+    settled(canvas, 1500)
+    assert toast.count() == 1, "of two runs with one mistake one sentence stands"
+    toast.locator(".p-toast-close-button").click()
     canvas.page.get_by_test_id("error-overlay-see-errors").click()
     canvas.page.get_by_text("does not contain the subject").first.wait_for(timeout=120_000)
-    canvas.screenshot(shots / f"error_{'vue' if canvas.vue else 'canvas'}.png")
+
+
+def test_an_error_of_another_packs_node_is_left_to_the_page(canvas):
+    """A picture that is none: Load Image fails where it runs, and Kindred says nothing."""
+    canvas.client.upload_image(b"no picture", "broken.png")
+    canvas.load_api(
+        {
+            "1": {"class_type": "LoadImage", "inputs": {"image": "broken.png"}},
+            "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+        },
+        "broken",
+    )
+    assert canvas.run(60)["kind"] == "execution_error"
+    settled(canvas, 1500)
+    assert not canvas.toasts()
 
 
 def test_experts_inputs_are_folded(canvas):

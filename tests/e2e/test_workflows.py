@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -10,11 +9,12 @@ import sys
 from urllib.parse import urlsplit
 
 import pytest
+from blueprints import BLUEPRINTS
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from evaluation.story import FREEU
 from workflow_notes import NOTES
 
-from workflows import CANVAS, api_form, names, transformers
+from workflows import CANVAS, api_form, canvas_file, canvas_form, names, transformers
 
 QUIET = {"DO_NOT_TRACK": "1", "COMFY_CLI_NO_REMOTE_REFRESH": "1", "PYTHONUTF8": "1"}
 
@@ -26,9 +26,7 @@ def object_info(client) -> dict:
 
 @pytest.mark.parametrize("name", names())
 def test_comfy_cli_makes_the_api_form_of_the_canvas_form(name, object_info):
-    converted = convert_ui_to_api(
-        json.loads((CANVAS / f"{name}.json").read_text("utf-8")), object_info
-    )
+    converted = convert_ui_to_api(canvas_form(name), object_info)
     ours = api_form(name)
     assert {key: (node["class_type"], node["inputs"]) for key, node in converted.items()} == {
         key: (node["class_type"], node["inputs"]) for key, node in ours.items()
@@ -76,22 +74,23 @@ def test_every_task_has_its_three_files_and_a_note():
     """API form, canvas form, thumbnail; nothing else lies in the templates' folder."""
     assert set(NOTES) == set(names())
     assert {path.name for path in CANVAS.iterdir() if path.is_file()} == {
-        f"{name}{end}" for name in names() for end in (".json", ".jpg")
+        canvas_file(name, end).name for name in names() for end in (".json", ".jpg")
     }
     for name in names():
-        assert 3_000 < (CANVAS / f"{name}.jpg").stat().st_size < 120_000
+        assert 3_000 < canvas_file(name, ".jpg").stat().st_size < 120_000
 
 
 @pytest.mark.parametrize("name", names())
 def test_the_canvas_form_says_who_brings_each_node_and_what_to_change(name):
-    made = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))
+    made = canvas_form(name)
     notes = [node for node in made["nodes"] if node["type"] == "MarkdownNote"]
-    assert len(notes) == 1 and NOTES[name].title in notes[0]["widgets_values"][0]
-    family = "Qwen-Image" if name in transformers() else "SDXL"
-    assert family in notes[0]["widgets_values"][0]
-    for node in made["nodes"]:
+    about, yours = (note["widgets_values"][0] for note in notes)
+    assert NOTES[name].title in about
+    assert ("Qwen-Image" if name in transformers() else "| SDXL |") in yours
+    folded = made.get("definitions", {}).get("subgraphs", [])
+    for node in [node for graph in (made, *folded) for node in graph["nodes"]]:
         if node["type"] != "MarkdownNote":
-            ours = node["type"].startswith("Kindred")
+            ours = node["type"].startswith("Kindred") or node["type"] in [s["id"] for s in folded]
             assert (
                 node["properties"]["cnr_id"] == ("kindred" if ours else "comfy-core")
                 and node["properties"]["ver"]
@@ -105,6 +104,7 @@ def test_the_canvas_form_says_who_brings_each_node_and_what_to_change(name):
     known = {node["_meta"]["title"] for node in graph.values()} | {
         key for node in graph.values() for key in node["inputs"]
     }
+    known |= {given.label for given in BLUEPRINTS[name].inputs} if name in BLUEPRINTS else set()
     assert bold <= known, f"the note of {name} names what is not there: {bold - known}"
     assert made["version"] == 0.4 and len(made["groups"]) >= 3
 

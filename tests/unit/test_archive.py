@@ -23,6 +23,7 @@ TOP = {
     "nodes",
     "pyproject.toml",
     "requirements.txt",
+    "subgraphs",
     "web",
     "workflows",
 }

@@ -186,13 +186,20 @@ class Canvas:
     def tidy(self) -> None:
         """Forget complaints, and close what stands over the canvas."""
         self.errors.clear()
+        while (close := self.page.locator(".p-toast-close-button")).count():
+            close.first.click()
+            self.page.wait_for_timeout(400)  # it fades
         self.page.evaluate("window.__toasts.length = 0")
         if (dismiss := self.page.get_by_test_id("error-overlay-dismiss")).count():
             dismiss.first.click()
 
+    def listen(self) -> None:
+        """Take note, from now on, of what runs end with."""
+        self.page.evaluate(LISTEN)
+
     def press_run(self) -> None:
         """A click on the Run button, as a user does."""
-        self.page.evaluate(LISTEN)
+        self.listen()
         self.page.get_by_test_id("queue-button").first.click()
 
     def wait(self, seconds: float = 600) -> dict[str, Any]:
@@ -217,9 +224,9 @@ class Canvas:
             return self.body(node).bounding_box()
         return self.page.evaluate(
             """id => {
-            const n = app.graph.getNodeById(id), d = app.canvas.ds, r = app.canvas.canvas.getBoundingClientRect();
-            return {x: r.left + (n.pos[0] + d.offset[0]) * d.scale, y: r.top + (n.pos[1] - 30 + d.offset[1]) * d.scale,
-                    width: n.size[0] * d.scale, height: (n.size[1] + 30) * d.scale} }""",
+            const n = app.graph.getNodeById(id), d = app.canvas.ds, r = app.canvas.canvas.getBoundingClientRect(), b = n.boundingRect;
+            return {x: r.left + (b[0] + d.offset[0]) * d.scale, y: r.top + (b[1] + d.offset[1]) * d.scale,
+                    width: b[2] * d.scale, height: b[3] * d.scale} }""",
             node,
         )
 

@@ -9,18 +9,37 @@ from dataclasses import dataclass
 
 from flow_workflow import NAME, offered
 
-YOURS = """**Your own checkpoint.** Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world: cats, dogs, \
-birds, fish and robots in eight places, at 128 pixels. For SD1.5, SD2.x or SDXL choose yours in **Checkpoint**. """
-SIZES = "Set each **width** and **height** to 512 (SD1.5), 768 (SD2.1) or 1024 (SDXL), and **cfg** to 5 to 7. "
-PHOTO = "Upload your photo in **Photo of the subject**, say what it shows in **What the photo shows**, and use that word in every prompt. "
-STEPS = "Keep **steps** and **scheduler** the same in **Read the subject** and in the samplers. "
-ENCODER = (
-    "An encoder fits one family: choose one for yours in **Concept encoder** (IP-Adapter full-face weights work, with Load CLIP "
-    "Vision wired into it), or bypass **{reader}** (Ctrl+B). "
+# what to change for a checkpoint of one's own: a line each, from the second on
+YOURS = (
+    "Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world, so that it runs at once: cats, dogs, birds, "
+    "fish and robots in eight places, at 128 pixels, and nothing else. For SD1.5, SD2.x or SDXL:\n\n- Choose yours in **Checkpoint**."
 )
-MEMORY = "SDXL takes much memory for 50 steps: write *decoder* into **blocks**, or take 25 steps."
+SIZES = "\n- Set each **width** and **height**, and **cfg**, as the table says."
+PHOTO = (
+    "\n- Upload your photo in **Photo of the subject**, say what it shows in **What the photo shows**, and use that word in every "
+    "prompt."
+)
+STEPS = "\n- Keep **steps** and **scheduler** the same in **Read the subject** and in the samplers."
+ENCODER = (
+    "\n- Choose an encoder of that family in **Concept encoder** and wire Load CLIP Vision into it, as the table says, or bypass "
+    "**{reader}** (Ctrl+B)."
+)
+ONE_PLACE = (
+    "\n- Set **width**, **height**, **cfg** and **steps** as the table says: once, they go to every node inside."
+    "\n- For a node of your own workflows double-click the canvas and search its name."
+)
+MEMORY = "\n- Where memory is short take fewer steps, or write *decoder* into **blocks**."
+TABLE = """| checkpoint | width, height | cfg | steps | a photo takes | encoder | its CLIP Vision |
+|---|---|---|---|---|---|---|
+| SD1.5 | 512 | 5 to 7 | 25 to 50 | 23 MB a step | ip-adapter-full-face_sd15.safetensors | CLIP ViT-H |
+| SD2.1 | 768 | 5 to 7 | 25 to 50 | 52 MB a step | one that you train | as trained |
+| SDXL | 1024 | 5 to 7 | 25 | 210 MB a step | one that you train | as trained |
+
+Memory is main memory, for all blocks in half precision; the mask leaves the subject's share of it. Encoders lie in \
+models/concept_encoders, CLIP Vision in models/clip_vision. **FLUX, Qwen-Image, Z-Image, SD3.5**: take *Personalize with FLUX.1* and \
+its kin; their notes say files, steps and guidance."""
 SAMPLED = "The paper samples with DDIM, 50 steps, CFG 5 and ComfyUI's FreeU (b1 1.1, b2 1.2, s1 0.6, s2 0.4)"
-SCORES = "These scores only work for the miniature. For your pictures connect Load CLIP Vision. "
+SCORES = "\n- These scores only work for the miniature. For your pictures connect Load CLIP Vision."
 READER = "Let them read it as part of the prompt"
 # what the workflows for transformers hold, a line each; a test compares them with the nodes
 CHOICES = {
@@ -49,15 +68,13 @@ KIN = (
     "without the shift, 26 to 40 steps, cfg 4, 1024 x 1024, blocks *single*; lines of equal length too.",
     "*SD3.5 without its VAE (a diffusion model alone)*: Load Diffusion Model and Load VAE in place of the checkpoint.",
 )
-CHOOSE = "Choose your own files in the loaders; the canvas offers those that are missing, where ComfyUI knows a link. "
-TOGETHER = (
-    "Steps, schedule and size are the same for the photo and the pictures: change them together. "
-)
+CHOOSE = "- Choose your own files in the loaders; the canvas offers those that are missing, where ComfyUI knows a link."
+TOGETHER = "\n- Steps, schedule and size are the same for the photo and the pictures: change them together."
 LIVE = (
     " The photo is read anew in every step, beside the pictures: one call of the network more for all of them."
     "\n\nTurn **strength**: 0 is the plain picture, bit for bit, 1 all of the likeness."
 )
-EQUAL = "The lines of **New pictures, one per line** have the same number of tokens in this family; else sample them one by one. "
+EQUAL = "\n- The lines of **New pictures, one per line** have the same number of tokens in this family; else sample them one by one."
 FAMILY_BLOCKS = (
     "**blocks**, in both nodes: published methods read in FLUX's single blocks, in the later half of Qwen-Image's and Z-Image's, and in "
     "all of SD3.5's; early blocks bring more of the photo's layout along. Nothing was measured on these weights here. **end_percent** "
@@ -103,6 +120,20 @@ NOTES = {
         "Turn **strength** of either node: 0 is the plain picture, 1 all of it.",
         _personal(ENCODER.format(reader=READER)),
     ),
+    "personalize_app": Note(
+        "New pictures from my photo",
+        "Choose a photo, say in a word what it shows, write a line for each new picture, press Run. As an app it shows these fields alone; "
+        "*Enter node graph* in its menu leads here, and the icon of *Personalize from my photo* opens what is in it. **likeness** "
+        "turns the subject: 0 is the plain picture.",
+        YOURS + "\n- Upload yours in **Your photo**, and use its word in every line." + ONE_PLACE,
+    ),
+    "story_app": Note(
+        "One character in several pictures",
+        "Write a line for each picture and the word for their subject, press Run. As an app it shows these fields alone; *Enter node "
+        "graph* in its menu leads here, and the icon of *Story of one character* opens what is in it. **likeness** turns the "
+        "subject: 0 leaves the plain pictures.",
+        YOURS + ONE_PLACE + "\n- The pictures are sampled together and need memory together.",
+    ),
     "self_attention_only": Note(
         "Self-attention injection alone",
         "The half of *personalize* that needs no encoder and works with any checkpoint.",
@@ -112,16 +143,16 @@ NOTES = {
         "Concept encoder alone",
         "The photo as part of the prompt: quick, no inversion, poses are free; finer marks are lost.",
         YOURS
-        + "Upload your photo in **Photo of the subject** and write your prompts. "
+        + "\n- Upload your photo in **Photo of the subject** and write your prompts."
         + SIZES
-        + "Choose an encoder for that family in "
-        "**Concept encoder** (IP-Adapter full-face weights work, with Load CLIP Vision wired into it).",
+        + "\n- Choose an encoder of that family in **Concept encoder** and wire Load CLIP Vision into it, as the table says.",
     ),
     "ablation": Note(
         "What each half brings",
         "Compare: without Kindred, each method alone, both; the same noise in every row. It is the figure of the paper.",
         _personal(
-            "An encoder fits one family: choose one for yours in **Concept encoder**. ", SCORES
+            "\n- Choose an encoder of that family in **Concept encoder**, as the table says.",
+            SCORES,
         ),
     ),
     "personalize_hires": Note(
@@ -129,7 +160,7 @@ NOTES = {
         "The second pass looks at the same reference: its features are read anew at the noise levels that it asks for. The miniature knows "
         "one size and draws larger ones badly.",
         _personal(
-            "**Larger** is 1.5 to 2 times that, with **denoise** 0.4 to 0.6 in **Second pass**. ",
+            "\n- **Larger** is 1.5 to 2 times that, with **denoise** 0.4 to 0.6 in **Second pass**.",
             ENCODER.format(reader=READER),
         ),
     ),
@@ -137,18 +168,17 @@ NOTES = {
         "Personalize with ControlNet",
         "The silhouette says where and how, the photo says who. Any ControlNet of the host goes here.",
         _personal(
-            "Choose a ControlNet for that family in **ControlNet**, and in **Silhouette** the picture it reads (a pose, a depth map, "
-            "edges). ",
+            "\n- Choose a ControlNet for that family in **ControlNet**, and in **Silhouette** the picture it reads (a pose, a depth map, "
+            "edges).",
             ENCODER.format(reader=READER),
         ),
     ),
     "two_subjects": Note(
         "Two subjects in one picture",
         "Each photo is read by its own half of the picture (**target_mask**), and each half has its own prompt. Masks may have any shape.",
-        YOURS
-        + "Upload your photos, say what they show, and use those words in the prompts. Photos: 512 x 512 (SD1.5) or 1024 x 1024 "
-        "(SDXL). Set **Nothing** and **Size** to double width, **Half of the picture** to the photo size, **cfg** to 5 to 7. "
-        + MEMORY,
+        YOURS + "\n- Upload your photos, say what they show, and use those words in the prompts."
+        "\n- Set the photos' **width** and **height** as the table says, **Half of the picture** to the same, **Nothing** and **Size** to "
+        "twice the width, and **cfg**." + MEMORY,
     ),
     "story": Note(
         "One subject in several pictures",
@@ -156,10 +186,9 @@ NOTES = {
         "(and **query_blend**, an advanced input) keep the poses apart."
         f"\n\n{SAMPLED}, as *A story with FreeU* does; this one is without FreeU.",
         YOURS
-        + "Write your prompts, one per line, and the **subject** word that all of them contain. "
+        + "\n- Write your prompts, one per line, and the **subject** word that all of them contain."
         + SIZES
-        + "The pictures are "
-        "sampled together and need memory together; *Keep a subject for later* takes fewer at a time.",
+        + "\n- The pictures are sampled together and need memory together; *Keep a subject for later* takes fewer at a time.",
     ),
     "story_freeu": Note(
         "A story with FreeU",
@@ -167,24 +196,27 @@ NOTES = {
         "features of deeper layers count more. The numbers are for SDXL; of the miniature's features **b1** and **s1** touch none. "
         "Bypass **What the paper samples with** (Ctrl+B) to see what it does.",
         YOURS
-        + "Write your prompts, one per line, and the **subject** word that all of them contain. "
+        + "\n- Write your prompts, one per line, and the **subject** word that all of them contain."
         + SIZES
-        + "For SD1.5 FreeU's "
+        + "\n- For SD1.5 FreeU's "
         "authors take other numbers: b1 1.5, b2 1.6, s1 0.9, s2 0.2.",
     ),
     "story_ablation": Note(
         "What sharing and injection bring",
         "The same noise three times: plain, shared self-attention alone, and with feature injection. The scores compare every pair.",
-        YOURS + "Write your prompts, one per line, and their **subject** word. " + SIZES + SCORES,
+        YOURS
+        + "\n- Write your prompts, one per line, and their **subject** word."
+        + SIZES
+        + SCORES,
     ),
     "story_save_subject": Note(
         "Keep a subject for later",
         "Samples two pictures and writes their subject into one file of output/kindred. *More pictures of a saved subject* goes on "
         "from it, today or on another machine.",
         YOURS
-        + "Write your prompts and their **subject** word. "
+        + "\n- Write your prompts and their **subject** word."
         + SIZES
-        + "Remember size, steps, sampler and scheduler: further pictures "
+        + "\n- Remember size, steps, sampler and scheduler: further pictures "
         "take the same.",
     ),
     "story_more_pictures": Note(
@@ -198,20 +230,15 @@ NOTES = {
         "A story about the subject of photos",
         "The photos are inverted and stand in as anchors: every picture of the story looks at them. Two photos are better than one.",
         YOURS
-        + "Upload yours in **Photo of the subject** and **Another photo of it** (the same one twice, if there is one only), say what "
-        "they show in **What the photos show**, and use that word in every prompt. "
-        + SIZES
-        + STEPS
-        + "SDXL takes much memory for "
-        "50 steps: take 25.",
+        + "\n- Upload yours in **Photo of the subject** and **Another photo of it** (the same one twice, if there is one only), say what "
+        "they show in **What the photos show**, and use that word in every prompt." + SIZES + STEPS,
     ),
     "invert_and_inspect": Note(
         "Inversion, and what is read on the way",
         "Turns the photo into noise and back again: the closer it comes back, the better its features. The preview shows where the "
         "subject was found, and the file keeps it for *Load Reference*.",
-        YOURS
-        + "Upload your photo in **Photo of the subject** and say plainly what it shows. Set **width** and **height** to 512 "
-        "(SD1.5), 768 (SD2.1) or 1024 (SDXL). **cfg** stays 1, or the photo does not come back; **steps** are the same in "
+        YOURS + "\n- Upload your photo in **Photo of the subject** and say plainly what it shows."
+        "\n- Set **width** and **height** as the table says. **cfg** stays 1, or the photo does not come back; **steps** are the same in "
         "**Back to noise**, **Sample from that noise** and every sampler that will read the file.",
     ),
     "measure_blocks": Note(
@@ -219,21 +246,20 @@ NOTES = {
         "One picture, noised, goes through the model once for each block without its attention, once with its keys moved, and once "
         "lent another picture: the chart shows how much changes. The result is kept: write *measured* into *blocks* of "
         "Ref-UNet Feature Capture or Masked Self-Attn Inject to use it.",
-        "**Your own checkpoint.** Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world. "
-        "Choose yours (SD1.5, SD2.x, SDXL) in **Checkpoint**, load a picture that it could have drawn in **Picture** and say what it "
-        "shows. Set **width** and **height** to the size that you draw at. "
-        "More **noise_levels** make the figures steadier and take as many times longer.",
+        YOURS + "\n- Load a picture that it could have drawn in **Picture** and say what it shows."
+        "\n- Set **width** and **height** to the size that you draw at."
+        "\n- More **noise_levels** make the figures steadier and take as many times longer.",
     ),
     "train_concept_encoder": Note(
         "Train a concept encoder",
         "Trains the shipped encoder a little further on two photos and compares before and after: a one-minute demonstration, "
         "not a full training. The file lands in models/concept_encoders.",
         YOURS
-        + "Load your pictures with Load Image Dataset from Folder into **Train it on them**, write what they show into **prompt**, "
-        "and wire Load CLIP Vision (ViT-L) there instead of **Concept encoder**. Then delete **The encoder as it came** and "
-        "**Before**: the miniature's encoder fits no other family. "
+        + "\n- Load your pictures with Load Image Dataset from Folder into **Train it on them**, write what they show into **prompt**, "
+        "and wire Load CLIP Vision (ViT-L) there instead of **Concept encoder**.\n- Then delete **The encoder as it came** and "
+        "**Before**: the miniature's encoder fits no other family."
         + SIZES
-        + "The paper takes 100,000 steps at 1e-5; for days of "
+        + "\n- The paper takes 100,000 steps at 1e-5; for days of "
         "training, tools/workshop/train_concept_encoder.py is the same loop.",
     ),
     "personalize_flux": _family(
@@ -244,7 +270,7 @@ NOTES = {
     "personalize_flux2": _family(
         "Personalize with FLUX.2",
         "FLUX.2 has its own schedule, which depends on the size: **Steps** goes to the photo and to the sampler alike.",
-        "**Steps** has the **width** and **height** of **Size**. ",
+        "\n- **Steps** has the **width** and **height** of **Size**.",
     ),
     "personalize_qwen_image": _family(
         "Personalize with Qwen-Image",
@@ -270,5 +296,5 @@ if offered():
         + PHOTO
         + SIZES
         + STEPS
-        + "For FLUX.1, Qwen-Image and other transformers take the workflows of their own: their loaders and samplers differ.",
+        + "\n- For FLUX.1, Qwen-Image and other transformers take the workflows of their own: their loaders and samplers differ.",
     )

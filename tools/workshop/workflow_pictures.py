@@ -7,18 +7,18 @@ A workflow for people's own files does not run here: its thumbnail is the canvas
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
+from blueprints import number
 from canvas import Browser, Canvas
 from checkout import ROOT
 from host_server import HostServer
 from PIL import Image
 
-from workflows import CANVAS, api_form, on_the_miniature
+from workflows import api_form, as_graph, canvas_file, canvas_form, on_the_miniature
 
 THUMBNAIL, HELP_WIDTH, GAP = 480, 640, 8
 IMAGES = ROOT / "web" / "docs" / "images"
@@ -62,17 +62,17 @@ def make_pictures(
     for name in names:
         if not on_the_miniature(name):
             with chromium.page(server.url, vue=False, size=(1600, 800)) as canvas:
-                canvas.load(CANVAS / f"{name}.json")
-                plan(canvas, name).save(CANVAS / f"{name}.jpg", quality=86, optimize=True)
+                canvas.load(as_graph(name))
+                plan(canvas, name).save(canvas_file(name, ".jpg"), quality=86, optimize=True)
             print(f"{name}: its plan kept", flush=True)
             continue
         with chromium.page(server.url, vue=True, size=(1600, 1000)) as canvas:
-            canvas.load(CANVAS / f"{name}.json")
+            canvas.load(as_graph(name))
             pictures = run(canvas, name)
             if shots:
                 canvas.fit()
                 canvas.screenshot(shots / f"{name}.png")
-            thumbnail(name, pictures).save(CANVAS / f"{name}.jpg", quality=86, optimize=True)
+            thumbnail(name, pictures).save(canvas_file(name, ".jpg"), quality=86, optimize=True)
             for kind, (workflow, node, beside) in HELP.items():
                 if workflow == name:
                     drawn = None if kind in ALONE else shot(canvas, node)
@@ -95,7 +95,7 @@ def run(canvas: Canvas, name: str) -> Pictures:
         raise RuntimeError(f"{name}: {ended}, {canvas.errors}, {canvas.toasts()}")
     outputs = canvas.outputs(ended)
     return {
-        int(key): [
+        number(key): [
             Image.open(BytesIO(canvas.client.view(image))).convert("RGB")
             for image in output["images"]
         ]
@@ -157,7 +157,7 @@ def help_picture(node: Image.Image | None, pictures: Sequence[Image.Image]) -> I
 
 def halves(name: str) -> tuple[Box, Box]:
     """A workflow's groups in two rows of about one width."""
-    groups = json.loads((CANVAS / f"{name}.json").read_text("utf-8"))["groups"]
+    groups = canvas_form(name)["groups"]
     boxes = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in groups)]
     middle = boxes[-1][2] / 2
     cut = min(range(1, len(boxes)), key=lambda i: abs(boxes[i][0] - middle))
@@ -190,7 +190,7 @@ def thumbnail(name: str, pictures: Pictures) -> Image.Image:
         picture
         for key, node in graph.items()
         if node["class_type"] == "SaveImage"
-        for picture in pictures[int(key)]
+        for picture in pictures[number(key)]
     ]
     photos = [
         Image.open(

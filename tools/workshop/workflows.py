@@ -2,6 +2,7 @@
 
 workflows/api/<name>.json is the source. The real page loads it, this program lays it out (groups from `_meta.group`, in the order of
 the file, left to right; the note of workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
+Nodes of a subgraph ("4:10") are folded into one, as blueprints.py says; that one also goes into subgraphs/, and the rest is an app.
 With --run it also presses Run and keeps the thumbnail, and the pictures of the help pages (web/docs/images) come from the same runs.
 """
 
@@ -18,53 +19,49 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
+from blueprints import BLUEPRINTS, Blueprint, alone, app, flat, fold, inside, number, with_values
 from checkout import ROOT
 from flow_workflow import follow
 from host_server import HostServer
+from layout import lay_out
 from results import prepare
 from terminal import run_program
 from workflow_models import files_of, models_of
-from workflow_notes import NOTES
+from workflow_notes import NOTES, TABLE
 
 if TYPE_CHECKING:  # --help has to come without any package
     from canvas import Canvas
 
 API, CANVAS = ROOT / "workflows" / "api", ROOT / "workflows"
-COLUMN_HEIGHT, GAP, PADDING, TITLE, GROUP_TITLE = 1000, 40, 24, 30, 56
-COLOURS = (
-    "#3f789e",
-    "#88A",
-    "#8A8",
-    "#b58b2a",
-    "#a1309b",
-    "#b06634",
-)  # the host's own group colours, in turn
+SUBGRAPHS = ROOT / "subgraphs"
 OURS = {
     "color": "#2a363b",
     "bgcolor": "#3f5159",
 }  # the host's "pale blue": which nodes come with the pack
 # what a picture, a mask or a long text needs, in pixels; the page computes the others, for texts now so and now so
 SIZES = {
-    "KindredSubjectPrompts": (400, 240),
-    "CLIPTextEncode": (400, 160),
-    "KindredLoadPhoto": (300, 440),
-    "SaveImage": (420, 420),
-    "PreviewImage": (420, 300),
-    "MaskPreview": (260, 300),
-    "KindredReferencePreview": (420, 330),
-    "KindredComparisonGrid": (460, 560),
-    "KindredConsistencyScore": (460, 620),
+    "KindredSubjectPrompts": (320, 190),
+    "CLIPTextEncode": (320, 110),
+    "KindredLoadPhoto": (250, 300),
+    "SaveImage": (340, 350),
+    "PreviewImage": (320, 250),
+    "MaskPreview": (220, 200),
+    "KindredReferencePreview": (320, 270),
+    "KindredComparisonGrid": (400, 480),
+    "KindredConsistencyScore": (400, 530),
     "KindredBlockProbe": (460, 640),
     "KindredConceptEncoderTrain": (360, 640),
-    "KindredRefUNetCapture": (340, 600),
-    "KindredDDIMInvert": (320, 380),
+    "KindredRefUNetCapture": (300, 540),
+    "KindredDDIMInvert": (280, 300),
     "KindredSaveReference": (320, 150),
     "KindredLoadReference": (320, 400),
     "KindredConsiStory": (330, 504),
-    "KSampler": (300, 270),
+    "KSampler": (270, 270),
 }
-# in pixels, and how many letters stand in a line; the families' notes are longer
-NOTE_WIDTH, WIDE_NOTE = (420, 62), (640, 96)
+CLOSED = {"flags": {"collapsed": True}}
+PLAIN = ("VAEEncode", "VAEDecode", "InvertMask", "ConditioningCombine", "BasicGuider")  # no fields
+# in pixels, and how many letters stand in a line
+NOTE_WIDTH, WIDE_NOTE = (320, 46), (760, 112)
 Node = dict[str, Any]
 
 
@@ -94,24 +91,64 @@ def transformers() -> list[str]:
     return [name for name in names() if not on_the_miniature(name)]
 
 
-def groups_of(graph: Mapping[str, Node]) -> dict[str, list[int]]:
-    """Group -> node ids, both in the file's order, which is the order of reading."""
+def canvas_file(name: str, end: str = ".json") -> Path:
+    """The workflow as people open it, or what lies beside it; the template browser shows the file's
+    name and no other words.
+    """
+    return (
+        CANVAS / f"{NOTES[name].title}.app{end}" if name in BLUEPRINTS else CANVAS / f"{name}{end}"
+    )
+
+
+def canvas_form(name: str) -> dict[str, Any]:
+    """The content of that file."""
+    return json.loads(canvas_file(name).read_text("utf-8"))
+
+
+def as_graph(name: str) -> dict[str, Any]:
+    """The same, of an app too, to be opened as nodes."""
+    made = canvas_form(name)
+    made["extra"].pop("linearMode", None)
+    return made
+
+
+def blueprint_file(blueprint: Blueprint) -> Path:
+    """Where ComfyUI looks for what it offers among the nodes."""
+    return SUBGRAPHS / f"{blueprint.name}.json"
+
+
+def groups_of(graph: Mapping[str, Node], blueprint: Blueprint | None) -> dict[str, list[int]]:
+    """Group -> node ids, both in the file's order, which is the order of reading; a subgraph is one
+    node in a group of its own.
+    """
     groups: dict[str, list[int]] = {}
     for key, node in graph.items():
-        groups.setdefault(node["_meta"]["group"], []).append(int(key))
+        if blueprint and ":" in key:
+            groups[blueprint.name] = [blueprint.node]
+        else:
+            groups.setdefault(node["_meta"]["group"], []).append(number(key))
     return groups
 
 
-def note(name: str, key: int) -> Node:
-    """The workflow's note as a node of the canvas."""
-    sentences = NOTES[name]
-    text = f"## {sentences.title}\n\n{sentences.text}\n\n---\n\n{sentences.yours}"
-    width, letters = NOTE_WIDTH if on_the_miniature(name) else WIDE_NOTE
+def notes(name: str, first: int) -> list[Node]:
+    """The workflow's notes as nodes of the canvas from that id on: what it is, and, closed until one
+    wants it, what to change.
+    """
+    told = NOTES[name]
+    about = note(first, "What this is", f"## {told.title}\n\n{told.text}", NOTE_WIDTH)
+    table = f"\n\n{TABLE}" if on_the_miniature(name) else ""
+    yours = note(first + 1, "Your own checkpoint", told.yours + table, WIDE_NOTE)
+    return [about, yours | CLOSED]
+
+
+def note(key: int, title: str, text: str, form: tuple[int, int]) -> Node:
+    """A note as high as its text; form: width in pixels, and how many letters stand in a line."""
+    width, letters = form
     lines = sum(1 + len(line) // letters for line in text.splitlines())
     return {
         "id": key,
         "type": "MarkdownNote",
-        "title": "What this is",
+        "title": title,
         "size": [width, 60 + 19 * lines],
         "flags": {},
         "mode": 0,
@@ -125,88 +162,83 @@ def note(name: str, key: int) -> Node:
     }
 
 
-def columns(ids: Sequence[int], nodes: Mapping[int, Node]) -> list[list[int]]:
-    """A group's nodes in columns of limited height."""
-    made: list[list[int]] = [[]]
-    height = 0
-    for key in ids:
-        needed = nodes[key]["size"][1] + TITLE + GAP
-        if made[-1] and height + needed > COLUMN_HEIGHT:
-            made.append([])
-            height = 0
-        made[-1].append(key)
-        height += needed
-    return made
+def sized(drawn: Mapping[str, Any]) -> dict[int, Node]:
+    """The nodes of a graph by id, in their sizes and colours."""
+    nodes = {int(node["id"]): node for node in drawn["nodes"]}
+    for node in nodes.values():
+        width, height = node["size"]
+        node["size"] = list(SIZES.get(node["type"], (max(round(width), 260), round(height))))
+        node |= OURS if node["type"].startswith("Kindred") else {}
+        node |= CLOSED if node["type"] in PLAIN else {}
+    return nodes
 
 
 def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """The page's own graph, with places, sizes, colours, groups and the note."""
-    arranged = json.loads(json.dumps(drawn))
-    nodes = {int(node["id"]): node for node in arranged["nodes"]}
-    for node in nodes.values():
-        width, height = node["size"]
-        node["size"] = list(SIZES.get(node["type"], (max(round(width), 280), round(height))))
-        node |= OURS if node["type"].startswith("Kindred") else {}
-    first = max(nodes) + 1
-    nodes[first] = note(name, first)
-    groups = groups_of(graph)
+    """The page's own graph, folded where it has a subgraph, with places, sizes, colours, groups and
+    the notes.
+    """
+    made = json.loads(json.dumps(drawn))
+    nodes, blueprint = sized(made), BLUEPRINTS.get(name)
+    told = {node["id"]: node for node in notes(name, max(map(number, graph)) + 1)}
+    nodes |= told
+    groups = groups_of(graph, blueprint)
     head = next(iter(groups))
-    left, arranged["groups"] = 0, []
-    for number, (title, ids) in enumerate(groups.items()):
-        start, bottom = left, 0
-        left += PADDING
-        for column in columns([first, *ids] if title == head else ids, nodes):
-            top = GROUP_TITLE + TITLE
-            for key in column:
-                nodes[key]["pos"] = [left, top]
-                top += nodes[key]["size"][1] + TITLE + GAP
-            left += max(nodes[key]["size"][0] for key in column) + GAP
-            bottom = max(bottom, top - TITLE - GAP)
-        left += PADDING - GAP
-        arranged["groups"].append(
-            {
-                "id": number + 1,
-                "title": title,
-                "bounding": [start, 0, left - start, bottom + PADDING],
-                "color": COLOURS[number % len(COLOURS)],
-                "font_size": 24,
-                "flags": {},
-            }
-        )
-        left += GAP
-    arranged["nodes"] = [nodes[key] for key in sorted(nodes)]
-    arranged["last_node_id"] = first
-    return arranged
+    made["groups"] = lay_out(groups | {head: [*told, *groups[head]]}, nodes)
+    made["nodes"] = [nodes[key] for key in sorted(nodes)]
+    made["last_node_id"] = max(nodes)
+    for subgraph in made.get("definitions", {}).get("subgraphs", []):
+        arrange_inside(subgraph, inside(graph))
+    return made
+
+
+def arrange_inside(subgraph: dict[str, Any], graph: Mapping[str, Node]) -> None:
+    """The same for the nodes of a subgraph, between its inputs and its outputs."""
+    nodes = sized(subgraph)
+    subgraph["groups"] = lay_out(groups_of(graph, None), nodes)
+    x, _, width, _ = subgraph["groups"][-1]["bounding"]
+    subgraph["outputNode"]["bounding"][0] = x + width + 80
+    subgraph["state"] |= {
+        "lastNodeId": max(nodes),
+        "lastGroupId": len(subgraph["groups"]),
+        "lastLinkId": max(link["id"] for link in subgraph["links"]),
+    }
 
 
 def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the file: no nulls but those of sockets, an id that stays, and who brings each node."""
-    clean, graph = without_nulls(drawn), api_form(name)
-    versions = {
-        "kindred": version(),
-        "comfy-core": json.loads(
-            (ROOT / "tools" / "workshop" / "pins" / "host.json").read_text("utf-8")
-        )["comfyui"],
-    }
-    for node in clean["nodes"]:
-        if node["type"] == "MarkdownNote":
-            node["properties"] = {}
-            continue
-        pack = "kindred" if node["type"].startswith("Kindred") else "comfy-core"
-        node["properties"] = {
-            "Node name for S&R": node["type"],
-            "cnr_id": pack,
-            "ver": versions[pack],
-        }
-        if models := models_of(graph[str(node["id"])]):
-            node["properties"]["models"] = models
-    clean["nodes"].sort(key=lambda node: int(node["id"]))
-    extra = {"ds": {"scale": 0.7, "offset": [60, 120]}}
+    made, graph, blueprint = without_nulls(drawn), flat(api_form(name)), BLUEPRINTS.get(name)
+    for part in (made, *made.get("definitions", {}).get("subgraphs", [])):
+        for node in part["nodes"]:
+            node["properties"] = properties(node, graph)
+        part["nodes"].sort(key=lambda node: int(node["id"]))
+    extra = {"ds": {"scale": 0.7, "offset": [60, 120]}} | (app(blueprint) if blueprint else {})
     return (
         {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"kindred/{name}")), "revision": 0}
-        | {key: value for key, value in clean.items() if key not in ("id", "revision", "extra")}
+        | {key: value for key, value in made.items() if key not in ("id", "revision", "extra")}
         | {"extra": extra}
     )
+
+
+def properties(node: Mapping[str, Any], graph: Mapping[str, Node]) -> dict[str, Any]:
+    """Who brings a node, in which version, and where its files come from; graph: the flat API form."""
+    if node["type"] == "MarkdownNote":
+        return {}
+    if str(node["id"]) not in graph:  # a subgraph
+        return {"cnr_id": "kindred", "ver": version()}
+    pack = "kindred" if node["type"].startswith("Kindred") else "comfy-core"
+    made = {
+        "Node name for S&R": node["type"],
+        "cnr_id": pack,
+        "ver": version() if pack == "kindred" else host_version(),
+    }
+    models = models_of(graph[str(node["id"])])
+    return made | ({"models": models} if models else {})
+
+
+def host_version() -> str:
+    """ComfyUI's, that the workflows are made with."""
+    pin = ROOT / "tools" / "workshop" / "pins" / "host.json"
+    return json.loads(pin.read_text("utf-8"))["comfyui"]
 
 
 def without_nulls(value: Any, key: str = "") -> Any:
@@ -221,33 +253,60 @@ def without_nulls(value: Any, key: str = "") -> Any:
     return value
 
 
-def draw(canvas: Canvas, name: str) -> dict[str, Any]:
-    """The canvas form of a workflow, through the page twice: what it loads is what it writes."""
-    graph = api_form(name)
+def draw(canvas: Canvas, name: str, graph: Mapping[str, Node] | None = None) -> dict[str, Any]:
+    """The canvas form of a workflow, through the page twice: what it loads is what it writes.
+    graph: instead of its API form.
+    """
+    graph, blueprint = graph or api_form(name), BLUEPRINTS.get(name)
     # a node shows, and grows for, the picture that its number had in the workflow before
     canvas.page.evaluate(
         "() => { for (const key of Object.keys(app.nodeOutputs)) delete app.nodeOutputs[key] }"
     )
-    canvas.load_api(graph, name)
-    # further runs are this one again, as the thumbnail shows it, until somebody wishes otherwise
-    canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
-                            if (w.name === 'control_after_generate') w.value = 'fixed' }""")
+    canvas.load_api(flat(graph), name)
+    # further runs are this one again, as the thumbnail shows it; an app is there for more
+    canvas.page.evaluate(
+        """mode => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
+                            if (w.name === 'control_after_generate') w.value = mode }""",
+        "randomize" if blueprint else "fixed",
+    )
     # the page shows a text that is wired in as empty or as its example, whichever comes first
     canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
                             if (w.type === 'customtext' && n.inputs?.some(i =>
                                 i.link != null && i.widget?.name === w.name)) w.value = '' }""")
-    canvas.load(arrange(name, graph, canvas.serialize()), name)
+    drawn = canvas.serialize()
+    drawn = fold(drawn, graph, blueprint) if blueprint else drawn
+    canvas.load(arrange(name, graph, drawn), name)
     return cleaned(name, canvas.serialize())
 
 
-def write(name: str, workflow: Mapping[str, Any]) -> bool:
+def draw_blueprint(canvas: Canvas, name: str) -> dict[str, Any]:
+    """What subgraphs/ has of a workflow: its subgraph, with values for people's own checkpoints."""
+    blueprint = BLUEPRINTS[name]
+    drawn = draw(canvas, name, with_values(api_form(name), blueprint))
+    return alone(drawn, blueprint)
+
+
+def write(path: Path, workflow: Mapping[str, Any]) -> bool:
     """True where the file changed."""
-    path = CANVAS / f"{name}.json"
     text = json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
     if path.is_file() and path.read_text("utf-8") == text:
         return False
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text, "utf-8")
     return True
+
+
+def write_all(canvas: Canvas, names: Sequence[str], shots: Path | None) -> None:
+    """Draw the workflows, and the blueprints of those that have one."""
+    for name in names:
+        made = {canvas_file(name): draw(canvas, name)}
+        if shots:
+            canvas.screenshot(shots / f"{name}.png")
+        if name in BLUEPRINTS:
+            made[blueprint_file(BLUEPRINTS[name])] = draw_blueprint(canvas, name)
+        for path, workflow in made.items():
+            said = "written" if write(path, workflow) else "as it was"
+            print(f"{path.relative_to(ROOT)}: {said}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -273,13 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     small = [ROOT / "tests" / "small_models"]  # else the page complains of missing files
     with HostServer(args.host, cpu=True, threads=1, packs=small) as server, browser() as chromium:
         with chromium.page(server.url, vue=False) as canvas:
-            for name in args.name or names():
-                print(
-                    f"{name}: {'written' if write(name, draw(canvas, name)) else 'as it was'}",
-                    flush=True,
-                )
-                if args.shots:
-                    canvas.screenshot(args.shots / f"{name}.png")
+            write_all(canvas, args.name or names(), args.shots)
         if args.run:
             from workflow_pictures import make_pictures
 
