@@ -98,6 +98,7 @@ def test_copies_are_seen_and_whether_they_are_waited_for(device) -> None:
     assert told(device) == ["up blocking: index by host memory"]
     there.to(CUDA), there.half(), x.half()
     assert told(device) == []
+    assert torch.tensor([1.0], device="cuda").is_cuda and told(device) == ["up blocking: to"]
 
 
 def test_what_is_read_before_its_copy_has_come_is_no_number(device) -> None:

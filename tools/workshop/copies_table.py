@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report, code = chosen.report or Path(folder, "report.xml"), 0
         if chosen.report is None:
-            options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+            options.append(f"--junitxml={report}")
             command = [sys.executable, "-m", "pytest", TESTS, *options]
             code = subprocess.run(command, cwd=ROOT).returncode
         written = table(costs(report))
