@@ -257,6 +257,7 @@ def of_file(kind: str) -> Tensor:
     again = kindred(
         "LoadReference", next(name for name in (f"kindred/{file}", file) if listed(name))
     )
+    again = again[0] if isinstance(again, tuple) else again  # it has gained outputs behind it
     if kind == "anchors":
         return under(story, LONG, reference=again, query_blend=0.0)
     return draw(inject(model_of(), again), S)
