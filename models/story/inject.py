@@ -66,12 +66,7 @@ class StorySetup:
             return None
         until, *inject = run.at(*self.moments)
         settings = replace(self.settings, blend_until=until, inject=tuple(inject))
-        if run.pictures == 1 and self.bank is None and self.recorder is None:
-            log.warning(
-                "%s: one picture has nobody to share with, so it stays plain. Raise the batch "
-                "size, or wire a reference.",
-                NODE,
-            )
+        if self.alone(run):
             return None
         self._require_subject(run)
         if settings.anchors > run.pictures and self.bank is None:
@@ -100,6 +95,15 @@ class StorySetup:
         if self.recorder:
             self.recorder.expect(story.anchor_count, run.sigmas, run.asker)
         return story
+
+    def alone(self, run: StoryRun) -> str:
+        """Why a run's pictures stay plain; "" where one has another to share with."""
+        if run.pictures > 1 or self.bank is not None or self.recorder is not None:
+            return ""
+        return (
+            f"{NODE}: one picture has nobody to share with, so it stays plain. Raise the batch "
+            "size, or wire a reference."
+        )
 
     def _say_of_subjects(self, run: StoryRun) -> None:
         """Say once where several subjects of a transformer are read by one another."""

@@ -23,6 +23,7 @@ from ...models.story.story import Story
 from . import identity
 from .model import computes_in, feature_tap, network, self_attentions, token_sizes
 from .networks import recognise
+from .page import note
 from .ref_unet import reference_tokens, watch_reference
 from .run import SamplerRun
 
@@ -44,6 +45,8 @@ class StoryInjection(StorySetup):
         return self.bytes_held(shape[0], sizes_of(model, tuple(shape[-2:])), width)
 
     def start_run(self, run: SamplerRun) -> Story | None:
+        if why := self.alone(run):
+            note(why)
         passes = PhotoPasses(partial(reference_tokens, run), partial(watch_reference, run))
         story = self.begin(run, passes)
         if story is not None:
