@@ -277,11 +277,12 @@ def test_edit_friendly_trajectories_serve_too():
 
 
 def test_a_cached_reference_costs_no_call_and_a_live_one_one_per_sigma(monkeypatch):
+    one, other = bank_of(), bank_of(seed=8)  # made before the calls are counted
     with counted(MODEL) as cached:
-        sample(inject(inject(MODEL, bank_of()), bank_of(seed=8)))
+        sample(inject(inject(MODEL, one), other))
     monkeypatch.setattr(ReferenceBank, "step_of", lambda self, sigma: None)
     with counted(MODEL) as live:
-        sample(inject(inject(MODEL, bank_of()), bank_of(), 0.5))  # the same bank twice: one call
+        sample(inject(inject(MODEL, one), one, 0.5))  # the same bank twice: one call
     assert cached == [2] * STEPS and live == [1, 2] * STEPS
 
 
