@@ -83,8 +83,8 @@ def test_keys_of_anchors_move_with_the_text(name: str) -> None:
 @LAW("name", UNPLACED)
 def test_where_kept_keys_are_not_placed_again_they_are_refused(name: str) -> None:
     """Before the work, by both nodes; the pictures of one batch share."""
-    with pytest.raises(ValueError, match=f"Shared Attention: {name} gives.*in one batch"):
+    with pytest.raises(ValueError, match=f"Shared Attention: in {name} a story.*in one batch"):
         story(name, reference=bank_of(name), halves="cond only")
-    with pytest.raises(ValueError, match=f"Anchor Sampler: {name} gives.*in one batch"):
+    with pytest.raises(ValueError, match=f"Anchor Sampler: in {name} a story.*in one batch"):
         anchors(name, story(name))
     assert apart(pictures(story(name), name, (0, 1)), plain(name, (0, 1))) > FELT
