@@ -14,7 +14,7 @@ from client import Answered, Client
 from jobs import Job, Voice
 from results import make_folder
 
-SAVE_REFERENCE = "KindredSaveReference"
+SAVE_REFERENCE, LOAD_REFERENCE = "KindredSaveReference", "KindredLoadReference"
 
 
 @dataclass
@@ -59,20 +59,22 @@ class Shelf:
 def files_of(
     graph: Graph, outputs: Mapping[str, Any]
 ) -> Iterator[tuple[str, int, Mapping[str, str] | str]]:
-    """(title, index, file or text) of all that the nodes gave; a saved subject is a file too."""
+    """(title, index, file or text) of all that the nodes gave; a saved subject is a file too, and what
+    Load Reference shows of the subject that it read is no result.
+    """
     for node in sorted(
         outputs, key=[*graph, *outputs].index
     ):  # as the workflow has them, whichever came first
         name, index = title(graph, node), 0
+        kind = graph.get(node, {}).get("class_type")
+        if kind == LOAD_REFERENCE:
+            continue
         for things in outputs[node].values():
             for thing in things if isinstance(things, list) else ():
                 if isinstance(thing, str) or (isinstance(thing, dict) and "filename" in thing):
                     index += 1
                     yield name, index, thing
-                if (
-                    isinstance(thing, str)
-                    and graph.get(node, {}).get("class_type") == SAVE_REFERENCE
-                ):
+                if isinstance(thing, str) and kind == SAVE_REFERENCE:
                     folder, _, file = (
                         thing.partition(".safetensors")[0] + ".safetensors"
                     ).rpartition("/")
