@@ -529,7 +529,7 @@ def test_the_client_needs_two_files_beside_it_and_no_package():
     assert done.stdout.split() == ["client", "redirects", "web_socket"]
 
 
-def test_what_load_reference_shows_of_its_subject_is_no_result():
+def test_pictures_that_load_reference_shows_are_no_result():
     graph = {
         "1": {"class_type": "KindredLoadReference", "inputs": {}},
         "2": {"class_type": "SaveImage", "inputs": {}},
@@ -539,4 +539,4 @@ def test_what_load_reference_shows_of_its_subject_is_no_result():
         for name, kind in (("subject", "temp"), ("drawn", "output"))
     )
     results = list(files_of(graph, {"1": shown | {"text": ["a cat"]}, "2": saved}))
-    assert results == [("SaveImage", 1, saved["images"][0])]
+    assert results == [("KindredLoadReference", 1, "a cat"), ("SaveImage", 1, saved["images"][0])]

@@ -59,19 +59,18 @@ class Shelf:
 def files_of(
     graph: Graph, outputs: Mapping[str, Any]
 ) -> Iterator[tuple[str, int, Mapping[str, str] | str]]:
-    """(title, index, file or text) of all that the nodes gave; a saved subject is a file too, and what
-    Load Reference shows of the subject that it read is no result.
+    """(title, index, file or text) of all that the nodes gave; a saved subject is a file too, and the
+    pictures that Load Reference shows of what it read are no result.
     """
     for node in sorted(
         outputs, key=[*graph, *outputs].index
     ):  # as the workflow has them, whichever came first
         name, index = title(graph, node), 0
         kind = graph.get(node, {}).get("class_type")
-        if kind == LOAD_REFERENCE:
-            continue
         for things in outputs[node].values():
             for thing in things if isinstance(things, list) else ():
-                if isinstance(thing, str) or (isinstance(thing, dict) and "filename" in thing):
+                picture = isinstance(thing, dict) and "filename" in thing
+                if isinstance(thing, str) or (picture and kind != LOAD_REFERENCE):
                     index += 1
                     yield name, index, thing
                 if isinstance(thing, str) and kind == SAVE_REFERENCE:
