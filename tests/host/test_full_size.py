@@ -28,6 +28,7 @@ from studio import (
 )
 
 SIZE, STEPS = (16, 24), 2
+LATER = pytest.mark.skipif(LONG == 1, reason="half a minute and more: KINDRED_LONG=1 runs it")
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def model(request):
     ("model", "family", "blocks", "grids"),
     [
         ("sd15", "sd15", 16, {(16, 24), (8, 12), (4, 6), (2, 3)}),
-        ("sd21", "sd21", 16, {(16, 24), (8, 12), (4, 6), (2, 3)}),
+        pytest.param("sd21", "sd21", 16, {(16, 24), (8, 12), (4, 6), (2, 3)}, marks=LATER),
         ("sdxl", "sdxl", 70, {(8, 12), (4, 6)}),
     ],
     indirect=["model"],
@@ -98,9 +99,9 @@ def test_capture_and_injection(model, family, blocks, grids, monkeypatch):
             9,
             {(8, 12), (4, 6), (2, 3)},
             (4, 6),
-            marks=pytest.mark.skipif(LONG == 1, reason="half a minute: KINDRED_LONG=1 runs it"),
+            marks=LATER,
         ),
-        ("sdxl", "sdxl", 36, {(4, 6), (2, 3)}, (4, 6)),
+        pytest.param("sdxl", "sdxl", 36, {(4, 6), (2, 3)}, (4, 6), marks=LATER),
     ],
     indirect=["model"],
     ids=["sd15", "sd21", "sdxl"],
