@@ -315,9 +315,10 @@ class SubjectPrompts(io.ComfyNode):
         cls, prompts: str | None = None, subject: str | None = None, style: str | None = ""
     ) -> bool | str:
         """What the letters alone tell, before anything runs; of a wired text, None, nothing."""
-        if prompts is None or style is None:
+        if not (isinstance(prompts, str) and isinstance(style, str)):
             return True
-        texts, words = texts_of(prompts, style), subjects_in(subject or "")
+        texts = texts_of(prompts, style)
+        words = subjects_in(subject if isinstance(subject, str) else "")
         if not texts:
             return f"{NODE}: {EMPTY}"
         here = [{word for word in words if may_hold(text, word)} for text in texts]

@@ -1,5 +1,5 @@
-// The page says "This node threw an error" and keeps the sentence two clicks away; of Kindred's
-// own nodes it is shown at once.
+// The page says "This node threw an error", or "rejected the value" where Run was pressed, and keeps
+// the sentence two clicks away; of Kindred's own nodes it is shown at once.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
@@ -19,10 +19,32 @@ function say(type, message) {
   app.extensionManager.toast.add(shown);
 }
 
+// What a node's validate_inputs said: "input - sentence", once for every input.
+function sayRefused(nodeErrors) {
+  for (const { class_type: type, errors } of Object.values(nodeErrors ?? {})) {
+    const own = errors?.find((error) => error.type === "custom_validation_failed");
+    if (type?.startsWith("Kindred") && own) {
+      say(type, own.details.slice(own.details.indexOf(" - ") + 3));
+      return;
+    }
+  }
+}
+
 app.registerExtension({
   name: "kindred.errors",
   setup() {
-    api.addEventListener("execution_start", close);
+    const queuePrompt = api.queuePrompt;
+    api.queuePrompt = async function (...prompt) {
+      close();
+      try {
+        const answer = await queuePrompt.apply(this, prompt);
+        sayRefused(answer?.node_errors);
+        return answer;
+      } catch (error) {
+        sayRefused(error?.response?.node_errors);
+        throw error;
+      }
+    };
     api.addEventListener("execution_error", ({ detail }) => {
       const type = detail?.node_type ?? "";
       if (type.startsWith("Kindred") && detail.exception_message)

@@ -196,8 +196,7 @@ def test_mutated_prompts_are_refused_or_end_in_words(client):
     assert fates["refused, 400"] > 400 * LONG and fates["refused while it ran"] > 50 * LONG
     assert (
         valid["drew"] > 90 * LONG
-        and valid["refused while it ran"] > 10 * LONG
-        and valid["refused, 400"] < 10 * LONG
+        and valid["refused while it ran"] + valid["refused, 400"] > 10 * LONG
     )
 
 

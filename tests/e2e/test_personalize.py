@@ -125,9 +125,9 @@ def test_the_shipped_workflow_runs_as_it_is(client, untouched):
     ],
 )
 def test_bad_input_is_a_sentence_and_the_server_lives_on(client, untouched, changes, words):
-    with pytest.raises(NodeFailed) as failed:
+    with pytest.raises((NodeFailed, PromptRefused)) as failed:
         client.run(shipped(**changes))
-    assert all(word in failed.value.sentence for word in words), failed.value.sentence
+    assert all(word in str(failed.value) for word in words), failed.value
     graph = plain(4)
     graph[PICTURES]["inputs"]["filename_prefix"] = "after"
     assert (pictures(client, graph)[0] == untouched).all()

@@ -137,7 +137,7 @@ def test_without_kindreds_nodes_it_is_the_plain_picture_and_so_is_strength_0(sma
 
 
 def test_a_lost_subject_is_said_in_words_and_the_plain_picture_follows(small):
-    graph = reduced("personalize_qwen_image")
+    graph = reduced("personalize_z_image")
     new = of_kind(graph, "KindredSubjectPrompts")[-1]
     graph[new]["inputs"]["prompts"] = "a photo of a cat\na photo of a cat far away on the beach"
     with pytest.raises(NodeFailed, match="same number of tokens"):

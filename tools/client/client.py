@@ -55,7 +55,7 @@ class Interrupted(HostError):
 
 @dataclass(eq=False)
 class PromptRefused(HostError):
-    """HTTP 400: nothing ran. `nodes` holds node id -> the sentences of that node."""
+    """The host finds a mistake before anything runs. `nodes` holds node id -> the sentences of that node."""
 
     summary: str
     nodes: dict[str, list[str]] = field(default_factory=dict)
@@ -204,7 +204,11 @@ class Client:
         The host does not look whether an id is taken: ask `state` before handing the same prompt over again.
         """
         named = {} if prompt_id is None else {"prompt_id": prompt_id}
-        return self.json("/prompt", {"prompt": prompt, "client_id": self.id, **named})["prompt_id"]
+        answer = self.json("/prompt", {"prompt": prompt, "client_id": self.id, **named})
+        if answer.get("node_errors"):  # the host would run those outputs that no mistake reaches
+            self.cancel(answer["prompt_id"])
+            raise PromptRefused("A part cannot run", sentences(answer["node_errors"]))
+        return answer["prompt_id"]
 
     def state(self, prompt_id: str) -> str:
         """pending, in_progress, completed, failed or cancelled; unknown if the host never had it or forgot it."""
@@ -336,10 +340,19 @@ def refusal(text: str) -> PromptRefused:
         if isinstance(error, str)
         else f"{error.get('message', '')} {error.get('details', '')}".strip()
     )
-    nodes = {
-        key: [
-            f"{item['message']}: {item['details']}".rstrip(": ") for item in value.get("errors", [])
-        ]
-        for key, value in (body.get("node_errors") or {}).items()
+    return PromptRefused(summary, sentences(body.get("node_errors") or {}))
+
+
+def sentences(node_errors: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Node id -> its sentences, each once: of a node's own validation the host repeats one for every input."""
+    return {
+        key: list(dict.fromkeys(map(sentence, value.get("errors", []))))
+        for key, value in node_errors.items()
     }
-    return PromptRefused(summary, nodes)
+
+
+def sentence(error: Mapping[str, str]) -> str:
+    """One entry of the host's list in words; a node's own sentence without what stands before it."""
+    if error.get("type") == "custom_validation_failed" and " - " in error["details"]:
+        return error["details"].partition(" - ")[2]
+    return f"{error['message']}: {error['details']}".rstrip(": ")
