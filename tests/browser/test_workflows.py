@@ -40,13 +40,13 @@ AS_THEY_ARE = ("story_more_pictures",)  # its steps are those of its subject
 LARGE = {
     "ablation": 0.46,
     "invert_and_inspect": 0.55,
-    "personalize_controlnet": 0.55,
+    "personalize_controlnet": 0.54,
     "personalize_flux": 0.51,
     "personalize_z_image": 0.53,
     "story_ablation": 0.48,
     "story_from_photo": 0.52,
-    "train_concept_encoder": 0.54,
-    "two_subjects": 0.51,
+    "train_concept_encoder": 0.50,
+    "two_subjects": 0.49,
 }
 SMALL = {"steps": 3, "width": 128, "height": 128}  # for transformers: their photos are larger
 
