@@ -186,9 +186,10 @@ class Canvas:
     def tidy(self) -> None:
         """Forget complaints, and close what stands over the canvas."""
         self.errors.clear()
-        while (close := self.page.locator(".p-toast-close-button")).count():
-            close.first.click()
-            self.page.wait_for_timeout(400)  # it fades
+        # in the page, at once: one that fades away meanwhile cannot be clicked from here
+        close = "document.querySelectorAll('.p-toast-close-button')"
+        self.page.evaluate(f"{close}.forEach(button => button.click())")
+        self.page.wait_for_function(f"!{close}.length")
         self.page.evaluate("window.__toasts.length = 0")
         if (dismiss := self.page.get_by_test_id("error-overlay-dismiss")).count():
             dismiss.first.click()
