@@ -118,7 +118,7 @@ class LoadReference(io.ComfyNode):
                     display_name="reference",
                     tooltip="The saved reference, unchanged.",
                 ),
-                *told(),
+                *its_settings(),
             ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
@@ -160,8 +160,8 @@ class LoadReference(io.ComfyNode):
         return f"{stat.st_mtime_ns} {stat.st_size}"
 
 
-def told() -> list[io.Output]:
-    """What a reference says of how it was made, for the nodes that have to be set alike."""
+def its_settings() -> list[io.Output]:
+    """How a reference was made, for the nodes that have to be set alike."""
     return [
         io.String.Output(
             display_name="subject",

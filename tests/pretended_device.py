@@ -8,22 +8,20 @@ Nothing here is torch's public API; it holds for torch 2.11.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from callers import line
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-PACK = Path(__file__).resolve().parents[1]
 ROOM = 60 << 30  # bytes that are free on the device
 READS = {
     "_local_scalar_dense",
@@ -496,30 +494,3 @@ def pretended(free: int = ROOM) -> Iterator[Pretended]:
     finally:
         torch._C._set_only_lift_cpu_tensors(lifts)
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
-
-
-# lines ------------------------------------------------------------------------------------------------------------------------
-
-
-def line() -> tuple[str, str]:
-    """The innermost line of the pack or the host, "models/reference/rows.py:90", and the innermost of the pack alone."""
-    frame, where = sys._getframe(1), ""
-    while frame is not None:
-        file, ours = named(frame.f_code.co_filename)
-        if ours and frame.f_code.co_name != "sent":  # models/copies.py: who sent it is meant
-            found = f"{file}:{frame.f_lineno}"
-            return where or found, found
-        if file and not where:
-            where = f"{file}:{frame.f_lineno}"
-        frame = frame.f_back
-    return where or "elsewhere", ""
-
-
-@cache
-def named(file: str) -> tuple[str, bool]:
-    """What a file is called here, and whether it is the pack's; "" for one of neither it nor the host."""
-    path = Path(file)
-    if path.is_relative_to(PACK) and path.relative_to(PACK).parts[0] in ("models", "nodes"):
-        return path.relative_to(PACK).as_posix(), True
-    hosts = {"comfy", "comfy_extras"} & set(path.parts[-4:-1])
-    return "/".join(path.parts[-2:]) if hosts else "", False

@@ -135,7 +135,7 @@ class Stages:
                 steps,
             )
 
-    def told(self, x: Tensor, timestep: Tensor) -> tuple[float, bool | None]:
+    def level_of(self, x: Tensor, timestep: Tensor) -> tuple[float, bool | None]:
         """A question's noise level, and whether its picture is that of the next answer, None where
         there is none: read in one wait, and what the story needs beside it too.
         """
@@ -158,7 +158,7 @@ class Stages:
 
     def replayed(self, sigma: float, x: Tensor, equal: bool | None = None) -> Tensor | None:
         """What the first stage answered to this very question, in its order; None: the model has to
-        be asked. equal: as of `told`.
+        be asked. equal: as of `level_of`.
         """
         if not self._expects:
             return None

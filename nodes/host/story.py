@@ -23,7 +23,7 @@ from ...models.story.story import Story
 from . import identity
 from .model import computes_in, feature_tap, network, self_attentions, token_sizes
 from .networks import recognise
-from .page import note
+from .page import warn
 from .ref_unet import reference_tokens, watch_reference
 from .run import SamplerRun
 
@@ -46,7 +46,7 @@ class StoryInjection(StorySetup):
 
     def start_run(self, run: SamplerRun) -> Story | None:
         if why := self.alone(run):
-            note(why)
+            warn(why)
         passes = PhotoPasses(partial(reference_tokens, run), partial(watch_reference, run))
         story = self.begin(run, passes)
         if story is not None:

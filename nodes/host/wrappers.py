@@ -135,7 +135,7 @@ def _predict_noise(
     run: SamplerRun = model_options["transformer_options"][SAMPLER]
     sigma, equal = run.foreseen.next(timestep) if run.foreseen else None, None
     if sigma is None and run.stages:
-        sigma, equal = run.stages.told(x, timestep)
+        sigma, equal = run.stages.level_of(x, timestep)
     elif sigma is None:
         sigma = float(timestep.flatten()[0])
     if run.stages:

@@ -98,6 +98,18 @@ def test_an_error_in_a_node_is_said_at_once_in_our_sentence(canvas, shots):
     canvas.page.get_by_text("contain the subject").first.wait_for(timeout=120_000)
 
 
+def test_what_is_refused_before_anything_runs_is_said_at_once_too(canvas):
+    """A subject that no line contains: the host repeats the sentence for every input, and the toast says it once."""
+    canvas.load(CANVAS / "story.json")
+    set_field(canvas, canvas.node("KindredSubjectPrompts"), "subject", "zebra")
+    canvas.press_run()
+    toast = canvas.page.locator(".p-toast-message").filter(has_text="'zebra'")
+    toast.wait_for(timeout=120_000)
+    said = toast.inner_text()
+    assert said.count("contain the subject 'zebra'") == 1 and "prompts - " not in said
+    assert said.count("Subject Prompts") == 1
+
+
 def test_an_error_of_another_packs_node_is_left_to_the_page(canvas):
     """A picture that is none: Load Image fails where it runs, and Kindred says nothing."""
     canvas.client.upload_image(b"no picture", "broken.png")

@@ -87,11 +87,9 @@ def test_the_file_is_what_the_program_makes_of_the_api_form(server, chromium, na
 
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
-def test_the_blueprint_is_what_the_program_makes_of_the_api_form(server, chromium, name):
-    """In a page of its own: one that had drawn others kept sizes of theirs."""
+def test_the_blueprint_is_what_the_program_makes_of_the_api_form(program, name):
     file = blueprint_file(BLUEPRINTS[name])
-    with chromium.page(server.url, vue=False) as page:
-        assert json.loads(file.read_text("utf-8")) == draw_blueprint(page, name)
+    assert json.loads(file.read_text("utf-8")) == draw_blueprint(program, name)
 
 
 @pytest.fixture(scope="module")

@@ -367,7 +367,7 @@ def documented() -> list[list[str]]:
 def test_the_documented_commands_fit_the_shipped_workflows(client):
     """Every node, input and value of them; the files and hosts in them are the reader's."""
     info, commands = client.object_info(), documented()
-    assert len(commands) >= 4
+    assert len(commands) >= 6
     for words in commands:
         given = parse(words)
         graph = read_workflow(ROOT / given.workflow)

@@ -83,6 +83,18 @@ def fault_of_refusal(code: int, body: Any) -> str:
     )  # 500: what is no prompt at all
 
 
+def by_our_sentence(body: Any) -> bool:
+    """Whether every mistake that the host names is one that a node of the pack said in words."""
+    return all(
+        node["class_type"].startswith("Kindred")
+        and all(
+            error["type"] == "custom_validation_failed" and REMEDY.search(error["details"])
+            for error in node["errors"]
+        )
+        for node in body["node_errors"].values()
+    )
+
+
 def fault_of_run(history: dict[str, Any] | None) -> tuple[str, str]:
     """How a run ended, and what is wrong with it."""
     if history is None:
@@ -183,6 +195,8 @@ def test_mutated_prompts_are_refused_or_end_in_words(client):
         fates[f"refused, {code}"] += 1
         valid[f"refused, {code}"] += words.startswith("valid")
         fault = fault_of_refusal(code, body)
+        if not fault and words.startswith("valid") and not by_our_sentence(body):
+            fault = f"values that the host takes are refused: {body}"
         faults += [f"{words}: {fault}"] * bool(fault)
     print(f"answered after {time.monotonic() - start:.0f} s, {len(queued)} to run")
     ended(client)

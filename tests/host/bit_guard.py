@@ -57,6 +57,7 @@ from bit_guard_nodes import (
     sharing,
     story,
 )
+from bit_guard_warnings import Warnings
 from torch import Tensor
 
 UNDRAWN = {  # refused, without an effect, or no such setting
@@ -451,28 +452,6 @@ CELLS = matrix() | photo_cells() | concept_cells() | story_cells() | other_cells
 
 
 # the program -------------------------------------------------------------------------------------
-
-
-# of sentences that came or changed since the baseline
-SAID_SINCE = (
-    "is stretched over it",
-    "marks all four corners",
-    "the reference is never read",
-    "the target mask is black",
-)
-
-
-class Warnings(logging.Handler):
-    """Collects what the files of one tree warn of."""
-
-    def __init__(self, tree: Path) -> None:
-        super().__init__(logging.WARNING)
-        self.tree, self.texts = str(tree), []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage()
-        if record.pathname.startswith(self.tree) and not any(new in said for new in SAID_SINCE):
-            self.texts.append(said)
 
 
 def drawn(cell: Callable[[], Any], warnings: Warnings) -> dict[str, Tensor]:

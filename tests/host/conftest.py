@@ -74,14 +74,14 @@ def node(host: ModuleType) -> Callable[[str], type]:
 
 
 def snapshot() -> dict[str, tuple[int, int]]:
-    """Every file in the host's base directory but what nodes show from its temp folder, with size and time."""
+    """Every file in the host's base directory, with size and time, but the thumbnails that Load Reference shows."""
     import folder_paths
 
-    shown = Path(folder_paths.get_temp_directory())
+    thumbnails = set(Path(folder_paths.get_temp_directory()).glob("kindred_reference_*_.png"))
     return {
         str(p): (p.lstat().st_size, p.lstat().st_mtime_ns)
         for p in Path(folder_paths.base_path).rglob("*")
-        if not p.is_dir() and shown not in p.parents
+        if not p.is_dir() and p not in thumbnails
     }
 
 

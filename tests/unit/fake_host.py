@@ -57,6 +57,7 @@ class FakeHost:
         self.wrong: list[str] = []  # what no client may do
         self.outputs = {"2": {"images": [{"filename": "p.png", "subfolder": "", "type": "output"}]}}
         self.hold = False  # prompts go on running
+        self.mistakes: dict = {}  # of nodes, which it finds before the work
         self.lose_post = self.lose_answer = self.bad_gateway = self.refuse = self.forget = (
             self.deaf
         ) = self.cut = self.limit = 0
@@ -170,7 +171,10 @@ class FakeHost:
             if self.spend("refuse"):
                 return self.answer(
                     handler,
-                    {"error": {"message": "no such checkpoint", "details": ""}, "node_errors": {}},
+                    {
+                        "error": {"message": "no such checkpoint", "details": ""},
+                        "node_errors": self.mistakes,
+                    },
                     400,
                 )
             told = json.loads(body)
@@ -184,7 +188,8 @@ class FakeHost:
                 self.changed.notify_all()
             if self.spend("lose_answer"):
                 return self.hang_up(handler)
-            return self.answer(handler, {"prompt_id": told["prompt_id"]})
+            answer = {"prompt_id": told["prompt_id"], "node_errors": self.mistakes}
+            return self.answer(handler, answer)
         if words[-1] == "cancel":
             self.cancelled.append(words[2])
             if not self.spend("deaf") and self.states.get(words[2]) == "in_progress":

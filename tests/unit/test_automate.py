@@ -22,7 +22,7 @@ from checkout import ROOT
 from client import Client, HostError, Unreachable
 from fake_host import FakeHost
 from jobs import Board, Job
-from shelf import Shelf, files_of
+from shelf import Shelf
 
 GRAPH = {
     "1": {"class_type": "Load", "inputs": {"image": "a.png"}, "_meta": {"title": "Photo"}},
@@ -527,16 +527,3 @@ def test_the_client_needs_two_files_beside_it_and_no_package():
         check=True,
     )
     assert done.stdout.split() == ["client", "redirects", "web_socket"]
-
-
-def test_pictures_that_load_reference_shows_are_no_result():
-    graph = {
-        "1": {"class_type": "KindredLoadReference", "inputs": {}},
-        "2": {"class_type": "SaveImage", "inputs": {}},
-    }
-    shown, saved = (
-        {"images": [{"filename": f"{name}.png", "subfolder": "", "type": kind}]}
-        for name, kind in (("subject", "temp"), ("drawn", "output"))
-    )
-    results = list(files_of(graph, {"1": shown | {"text": ["a cat"]}, "2": saved}))
-    assert results == [("KindredLoadReference", 1, "a cat"), ("SaveImage", 1, saved["images"][0])]

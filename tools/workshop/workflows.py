@@ -270,10 +270,12 @@ def draw(canvas: Canvas, name: str, graph: Mapping[str, Node] | None = None) -> 
                             if (w.name === 'control_after_generate') w.value = mode }""",
         "randomize" if blueprint else "fixed",
     )
-    # the page shows a text that is wired in as empty or as its example, whichever comes first
-    canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? [])
-                            if (w.type === 'customtext' && n.inputs?.some(i =>
-                                i.link != null && i.widget?.name === w.name)) w.value = '' }""")
+    # what the page shows of a text or a number that is wired in hangs on what it drew before
+    canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
+                            if (!n.inputs?.some(i => i.link != null && i.widget?.name === w.name)) continue;
+                            if (w.type === 'customtext') w.value = '';
+                            if (typeof w.value === 'number')
+                                w.value = n.constructor.nodeData.inputs[w.name].default ?? w.value } }""")
     drawn = canvas.serialize()
     drawn = fold(drawn, graph, blueprint) if blueprint else drawn
     canvas.load(arrange(name, graph, drawn), name)
