@@ -33,6 +33,12 @@ LAW = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("nothing_else_changes")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def made_before() -> None:
+    """A capture shows its subject in the temp folder."""
+    banks()
+
+
 @cache
 @torch.inference_mode()
 def banks() -> dict[str, ReferenceBank]:
