@@ -25,11 +25,12 @@ from kindred.models.noise.path import DIFFUSION
 from kindred.nodes.concept import ConceptEncoderLoad
 from kindred.nodes.host import CONCEPTS, REFERENCES
 from kindred.nodes.library import LoadReference
-from mutations import Mutator, Trap, changed, strangers, torn
+from mutations import Mutator
 from networks import random_model
 from refusals import LONG, faults_of, resident
 from remedy import REMEDY
 from safetensors.torch import save_file
+from strange_files import Trap, changed, strangers, torn
 from studio import concept, fresh_encoder, sample
 
 MODEL = random_model("tiny")
