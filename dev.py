@@ -233,14 +233,14 @@ def program(command: str) -> Path:
 
 def explain(command: str, words: list[str]) -> int:
     """The options of a command that is passed on, by its program; nothing is installed for it."""
-    told = subprocess.run(
+    code = subprocess.run(
         [sys.executable, str(program(command)), *words], env=clean_environment()
     ).returncode
     print(
         "\nAlso: --host DIR --python PATH, your own ComfyUI and the Python that runs it.",
         flush=True,
     )
-    return told
+    return code
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -107,13 +107,13 @@ class FaceIdentity:
     cosine in -1..1, distance (in 0..2 where vectors are brought to unit length), closeness = 2 -
     distance: the paper's table gives one number that is higher for better, and cosine and closeness
     are what it may be (method.md 2.5). All three are NaN where a face is missing, in the picture or
-    in every photo; found says which pictures have one, and its mean, the detection rate, belongs
+    in every photo; detected says which pictures have one, and its mean, the detection rate, belongs
     beside them.
     """
 
     cosine: tuple[float, ...]
     distance: tuple[float, ...]
-    found: tuple[bool, ...]
+    detected: tuple[bool, ...]
 
     @property
     def closeness(self) -> tuple[float, ...]:

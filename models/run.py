@@ -68,7 +68,7 @@ class Run:
     passing: Pass | None = None  # the pass that a transformer is in
     drop: Callable[[], None] | None = None  # takes away what was left on a module for its next call
     wanted: set[int] = field(default_factory=set)  # ids of active ones that should have been read
-    heard: set[int] = field(default_factory=set)  # of those that an attention asked
+    reached: set[int] = field(default_factory=set)  # of those that an attention call asked
     # what was said of this run, each once; None: nothing is said of it
     ways: set[str] | None = None
 
@@ -235,9 +235,9 @@ class Run:
             self.drop()
         self.drop = None
 
-    def hear(self, call: AttnCall) -> None:
+    def mark_reached(self, call: AttnCall) -> None:
         """The block's own attention came to where we are asked."""
-        self.heard.update(id(active) for active in self.active if active.concerns(call))
+        self.reached.update(id(active) for active in self.active if active.concerns(call))
 
     def close(self) -> None:
         """Let go of everything, so that whoever still holds the run's options holds no tensors."""
@@ -270,7 +270,7 @@ class Run:
         self, call: AttnCall, attend: Attend, q: Tensor, k: Tensor, v: Tensor, heads: int
     ) -> Tensor:
         """The host's attention with every active reference, q [b n c], k v [b m c] -> [b n c]."""
-        self.hear(call)
+        self.mark_reached(call)
         if self.alters(call):
             q, k, v = self.altered(call, q, k, v)
         references = self.references(call, q, k, v)

@@ -29,7 +29,7 @@ class Scores:
     known: Tensor | None  # with every picture of the reference [b r]
     texts: tuple[float | None, ...]  # agreement of each picture with its prompt; None: not measured
     no_text: str  # why it was not
-    found: tuple[str, ...]  # what each picture was taken for, where the judge says so
+    labels: tuple[str, ...]  # what each picture was taken for, where the judge says so
     scale: tuple[float, float]
 
     @property

@@ -64,8 +64,8 @@ def agreement(reading: Reading, index: int, line: str) -> float | None:
     """
     words = {
         word
-        for word_found in re.findall(r"[a-z]+", line.lower())
-        for word in (word_found, word_found.removesuffix("s"))
+        for token in re.findall(r"[a-z]+", line.lower())
+        for word in (token, token.removesuffix("s"))
     }
     wanted = {
         kind: words.intersection(names) for kind, names in (("class", CLASSES), ("scene", SCENES))
@@ -142,8 +142,8 @@ def markdown(scores: Scores, prompts: Sequence[str]) -> str:
         )
     if scores.text is not None:
         columns.append(("text", [digits(value) for value in scores.texts]))
-    if any(scores.found):
-        columns.append(("found", scores.found))
+    if any(scores.labels):
+        columns.append(("found", scores.labels))
     if prompts:
         columns.append(
             ("prompt", [line.replace("\\", "\\\\").replace("|", "\\|") for line in prompts])
@@ -171,8 +171,8 @@ def card_of(
         return f"{seen}: {'as asked' if value else 'not as asked'}"
 
     lines = [
-        Line(prompt, beside(found, value), bool(found) and value == 0)
-        for prompt, found, value in zip(prompts or ("",) * len(images), scores.found, scores.texts)
+        Line(prompt, beside(label, value), bool(label) and value == 0)
+        for prompt, label, value in zip(prompts or ("",) * len(images), scores.labels, scores.texts)
     ]
     return Card(
         SCORE,

@@ -171,8 +171,8 @@ def subject_in(clear: Tensor, transparent: str, painted: bool) -> tuple[Tensor, 
     """
     if not clear.any():
         return clear, False
-    found = transparent == AUTOMATIC and not painted and is_cut_out(clear)
-    cut_out = found or transparent == BACKGROUND
+    automatic = transparent == AUTOMATIC and not painted
+    cut_out = transparent == BACKGROUND or (automatic and is_cut_out(clear))
     return (1 - clear if cut_out else clear), cut_out
 
 

@@ -92,7 +92,7 @@ def misses(texts: Sequence[str], words: Sequence[str], here: Sequence[set[str]])
     """Which lines hold none of the words, all at once, else which words are in no line; "" where
     neither is. here: the words of each line.
     """
-    bare = [i for i, found in enumerate(here, 1) if not found] if words else []
+    bare = [i for i, present in enumerate(here, 1) if not present] if words else []
     names = " or ".join(map(repr, words))
     remedy = "Write the subject word in every line exactly as in the subject field."
     if len(bare) == 1:
@@ -105,7 +105,7 @@ def misses(texts: Sequence[str], words: Sequence[str], here: Sequence[set[str]])
             f"{len(bare)} of {len(texts)} lines do not contain the subject {names:.200} "
             f"({said}{more}). {remedy}"
         )
-    if lost := [word for word in words if not any(word in found for found in here)]:
+    if lost := [word for word in words if not any(word in present for present in here)]:
         return (
             f"no line contains the subject {' or '.join(map(repr, lost)):.200}; the lines are "
             f"{str(list(texts)):.400}. Correct the word or take it out of the subject field."

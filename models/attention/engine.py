@@ -174,9 +174,9 @@ def _read_alike(
     out: dict[int, Tensor] = {}
     for lengths, parts in groups.items():
         own = [take_parts(call, t, parts) for t in (q, k, v)]
-        heard = [r for r, length in zip(references, lengths) if length is not None]
-        joined = reader(call, parts, heard)
-        mixed = attend_group(call, attend, *own, heads, heard, parts, joined)
+        used = [r for r, length in zip(references, lengths) if length is not None]
+        joined = reader(call, parts, used)
+        mixed = attend_group(call, attend, *own, heads, used, parts, joined)
         if len(groups) == 1:
             return mixed
         out.update(zip(parts, mixed.chunk(len(parts))))

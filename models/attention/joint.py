@@ -47,7 +47,7 @@ def attend_picture(
 
     picture: which own keys are the picture's; "text" is all others, whatever stands there (pads,
     registers, references of the host's own). mask: the host's, on own keys, [n|1 m], [1|b n|1 m] or
-    [1|b 1|h n|1 m], added or bool (True: read). With nothing heard it is attend(q, k, v, heads,
+    [1|b 1|h n|1 m], added or bool (True: read). With nothing active it is attend(q, k, v, heads,
     mask) itself. Weight modes are attend_with_references', and with KEPT they act within what the
     text leaves.
 
@@ -56,16 +56,16 @@ def attend_picture(
     else 2 T + 2 P + F in three calls of `attend`.
     Raises ValueError if the picture or the mask does not fit.
     """
-    heard = [ref for ref in references if not ref.silent]
-    if not heard:
+    active = [ref for ref in references if not ref.silent]
+    if not active:
         return attend(q, k, v, heads, mask=mask)
     rest = _others(picture, k.shape[1])
     bias = None if mask is None else _bias(mask, q, k.shape[1])
     if share is TextShare.PLAIN or not rest:
-        return attend_with_references(_masking(attend, bias), q, k, v, heard, heads)
+        return attend_with_references(_masking(attend, bias), q, k, v, active, heads)
     if bias is None and isinstance(attend, FusedAttend) and attend.tells(q, k, heads):
-        return _kept_by_sums(attend, q, k, v, heads, picture, rest, heard)
-    return _kept_by_calls(attend, q, k, v, heads, picture, rest, heard, bias)
+        return _kept_by_sums(attend, q, k, v, heads, picture, rest, active)
+    return _kept_by_calls(attend, q, k, v, heads, picture, rest, active, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,19 +136,19 @@ def _kept_by_sums(
     heads: int,
     picture: slice,
     rest: Sequence[slice],
-    heard: Sequence[ReferenceTokens],
+    active: Sequence[ReferenceTokens],
 ) -> Tensor:
     """D (4) from one softmax over each of text, picture and references, joined by their
     log-sum-exps.
     """
     own_k, own_v = k[:, picture], v[:, picture]
     own = attend.with_sums(q, own_k, own_v, heads)
-    if all(ref.even for ref in heard):
+    if all(ref.even for ref in active):
         seen = read_in_levels(
-            heard, lambda members: join_by_sums(attend, q, own, members, heads).flatten(2)
+            active, lambda members: join_by_sums(attend, q, own, members, heads).flatten(2)
         )
     else:  # the kernel takes no bias for each token
-        seen = attend_with_references(attend, q, own_k, own_v, heard, heads)
+        seen = attend_with_references(attend, q, own_k, own_v, active, heads)
     text, sums = attend.with_sums(q, k[:, rest[0]], v[:, rest[0]], heads)
     for more in rest[1:]:
         beside, theirs = attend.with_sums(q, k[:, more], v[:, more], heads)
@@ -166,7 +166,7 @@ def _kept_by_calls(
     heads: int,
     picture: slice,
     rest: Sequence[slice],
-    heard: Sequence[ReferenceTokens],
+    active: Sequence[ReferenceTokens],
     bias: Tensor | None,
 ) -> Tensor:
     """D (4) from three calls of any attend: over the text, over all own keys for the text's mass,
@@ -186,7 +186,7 @@ def _kept_by_calls(
     mass = attend(q, k, marks.expand_as(v), heads, mask=bias)
     own = None if bias is None else bias[..., picture]
     seen = attend_with_references(
-        _masking(attend, own), q, k[:, picture], v[:, picture], heard, heads
+        _masking(attend, own), q, k[:, picture], v[:, picture], active, heads
     )
     return torch.lerp(seen, text, mass)
 

@@ -107,12 +107,12 @@ def read_in_levels(
 
     The formula and the cost are attend_with_references'.
     """
-    heard = [ref for ref in references if not ref.silent]
-    held = [ref for ref in heard if ref.mode is not WeightMode.OUTPUT_BLEND]
-    blended = [ref for ref in heard if ref.mode is WeightMode.OUTPUT_BLEND]
+    active = [ref for ref in references if not ref.silent]
+    held = [ref for ref in active if ref.mode is not WeightMode.OUTPUT_BLEND]
+    blended = [ref for ref in active if ref.mode is WeightMode.OUTPUT_BLEND]
     blended.sort(key=lambda ref: ref.weight, reverse=True)
 
-    # (weight, the references heard at it), each level holding those before it
+    # (weight, the references read at it), each level holding those before it
     levels = [(1.0, held)]
     for weight, group in groupby(blended, lambda ref: ref.weight):
         levels.append((weight, [*levels[-1][1], *group]))

@@ -47,11 +47,11 @@ class Gathers:
     pictures: int
     weight: float
     device: torch.device
-    _made: dict[tuple[Grid, int, torch.dtype], Gather] = field(default_factory=dict)
+    _cache: dict[tuple[Grid, int, torch.dtype], Gather] = field(default_factory=dict)
     _own: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # of the whole run
 
     def begin_step(self) -> None:
-        self._made.clear()
+        self._cache.clear()
 
     def of(
         self,
@@ -65,7 +65,7 @@ class Gathers:
         device; none: its own alone.
         """
         key = grid, parts, dtype
-        if key not in self._made:
+        if key not in self._cache:
             b, n = self.pictures, grid[0] * grid[1]
             if (b * parts, n) not in self._own:
                 self._own[b * parts, n] = torch.arange(b * parts * n, device=self.device).view(
@@ -80,14 +80,14 @@ class Gathers:
                         pieces += [own[row]] if read is None else [own[row], read]
                         rows.append(row)
             lengths = [n + (len(reads[who]) if who in reads else 0) for who in groups]
-            self._made[key] = Gather(
+            self._cache[key] = Gather(
                 tuple(groups),
                 torch.cat(pieces),
                 self._order(rows),
                 tuple(lengths),
                 tuple(self._bias(n, length, dtype) for length in lengths),
             )
-        return self._made[key]
+        return self._cache[key]
 
     def _order(self, rows: list[int]) -> Tensor | None:
         if rows == sorted(rows):

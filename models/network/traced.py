@@ -60,7 +60,7 @@ def trace(
     if now.shape[0] != was.shape[0]:
         orders = _alike(was, now, rows, parts)
         if len(orders) > 1 and left is not None:
-            orders = _told_by_texts(orders, places, parts)
+            orders = _allowed_by_texts(orders, places, parts)
     if len(orders) != 1:
         return None
     order = orders[0]
@@ -88,7 +88,7 @@ def _alike(was: Tensor, now: Tensor, rows: int, parts: int) -> list[tuple[int, .
     return [order for order in orders if all(alike[i][p] for i, p in enumerate(order))]
 
 
-def _told_by_texts(
+def _allowed_by_texts(
     orders: Sequence[tuple[int, ...]], places: Sequence[Sequence[Places | None]], parts: int
 ) -> list[tuple[int, ...]]:
     """Those of the orders that the texts allow, since cond and uncond begin with equal queries."""

@@ -145,14 +145,14 @@ def probing(prober: Prober, plan: Plan, x0: Tensor, eps: Tensor, noise: Noise) -
         report = _counted(progress)
         for sigma in plan.sigmas:
             x = sent(noise.mix(x0, eps, sigma), device)
-            plain, found = _answer(prober, denoise, x, sigma, None), []
+            plain, damages = _answer(prober, denoise, x, sigma, None), []
             report(plain, x)
             for what in plan.changes():
                 changed = _answer(prober, denoise, x, sigma, what)
-                found.append(damage(changed, plain))
+                damages.append(damage(changed, plain))
                 report(changed, x)
             # one wait for all passes of a noise level
-            for (change, block), more in zip(plan.changes(), torch.stack(found).tolist()):
+            for (change, block), more in zip(plan.changes(), torch.stack(damages).tolist()):
                 sums[change][block] = sums[change].get(block, 0.0) + more / len(plan.sigmas)
         return sums
 

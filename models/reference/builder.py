@@ -205,12 +205,14 @@ class BankBuilder:
         lengths = {grid: len(positions) for grid, positions in bank.kept.items()}
         for step in reversed(range(len(rows))):
             for half, row in zip(rows.halves, read(rows, step).chunk(len(rows.halves))):
-                made = self._projected(split_row(row, bank.layers, lengths))
+                projected = self._projected(split_row(row, bank.layers, lengths))
                 if half not in features:
-                    size = sum(t.numel() for t in made.values())
+                    size = sum(t.numel() for t in projected.values())
                     features[half] = torch.empty(len(rows), size, dtype=row.dtype)
-                self._copies(list(made.values()), features[half][step])
-                layers = tuple(replace(x, channels=made[x.block].shape[-1]) for x in bank.layers)
+                self._copies(list(projected.values()), features[half][step])
+                layers = tuple(
+                    replace(x, channels=projected[x.block].shape[-1]) for x in bank.layers
+                )
         self._copies.finish()
         return replace(bank, layers=layers, features=features)
 

@@ -26,7 +26,7 @@ class FollowedWords:
 
     pictures: int
     maps: SubjectMaps = field(default_factory=SubjectMaps)
-    heard: bool = False  # a cross-attention with the word in it was heard in this run
+    followed: bool = False  # a cross-attention with the word in it came in this run
     _lost: str = ""  # why the word could not be followed in this step
     _weights: dict[tuple[SubjectTokens, int, int, Places], Tensor | None] = field(
         default_factory=dict
@@ -78,7 +78,7 @@ class FollowedWords:
         maps = token_map(own, call.parts(k)[i], weights, heads)  # [b n w]
         maps = maps.movedim(-1, 1).unflatten(2, call.grid)
         self.maps.add(sigma, call.block, id(call.texts[i]), maps, call_number)
-        self.heard = True
+        self.followed = True
         return True
 
     def _weights_of(self, call: AttnCall, i: int, k: Tensor) -> Tensor | None:

@@ -76,14 +76,14 @@ def match(
     if transformer:
         telling = telling_channels(sources).nonzero().squeeze(1)
         features, sources = features[..., telling], sources[..., telling]
-    found = [
+    matches = [
         correspond(
             features, sent(here.flatten(1), device), sources, [sent(i, device) for i in theirs]
         )
         for here, theirs in zip(masks, candidates, strict=True)
     ]
     keep, distance, source = (
-        torch.stack([getattr(m, name) for m in found]).flatten(1)
+        torch.stack([getattr(m, name) for m in matches]).flatten(1)
         for name in ("keep", "distance", "source")
     )
     nearest = distance.masked_fill(~keep, torch.inf).argmin(0, keepdim=True)

@@ -152,7 +152,7 @@ class Story(Watcher):
     def _match(self) -> None:
         features, masks = self.comparison.features, self.step.masks(self._grid(self.layout.divisor))
         if masks is None or features is None:
-            say_unmatched(features is not None, self.words.heard)
+            say_unmatched(features is not None, self.words.followed)
             return
         k = self.anchor_count
         if self.recorder:
@@ -365,8 +365,8 @@ class Story(Watcher):
         if self.anchors:
             return self._references_to_anchors(call, site, k, parts)
         if self.gates and (gated := self.step.gated(call.grid)):
-            found = (one.references(call, k, v, parts, s) for one in gated)
-            return list(chain.from_iterable(found))
+            lists = (one.references(call, k, v, parts, s) for one in gated)
+            return list(chain.from_iterable(lists))
         if not (reads := dict(self.step.shared(call.grid))):
             return []
         groups = [who for who, _ in shared_groups(self.pictures, s.anchors)]

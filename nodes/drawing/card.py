@@ -25,7 +25,7 @@ class Line:
     """
 
     prompt: str
-    found: str
+    verdict: str
     wrong: bool = False
 
 
@@ -106,7 +106,7 @@ def score_card(card: Card) -> Image.Image:
     longest = max(
         typeface(s.text, text).getlength(text)
         for line in card.lines
-        for text in (line.prompt, line.found)
+        for text in (line.prompt, line.verdict)
     )
     room = min(340, int(longest) + 1) if s.legible else 0
     height = s.top + (b + 1) * (s.cell + s.gap) + s.gap + 74
@@ -169,12 +169,12 @@ def draw_line(
     pen: ImageDraw.ImageDraw, s: Sizes, line: Line, x: int, above: int, room: int
 ) -> None:
     """A picture's prompt in at most `room` pixels, and below it what was found."""
-    most = max(1, int(s.cell / (1.3 * s.text)) - bool(line.found))
+    most = max(1, int(s.cell / (1.3 * s.text)) - bool(line.verdict))
     prompt = wrapped(line.prompt, typeface(s.text, line.prompt), room, most)
-    middle = above + s.cell / 2 - 0.65 * s.text * (len(prompt) + bool(line.found))
+    middle = above + s.cell / 2 - 0.65 * s.text * (len(prompt) + bool(line.verdict))
     write(pen, x, middle, line.prompt, s.text, INK, width=room, lines=most)
     below = middle + 1.3 * s.text * len(prompt)
-    write(pen, x, below, line.found, s.text, WRONG if line.wrong else GREY, width=room)
+    write(pen, x, below, line.verdict, s.text, WRONG if line.wrong else GREY, width=room)
 
 
 def tiles(

@@ -16,7 +16,7 @@ from ...models.network.blocks import block_name
 from ...models.network.call import AttnCall, Turn
 from ...models.network.watch import PassEnds
 from ...models.run import Run
-from .foreign import hands_on, told_once
+from .foreign import hand_once, hands_on
 from .model import KEY, log
 
 _FUSED = getattr(attention_pytorch, "__wrapped__", None)  # as the host hands it to an override
@@ -89,7 +89,7 @@ def _hand_on(run: Run, call: AttnCall, options: dict[str, Any]) -> None:
     run.drop_hook()
     site = run.sites.get(call.block)
     if site is not None and not run.compiled and not hands_on(site.module):
-        run.drop = told_once(
+        run.drop = hand_once(
             site.module.attn2 if call.cross else site.module.attn1,
             {**options, "optimized_attention_override": unet_override(None)},
         )  # not its neighbours' kernels: it asked none
@@ -176,7 +176,7 @@ class Beside:
         if call is None:
             return self.f(q, k, v, options)
         heads = options["n_heads"]
-        run.hear(call)
+        run.mark_reached(call)
         out = self.f(q, k, v, options)
         for watcher in run.watchers if call.cross else ():
             watcher.cross(call, q, k, heads)

@@ -66,7 +66,7 @@ def added_beside(
     q = unplaced(call, queries)
     own = tuple(call.translated.of_picture(t) for t in (call.k, call.v))
     for concept in concepts:
-        call.run.heard.add(id(concept))
+        call.run.reached.add(id(concept))
         answer = concept.added(call.translated, q, own, call.heads, attend)
         if answer is None:
             continue

@@ -20,7 +20,7 @@ def hands_on(block: nn.Module) -> bool:
     return code is not None and code.co_filename == attention.__file__
 
 
-def told_once(layer: nn.Module, options: dict[str, Any]) -> Callable[[], None] | None:
+def hand_once(layer: nn.Module, options: dict[str, Any]) -> Callable[[], None] | None:
     """Hand `options` to the layer's next call, unless its caller does -> what takes that back;
     None: it takes no options.
 

@@ -44,20 +44,20 @@ class Foreseen:
     """
 
     ahead: list[float]  # the next one last
-    asked: list[Tensor] = field(default_factory=list)  # [1] each
+    timesteps: list[Tensor] = field(default_factory=list)  # [1] each
     answered: list[float] = field(default_factory=list)
 
     def next(self, timestep: Tensor) -> float | None:
         """None: there are more questions than were foreseen."""
         if not self.ahead:
             return None
-        self.asked.append(timestep.flatten()[:1])
+        self.timesteps.append(timestep.flatten()[:1])
         self.answered.append(self.ahead.pop())
         return self.answered[-1]
 
     @property
     def right(self) -> bool:
-        return not self.asked or torch.cat(self.asked).tolist() == self.answered
+        return not self.timesteps or torch.cat(self.timesteps).tolist() == self.answered
 
 
 def foresee(

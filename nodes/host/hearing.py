@@ -43,7 +43,7 @@ def handing_on(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def heard(model: ModelPatcher, backbone: Backbone | None) -> Iterator[None]:
+def patched_attentions(model: ModelPatcher, backbone: Backbone | None) -> Iterator[None]:
     """Inside: whatever runs this MODEL hears its hidden attentions; the host patches them as it
     loads the network.
 

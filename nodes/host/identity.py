@@ -201,7 +201,7 @@ def _hooks(model: ModelPatcher) -> list[tuple[str, Any]]:
     closures alone.
     """
     held = [
-        found for many in model.injections.values() for one in many for found in closure(one.inject)
+        value for many in model.injections.values() for one in many for value in closure(one.inject)
     ]
     hooks = [
         hook

@@ -220,7 +220,7 @@ class _BlockCall:
         """What the picture's queries read beside the keys of the call."""
         if self.block[0] == CROSS:
             return []
-        self.run.hear(self.translated)
+        self.run.mark_reached(self.translated)
         return self.run.references(self.translated, self.q[:, self.picture(self.q)], self.k, self.v)
 
     def alters(self) -> bool:

@@ -23,7 +23,7 @@ from ...models.reference.bank import ReferenceBank, ReferencePrompt
 from ...models.reference.recorder import Recorder
 from ...models.run import Run
 from .calls import named_parts
-from .hearing import heard
+from .hearing import patched_attentions
 from .install import install
 from .latents import framed, unframed
 from .model import (
@@ -247,7 +247,7 @@ def reference_pass(
     empty = framed(bare, torch.zeros(list(shape)))
     shown = latent_preview.prepare_callback(bare, total)
     try:
-        with heard(bare, calls and calls.backbone):
+        with patched_attentions(bare, calls and calls.backbone):
             guider.sample(empty, empty, sampler, sigmas, callback=shown, seed=0)
     finally:
         if run is not None:

@@ -93,7 +93,7 @@ class SamplerRun:
         """Warn, once the run is over, of each injection that should have been read and was in no
         block at no step.
         """
-        unread = self.calls.wanted - self.calls.heard
+        unread = self.calls.wanted - self.calls.reached
         for node in dict.fromkeys(a.node for a in self.calls.active if id(a) in unread):
             warn(
                 f"{node}: nothing of it was read in any block at any step, so it is not in these "
@@ -125,7 +125,7 @@ class SamplerRun:
         calls.compiled = calls.compiled or _is_compiled(patcher)
         require_room(guider.conds, calls.pictures)
         calls.expect(named_parts(guider.conds))
-        calls.wanted, calls.heard = set(), set()
+        calls.wanted, calls.reached = set(), set()
 
     def _begin_injections(self) -> None:
         calls = self.calls

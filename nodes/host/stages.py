@@ -61,7 +61,7 @@ class Stages:
     # sigma, x, denoised: before the first injection
     _answers: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
     _replaying: bool = False
-    _heard: int = 0  # questions of the sampler in its last run that came to the story
+    _calls: int = 0  # questions of the sampler in its last run that came to the story
     # the first injection's noise level was reached: what follows differs in the second stage
     _done: bool = False
 
@@ -116,7 +116,7 @@ class Stages:
             except _FirstStageDone:
                 pass
         self.story.begin_second_stage()
-        self._replaying, self._heard = True, 0
+        self._replaying, self._calls = True, 0
 
     def _finish(self, model_options: dict[str, Any], steps: int) -> None:
         """The story is told; steps that another node answered before it could be asked are
@@ -124,14 +124,14 @@ class Stages:
         """
         self.story.finish()
         if (
-            answering(model_options) and self._heard < steps
+            answering(model_options) and self._calls < steps
         ):  # adaptive samplers may ask less often by themselves
             log.warning(
                 "%s: %d of %d steps were answered by another node without the model, so nothing "
                 "was shared there. LazyCache does "
                 "this: remove it, or let it begin later.",
                 NODE,
-                steps - self._heard,
+                steps - self._calls,
                 steps,
             )
 
@@ -185,6 +185,6 @@ class Stages:
             raise _FirstStageDone
 
     def _record(self, sigma: float, x: Tensor) -> None:
-        self._heard += 1
+        self._calls += 1
         if self.story.recorder:
             self.story.recorder.latent(sigma, unframed(x))

@@ -22,7 +22,7 @@ from ...models.story.sources import QueryRecorder
 from ...models.story.story import Story
 from .decoupled import DecoupledInjection
 from .foresight import foresee
-from .hearing import heard
+from .hearing import patched_attentions
 from .install import compiled, install
 from .model import KEY, SAMPLER, Conditioning, log
 from .run import Injection, SamplerRun
@@ -53,7 +53,7 @@ def _outer_sample(
     )
     guider.model_options["transformer_options"][SAMPLER] = run
     try:
-        with heard(guider.model_patcher, backbone):
+        with patched_attentions(guider.model_patcher, backbone):
             out = executor(noise, latent, *args, **kwargs)
         run.say_unread()
         return out

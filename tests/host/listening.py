@@ -17,7 +17,6 @@ from kindred.nodes.host.networks.shapes import joined, plain
 from tiny_networks import READ, denoised, latent, prompt, tiny
 from torch import Tensor
 
-
 # the picture alone first
 REFINING = ("Lumina2", "ZImage", "ZImagePixel", "Omnigen2", "Boogu")
 
@@ -77,7 +76,7 @@ def listen(
     model.model_options["transformer_options"]["optimized_attention_override"] = listening(calls)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "handing", handing)
     noisy = latent(name) if noisy is None else noisy
-    with hearing.heard(model, recognise(model)):
+    with hearing.patched_attentions(model, recognise(model)):
         return calls, denoised(model, noisy, prompt(name) if positive is None else positive)
 
 

@@ -14,9 +14,9 @@ import torch
 from evaluation.faces import Faces
 from evaluation.judges import (
     AestheticHead,
-    Asked,
     Clip,
     Dino,
+    Request,
     load_head,
     load_text,
     load_vision,
@@ -133,7 +133,7 @@ def test_clip_from_files_gives_the_hosts_own_cosines(folder):
         load_head(folder / "head.pth"),
     )
     judge, images = Clip(vision, text, head), noise()
-    found = judge(images, Asked(LINES, PHOTOS))
+    found = judge(images, Request(LINES, PHOTOS))
     assert (
         list(found)
         == [column.name for column in judge.columns]
@@ -192,12 +192,12 @@ def test_every_picture_photo_and_prompt_is_embedded_once(folder, counted, monkey
     monkeypatch.setattr(
         text, "tokenize", lambda line, **more: read.append(line) or tokenize(line, **more)
     )
-    first = judge(noise(), Asked(LINES, PHOTOS))
+    first = judge(noise(), Request(LINES, PHOTOS))
     assert len(seen) == 3 + 2 and read == ["a cat", "a dog"]
-    again = judge(noise(), Asked(LINES, (PHOTOS[1].clone(), PHOTOS[0].clone())))
+    again = judge(noise(), Request(LINES, (PHOTOS[1].clone(), PHOTOS[0].clone())))
     assert len(seen) == 5 + 3 and len(read) == 2 and again["text"] == first["text"]
     assert again["image"] == pytest.approx(first["image"], abs=1e-12)
-    judge(noise(), Asked(LINES, (PHOTOS[0], 1 - PHOTOS[0])))
+    judge(noise(), Request(LINES, (PHOTOS[0], 1 - PHOTOS[0])))
     assert len(seen) == 8 + 3 + 1  # only the photo that it had never seen
 
 
@@ -206,13 +206,13 @@ def test_a_score_below_nothing_stays_below_nothing(folder):
         load_vision(folder / "vit-l.safetensors"), load_text(folder / "clip_l.safetensors")
     )
     judge.texts = lambda prompts: list(-judge.embed(noise()))
-    assert judge(noise(), Asked(LINES))["text"] == pytest.approx([-1, -1, -1], abs=1e-12)
+    assert judge(noise(), Request(LINES))["text"] == pytest.approx([-1, -1, -1], abs=1e-12)
 
 
 def test_what_cannot_be_measured_is_no_number(folder):
     judge = Clip(load_vision(folder / "vit-l.safetensors"))
     assert [column.name for column in judge.columns] == ["image", "consistency"]
-    story, single = judge(noise(), Asked(LINES)), judge(noise(1), Asked(("a cat",), PHOTOS))
+    story, single = judge(noise(), Request(LINES)), judge(noise(1), Request(("a cat",), PHOTOS))
     assert (
         nan_like(story["image"])
         and len(story["image"]) == 3
@@ -249,7 +249,7 @@ def test_judging_changes_nothing_and_a_second_look_is_the_same(folder):
         load_head(folder / "head.pth"),
     )
     images, state = noise(), torch.get_rng_state()
-    assert judge(images, Asked(LINES, PHOTOS)) == judge(images, Asked(LINES, PHOTOS))
+    assert judge(images, Request(LINES, PHOTOS)) == judge(images, Request(LINES, PHOTOS))
     load_head(folder / "head.pth")
     assert torch.equal(images, noise()) and torch.equal(state, torch.get_rng_state())
 
@@ -273,7 +273,7 @@ def test_dino_comes_through_the_hosts_clip_vision(folder, counted):
         for batch in (images, PHOTOS)
     )
     judge, looks = Dino(vision), counted(vision)
-    found = judge(images, Asked(LINES, PHOTOS))
+    found = judge(images, Request(LINES, PHOTOS))
     assert (
         list(found) == [column.name for column in judge.columns] == ["dino", "dino_consistency"]
         and len(looks) == 5
@@ -284,7 +284,7 @@ def test_dino_comes_through_the_hosts_clip_vision(folder, counted):
     assert found["dino_consistency"][0] == pytest.approx(
         (cosine(seen[0], seen[1]) + cosine(seen[0], seen[2])) / 2, abs=1e-6
     )
-    assert nan_like(judge(images, Asked(LINES))["dino"])
+    assert nan_like(judge(images, Request(LINES))["dino"])
 
 
 # what is refused -----------------------------------------------------------------------------------------------------------
@@ -376,10 +376,10 @@ def test_clip_and_dino_are_not_taken_for_one_another(folder):
 @LAW(
     "images, asked, words",
     [
-        (noise(2) * NAN, Asked(LINES[:2]), "values of the pictures are NaN"),
-        (noise(2), Asked(LINES[:2], (PHOTOS[0] * NAN,)), "values of photo 1 are NaN"),
-        (noise(2), Asked(LINES), "2 pictures come with 3 prompts"),
-        (noise(2)[0], Asked(LINES), r"the pictures is \[40, 56, 3\]"),
+        (noise(2) * NAN, Request(LINES[:2]), "values of the pictures are NaN"),
+        (noise(2), Request(LINES[:2], (PHOTOS[0] * NAN,)), "values of photo 1 are NaN"),
+        (noise(2), Request(LINES), "2 pictures come with 3 prompts"),
+        (noise(2)[0], Request(LINES), r"the pictures is \[40, 56, 3\]"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_by_every_judge(folder, images, asked, words):

@@ -15,7 +15,7 @@ from comfy_extras.nodes_tomesd import TomePatchModel
 from kindred.models.attention.weights import WeightMode
 from kindred.models.network.call import Half
 from kindred.nodes.host import page
-from kindred.nodes.host.foreign import hands_on, told_once
+from kindred.nodes.host.foreign import hand_once, hands_on
 from kindred.nodes.host.model import KEY
 from ours import FELT, MODEL, OURS, TIGHT, leaving_nothing
 from ours import alone as undisturbed
@@ -155,10 +155,10 @@ class Closed(Asked):
 @LAW("kind", [Asked, Open])
 def test_an_attention_is_told_once_whoever_asks_it_next(kind):
     layer, options = kind(), {KEY: "a run"}
-    assert told_once(layer, options) is not None
+    assert hand_once(layer, options) is not None
     layer(0), layer(0)
     assert layer.seen == [options, None] and not layer._forward_pre_hooks
-    told_once(layer, options)()
+    hand_once(layer, options)()
     layer(0)
     assert layer.seen[2:] == [None] and not layer._forward_pre_hooks
 
@@ -166,25 +166,25 @@ def test_an_attention_is_told_once_whoever_asks_it_next(kind):
 def test_an_attention_that_its_caller_tells_by_name_or_by_place_is_left_alone():
     """Options without a run are a copy's own, and ours takes their place."""
     layer, ours, theirs = Asked(), {KEY: "ours"}, {KEY: "theirs"}
-    told_once(layer, ours)
+    hand_once(layer, ours)
     layer(0, transformer_options=theirs)
-    told_once(layer, ours)
+    hand_once(layer, ours)
     layer(0, None, theirs)
     for call in (
         lambda: layer(0, 1),
         lambda: layer(0, transformer_options={}),
         lambda: layer(0, transformer_options=None),
     ):
-        told_once(layer, ours)
+        hand_once(layer, ours)
         call()
     assert layer.seen == [theirs, theirs, ours, ours, ours]
 
 
 def test_an_attention_that_takes_no_options_is_not_told():
     layer = Closed()
-    assert told_once(layer, {KEY: "a run"}) is None and not layer._forward_pre_hooks
+    assert hand_once(layer, {KEY: "a run"}) is None and not layer._forward_pre_hooks
     layer.forward = len  # no signature to be read in some Pythons, none with options in the others
-    assert told_once(layer, {KEY: "a run"}) is None
+    assert hand_once(layer, {KEY: "a run"}) is None
 
 
 def test_the_hosts_own_forward_is_known_by_where_it_is_written():

@@ -327,12 +327,12 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, handlers):
     )
     assert not measure(words, tables, journal, setting) and len(Pretended.done) == 3
     (partly,) = fill(tables, 1, journal, setting)
-    assert list(partly.found) == ["plain", "cross"] and partly.ceiling == 1.0
+    assert list(partly.measurements) == ["plain", "cross"] and partly.ceiling == 1.0
     monkeypatch.setattr(Pretended, "stop_at", 99)
     journal = Journal(tmp_path / "journal.jsonl")
     assert measure(words, tables, journal, setting) and len(Pretended.done) == 12
     (whole,) = fill(tables, 1, journal, setting)
-    assert {len(seeds) for seeds in whole.found.values()} == {2} and whole.scores["full"][
+    assert {len(seeds) for seeds in whole.measurements.values()} == {2} and whole.scores["full"][
         "identity"
     ].mean == pytest.approx(0.05)
     assert (

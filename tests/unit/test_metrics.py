@@ -149,7 +149,7 @@ def test_face_identity_worked_by_hand() -> None:
     assert found.closeness == pytest.approx(
         (2 - sqrt(2) / 2, 2 - between, 1 - sqrt(2) / 2, nan), nan_ok=True
     )
-    assert found.found == (True, True, True, False)
+    assert found.detected == (True, True, True, False)
 
 
 def test_vectors_as_they_are_have_a_distance_of_their_own() -> None:
@@ -168,12 +168,12 @@ def test_a_missing_face_is_no_zero_and_the_detection_rate_tells_of_it() -> None:
         Mean.over(zip(found.cosine)) == Mean(1.0, 0.0, 2)
         and Mean.over(zip(found.distance)).mean == 0
     )
-    assert Mean.over(zip(found.found)).mean == pytest.approx(2 / 3)
+    assert Mean.over(zip(found.detected)).mean == pytest.approx(2 / 3)
     for pictures, photos in (([face, None], [None]), ([face, None], []), ([None, None], [face])):
         missing = face_identity(pictures, photos)
         assert all(
             map(isnan, missing.cosine + missing.distance + missing.closeness)
-        ) and missing.found == (pictures[0] is face, False)
+        ) and missing.detected == (pictures[0] is face, False)
     assert face_identity([], [face]).cosine == ()
 
 

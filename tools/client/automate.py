@@ -56,7 +56,7 @@ class Teller:
         with self.lock:
             print(mark + sentence, file=sys.stderr, flush=True)
 
-    def heard(self, host: str, job: Job, kind: str, data: Mapping[str, Any]) -> None:
+    def on_message(self, host: str, job: Job, kind: str, data: Mapping[str, Any]) -> None:
         node = data.get("display_node") or data.get("node")
         if kind == "executing" and node is not None:
             self._over(host, job)

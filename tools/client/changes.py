@@ -111,13 +111,13 @@ def find_node(graph: Graph, key: str) -> str:
     if key in graph:
         return key
     for name in (lambda node: title(graph, node), lambda node: graph[node]["class_type"]):
-        found = [node for node in graph if name(node).lower() == key.strip().lower()]
-        if len(found) > 1:
+        matches = [node for node in graph if name(node).lower() == key.strip().lower()]
+        if len(matches) > 1:
             raise Ambiguous(
-                f"{len(found)} nodes are called {key!r}: name one by its id, {' or '.join(found)}."
+                f"{len(matches)} nodes are called {key!r}: name one by its id, {' or '.join(matches)}."
             )
-        if found:
-            return found[0]
+        if matches:
+            return matches[0]
     raise Refusal(
         f"No node is called {key!r}.{near(key, (title(graph, node) for node in graph))} "
         f"There are: {listed(f'{node} ({title(graph, node)})' for node in graph)}."
@@ -272,8 +272,8 @@ def picture_place(info: Info, graph: Graph, key: str) -> Place:
         if "." not in key:
             raise
         return find_place(graph, key)
-    found = uploads(info, graph[node]["class_type"])
-    if not found:
+    inputs = uploads(info, graph[node]["class_type"])
+    if not inputs:
         loaders = [
             f"{other} ({title(graph, other)})"
             for other in graph
@@ -282,7 +282,7 @@ def picture_place(info: Info, graph: Graph, key: str) -> Place:
         raise Refusal(
             f"{title(graph, node)} ({node}) takes no picture. Those that do: {listed(loaders)}."
         )
-    return Place(node, found[0])
+    return Place(node, inputs[0])
 
 
 def uploads(info: Info, kind: str) -> list[str]:
@@ -300,13 +300,13 @@ def subject_place(graph: Graph, key: str | None) -> Place:
     """The `file` of the node that loads the saved subject: the one Load Reference, unless `key` names it."""
     if key is not None:
         return Place(find_node(graph, key), "file")
-    found = [node for node in graph if graph[node]["class_type"] == LOAD_REFERENCE]
-    if len(found) == 1:
-        return Place(found[0], "file")
+    loaders = [node for node in graph if graph[node]["class_type"] == LOAD_REFERENCE]
+    if len(loaders) == 1:
+        return Place(loaders[0], "file")
     raise Refusal(
         "--subject needs a workflow with a Load Reference node; this one has none."
-        if not found
-        else f"{len(found)} nodes load a reference: write --subject NODE=FILE with one of {', '.join(found)}."
+        if not loaders
+        else f"{len(loaders)} nodes load a reference: write --subject NODE=FILE with one of {', '.join(loaders)}."
     )
 
 

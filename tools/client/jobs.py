@@ -94,7 +94,7 @@ class Voice(Protocol):
 
     def say(self, host: str, sentence: str) -> None: ...
 
-    def heard(self, host: str, job: Job, kind: str, data: Mapping[str, Any]) -> None: ...
+    def on_message(self, host: str, job: Job, kind: str, data: Mapping[str, Any]) -> None: ...
 
     def ended(self, host: str, job: Job) -> None: ...
 
@@ -254,7 +254,7 @@ class Runner:
             if message is not None:
                 kind, data = message.get("type", ""), message.get("data") or {}
                 if data.get("prompt_id") == job.prompt_id:
-                    self.voice.heard(self.host, job, kind, data)
+                    self.voice.on_message(self.host, job, kind, data)
                     final = kind in FINAL
             if not final and self.line is not None and time.monotonic() < due:
                 continue

@@ -27,9 +27,9 @@ class Shelf:
     def __post_init__(self) -> None:
         make_folder(self.folder)
         numbers = [
-            int(found[1])
+            int(match[1])
             for path in self.folder.iterdir()
-            if (found := re.match(r"(\d{5,})_", path.name))
+            if (match := re.match(r"(\d{5,})_", path.name))
         ]
         self.first = max(numbers, default=0) + 1
 

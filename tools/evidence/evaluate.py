@@ -126,12 +126,12 @@ def work_off(
 
 
 def measured(
-    ground: Ground, found: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
+    ground: Ground, measurements: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
 ) -> Ground:
     """The columns that were measured: a judge may not have been given."""
     keys = {
         key
-        for row in found.values()
+        for row in measurements.values()
         for seeds in row.values()
         for values in seeds
         for key in values
@@ -189,7 +189,7 @@ def fill(
 def bounded(
     table: Table,
     ground: Ground,
-    found: dict[str, dict[int, list[Mapping[str, Any]]]],
+    measurements: dict[str, dict[int, list[Mapping[str, Any]]]],
     known: Sequence[Mapping[str, Any]],
 ) -> Filled:
     """A table with its floor and its ceiling; known: what the judge gives where the answer is known, a case each."""
@@ -200,14 +200,14 @@ def bounded(
 
     readings = [
         values["reading"]
-        for made in found.get(table.rows[0].name, {}).values()
-        for values in made[:1]
+        for seeds in measurements.get(table.rows[0].name, {}).values()
+        for values in seeds[:1]
         if "reading" in values
     ]
     return Filled(
         table,
         ground,
-        found,
+        measurements,
         floor_of(readings) if readings else mean_of("floor"),
         mean_of("ceiling"),
         {part.key: mean_of(part.key) for part in ground.parts},

@@ -27,7 +27,7 @@ sys.path[1:1] = [str(Path(__file__).resolve().parents[1] / room) for room in ("c
 from boot import boot
 from evaluation.options import faces_of
 from evaluation.real import DLIB, SUFFIXES
-from evaluation.tables import told
+from evaluation.tables import rounded
 from PIL import Image, ImageEnhance, ImageOps
 from results import prepare
 from terminal import run_program
@@ -77,7 +77,7 @@ def views(person: str, photo: Image.Image) -> Iterator[Photo]:
     """A portrait, and what other photos may differ by that its file can be made to show."""
     rough = io.BytesIO()
     photo.save(rough, "JPEG", quality=15)
-    made = {
+    variants = {
         "": photo,
         ", mirrored": ImageOps.mirror(photo),
         ", darker": ImageEnhance.Brightness(photo).enhance(0.5),
@@ -85,7 +85,7 @@ def views(person: str, photo: Image.Image) -> Iterator[Photo]:
         ", turned by 15 degrees": photo.rotate(15, Image.Resampling.BICUBIC),
         ", grey and JPEG 15": Image.open(rough).convert("L"),
     }
-    for change, view in made.items():
+    for change, view in variants.items():
         yield Photo(f"{person}{change}", person, view)
 
 
@@ -119,10 +119,10 @@ def report(judge: Faces, photos: Sequence[Photo]) -> str:
         mine = {pair: distance for pair, distance in apart.items() if photo in pair}
         furthest = max(distances(mine, True), default=nan)
         nearest = min(distances(mine, False), default=nan)
-        found = "none" if faces[photo] is None else "found"
-        lines.append(f"| {photo.name} | {found} | {told(furthest, 2)} | {told(nearest, 2)} |")
-    found = {photo: face is not None for photo, face in faces.items()}
-    return "\n".join([*lines, "", *summary(judge.net, found, apart)])
+        face = "none" if faces[photo] is None else "found"
+        lines.append(f"| {photo.name} | {face} | {rounded(furthest, 2)} | {rounded(nearest, 2)} |")
+    detected = {photo: face is not None for photo, face in faces.items()}
+    return "\n".join([*lines, "", *summary(judge.net, detected, apart)])
 
 
 def distances(apart: Mapping[Pair, float], one_person: bool) -> list[float]:
@@ -130,10 +130,10 @@ def distances(apart: Mapping[Pair, float], one_person: bool) -> list[float]:
     return [d for (a, b), d in apart.items() if (a.person == b.person) == one_person]
 
 
-def summary(net: Net, found: Mapping[Photo, bool], apart: Mapping[Pair, float]) -> Iterator[str]:
+def summary(net: Net, detected: Mapping[Photo, bool], apart: Mapping[Pair, float]) -> Iterator[str]:
     """Sentences: where a face was found, and which pairs the net's own bound tells right."""
-    people = [seen for photo, seen in found.items() if photo.person]
-    others = [not seen for photo, seen in found.items() if not photo.person]
+    people = [seen for photo, seen in detected.items() if photo.person]
+    others = [not seen for photo, seen in detected.items() if not photo.person]
     yield f"{net.name}, one person below {net.one_person}."
     yield f"A face in {sum(people)} of {len(people)} photos of people."
     if others:

@@ -263,11 +263,11 @@ def probe(
     args: argparse.Namespace,
     ground: Ground,
     jobs: Mapping[Key, Job],
-    found: dict[str, dict[str, Any]],
+    results: dict[str, dict[str, Any]],
 ) -> None:
-    """What was asked for beside the time, into found by case, plain_b1 and so on among them."""
+    """What was asked for beside the time, into results by case, plain_b1 and so on among them."""
     for key, job in jobs.items():
-        figures = found.setdefault(name_of(key), {})
+        figures = results.setdefault(name_of(key), {})
         if args.counts:
             note(f"counted: {name_of(key)}", passing=True)
             figures |= counted(job)

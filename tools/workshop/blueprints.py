@@ -148,14 +148,14 @@ def number(key: str) -> int:
 
 def flat(graph: Mapping[str, Node]) -> dict[str, Node]:
     """An API form with its subgraphs dissolved."""
-    made = {}
+    nodes = {}
     for key, node in graph.items():
         node = copy.deepcopy(node)
         for name, value in node["inputs"].items():
             if isinstance(value, list):
                 node["inputs"][name] = [str(number(value[0])), value[1]]
-        made[str(number(key))] = node
-    return made
+        nodes[str(number(key))] = node
+    return nodes
 
 
 def inside(graph: Mapping[str, Node]) -> dict[str, Node]:
@@ -165,12 +165,12 @@ def inside(graph: Mapping[str, Node]) -> dict[str, Node]:
 
 def with_values(graph: Mapping[str, Node], blueprint: Blueprint) -> dict[str, Node]:
     """The API form with the values that a blueprint has on its own."""
-    made = json.loads(json.dumps(graph))
-    for given in blueprint.inputs:
-        if given.name in blueprint.values:
-            for node, name in given.targets:
-                made[f"{blueprint.node}:{node}"]["inputs"][name] = blueprint.values[given.name]
-    return made
+    filled = json.loads(json.dumps(graph))
+    for port in blueprint.inputs:
+        if port.name in blueprint.values:
+            for node, name in port.targets:
+                filled[f"{blueprint.node}:{node}"]["inputs"][name] = blueprint.values[port.name]
+    return filled
 
 
 def identity(*parts: str) -> str:
@@ -202,10 +202,10 @@ class Folding:
         home.append({"id": self.last, **dict(zip(names, ends)), "type": kind})
         return self.last
 
-    def add_input(self, node: int, slot: int, given: Input) -> dict[str, Any]:
+    def add_input(self, node: int, slot: int, port: Input) -> dict[str, Any]:
         """The subgraph's input of this slot, wired on both sides; gives its definition."""
         links, origin, kind = [], None, ""
-        for key, name in given.targets:
+        for key, name in port.targets:
             index, socket = find(self.nodes[key]["inputs"], name)
             kind = kind or socket["type"]
             links.append(self.link(self.sub, kind, IN, slot, key, index))
@@ -214,17 +214,17 @@ class Folding:
                     origin = link["origin_id"], link["origin_slot"]
         if origin:
             self.link(self.root, kind, *origin, node, slot)
-        label = {"label": given.label} if given.label else {}
-        return {"name": given.name, "type": kind, "linkIds": links, **label}
+        label = {"label": port.label} if port.label else {}
+        return {"name": port.name, "type": kind, "linkIds": links, **label}
 
-    def add_output(self, node: int, slot: int, made: Output) -> dict[str, Any]:
+    def add_output(self, node: int, slot: int, port: Output) -> dict[str, Any]:
         """The subgraph's output of this slot, wired on both sides; gives its definition."""
-        kind = self.nodes[made.node]["outputs"][made.slot]["type"]
-        inner = self.link(self.sub, kind, made.node, made.slot, OUT, slot)
+        kind = self.nodes[port.node]["outputs"][port.slot]["type"]
+        inner = self.link(self.sub, kind, port.node, port.slot, OUT, slot)
         for link in self.crossing:
-            if (link["origin_id"], link["origin_slot"]) == (made.node, made.slot):
+            if (link["origin_id"], link["origin_slot"]) == (port.node, port.slot):
                 self.link(self.root, kind, node, slot, link["target_id"], link["target_slot"])
-        return {"name": made.name, "type": kind, "linkIds": [inner]}
+        return {"name": port.name, "type": kind, "linkIds": [inner]}
 
 
 def as_dict(link: Sequence[Any]) -> Link:
@@ -262,12 +262,12 @@ def fold(
     folding = Folding(drawn, map(number, inside(graph)))
     kind = identity(blueprint.name)
     inputs = [
-        folding.add_input(blueprint.node, slot, given) | {"id": identity(kind, "in", given.name)}
-        for slot, given in enumerate(blueprint.inputs)
+        folding.add_input(blueprint.node, slot, port) | {"id": identity(kind, "in", port.name)}
+        for slot, port in enumerate(blueprint.inputs)
     ]
     outputs = [
-        folding.add_output(blueprint.node, slot, made) | {"id": identity(kind, "out", made.name)}
-        for slot, made in enumerate(blueprint.outputs)
+        folding.add_output(blueprint.node, slot, port) | {"id": identity(kind, "out", port.name)}
+        for slot, port in enumerate(blueprint.outputs)
     ]
     within = [folding.nodes[key] for key in sorted(folding.keys)]
     without = [node for key, node in sorted(folding.nodes.items()) if key not in folding.keys]
@@ -277,13 +277,13 @@ def fold(
     rewire(without, folding.root)
     for (node, name), label in blueprint.labels.items():
         find(folding.nodes[node]["inputs"], name)[1]["label"] = label
-    made = folding.drawn
-    made["nodes"] = sorted(without, key=lambda node: int(node["id"]))
-    made["links"] = [list(link.values()) for link in folding.root]
-    made["last_link_id"] = folding.last
+    folded = folding.drawn
+    folded["nodes"] = sorted(without, key=lambda node: int(node["id"]))
+    folded["links"] = [list(link.values()) for link in folding.root]
+    folded["last_link_id"] = folding.last
     ends = {"inputs": inputs, "outputs": outputs, "nodes": within, "links": folding.sub}
-    made["definitions"] = {"subgraphs": [definition(blueprint, kind) | ends]}
-    return made
+    folded["definitions"] = {"subgraphs": [definition(blueprint, kind) | ends]}
+    return folded
 
 
 def outer(
@@ -296,11 +296,11 @@ def outer(
 ) -> Node:
     """The subgraph as a node of the root graph."""
     sockets, values = [], []
-    for given, made in zip(blueprint.inputs, inputs):
-        key, name = given.targets[0]
-        socket = {field: made[field] for field in ("name", "label", "type") if field in made}
+    for port, entry in zip(blueprint.inputs, inputs):
+        key, name = port.targets[0]
+        socket = {field: entry[field] for field in ("name", "label", "type") if field in entry}
         if "widget" in find(folding.nodes[key]["inputs"], name)[1]:
-            socket["widget"] = {"name": given.name}
+            socket["widget"] = {"name": port.name}
             values.append(graph[f"{blueprint.node}:{key}"]["inputs"][name])
         sockets.append(socket)
     return {
@@ -313,7 +313,7 @@ def outer(
         "mode": 0,
         "order": 0,
         "inputs": sockets,
-        "outputs": [{"name": made["name"], "type": made["type"]} for made in outputs],
+        "outputs": [{"name": output["name"], "type": output["type"]} for output in outputs],
         "properties": {},
         "widgets_values": values,
     }
@@ -345,12 +345,12 @@ def app(blueprint: Blueprint) -> dict[str, Any]:
 
 def alone(workflow: Mapping[str, Any], blueprint: Blueprint) -> dict[str, Any]:
     """The file of subgraphs/: the folded node of a drawn workflow, unwired."""
-    made = json.loads(json.dumps(workflow))
-    node = next(node for node in made["nodes"] if int(node["id"]) == blueprint.node)
+    whole = json.loads(json.dumps(workflow))
+    node = next(node for node in whole["nodes"] if int(node["id"]) == blueprint.node)
     rewire([node], [])
     # the page names a subgraph's node after it, and keeps no category
     node |= {"pos": [0, 0], "title": blueprint.name}
-    made["definitions"]["subgraphs"][0]["category"] = CATEGORY
+    whole["definitions"]["subgraphs"][0]["category"] = CATEGORY
     return {
         "id": identity(blueprint.name, "file"),
         "revision": 0,
@@ -359,7 +359,7 @@ def alone(workflow: Mapping[str, Any], blueprint: Blueprint) -> dict[str, Any]:
         "nodes": [node],
         "links": [],
         "groups": [],
-        "definitions": made["definitions"],
+        "definitions": whole["definitions"],
         "config": {},
         "extra": {
             "BlueprintDescription": blueprint.description,

@@ -75,23 +75,23 @@ class NoBrowser(RuntimeError):
 
 def find_browser() -> Path | None:
     """An installed Chromium, Chrome or Edge; $KINDRED_BROWSER names another."""
-    given, own = (
+    chosen, own = (
         os.environ.get("KINDRED_BROWSER"),
         os.environ.get("LOCALAPPDATA"),
     )  # Windows: where Chrome goes without an administrator
     users = [Path(own, "Google", "Chrome", "Application", "chrome.exe")] if own else []
-    paths = [given] if given else [*map(shutil.which, INSTALLED), *ELSEWHERE, *users]
+    paths = [chosen] if chosen else [*map(shutil.which, INSTALLED), *ELSEWHERE, *users]
     return next((Path(path) for path in paths if path and Path(path).is_file()), None)
 
 
 def get_browser() -> Path:
     """The installed browser; on Debian and Ubuntu, where it may, it installs Chromium first. Raises NoBrowser."""
-    found = find_browser()
-    if found:
-        return found
-    if given := os.environ.get("KINDRED_BROWSER"):
+    program = find_browser()
+    if program:
+        return program
+    if chosen := os.environ.get("KINDRED_BROWSER"):
         raise NoBrowser(
-            f"KINDRED_BROWSER names {given}, which is no file. Correct it, or unset it."
+            f"KINDRED_BROWSER names {chosen}, which is no file. Correct it, or unset it."
         )
     apt, sudo = shutil.which("apt-get"), shutil.which("sudo")
     root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -120,10 +120,10 @@ def get_browser() -> Path:
         )
         if done.returncode:
             raise NoBrowser(f"apt-get {' '.join(arguments)} failed: {done.stdout.strip()[-300:]}")
-    found = find_browser()
-    if not found:
+    program = find_browser()
+    if not program:
         raise NoBrowser("apt-get installed chromium, but there is no such program on PATH.")
-    return found
+    return program
 
 
 @dataclass

@@ -30,12 +30,12 @@ COLUMNS = ("waits", "down", "up", "once")  # properties of each test
 
 def costs(report: Path) -> dict[str, tuple[int, ...]]:
     """What each way costs, in the order of a JUnit report's tests."""
-    found = {}
+    by_way = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
-        told = {p.get("name"): p.get("value") for p in case.iter("property")}
-        if "way" in told:
-            found[told["way"]] = tuple(int(told[column]) for column in COLUMNS)
-    return found
+        properties = {p.get("name"): p.get("value") for p in case.iter("property")}
+        if "way" in properties:
+            by_way[properties["way"]] = tuple(int(properties[column]) for column in COLUMNS)
+    return by_way
 
 
 def table(ways: Mapping[str, Sequence[int]]) -> str:

@@ -162,11 +162,11 @@ def run(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         known[key] = None if isinstance(out, Tensor) else type(out), without_values(out)
         return out
     kind, shapes = known[key]
-    made = [
+    tensors = [
         t and torch.empty_strided(t[0], t[1], dtype=t[2], device="meta")
         for t in ((shapes,) if kind is None else shapes)
     ]
-    return made[0] if kind is None else kind(made)
+    return tensors[0] if kind is None else kind(tensors)
 
 
 def on_paper(x: Any) -> bool:

@@ -442,8 +442,8 @@ def write(
     )
     shown = {title: pictures[title] for title in WAYS if title in pictures}
     sheet(square, shown, args.prompt).save(args.out / "sheet.png")
-    for title, found in pictures.items():
-        for i, picture in enumerate(found, 1):
+    for title, images in pictures.items():
+        for i, picture in enumerate(images, 1):
             picture.save(args.out / f"{title}_{i}.png")
     (args.out / "workflow_api.json").write_text(json.dumps(graph, indent=2), "utf-8")
     ways = ", ".join(f"{WAYS[title]} ({title})" for title in shown)

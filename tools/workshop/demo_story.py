@@ -235,7 +235,7 @@ def rows(args: argparse.Namespace, runs: Mapping[str, StoryRun]) -> list[Row]:
     def captioned(name: str, lines: Sequence[str]) -> list[tuple[Image.Image, str]]:
         return list(zip(runs[name].pictures, lines, strict=True))
 
-    made: list[Row] = [
+    table: list[Row] = [
         ("plain: the prompts by themselves", captioned("plain", args.prompt)),
         (
             "story: the same noise, with ConsiStory Shared Attention",
@@ -243,7 +243,7 @@ def rows(args: argparse.Namespace, runs: Mapping[str, StoryRun]) -> list[Row]:
         ),
     ]
     if "more_pictures" in runs:
-        made.append(
+        table.append(
             (
                 "more pictures of a saved subject: its two anchors, then what was made from the file",
                 captioned("anchors", [f"anchor: {line}" for line in args.anchors])
@@ -254,13 +254,13 @@ def rows(args: argparse.Namespace, runs: Mapping[str, StoryRun]) -> list[Row]:
         photos = [
             (Image.open(BytesIO(photo)), f"photo {i}") for i, photo in enumerate(args.reference, 1)
         ]
-        made.append(
+        table.append(
             (
                 "from photos: what was inverted, then the first row's noise",
                 photos + captioned("photo_story", args.prompt),
             )
         )
-    return made
+    return table
 
 
 def sheet(rows: Sequence[Row], cell: int = 192) -> Image.Image:
@@ -427,9 +427,9 @@ def write(
         for i, picture in enumerate(job.pictures, 1):
             picture.save(args.out / f"{name}_{i}.png")
         (args.out / f"{name}_api.json").write_text(json.dumps(job.graph, indent=2), "utf-8")
-    asked = {"prompts": args.prompt, "more": args.more or []}
+    prompts = {"prompts": args.prompt, "more": args.more or []}
     look = "the first row is without Kindred, each row below it shares one subject"
-    report(args, "demo --story", asked, figures, look)
+    report(args, "demo --story", prompts, figures, look)
 
 
 if __name__ == "__main__":

@@ -118,14 +118,14 @@ def find_python() -> tuple[str, tuple[int, int]]:
 
 def inventory(folder: Path) -> dict[str, int]:
     """Relative name -> bytes of every file under `folder`; byte code is left out, for it comes and goes."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name != "__pycache__"]
         for name in files:
             path = os.path.join(place, name)
             with contextlib.suppress(OSError):  # a dangling link counts as missing
-                found[os.path.relpath(path, folder)] = os.stat(path).st_size
-    return found
+                sizes[os.path.relpath(path, folder)] = os.stat(path).st_size
+    return sizes
 
 
 def fault(home: Path) -> str | None:
@@ -137,12 +137,12 @@ def fault(home: Path) -> str | None:
         expected = json.loads(stamp.read_text("utf-8"))["files"]
     except (ValueError, KeyError, TypeError, OSError):
         return "its stamp cannot be read"
-    found = inventory(home)
+    present = inventory(home)
     for name, size in expected.items():
-        if name not in found:
+        if name not in present:
             return f"{name} is missing"
-        if found[name] != size:
-            return f"{name} has {found[name]} bytes instead of {size}"
+        if present[name] != size:
+            return f"{name} has {present[name]} bytes instead of {size}"
     return None
 
 

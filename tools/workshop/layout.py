@@ -68,8 +68,8 @@ def form(columns: Columns, nodes: Mapping[int, Node]) -> Form:
 def forms(ids: Sequence[int], nodes: Mapping[int, Node]) -> list[Form]:
     """A group in one column, in two ..., the lowest of each."""
     counts = range(1, min(MOST_COLUMNS, len(ids)) + 1)
-    made = [[form(columns, nodes) for columns in consecutive(ids, count)] for count in counts]
-    return [min(each, key=lambda form: (form.height, form.width)) for each in made]
+    layouts = [[form(columns, nodes) for columns in consecutive(ids, count)] for count in counts]
+    return [min(each, key=lambda form: (form.height, form.width)) for each in layouts]
 
 
 def scale(width: float, high: float) -> float:
@@ -105,15 +105,15 @@ def lay_out(groups: Mapping[str, Sequence[int]], nodes: Mapping[int, Node]) -> l
     down, then to the right.
     """
     stacks = best([forms(ids, nodes) for ids in groups.values()])
-    titles, made, left = iter(groups), [], 0
+    titles, boxes, left = iter(groups), [], 0
     for stack in stacks:
         top, width = 0, max(form.width for form in stack)
         for form_ in stack:
             place(form_.columns, nodes, left + PADDING, top + GROUP_TITLE + TITLE)
-            made.append(group(len(made), next(titles), (left, top, width, form_.height)))
+            boxes.append(group(len(boxes), next(titles), (left, top, width, form_.height)))
             top += form_.height + BETWEEN
         left += width + BETWEEN
-    return made
+    return boxes
 
 
 def place(columns: Columns, nodes: Mapping[int, Node], left: int, top: int) -> None:

@@ -40,13 +40,13 @@ class PictureFolder:
     def files(self) -> list[Path]:
         if not self.root.is_dir():
             raise NoPictures(f"{self.root} is not a folder.")
-        found = sorted(
+        paths = sorted(
             (p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
             key=lambda p: (p.parent.parts, p.name),
         )
-        if not found:
+        if not paths:
             raise NoPictures(f"{self.root} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
-        return found
+        return paths
 
     def prompt_of(self, file: Path) -> str:
         beside = file.with_suffix(".txt")

@@ -104,7 +104,7 @@ def grown(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def shape(nodes: Nodes, lists: Mapping[str, list[str]]) -> dict[str, Any]:
     """What saved workflows and programs rely on: everything but the words, the files at hand and the host's own lists."""
-    found = {}
+    shapes = {}
     for key, node in nodes.items():
         entries = []
         for name, required, wire, options in inputs(node):
@@ -117,7 +117,7 @@ def shape(nodes: Nodes, lists: Mapping[str, list[str]]) -> dict[str, Any]:
                 files = choices and all(isinstance(c, str) and FILE.fullmatch(c) for c in choices)
                 facts["options"] = known or ("files" if files else choices)
             entries.append({"id": name, "type": wire, "required": required, **facts})
-        found[key] = {
+        shapes[key] = {
             "display_name": node["display_name"],
             "category": node["category"],
             "inputs": entries,
@@ -131,7 +131,7 @@ def shape(nodes: Nodes, lists: Mapping[str, list[str]]) -> dict[str, Any]:
                 if node[flag]
             },
         }
-    return found
+    return shapes
 
 
 def _entries(

@@ -72,7 +72,7 @@ def limits(reader: Reader, autoencode: Any, count: int = LIMITS) -> tuple[float,
         sets.append(reader.read(autoencode(images_of(drawn))))
     return (
         statistics.fmean(float(pairwise_similarity(a, b).mean()) for a, b in combinations(sets, 2)),
-        statistics.fmean(consistency(found) for found in sets),
+        statistics.fmean(consistency(reading) for reading in sets),
     )
 
 

@@ -108,9 +108,9 @@ def canvas_form(name: str) -> dict[str, Any]:
 
 def as_graph(name: str) -> dict[str, Any]:
     """The same, of an app too, to be opened as nodes."""
-    made = canvas_form(name)
-    made["extra"].pop("linearMode", None)
-    return made
+    graph = canvas_form(name)
+    graph["extra"].pop("linearMode", None)
+    return graph
 
 
 def blueprint_file(blueprint: Blueprint) -> Path:
@@ -135,10 +135,10 @@ def notes(name: str, first: int) -> list[Node]:
     """The workflow's notes as nodes of the canvas from that id on: what it is, and, closed until one
     wants it, what to change.
     """
-    told = NOTES[name]
-    about = note(first, "What this is", f"## {told.title}\n\n{told.text}", NOTE_WIDTH)
+    content = NOTES[name]
+    about = note(first, "What this is", f"## {content.title}\n\n{content.text}", NOTE_WIDTH)
     table = f"\n\n{TABLE}" if on_the_miniature(name) else ""
-    yours = note(first + 1, "Your own checkpoint", told.yours + table, WIDE_NOTE)
+    yours = note(first + 1, "Your own checkpoint", content.yours + table, WIDE_NOTE)
     return [about, yours | CLOSED]
 
 
@@ -178,18 +178,18 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
     """The page's own graph, folded where it has a subgraph, with places, sizes, colours, groups and
     the notes.
     """
-    made = json.loads(json.dumps(drawn))
-    nodes, blueprint = sized(made), BLUEPRINTS.get(name)
-    told = {node["id"]: node for node in notes(name, max(map(number, graph)) + 1)}
-    nodes |= told
+    page = json.loads(json.dumps(drawn))
+    nodes, blueprint = sized(page), BLUEPRINTS.get(name)
+    own_notes = {node["id"]: node for node in notes(name, max(map(number, graph)) + 1)}
+    nodes |= own_notes
     groups = groups_of(graph, blueprint)
     head = next(iter(groups))
-    made["groups"] = lay_out(groups | {head: [*told, *groups[head]]}, nodes)
-    made["nodes"] = [nodes[key] for key in sorted(nodes)]
-    made["last_node_id"] = max(nodes)
-    for subgraph in made.get("definitions", {}).get("subgraphs", []):
+    page["groups"] = lay_out(groups | {head: [*own_notes, *groups[head]]}, nodes)
+    page["nodes"] = [nodes[key] for key in sorted(nodes)]
+    page["last_node_id"] = max(nodes)
+    for subgraph in page.get("definitions", {}).get("subgraphs", []):
         arrange_inside(subgraph, inside(graph))
-    return made
+    return page
 
 
 def arrange_inside(subgraph: dict[str, Any], graph: Mapping[str, Node]) -> None:
@@ -207,15 +207,15 @@ def arrange_inside(subgraph: dict[str, Any], graph: Mapping[str, Node]) -> None:
 
 def cleaned(name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the file: no nulls but those of sockets, an id that stays, and who brings each node."""
-    made, graph, blueprint = without_nulls(drawn), flat(api_form(name)), BLUEPRINTS.get(name)
-    for part in (made, *made.get("definitions", {}).get("subgraphs", [])):
+    page, graph, blueprint = without_nulls(drawn), flat(api_form(name)), BLUEPRINTS.get(name)
+    for part in (page, *page.get("definitions", {}).get("subgraphs", [])):
         for node in part["nodes"]:
             node["properties"] = properties(node, graph)
         part["nodes"].sort(key=lambda node: int(node["id"]))
     extra = {"ds": {"scale": 0.7, "offset": [60, 120]}} | (app(blueprint) if blueprint else {})
     return (
         {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"kindred/{name}")), "revision": 0}
-        | {key: value for key, value in made.items() if key not in ("id", "revision", "extra")}
+        | {key: value for key, value in page.items() if key not in ("id", "revision", "extra")}
         | {"extra": extra}
     )
 
@@ -227,13 +227,13 @@ def properties(node: Mapping[str, Any], graph: Mapping[str, Node]) -> dict[str, 
     if str(node["id"]) not in graph:  # a subgraph
         return {"cnr_id": "kindred", "ver": version()}
     pack = "kindred" if node["type"].startswith("Kindred") else "comfy-core"
-    made = {
+    origin = {
         "Node name for S&R": node["type"],
         "cnr_id": pack,
         "ver": version() if pack == "kindred" else host_version(),
     }
     models = models_of(graph[str(node["id"])])
-    return made | ({"models": models} if models else {})
+    return origin | ({"models": models} if models else {})
 
 
 def host_version() -> str:
@@ -302,12 +302,12 @@ def write(path: Path, workflow: Mapping[str, Any]) -> bool:
 def write_all(canvas: Canvas, names: Sequence[str], shots: Path | None) -> None:
     """Draw the workflows, and the blueprints of those that have one."""
     for name in names:
-        made = {canvas_file(name): draw(canvas, name)}
+        files = {canvas_file(name): draw(canvas, name)}
         if shots:
             canvas.screenshot(shots / f"{name}.png")
         if name in BLUEPRINTS:
-            made[blueprint_file(BLUEPRINTS[name])] = draw_blueprint(canvas, name)
-        for path, workflow in made.items():
+            files[blueprint_file(BLUEPRINTS[name])] = draw_blueprint(canvas, name)
+        for path, workflow in files.items():
             said = "written" if write(path, workflow) else "as it was"
             print(f"{path.relative_to(ROOT)}: {said}", flush=True)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .judges import NAME, Asked, Column, Kept, filled, pictures_of, weights_in
+from .judges import NAME, Column, Kept, Request, filled, pictures_of, weights_in
 from .real import DLIB, INSTALL_DLIB
 
 if TYPE_CHECKING:
@@ -81,15 +81,15 @@ class Faces:
         return face_identity(faces, photos, unit=self.net.unit)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]:
+    def __call__(self, images: Tensor, request: Request) -> dict[str, list[float]]:
         """Raises ValueError as Clip does."""
-        images, photos = pictures_of(images, asked)
-        found = self.compared(self.faces(images), self.photos(photos))
+        images, photos = pictures_of(images, request)
+        identity = self.compared(self.faces(images), self.photos(photos))
         return {
-            "face_cosine": list(found.cosine),
-            "face_distance": list(found.distance),
-            "face_2_minus_d": list(found.closeness),
-            "face_found": [float(seen) for seen in found.found],
+            "face_cosine": list(identity.cosine),
+            "face_distance": list(identity.distance),
+            "face_2_minus_d": list(identity.closeness),
+            "face_found": [float(seen) for seen in identity.detected],
         }
 
 
@@ -145,10 +145,10 @@ def dlib_faces() -> Faces:
 
     def detect(picture: Tensor) -> Tensor | None:
         pixels = picture.mul(255).round().byte().contiguous().numpy()
-        found = finder(pixels, LOOKS)
-        if not found:
+        boxes = finder(pixels, LOOKS)
+        if not boxes:
             return None
-        largest = max(found, key=lambda box: box.area())
+        largest = max(boxes, key=lambda box: box.area())
         chip = dlib.get_face_chip(pixels, landmarks(pixels, largest), size=CHIP, padding=AROUND)
         return torch.from_numpy(chip).movedim(2, 0)
 
@@ -200,7 +200,7 @@ def facenet_faces(weights: Path | str | None, device: str = "cpu") -> Faces:
             f"{NAME}: faces need a file with FaceNet's weights. {remedy} Or leave the face scores "
             "out."
         )
-    found = {
+    state = {
         name: value
         for name, value in weights_in(weights, remedy).items()
         if not name.startswith("logits.")
@@ -210,7 +210,7 @@ def facenet_faces(weights: Path | str | None, device: str = "cpu") -> Faces:
             MTCNN(image_size=FACE, min_face_size=LEAST_FACE, device=torch.device(device)),
             InceptionResnetV1(),
         )
-    net = filled(net, found, weights, remedy).eval().to(device)
+    net = filled(net, state, weights, remedy).eval().to(device)
 
     def detect(picture: Tensor) -> Tensor | None:
         from PIL import Image

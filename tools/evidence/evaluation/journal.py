@@ -57,13 +57,13 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.found = path, dict[str, Mapping[str, Any]]()
+        self.path, self.entries = path, dict[str, Mapping[str, Any]]()
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         for number, line in enumerate(lines[:-1], 1):
             try:
                 entry = json.loads(line)
-                self.found[self.key(entry["of"])] = entry["values"]
+                self.entries[self.key(entry["of"])] = entry["values"]
             except (ValueError, KeyError, TypeError):
                 raise SystemExit(
                     f"evaluate: line {number} of {path} is no measurement. Take it out, or give another --out."
@@ -78,7 +78,7 @@ class Journal:
 
     def get(self, of: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What was measured of this, or None."""
-        return self.found.get(self.key(of))
+        return self.entries.get(self.key(of))
 
     def add(self, of: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Keep a measurement; it is on the disk when this returns."""
@@ -86,4 +86,4 @@ class Journal:
             file.write(json.dumps({"of": of, "values": values}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.found[self.key(of)] = values
+        self.entries[self.key(of)] = values

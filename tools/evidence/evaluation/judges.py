@@ -38,7 +38,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What pictures were made from: a prompt per picture, and photos of the subject [Y X 3] in 0..1, of any sizes; () without any."""
 
     prompts: tuple[str, ...]
@@ -50,7 +50,7 @@ class Judge(Protocol):
 
     columns: Sequence[Column]
 
-    def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]: ...
+    def __call__(self, images: Tensor, request: Request) -> dict[str, list[float]]: ...
 
 
 # judges --------------------------------------------------------------------------------------------------------------------
@@ -108,16 +108,16 @@ class Clip:
         return text_embeddings(self.clip, self.width, texts, NAME)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]:
+    def __call__(self, images: Tensor, request: Request) -> dict[str, list[float]]:
         """Raises ValueError for pictures or photos that are none or not finite, and where prompts and pictures differ in count."""
         from kindred.models.metrics import paired_cosines
 
-        images, photos = pictures_of(images, asked)
+        images, photos = pictures_of(images, request)
         own = self.embed(images)
         image, consistency = similarities(own, self.photos(photos))
         columns = {"image": image, "consistency": consistency}
         if self.clip is not None:
-            columns["text"] = paired_cosines(own, torch.stack(self.texts(asked.prompts))).tolist()
+            columns["text"] = paired_cosines(own, torch.stack(self.texts(request.prompts))).tolist()
         if self.head is not None:
             columns["aesthetic"] = self.head(own).tolist()
         return {column.name: columns[column.name] for column in self.columns}
@@ -146,9 +146,9 @@ class Dino:
         self.photos = Kept(self.embed)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, asked: Asked) -> dict[str, list[float]]:
+    def __call__(self, images: Tensor, request: Request) -> dict[str, list[float]]:
         """Raises ValueError as Clip does."""
-        images, photos = pictures_of(images, asked)
+        images, photos = pictures_of(images, request)
         image, consistency = similarities(self.embed(images), self.photos(photos))
         return {"dino": image, "dino_consistency": consistency}
 
@@ -157,15 +157,15 @@ class Kept:
     """Embeddings by what they are of: the same photo or prompt is never embedded twice."""
 
     def __init__(self, embed: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
-        self.embed, self.found = embed, dict[Any, Any]()
+        self.embed, self.rows = embed, dict[Any, Any]()
 
     def __call__(self, wanted: Sequence[Any]) -> list[Any]:
         """A row for each of them."""
         keys = [content(one) for one in wanted]
-        new = {key: one for key, one in zip(keys, wanted) if key not in self.found}
+        new = {key: one for key, one in zip(keys, wanted) if key not in self.rows}
         if new:
-            self.found |= zip(new, self.embed(list(new.values())))
-        return [self.found[key] for key in keys]
+            self.rows |= zip(new, self.embed(list(new.values())))
+        return [self.rows[key] for key in keys]
 
 
 def content(one: Tensor | str) -> Any:
@@ -177,18 +177,18 @@ def content(one: Tensor | str) -> Any:
     )
 
 
-def pictures_of(images: Tensor, asked: Asked) -> tuple[Tensor, list[Tensor]]:
+def pictures_of(images: Tensor, request: Request) -> tuple[Tensor, list[Tensor]]:
     """Pictures [b Y X 3] and photos [Y X 3], float32 in 0..1 on the CPU; ValueError for what is none, or where a prompt is missing."""
     from kindred.nodes.host import pictures_in
 
     images = pictures_in(images, NAME, "the pictures")
-    if len(asked.prompts) != len(images):
+    if len(request.prompts) != len(images):
         raise ValueError(
-            f"{NAME}: {len(images)} pictures come with {len(asked.prompts)} prompts; each has its own."
+            f"{NAME}: {len(images)} pictures come with {len(request.prompts)} prompts; each has its own."
         )
     return images, [
         pictures_in(photo[None], NAME, f"photo {i}")[0]
-        for i, photo in enumerate(asked.references, 1)
+        for i, photo in enumerate(request.references, 1)
     ]
 
 

@@ -85,12 +85,12 @@ class OwnFigures:
             "whole": one_whole(reading),
             "accuracy": accuracy(self.reader, known, rebuilt),
             "iou": [
-                self.found(images[i : i + 1], CLASSES[known.labels[i, 0]], known.masks[i])
+                self.mask_iou(images[i : i + 1], CLASSES[known.labels[i, 0]], known.masks[i])
                 for i in range(job.row.get("masked", 0))
             ],
         }
 
-    def found(self, photo: Any, kind: str, mask: Any) -> float:
+    def mask_iou(self, photo: Any, kind: str, mask: Any) -> float:
         """IoU of the mask found by the word with the renderer's [y x], at the latent's grid."""
         from kindred.miniature.world import prompt
 
@@ -118,12 +118,12 @@ def spread(values: Sequence[Mapping[str, Sequence[float]]]) -> float:
     return colour_spread(*(torch.tensor(list(every(values, name))) for name in BODY))
 
 
-def figures(found: Mapping[Job, Mapping[str, Any]], size: float) -> dict[str, float]:
-    """Flat names and numbers, as of the UNet miniature; found: what was measured of every job; size: of the file in MiB."""
+def figures(measurements: Mapping[Job, Mapping[str, Any]], size: float) -> dict[str, float]:
+    """Flat names and numbers, as of the UNet miniature; measurements: what was measured of every job; size: of the file in MiB."""
     from kindred.miniature.world import CLASSES, SCENES
 
-    prompted = {job: values for job, values in found.items() if job.task == PROMPTS}
-    known = [values for job, values in found.items() if job.task == RENDERINGS]
+    prompted = {job: values for job, values in measurements.items() if job.task == PROMPTS}
+    known = [values for job, values in measurements.items() if job.task == RENDERINGS]
     means = {
         "class_accuracy.prompts": fmean(every(prompted.values(), "class")),
         "scene_accuracy.prompts": fmean(every(prompted.values(), "scene")),

@@ -82,15 +82,15 @@ class Personalize:
         """How this row draws prompts, and what is known of the photo as it reads it."""
         if row.get("rival", "none") != "none":
             concept = self.rival(row, subject)
-            return concept.draw, dict(concept.told)
+            return concept.draw, dict(concept.figures)
         studio = self.studio
-        model, told = self.injected(row, subject)
+        model, figures = self.injected(row, subject)
 
         def draw(lines: Sequence[str], seed: int, cfg: float | None) -> Any:
             positive = studio.prompts(lines, subject.word)
             return studio.sample(model, positive, len(lines), seed, cfg)
 
-        return draw, told
+        return draw, figures
 
     def rival(self, row: Row, subject: Subject) -> Concept:
         """What a rival makes of the subject's photo, once."""
@@ -230,11 +230,11 @@ class Identities:
             one, CLASSES[number % len(CLASSES)], SCENES[number % len(SCENES)], 7919 + number
         )
         reading = self.reader.read(self.studio.autoencode(self.studio.picture(shown.image)))
-        found = judged(reading, one)
+        values = judged(reading, one)
         return {
-            "ceiling": found.pop("identity")[0],
+            "ceiling": values.pop("identity")[0],
             "floor": judged(reading, other)["identity"][0],
-        } | found, self(number).photo
+        } | values, self(number).photo
 
 
 def judged(reading: Any, identity: Any) -> dict[str, list[float]]:

@@ -42,12 +42,12 @@ def varied(seeds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Measurements of one case, a seed each, with how far the same prompt's pictures differ from
     seed to seed: the mean difference of their colours, in 0..1, over all pairs.
     """
-    made = [values.get("small") for values in seeds]
-    if len(made) < 2 or None in made:
+    reduced = [values.get("small") for values in seeds]
+    if len(reduced) < 2 or None in reduced:
         return [*seeds]
-    by_prompt = list(zip(*made, strict=True))
-    found = [difference(pictures) for pictures in by_prompt]
-    return [{**values, "diversity": found} for values in seeds]
+    by_prompt = list(zip(*reduced, strict=True))
+    differences = [difference(pictures) for pictures in by_prompt]
+    return [{**values, "diversity": differences} for values in seeds]
 
 
 def difference(pictures: Sequence[Sequence[int]]) -> float:

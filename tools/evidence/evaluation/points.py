@@ -28,14 +28,14 @@ class Axis:
 
     def marks(self, logarithmic: bool = False) -> list[tuple[str, float]]:
         """The floor and the ceiling that are known and can be drawn, with their labels."""
-        found = [
+        known = [
             (name, v)
             for name, v in (("floor", self.floor), ("ceiling", self.ceiling))
             if v is not None and math.isfinite(v)
         ]
         return [
             (f"{name} {v:.2f}" if 0.1 <= abs(v) < 10 else f"{name} {v:.3g}", v)
-            for name, v in found
+            for name, v in known
             if v > 0 or not logarithmic
         ]
 
@@ -62,7 +62,7 @@ def limits(values: Sequence[float], before: float, after: float) -> tuple[float,
 
 def values_of(points: Iterator[Point], axis: Axis, along: str) -> list[float]:
     """Everything an axis has to show: points with their errors, floor and ceiling."""
-    found = [
+    ends = [
         value
         for p in points
         for value in (
@@ -70,4 +70,4 @@ def values_of(points: Iterator[Point], axis: Axis, along: str) -> list[float]:
             getattr(p, along) + error(getattr(p, f"{along}_error")),
         )
     ]
-    return found + [value for _, value in axis.marks()]
+    return ends + [value for _, value in axis.marks()]

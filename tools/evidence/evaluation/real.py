@@ -126,20 +126,20 @@ class Files:
             for path in self.references.rglob("*")
             if path.suffix.lower() in SUFFIXES and path.is_file()
         )
-        found = [
+        photos = [
             (path, path.parent.name if path.parent != self.references else self.subject)
             for path in files
         ]
-        if not found:
+        if not photos:
             raise SystemExit(
                 f"evaluate: --references is {self.references}, which holds no picture ({', '.join(SUFFIXES)})."
             )
-        if nameless := [path.name for path, word in found if not word]:
+        if nameless := [path.name for path, word in photos if not word]:
             raise SystemExit(
                 f"evaluate: what does {nameless[0]} show? Give --subject, or put photos into folders named by their "
                 "subjects."
             )
-        return found
+        return photos
 
     def sets(self) -> list[list[str]]:
         """The prompts, by the blank lines between them."""
@@ -152,7 +152,7 @@ class Files:
                 f"evaluate: {self.prompts} is no UTF-8 text ({error}). Save it as UTF-8."
             ) from None
         if not (
-            made := [
+            sets := [
                 lines
                 for part in parts
                 if (lines := [line.strip() for line in part.splitlines() if line.strip()])
@@ -162,7 +162,7 @@ class Files:
                 f"evaluate: --prompts is {self.prompts}, which holds no prompt. Write one per line; {{subject}} stands for "
                 "the word."
             )
-        return made
+        return sets
 
     def with_subject(self, lines: Sequence[str], word: str) -> tuple[str, ...]:
         """Prompts about a subject. SystemExit for one that does not name it: its mask could not be found."""
@@ -380,13 +380,13 @@ class Real:
     def judged(
         self, images: Any, prompts: tuple[str, ...], photos: tuple[Any, ...]
     ) -> dict[str, Any]:
-        from .judges import Asked
+        from .judges import Request
 
         values: dict[str, Any] = {
             "memory_gib": peak_memory(self.studio.torch)
         }  # before the judges take theirs
         for judge in self.judges:
-            values |= judge(images.float().cpu(), Asked(prompts, photos))
+            values |= judge(images.float().cpu(), Request(prompts, photos))
         return values | {
             "judged_by": {
                 column.name: column.meaning for judge in self.judges for column in judge.columns

@@ -112,5 +112,5 @@ def plots(folder: Path, one: Filled) -> list[Path]:
 
 def family(name: str) -> tuple[str, float | None]:
     """ "W_S 2, no mask" -> ("W_S, no mask", 2.0): the line that a row stands on, and where."""
-    found = re.search(r" (\d+(?:\.\d+)?)(?=,|$)", name)
-    return (name.replace(found[0], "", 1), float(found[1])) if found else (name, None)
+    number = re.search(r" (\d+(?:\.\d+)?)(?=,|$)", name)
+    return (name.replace(number[0], "", 1), float(number[1])) if number else (name, None)

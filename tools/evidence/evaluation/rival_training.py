@@ -109,8 +109,8 @@ def noise_error(net: Any, latent: Any, context: Any, count: int, generator: Any)
     noise = torch.randn(clean.shape, generator=generator)
     wide = sigma.view(-1, 1, 1, 1)
     texts = context.repeat(count, 1, 1)
-    found = net.apply_model(clean + wide * noise, sigma, c_crossattn=texts)
-    return ((found - clean) / wide).square().mean()
+    denoised = net.apply_model(clean + wide * noise, sigma, c_crossattn=texts)
+    return ((denoised - clean) / wide).square().mean()
 
 
 def probed(net: Any, latent: Any, context: Any) -> float:
@@ -130,13 +130,13 @@ def loss_of(model: Any, latent: Any, context: Any) -> float:
 
 def word_id(clip: Any, word: str) -> int:
     """The one token that a word is. ValueError where it is several."""
-    found = [token for token, *_ in clip.tokenize(word)["l"][0]]
-    end = found.index(found[-1])  # the first of the padding is the end of the text
+    ids = [token for token, *_ in clip.tokenize(word)["l"][0]]
+    end = ids.index(ids[-1])  # the first of the padding is the end of the text
     if end != 2:
         raise ValueError(
             f"evaluate: {word!r} is {end - 1} tokens, and textual inversion takes one."
         )
-    return found[1]
+    return ids[1]
 
 
 def tokens(clip: Any, line: str, word: str, vector: Any) -> dict[str, Any]:

@@ -27,21 +27,21 @@ class Concept:
     """What a rival makes of a photo once: how it draws, and what is known of it."""
 
     draw: Draw
-    told: Mapping[str, float]
+    figures: Mapping[str, float]
 
 
 def concept(studio: Studio, row: Row, subject: Subject) -> Concept:
     """The row's rival on the photo that the row reads."""
     from . import rival_training
 
-    made = {
+    makers = {
         "img2img": img2img,
         "reference-only": reference_only,
         "textual inversion": rival_training.textual_inversion,
         "lora": rival_training.lora,
         "lora with prior": rival_training.lora,
     }
-    return made[row.get("rival", "none")](studio, row, subject)
+    return makers[row.get("rival", "none")](studio, row, subject)
 
 
 def img2img(studio: Studio, row: Row, subject: Subject) -> Concept:

@@ -101,8 +101,8 @@ class Scenes:
                 "consistency": consistency(reading),
                 "layout_spread": layout_spread(subject_boxes(reading)),
                 "scene": [
-                    float(read == asked)
-                    for read, asked in zip(reading.names("scene"), scenes, strict=True)
+                    float(read == scene)
+                    for read, scene in zip(reading.names("scene"), scenes, strict=True)
                 ],
                 "class": [float(read == kind) for read in reading.names("class")],
                 "whole": one_whole(reading),

@@ -114,7 +114,7 @@ class Filled:
 
     table: Table
     ground: Ground
-    found: dict[str, dict[int, list[Values]]]  # by row and case: a measurement per seed
+    measurements: dict[str, dict[int, list[Values]]]  # by row and case: a measurement per seed
     floor: float = math.nan
     ceiling: float = math.nan
     parts_ceiling: Mapping[str, float] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Filled:
                 for column in (*self.ground.columns, *self.ground.parts)
             }
             | {"text": self.text(name), "seconds": self.score(name, "seconds")}
-            for name in self.found
+            for name in self.measurements
         }
 
     def score(self, row: str, key: str) -> Mean:
@@ -136,7 +136,7 @@ class Filled:
         return Mean.over(
             [
                 [v for values in seeds for v in listed(values.get(key, math.nan))]
-                for seeds in self.found[row].values()
+                for seeds in self.measurements[row].values()
             ]
         )
 
@@ -153,7 +153,7 @@ class Filled:
                         *(values.get(key, ()) for key in self.ground.text), strict=True
                     )
                 ]
-                for seeds in self.found[row].values()
+                for seeds in self.measurements[row].values()
             ]
         )
 
@@ -198,9 +198,10 @@ class Filled:
 
     def markdown(self) -> str:
         """The table with a line above it that says what it is of."""
-        cases = max((len(seeds) for seeds in self.found.values()), default=0)
+        cases = max((len(seeds) for seeds in self.measurements.values()), default=0)
         seeds = max(
-            (len(values) for seeds in self.found.values() for values in seeds.values()), default=0
+            (len(values) for seeds in self.measurements.values() for values in seeds.values()),
+            default=0,
         )
         bounds = f"; floor {self.floor:.3f}, ceiling {self.ceiling:.3f}" if self.bounded else ""
         lines = [
@@ -212,7 +213,7 @@ class Filled:
         lines += [
             f"| {row.name} | {' | '.join(self.cells(row.name))} |"
             for row in self.table.rows
-            if row.name in self.found
+            if row.name in self.measurements
         ]
         return "\n".join(lines)
 
@@ -243,7 +244,7 @@ class Filled:
         """What each column is and which file of the user's it comes from; empty on the miniature, which has one judge."""
         said = {
             name: by
-            for seeds in self.found.values()
+            for seeds in self.measurements.values()
             for judged in seeds.values()
             for values in judged
             for name, by in values.get("judged_by", {}).items()
@@ -276,7 +277,7 @@ class Filled:
             ]
         )
         for row in self.table.rows:
-            if row.name in self.found:
+            if row.name in self.measurements:
                 scores = [self.scores[row.name][key] for key in keys]
                 writer.writerow(
                     [
@@ -297,7 +298,7 @@ class Filled:
             f"{identity}.floor": self.floor,
             f"{identity}.ceiling": self.ceiling,
             f"count.{self.ground.units[1]}": max(
-                (len(seeds) for seeds in self.found.values()), default=0
+                (len(seeds) for seeds in self.measurements.values()), default=0
             ),
         }
         for row, scores in self.scores.items():

@@ -175,7 +175,7 @@ class Ground:
         from kindred.nodes.concept import ConceptInjection
 
         chosen, drawn = Halves(halves), self.torch.Generator().manual_seed(4)
-        made = {
+        tokens = {
             half: {
                 block: tuple(self.torch.randn(1, TOKENS, c, generator=drawn) for _ in "kv")
                 for block, c in host.cross_layers(self.model, "bench")[1]
@@ -184,7 +184,7 @@ class Ground:
         }
         return host.inject(
             model,
-            ConceptInjection(made, 1, 1.0, WeightMode.LOGIT_BIAS, Merge.CONCAT, 0.0, 1.0, chosen),
+            ConceptInjection(tokens, 1, 1.0, WeightMode.LOGIT_BIAS, Merge.CONCAT, 0.0, 1.0, chosen),
         )
 
     def passed_through(self) -> Any:

@@ -85,22 +85,22 @@ def case_of(
 
 def figures(runs: Sequence[Run]) -> dict[str, float]:
     """Flat names for other programs: time.sd15.cached_b1; an attention that is not the default is named at the end."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for run in runs:
         family, attention = run["settings"]["family"], run["settings"]["attention"]
         end = "" if attention == DEFAULT_ATTENTION else f".{attention}"
         for c in run["cases"]:
             name = f"{family}.{name_of((c['case'], c['pictures']))}{end}"
-            found |= {
+            values |= {
                 f"time.{name}": c["ratio"]["median"],
                 f"time_at_50.{name}": c["at_50"],
                 f"unet_calls.{name}": c["calls"],
             }
             if c["memory"]:
-                found[f"memory.{name}"] = c["memory"]
+                values[f"memory.{name}"] = c["memory"]
             if "counts" in c:
-                found |= {f"{what}.{name}": value for what, value in c["counts"].items()}
-    return found
+                values |= {f"{what}.{name}": value for what, value in c["counts"].items()}
+    return values
 
 
 def report(runs: Sequence[Run], command: str) -> dict[str, Any]:

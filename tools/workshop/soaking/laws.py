@@ -69,7 +69,7 @@ def memory(readings: Sequence[Reading]) -> Memory:
 def slowdown(readings: Sequence[Reading]) -> dict[str, tuple[float, float, float]]:
     """Kind -> median seconds of work in the first third and in the last, and their ratio, which is between prompts of one size."""
     first, _, last = thirds(after_warm_up(readings))
-    found = {}
+    medians = {}
     for kind in dict.fromkeys(r.kind for r in readings if r.digest):
         pairs = []
         for size in {r.size for r in readings}:
@@ -81,8 +81,8 @@ def slowdown(readings: Sequence[Reading]) -> dict[str, tuple[float, float, float
                 pairs.append((statistics.median(early), statistics.median(late)))
         if pairs:
             a, b = (statistics.mean(side) for side in zip(*pairs))
-            found[kind] = (a, b, b / a)
-    return found
+            medians[kind] = (a, b, b / a)
+    return medians
 
 
 def beside_fresh(
@@ -90,11 +90,11 @@ def beside_fresh(
 ) -> dict[str, tuple[float, float, float]]:
     """Kind -> median seconds of work in the fresh server and in the old one in the same minutes, and their ratio."""
     sides = [[r for r in side if r.digest] for side in (fresh, old)]
-    found = {}
+    medians = {}
     for kind in dict.fromkeys(r.kind for r in sides[0]):
         a, b = (statistics.median(r.worked for r in side if r.kind == kind) for side in sides)
-        found[kind] = (a, b, b / a)
-    return found
+        medians[kind] = (a, b, b / a)
+    return medians
 
 
 def typical(ratios: Mapping[str, tuple[float, float, float]]) -> float:
