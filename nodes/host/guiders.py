@@ -67,7 +67,7 @@ def draws_negative(guider: Any, model_options: Mapping[str, Any]) -> bool:
     """Whether it draws a negative; False only of the host's own ways to leave it out: no negative,
     or guidance 1.
     """
-    if type(guider).set_cfg is not CFGGuider.set_cfg:
+    if getattr(type(guider), "set_cfg", None) is not CFGGuider.set_cfg:
         return True  # it has other numbers
     every = model_options.get("disable_cfg1_optimization", False)
     return "negative" in guider.conds and (every or not math.isclose(guider.cfg, 1.0))

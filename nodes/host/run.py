@@ -177,8 +177,8 @@ class SamplerRun:
         if "one half" not in self.calls.ways:
             self.calls.ways.add("one half")
             note(
-                f"Kindred: halves is {halves.value!r}, but no negative is drawn (a CFG of 1, or none"
-                " wired), so the prompt's half alone reads. Raise the CFG, or choose cond only."
+                f"Kindred: halves is {halves.value!r}, but no negative is drawn (a CFG of 1, or "
+                "none wired), so the prompt's half alone reads. Raise the CFG, or choose cond only."
             )
 
     def blocks_read(self, bank: ReferenceBank) -> frozenset[BlockId]:
