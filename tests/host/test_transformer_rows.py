@@ -68,14 +68,15 @@ def test_a_spot_of_the_photo_is_the_same_token_in_every_block(name: str) -> None
 
 def first_read(
     monkeypatch: pytest.MonkeyPatch, model: Any, name: str, noisy: Tensor
-) -> tuple[Any, Tensor, Tensor]:
-    """The first block's call in which something is read, its answer, and what the host answers without."""
-    seen: list[tuple[Any, Tensor, Tensor]] = []
+) -> tuple[slice, Tensor, Tensor]:
+    """Where the picture stands in the first call in which something is read, its answer, and the host's own without."""
+    seen: list[tuple[slice, Tensor, Tensor]] = []
     read = joint._BlockCall.read
 
     def noted(call: Any, references: Any, attend: Any, kernel: Any, mask: Tensor | None) -> Tensor:
         out = read(call, references, attend, kernel, mask)
-        seen.append((call, out.clone(), attend(call.q, call.k, call.v, call.heads, mask=mask)))
+        own = attend(call.q, call.k, call.v, call.heads, mask=mask)
+        seen.append((call.picture(call.q), out.clone(), own))
         return out
 
     monkeypatch.setattr(joint._BlockCall, "read", noted)
@@ -93,8 +94,7 @@ def moved(after: Tensor, before: Tensor) -> list[int]:
 def test_the_texts_rows_read_no_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """I50: in the first block that is read every row of the picture is another, and no row of anything else."""
     model = inject(tiny(name), bank_of(name), 3.0)
-    call, out, alone = first_read(monkeypatch, model, name, latent(name))
-    picture = call.picture(call.q)
+    picture, out, alone = first_read(monkeypatch, model, name, latent(name))
     assert moved(out, alone) == list(range(picture.start, picture.stop))
 
 
@@ -107,9 +107,8 @@ def test_a_spot_of_the_target_mask_is_one_row(name: str, monkeypatch: pytest.Mon
         target = spot(name, size, row, column)
         model = inject(tiny(name), bank_of(name), 3.0, target_mask=target)
         with monkeypatch.context() as patch:
-            call, out, alone = first_read(patch, model, name, latent(name, size=size))
-        first = call.picture(call.q).start
-        assert moved(out, alone) == [first + row * columns + column]
+            picture, out, alone = first_read(patch, model, name, latent(name, size=size))
+        assert moved(out, alone) == [picture.start + row * columns + column]
 
 
 @every_family
