@@ -66,6 +66,7 @@ class Run:
     compiled: bool = False  # torch.compile stands somewhere in the network
     backbone: Backbone | None = None  # of a transformer; None: a UNet
     passing: Pass | None = None  # the pass that a transformer is in
+    listened: bool = False  # an attention of a transformer's own was heard in some pass
     drop: Callable[[], None] | None = None  # takes away what was left on a module for its next call
     wanted: set[int] = field(default_factory=set)  # ids of active ones that should have been read
     reached: set[int] = field(default_factory=set)  # of those that an attention call asked
@@ -145,12 +146,13 @@ class Run:
         options: Any,
         keys: int,
         stands: Callable[[int], slice | None],
+        bias: Tensor | None = None,
     ) -> tuple[AttnCall, slice]:
         """Where the picture of a transformer's block reads the text, translated, and which of its
         keys are the text's.
 
         keys: all of the call's; stands: where so many rows of a CONDITIONING are among them, as
-        Backbone.text says.
+        Backbone.text says; bias: the host's mask on all keys, [1|b 1|h 1|n m].
         """
         call = self.joint_call(block, options, slice(0), None)
         rows = [p.rows for p in call.texts] if self.backbone.joint else [keys for _ in call.texts]
@@ -160,7 +162,8 @@ class Run:
             min((at.start for at in seen), default=0), max((at.stop for at in seen), default=0)
         )
         places = tuple(None if at is None else _places(at, text) for at in where)
-        return replace(call, cross=True, places=places), text
+        joint = Joint(slice(0), None if bias is None else bias[..., text])
+        return replace(call, cross=True, places=places, joint=joint), text
 
     def settle(self, n: Tensor, context: Tensor) -> AttnCall | None:
         """Behind all patches the block's attention comes next: its call, n [b n c], context

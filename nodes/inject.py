@@ -42,6 +42,7 @@ class MaskedSelfInjection(MaskedSelf):
             return host.reference_tokens(run, self.bank, sigma, self.sources)
 
         window = run.at(self.start, self.end)
+        run.foretell_halves(self.halves)
         run.foretell(self.bank, [s for s in run.sigmas if window[1] <= s <= window[0]])
         return self.active(tokens_at, window)
 

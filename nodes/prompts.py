@@ -13,7 +13,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..models.subject.words import SubjectTokens, may_hold, positions_of, subjects_in
+from ..models.subject.words import Piece, SubjectTokens, may_hold, positions_of, subjects_in
 from . import host
 from .host import REPEATS, SUBJECT, TEXT, Prompt
 
@@ -80,12 +80,30 @@ def words_in(
     """Where each word stands in each line; ValueError where a line has none of them, or a word is
     in no line.
     """
-    spelled = [[reader(word).pieces for reader in readers] for word in words]
+    spelled = [[spelled_by(reader, word) for reader in readers] for word in words]
     each = [[places_in(prompt, by) for by in spelled] for prompt in prompts]
     here = [{word for word, own in zip(words, line) if any(own)} for line in each]
-    if why := misses(texts, words, here):
+    if why := unheld(words, readers) or misses(texts, words, here):
         raise ValueError(f"{NODE}: {why}")
     return each
+
+
+def spelled_by(reader: host.Reader, word: str) -> tuple[Piece, ...]:
+    """A word's pieces; none where the vocabulary lacks some, which stand for any other word too."""
+    return () if reader.lacks(word) else reader(word).pieces
+
+
+def unheld(words: Sequence[str], readers: Sequence[host.Reader]) -> str:
+    """Which words none of these encoders has tokens for; "" where all are held."""
+    lost = [word for word in words if readers and all(reader.lacks(word) for reader in readers)]
+    if not lost:
+        return ""
+    return (
+        f"the text encoder of this CLIP ({readers[-1].key}) has no token for the subject "
+        f"{' or '.join(map(repr, lost)):.200}: it reads every such word alike. Write the word in a "
+        "language that the model knows, in prompts and subject, or leave subject empty and wire a "
+        "mask."
+    )
 
 
 def misses(texts: Sequence[str], words: Sequence[str], here: Sequence[set[str]]) -> str:
@@ -133,14 +151,17 @@ def subject_tokens(
     each: Sequence[Sequence[Places]],
     starts: Sequence[Sequence[int | None]],
     rows: Sequence[Tensor],
+    readers: Sequence[host.Reader],
 ) -> SubjectTokens | None:
     """Where the words stand in the batch of rows [1 w_i c]; None, with a warning, where the rows of
-    a line are not known.
+    a line are not known. ValueError where the encoder that makes them has no token for a word.
     """
     if not words:
         return None
     by_line = [[rows_of(word, start) for word in line] for line, start in zip(each, starts)]
     if lost := [number for number, line in enumerate(by_line, 1) if not any(line)]:
+        if why := unheld(words, readers[-1:]):
+            raise ValueError(f"{NODE}: {why}")
         host.warn(
             f"{NODE}: where {', '.join(map(repr, words)):.200} stands among the tokens of line "
             f"{lost[0]} is not known for this "
@@ -306,7 +327,7 @@ class SubjectPrompts(io.ComfyNode):
         extras[TEXT] = "\n".join(texts)
         if any(c.shape[1] != cross.shape[1] for c in rows):
             extras[REPEATS] = tuple(cross.shape[1] // c.shape[1] for c in rows)
-        if subjects := subject_tokens(words, each, starts, rows):
+        if subjects := subject_tokens(words, each, starts, rows, readers):
             extras[SUBJECT] = subjects
         return io.NodeOutput([[cross, extras]], len(texts), "\n".join(texts))
 

@@ -60,7 +60,7 @@ def attend_picture(
     if not active:
         return attend(q, k, v, heads, mask=mask)
     rest = _others(picture, k.shape[1])
-    bias = None if mask is None else _bias(mask, q, k.shape[1])
+    bias = None if mask is None else as_bias(mask, q, k.shape[1])
     if share is TextShare.PLAIN or not rest:
         return attend_with_references(_masking(attend, bias), q, k, v, active, heads)
     if bias is None and isinstance(attend, FusedAttend) and attend.tells(q, k, heads):
@@ -202,7 +202,7 @@ def _others(picture: slice, m: int) -> list[slice]:
     return [s for s in (slice(0, picture.start), slice(picture.stop, m)) if s.start < s.stop]
 
 
-def _bias(mask: Tensor, q: Tensor, m: int) -> Tensor:
+def as_bias(mask: Tensor, q: Tensor, m: int) -> Tensor:
     """The host's mask as something to add, [1|b 1|h 1|n m], at least LOG_ZERO: a text of pads alone
     makes no NaN then.
     """

@@ -169,6 +169,11 @@ class Pass:
         return slice(first, last)
 
     @property
+    def heard(self) -> bool:
+        """Whether any attention of the network's own was."""
+        return bool(self.done or self.seen)
+
+    @property
     def grid(self) -> Grid:
         """Tokens (y, x) of the picture."""
         return self.backbone.grid(self.latent)
@@ -217,6 +222,11 @@ class AttnCall:
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [b n c] -> one view per part."""
         return x.chunk(len(self.texts))
+
+    def bias_of(self, part: int) -> Tensor | None:
+        """What the host adds to the logits of one part's keys, [1|b 1|h 1|n m]; None: nothing."""
+        mask = self.joint and self.joint.mask
+        return mask if mask is None or mask.shape[0] == 1 else self.parts(mask)[part]
 
     def of_picture(self, keys: Tensor) -> Tensor:
         """Of all keys [b m c] those of the picture [b n c]; beside a text they are some of them."""

@@ -106,8 +106,9 @@ class Recorder(Watcher):
                     None if None in words else token_weights(words, k.shape[1], k.device)
                 )
             if self.weights[key] is not None:  # else another pack's own keys, not the text
+                own, text = call.parts(q)[i], call.parts(k)[i]
                 self.maps[call.block] = token_map(
-                    call.parts(q)[i], call.parts(k)[i], self.weights[key], heads
+                    own, text, self.weights[key], heads, call.bias_of(i)
                 )
                 return
 

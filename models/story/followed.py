@@ -75,7 +75,7 @@ class FollowedWords:
             return False
         own = call.parts(q)[i]
         require_whole(call, own, self.pictures, grid)
-        maps = token_map(own, call.parts(k)[i], weights, heads)  # [b n w]
+        maps = token_map(own, call.parts(k)[i], weights, heads, call.bias_of(i))  # [b n w]
         maps = maps.movedim(-1, 1).unflatten(2, call.grid)
         self.maps.add(sigma, call.block, id(call.texts[i]), maps, call_number)
         self.followed = True

@@ -42,6 +42,11 @@ class StorySetup:
         """Those that are read."""
         return self.settings.blocks
 
+    @property
+    def halves(self) -> Halves:
+        """Which halves of guidance share."""
+        return self.settings.halves
+
     def bytes_held(
         self, pictures: int, sizes: Mapping[BlockId, tuple[int, int]], width: int
     ) -> int:

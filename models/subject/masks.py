@@ -48,7 +48,11 @@ def token_weights(
 
 
 def token_map(
-    q: Tensor, k: Tensor, positions: Sequence[Sequence[int]] | Tensor, heads: int
+    q: Tensor,
+    k: Tensor,
+    positions: Sequence[Sequence[int]] | Tensor,
+    heads: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """How much each image token looks at the word: q [b n (h d)], k [b m (h d)] -> [b n] float32 in
     0..1.
@@ -57,6 +61,8 @@ def token_map(
     (eq. 4; one sequence serves all rows). Where the host repeated the text, positions holds every
     repeat: the sum is then the unrepeated one (law I13). Positions may be the [1|b m] of
     token_weights, or [1|b m w] of several words -> [b n w]. A row without positions maps to 0.
+    bias: what the network adds to the logits, [1|b 1|h 1|n m], so that keys which it hides (pads)
+    take no share.
     Holds [b h n m] float32, never a layer's past.
     """
     if not isinstance(positions, Tensor):
@@ -64,7 +70,8 @@ def token_map(
     q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     q = q * q.shape[-1] ** -0.5
     # float32 throughout: half precision overflows in the logits
-    seen = torch.softmax(q @ k.transpose(-1, -2), -1)
+    logits = q @ k.transpose(-1, -2)
+    seen = torch.softmax(logits if bias is None else logits + bias.float(), -1)
     if positions.ndim == 3:
         return (seen @ positions.to(seen)[:, None]).mean(1)
     return (seen @ positions.to(seen)[:, None, :, None]).squeeze(-1).mean(1)

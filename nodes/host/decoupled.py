@@ -94,6 +94,10 @@ class DecoupledInjection:
     def place(self) -> Place:
         return self.how.place
 
+    @property
+    def halves(self) -> Halves:
+        return self.how.halves
+
     def check(self, model: ModelPatcher) -> None:
         """Nothing can have become wrong: a MODEL's network has the blocks that it had."""
 

@@ -17,7 +17,7 @@ from comfy.ldm.modules.attention import SDP_BATCH_LIMIT, attention_pytorch
 from torch import Tensor
 
 from ...models.attention.fused import Attend, FusedAttend
-from ...models.attention.joint import attend_rows
+from ...models.attention.joint import as_bias, attend_rows
 from ...models.attention.parts import References
 from ...models.attention.sharing import Sharing
 from ...models.network.backbone import ALONE, CROSS
@@ -28,6 +28,7 @@ from ...models.run import Run
 from .beside import added_beside, read_beside
 from .hearing import UNPLACED, handing_on
 from .model import KEY
+from .networks import require_listening
 from .networks.shapes import flat, joined, plain
 from .page import warn
 
@@ -64,6 +65,9 @@ def joint_pass(
         return torch.zeros_like(x)
     finally:
         run.passing = None
+    run.listened = run.listened or passing.heard
+    if not run.listened:
+        require_listening(executor.class_obj)
     if counted and passing.seen != len(run.backbone.calls):
         _miscounted(run, passing.seen)
     return out
@@ -142,6 +146,7 @@ class _BlockCall:
     k: Tensor
     v: Tensor
     heads: int
+    mask: Tensor | None = None  # the host's, on its keys
 
     @cached_property
     def translated(self) -> AttnCall:
@@ -163,13 +168,13 @@ class _BlockCall:
         the text.
         """
         if self.block[0] == CROSS:  # it has no block of its own
-            return self._show_words((ALONE, *self.block[1:]), self.q)
+            return self._show_words((ALONE, *self.block[1:]), slice(0, self.q.shape[1]))
         keys, call = self.picture(self.k), self.translated
         for watcher in self.run.watchers:
             wanted = self.block in watcher.blocks  # else a view: copies of all take gigabytes
             watcher.self_tokens(call, self._kept(keys) if wanted else self.k[:, keys])
         if self.run.backbone.holds_text(self.block):
-            self._show_words(self.block, self.q[:, self.picture(self.q)])
+            self._show_words(self.block, self.picture(self.q))
 
     def _kept(self, keys: slice) -> Tensor:
         """What a reference is of these keys: they and their values, side by side; unplaced where
@@ -250,19 +255,27 @@ class _BlockCall:
         queries = self.picture(self.q)
         return attend_rows(attend, self.q, self.k, self.v, self.heads, queries, of_picture, mask)
 
-    def _show_words(self, block: BlockId, q: Tensor) -> None:
-        """The picture's queries q [b n c] of a block, and those of the keys that are the text's."""
+    def _show_words(self, block: BlockId, rows: slice) -> None:
+        """The picture's rows of a block's queries, and those of the keys that are the text's."""
         watchers = [watcher for watcher in self.run.watchers if block in watcher.map_blocks]
         if not watchers:
             return
-        count, native = self._counts()
+        (count, native), keys, q = self._counts(), self.k.shape[1], self.q[:, rows]
 
         def stands(rows: int) -> slice | None:
-            return self.run.backbone.text(self.k.shape[1], count, rows, native)
+            return self.run.backbone.text(keys, count, rows, native)
 
-        call, text = self.run.text_call(block, self.options, self.k.shape[1], stands)
+        call, text = self.run.text_call(block, self.options, keys, stands, self._bias(rows, q))
         for watcher in watchers:
             watcher.cross(call, q, self.k[:, text], self.heads)
+
+    def _bias(self, rows: slice, q: Tensor) -> Tensor | None:
+        """The host's mask on these rows of the queries, q, as something to add [1|b 1|h 1|n m]."""
+        mask = self.mask
+        if mask is None:
+            return None
+        theirs = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+        return as_bias(theirs, q, self.k.shape[1])
 
     def _counts(self) -> tuple[int, int]:
         """Tokens of the picture, and of the host's own reference latents, which it counts in a
@@ -295,7 +308,7 @@ def joint_override(previous: Callable[..., Tensor] | None) -> Callable[..., Tens
             return host(q, k, v, heads, mask=mask, **kwargs)
         run: Run = options[KEY]
         *tokens, restored = joined(q, k, v, heads, kwargs)
-        shown = _BlockCall(run, block, options, *tokens, heads)
+        shown = _BlockCall(run, block, options, *tokens, heads, mask)
         shown.show()
         run.end_if_complete()
         call = shown.with_queries()

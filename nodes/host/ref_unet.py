@@ -11,6 +11,7 @@ import comfy.samplers
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...models.copies import sent
@@ -262,6 +263,7 @@ def _stripped(model: ModelPatcher) -> ModelPatcher:
         bare.remove_injections(key)
         bare.remove_additional_models(key)
     bare.wrappers = {}
+    bare.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
     # the clone's flag tells of the model that is loaded, which the host ejects first
     bare.is_injected = False
     return bare

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.copies import sent
 from ...models.network.backbone import Backbone
 from ...models.network.blocks import BlockId, Grid
-from ...models.network.call import Asker, Half, Part
+from ...models.network.call import Asker, Half, Halves, Part
 from ...models.network.watch import ActiveInjection
 from ...models.reference.bank import ReferenceBank
 from ...models.reference.forecast import live_reading, other_size
@@ -26,6 +26,7 @@ from ...models.run import Run
 from ...models.story.story import Story
 from .calls import named_parts, require_room
 from .foresight import Foreseen
+from .guiders import draws_negative
 from .latents import cell
 from .model import log, network, pins_memory
 from .page import note, warn
@@ -38,6 +39,8 @@ class Injection(Protocol):
 
     watches: bool
 
+    @property
+    def halves(self) -> Halves: ...  # which of guidance's read it
     def check(self, model: ModelPatcher) -> None: ...
     def held(
         self, model: ModelPatcher, shape: Sequence[int]
@@ -166,6 +169,17 @@ class SamplerRun:
             if said and kind not in self.calls.ways:
                 self.calls.ways.add(kind)
                 note(f"Kindred: {said}")
+
+    def foretell_halves(self, halves: Halves) -> None:
+        """Say, once in a run, that no negative is drawn that could read."""
+        if halves is Halves.COND or draws_negative(self.guider, self.model_options):
+            return
+        if "one half" not in self.calls.ways:
+            self.calls.ways.add("one half")
+            note(
+                f"Kindred: halves is {halves.value!r}, but no negative is drawn (a CFG of 1, or "
+                "none wired), so the prompt's half alone reads. Raise the CFG, or choose cond only."
+            )
 
     def blocks_read(self, bank: ReferenceBank) -> frozenset[BlockId]:
         """Of a bank, by all injections of this run."""

@@ -47,6 +47,7 @@ class StoryInjection(StorySetup):
     def start_run(self, run: SamplerRun) -> Story | None:
         if why := self.alone(run):
             warn(why)
+        run.foretell_halves(self.halves)
         passes = PhotoPasses(partial(reference_tokens, run), partial(watch_reference, run))
         story = self.begin(run, passes)
         if story is not None:

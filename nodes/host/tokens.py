@@ -18,6 +18,9 @@ CLIP = frozenset("lgh")  # the keys of CLIP's own text encoders
 OTHERS = frozenset({"byt5"})
 TRIALS = "the", "of"  # prompts without a token in common: what both have is the template
 WORD_PIECES = {"[CLS]", "##s"}  # of BERT's vocabularies alone
+# how vocabularies name the one token of all that they have no tokens for
+UNKNOWN = frozenset({"<unk>", "[UNK]"})
+LOST = "\ufffd"  # what such a token spells
 # tokenizers of CLIPs whose networks do not read the rows of a CONDITIONING that its attention_mask
 # hides, to the last bits: a text may be padded there
 HIDING = frozenset(
@@ -73,6 +76,12 @@ class Reader:
         before = own[0][0] if own else len(every)
         pieces = tuple((place, self._spelled(token)) for place, token in own)
         return Prompt(pieces, len(every), before, behind)
+
+    def lacks(self, word: str) -> bool:
+        """Whether its vocabulary has no token for a part of a word: it reads any other such word
+        alike.
+        """
+        return any(piece in (LOST, byte_level(LOST)) for _, piece in self(word).pieces)
 
     def _spelled(self, token: Any) -> str | bytes:
         """Of an embedding's vector its bytes, which no other has."""
@@ -163,12 +172,12 @@ def _by_vocabulary(clip: Any, key: str) -> Callable[[int], str]:
     tokenizer = getattr(clip.tokenizer, key, None) or getattr(clip.tokenizer, f"clip_{key}", None)
     if tokenizer is None:
         return _by_the_clip(clip)
-    names = tokenizer.inv_vocab
+    names = {t: LOST if n in UNKNOWN else n for t, n in tokenizer.inv_vocab.items()}
     if WORD_PIECES <= {*names.values()}:
-        return lambda token: byte_level(_continued(names.get(token, "\ufffd")))
+        return lambda token: byte_level(_continued(names.get(token, LOST)))
     if "\u2581" not in names.values():  # else of sentencepiece, whose pieces are text
-        return lambda token: names.get(token, "\ufffd")
-    return lambda token: byte_level(names.get(token, "\ufffd"))
+        return lambda token: names.get(token, LOST)
+    return lambda token: byte_level(names.get(token, LOST))
 
 
 def _said(clip: Any, text: str, key: str) -> list[int]:
@@ -178,6 +187,8 @@ def _said(clip: Any, text: str, key: str) -> list[int]:
 
 def _continued(piece: str) -> str:
     """A piece of WordPiece's as sentencepiece spells it: "cat" -> "\u2581cat", "##s" -> "s"."""
+    if piece == LOST:
+        return piece
     return piece[2:] if piece.startswith("##") else f"\u2581{piece}"
 
 

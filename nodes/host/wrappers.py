@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 import nodes
@@ -22,6 +22,7 @@ from ...models.story.sources import QueryRecorder
 from ...models.story.story import Story
 from .decoupled import DecoupledInjection
 from .foresight import foresee
+from .guiders import begun, require_one_model, say_elsewhere
 from .hearing import patched_attentions
 from .install import compiled, install
 from .model import KEY, SAMPLER, Conditioning, log
@@ -42,6 +43,7 @@ def _outer_sample(
             "devices. Remove that node."
         )
     backbone = require_backbone(guider.model_patcher, "Kindred")
+    require_one_model(guider, injections)
     for injection in injections:
         injection.check(guider.model_patcher)
     run = SamplerRun(Run(backbone=backbone), injections)
@@ -53,7 +55,7 @@ def _outer_sample(
     )
     guider.model_options["transformer_options"][SAMPLER] = run
     try:
-        with patched_attentions(guider.model_patcher, backbone):
+        with begun(), patched_attentions(guider.model_patcher, backbone):
             out = executor(noise, latent, *args, **kwargs)
         run.say_unread()
         return out
@@ -252,6 +254,8 @@ def inject(
     for kind, wrapper in wrappers:
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, say_elsewhere)
     return clone
 
 

@@ -87,6 +87,27 @@ def test_letters_that_a_vocabulary_spells_in_bytes(name: str, word: str, other: 
         encode(name, f"a {other} on the beach", word)
 
 
+LACKING = ("Flux", "SD3 with T5 alone", "HiDream", "Chroma", "CosmosPredict2", "Anima")
+
+
+@pytest.mark.parametrize("name", LACKING)
+@pytest.mark.parametrize("line", ["a \u732b on the beach", "a \u72d7 on the beach"])
+def test_a_word_that_the_vocabulary_does_not_hold_is_said(name: str, line: str) -> None:
+    """T5 has one token for all of Chinese: one word would be found where another stands."""
+    said = r"text encoder of this CLIP \(t5xxl\) has no token for the subject '\u732b'.*wire a mask"
+    if line.startswith("a \u72d7") and name in ("Flux", "SD3 with T5 alone", "HiDream"):
+        said = "does not contain the subject"  # CLIP, which stands beside it, tells them apart
+    with pytest.raises(ValueError, match=said):
+        encode(name, line, "\u732b")
+    assert all(text.strip() == "beach" for text in marked(name, line, "beach"))
+
+
+def test_where_another_encoder_holds_the_word_its_rows_are_marked() -> None:
+    """SD3's first rows are CLIP's, which spells any letter."""
+    line = "a \u732b on the beach"
+    assert set(encode("SD3", line, "\u732b")[1][SUBJECT].positions[0]) <= set(range(77))
+
+
 def test_without_its_rows_nothing_is_marked(caplog: pytest.LogCaptureFixture) -> None:
     """HiDream without T5: the rows are zeros."""
     whole = clip("HiDream").cond_stage_model

@@ -352,6 +352,31 @@ def test_other_networks_pass_references_over_or_say_that_they_do_not(name):
     assert same == found.references
 
 
+NORMED = {  # a layer that makes a normed picture's keys, and which of its rows do
+    "Flux": ("double_blocks.0.img_attn.qkv", slice(64, 128)),
+    "Chroma": ("double_blocks.0.img_attn.qkv", slice(64, 128)),
+    "QwenImage": ("transformer_blocks.0.attn.to_k", slice(0, 64)),
+    "SD3.5": ("joint_blocks.0.x_block.attn.qkv", slice(192, 384)),
+    "CosmosPredict2": ("blocks.0.self_attn.k_proj", slice(0, 64)),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_a_scale_before_the_norm_is_none(name):
+    """I64: what a reference holds are keys behind their norm, where key scale acts."""
+    layer, rows = NORMED[name]
+    model = build(READ[name])
+    made = model.model.diffusion_model.get_submodule(layer)
+    with torch.no_grad():
+        for weights in (made.weight, *([] if made.bias is None else [made.bias])):
+            weights[rows] *= 3.0
+    found, n = backbone(name), first_site(backbone(name))
+    own, scaled = (plain_pass(name)[0][n], listen(name, model=model)[0][n])
+    tokens = found.picture(own.k.shape[1], count(name))
+    assert (scaled.k - own.k)[:, tokens].abs().max() <= 1e-5 * own.k.abs().max()
+    assert torch.equal(scaled.q, own.q) and torch.equal(scaled.v, own.v)
+
+
 @pytest.mark.parametrize("name", READ)
 def test_noise_is_mixed_as_the_host_mixes_it(name):
     found, sampling = backbone(name), tiny(name).get_model_object("model_sampling")

@@ -416,7 +416,10 @@ class Seen:
         return (
             config.start_run(
                 SimpleNamespace(
-                    at=lambda *percents: percents, sigmas=(), foretell=lambda *told: None
+                    at=lambda *percents: percents,
+                    sigmas=(),
+                    foretell=lambda *told: None,
+                    foretell_halves=lambda halves: None,
                 )
             )
             .target(call, q)[0, 0]

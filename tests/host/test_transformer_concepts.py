@@ -20,6 +20,7 @@ from networks import random_model
 from studio import TOWER
 from listening import plain_pass
 from test_transformers import FELT, SAME, apart, bank_of, inject, plain
+from test_transformers_plain import blocks_of
 from tiny_networks import READ, denoised, latent, prompt, sample, tiny
 from torch import Tensor
 
@@ -69,8 +70,9 @@ def concept(model: Any, name: str, seed: int = 3, silent: bool = False, **more: 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_strength_is_no_injection(name: str) -> None:
-    model = concept(tiny(name), name, strength=0.0)
+@pytest.mark.parametrize("nothing", ["strength", "weight"])
+def test_no_strength_is_no_injection(name: str, nothing: str) -> None:
+    model = concept(tiny(name), name, **{nothing: 0.0})
     assert host.KEY not in model.model_options["transformer_options"] and not model.wrappers
 
 
@@ -169,6 +171,28 @@ def test_halves_in_two_calls_are_halves_in_one(
 def test_outside_of_its_window_nothing_is_touched(name: str) -> None:
     model = concept(tiny(name), name, start_percent=0.98, end_percent=0.99)
     assert torch.equal(sample(model, name), plain(name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_that_fails_leaves_nothing(name: str) -> None:
+    """Inside of the network, behind a block in which the concept was read."""
+    network, count = tiny(name).model.diffusion_model, iter(range(1, 1000))
+    model = concept(tiny(name), name)
+
+    def fail(*args: Any) -> None:
+        if next(count) == 3:
+            raise RuntimeError("no memory")
+
+    hooks = [block.register_forward_pre_hook(fail) for block in blocks_of(network)]
+    try:
+        with pytest.raises(RuntimeError, match="no memory"):
+            sample(model, name)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(sample(tiny(name), name), plain(name))
+    fresh = sample(concept(tiny(name), name), name)
+    assert torch.equal(sample(model, name), fresh) and apart(fresh, plain(name)) > FELT
 
 
 @pytest.mark.parametrize("name", FAMILIES)

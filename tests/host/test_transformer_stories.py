@@ -139,7 +139,7 @@ def test_several_subjects_are_read_by_their_like(name: str) -> None:
     assert apart(two, once) > FELT and apart(two, other) > FELT
 
 
-@LAW("name", ["Flux", "SD3.5", "ZImage", "Anima"])
+@every_family
 @LAW("inside", [False, True])
 def test_an_interrupted_run_leaves_nothing(name: str, inside: bool) -> None:
     """Neither the host's interrupt between two calls nor an error inside of the network."""

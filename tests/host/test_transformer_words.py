@@ -13,9 +13,11 @@ from kindred.models.subject.words import SubjectTokens
 from kindred.nodes.host import joint
 from kindred.nodes.host.sites import require_backbone
 from studio import capture, inject
-from test_transformers import FAMILIES, FELT, apart, bank_of, plain
+from test_encoders import HIDING
+from test_transformers import FAMILIES, FELT, SAME, apart, bank_of, plain
 from tiny_networks import READ, latent, prompt, sample, tiny
 from torch import Tensor
+from transformer_stories import SHARING, pictures, prompts_of, story
 
 BESIDE = {"HunyuanDiT": 256}  # tokens of another encoder behind the rows
 WORD = 3  # the row of the CONDITIONING that the subject's word is
@@ -104,6 +106,48 @@ def test_another_word_is_not_the_subject(name: str, planted: Any) -> None:
     lower = torch.zeros(1, y, x, dtype=torch.bool)
     lower[:, y // 2 :] = True
     assert torch.equal(bank.masks[y, x], lower)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_the_word_may_be_the_first_or_the_last(name: str, place: str, planted: Any) -> None:
+    """I62."""
+    path = bank_of(name).trajectory
+    word = 0 if place == "first" else rows_of(name) - 1
+    planted(name, word=word)
+    bank = capture(tiny(name), None, marked(name, word), inversion=path)[0]
+    y, x = READ[name].grid
+    assert bank.masks[y, x][0, : y // 2].all() and not bank.masks[y, x][0, y // 2 :].any()
+
+
+def padded(positive: list, more: int = 5) -> list:
+    """The same text with loud rows behind it that its mask hides."""
+    [[text, extras]] = positive
+    mask = extras.get("attention_mask", torch.ones(text.shape[:2], dtype=torch.long))
+    rows = torch.cat([text, 20.0 * torch.ones_like(text[:, :1]).repeat(1, more, 1)], 1)
+    return [[rows, extras | {"attention_mask": torch.nn.functional.pad(mask, (0, more))}]]
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_rows_that_a_mask_hides_move_no_map(name: str) -> None:
+    """I62: where lines are filled up to one length, each has the maps of itself alone."""
+    path, how = bank_of(name).trajectory, {"mask_steps": 3}
+    own, filled = (
+        capture(tiny(name), None, text, inversion=path, **how)[0].maps
+        for text in (marked(name, WORD), padded(marked(name, WORD)))
+    )
+    assert own.shape == filled.shape and apart(filled, own) < SAME
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_a_story_by_word_is_that_of_its_lines_alone(name: str) -> None:
+    """I62: the pictures share where the words are, however many rows stand hidden behind the lines."""
+    model = story(name, masks=None, **SHARING)
+    own, filled = (
+        pictures(model, name, positive=text)
+        for text in (prompts_of(name, (0, 1, 2)), padded(prompts_of(name, (0, 1, 2))))
+    )
+    assert apart(filled, own) < 5e-4 < FELT < apart(own, pictures(tiny(name), name))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from kindred.models.network.blocks import block_name
 from kindred.models.noise.inversion import InversionTrajectory
 from kindred.models.reference.bank import ReferenceBank
 from kindred.models.reference.file import load_reference, save_reference
 from kindred.nodes import host
+from kindred.nodes.host.latents import framed
 from kindred.nodes.host.sites import require_backbone
 from studio import capture, inject, invert
+from test_networks import NATIVE
 from tiny_networks import READ, latent, prompt, sample, tiny
 from torch import Tensor
 
@@ -135,6 +138,16 @@ def test_the_text_keeps_its_share_unless_told_otherwise(name: str) -> None:
     assert apart(kept, alone) < SAME and (apart(dimmed, alone) > FELT) is joint
 
 
+@pytest.mark.parametrize("name", ["Flux", "QwenImage", "SD3.5", "CosmosPredict2"])
+def test_a_scale_of_kept_keys_acts(name: str) -> None:
+    """I64: behind the norm, where a scale is a temperature."""
+    soft, plain_one = (
+        sample(inject(tiny(name), bank_of(name), weight, weight_mode="key scale"), name)
+        for weight in (0.25, 1.0)
+    )
+    assert apart(soft, plain_one) > FELT
+
+
 def test_several_frames_are_refused() -> None:
     model = inject(tiny("QwenImage"), bank_of("QwenImage"))
     film = torch.zeros_like(latent("QwenImage")).repeat(1, 1, 3, 1, 1)
@@ -153,6 +166,47 @@ def test_native_references_stand_beside_ours_where_they_may() -> None:
     model = inject(tiny("Flux"), bank_of("Flux"))
     pictures = [sample(m, "Flux", positive=with_both) for m in (model, tiny("Flux"))]
     assert apart(*pictures) > FELT
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_references_are_the_texts_side_of_the_kept_share(name: str) -> None:
+    """I63: beside one a picture that reads itself where nothing was mixed yet, in the first block, stays as it is."""
+    more = {"reference_latents_method": "index"} if name == "Krea2" else {}
+    beside = prompt(name, reference_latents=[latent(name, seed=8)], **more)
+    alone, path = way_of(name, cfg=1.0, positive=beside)
+    bank = capture(tiny(name), None, prompt(name), inversion=path, mask=WHITE)[0]
+    first = block_name(require_backbone(tiny(name), "test").blocks[0])
+    kept, dimmed = (
+        sample(inject(tiny(name), bank, 3.0, blocks=first, text_share=share), name, cfg=1.0, positive=beside)
+        for share in ("kept", "plain")
+    )  # fmt: skip
+    assert apart(kept, alone) < SAME < FELT / 10 < apart(dimmed, alone)
+    assert apart(alone, sample(tiny(name), name, cfg=1.0)) > FELT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_inversion_starts_the_hosts_sampler_at_its_end(name: str) -> None:
+    """I60: of a flow as noise, finite at sigma 1; of a diffusion as a latent without noise. The network is first asked about it."""
+    import comfy.sample
+
+    photo, seen = {"samples": latent(name, seed=21)}, []
+    path, given, _ = invert(tiny(name), photo, prompt(name, seed=4), steps=3, scheduler="simple")
+    backbone, end = require_backbone(tiny(name), "test"), path.latents[-1]
+    assert end.isfinite().all() and (float(path.sigmas[-1]) == 1.0) is backbone.flow
+
+    def noted(executor: Any, x: Tensor, *args: Any) -> Tensor:
+        seen.append(flat(x).clone())
+        return executor(x, *args)
+
+    model, noise = tiny(name).clone(), framed(tiny(name), end / backbone.noise_scale)
+    none = torch.zeros_like(noise)
+    start = (noise, none) if backbone.flow else (none, given["samples"])
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "noted", noted)
+    how, texts = (3, 1.0, "euler", "simple"), (prompt(name, seed=4), prompt(name, seed=3))
+    with torch.inference_mode():
+        out = comfy.sample.sample(model, start[0], *how, *texts, start[1], seed=0)
+    assert out.isfinite().all() and apart(seen[0], end) < SAME
+    assert torch.equal(seen[0], end) or not backbone.flow
 
 
 def test_a_pass_that_skips_blocks_counts_the_others_right(

@@ -17,8 +17,8 @@ from kindred.models.subject.words import SubjectTokens
 from kindred.nodes.host import KEY, joint
 from kindred.nodes.host.sites import require_backbone
 from studio import capture, inject
-from test_transformers import FAMILIES, FELT, HALF, SAME, apart, bank_of, plain
-from tiny_networks import latent, prompt, sample, tiny
+from test_transformers import FAMILIES, FELT, HALF, SAME, apart, bank_of, plain, way_of
+from tiny_networks import READ, latent, prompt, sample, tiny
 from torch import Tensor, nn
 
 LAW = pytest.mark.parametrize
@@ -29,8 +29,27 @@ SILENT = {
     "a black mask": {"target_mask": torch.zeros(1, 8, 8)},
     "outside of its steps": {"start_percent": 0.98, "end_percent": 0.99},
 }
+WAYS = {
+    "cfg 1": {"cfg": 1.0},
+    "three pictures": {"pictures": 3},
+    "heun": {"sampler": "heun"},
+    "euler ancestral": {"sampler": "euler_ancestral"},
+    "SDE": {"sampler": "dpmpp_2m_sde"},
+    "odd size, longer prompt": {},
+}
 # what stands in the options of a pass that is watched
 OURS = ("optimized_attention_override", "patches", "patches_replace", "wrappers", KEY)
+
+
+def way_of_sampling(name: str, how: str) -> dict[str, Any]:
+    """What `sample` is given for it; sizes are odd where the host cuts them again."""
+    if how != "odd size, longer prompt":
+        return dict(WAYS[how])
+    family = READ[name]
+    less = int(family.odd and family.patch > 1)
+    y, x = (side * family.patch - less for side in family.grid)
+    positive = prompt(name, words=family.words + max(family.step, 3))
+    return {"positive": positive, "start": torch.zeros_like(latent(name, size=(y, x)))}
 
 
 @every_family
@@ -40,11 +59,41 @@ def test_where_nothing_is_read_no_bit_changes(name: str, silent: str) -> None:
     assert torch.equal(sample(model, name), plain(name))
 
 
+@every_family
+@LAW("how", WAYS)
+def test_outside_of_its_steps_no_bit_changes_however_one_samples(name: str, how: str) -> None:
+    """I1, where all of it is installed: strength 0 and a black mask install nothing."""
+    model = inject(tiny(name), bank_of(name), **SILENT["outside of its steps"])
+    given = way_of_sampling(name, how)
+    assert torch.equal(sample(model, name, **given), sample(tiny(name), name, **given))
+
+
+@every_family
+@LAW("how", ["euler ancestral", "SDE", "odd size, longer prompt"])
+def test_a_picture_that_reads_itself_stays_however_one_samples(name: str, how: str) -> None:
+    """I48 along its own way; samplers that ask twice at one level have no such way."""
+    given = way_of_sampling(name, how) | {"cfg": 1.0}
+    alone, path = way_of(name, **given)
+    positive = given.get("positive") or prompt(name)
+    bank = capture(tiny(name), None, positive, inversion=path, mask=torch.ones(1, 32, 32))[0]
+    assert apart(sample(inject(tiny(name), bank, 3.0), name, **given), alone) < SAME
+
+
+def shifted(name: str, shift: float) -> Any:
+    """The host's own node for it."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+
+    if name == "Flux":
+        return ModelSamplingFlux().patch(tiny(name), shift, shift, 1024, 1024)[0]
+    return ModelSamplingSD3().patch(tiny(name), shift)[0]
+
+
 @LAW("name", ["Flux", "SD3.5", "ZImage", "Anima"])
+@LAW("shift", [None, 0.5, 6.0])
 def test_a_window_is_noise_levels_whatever_the_steps(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, shift: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I61: at every level between those of its percents it is read, at no other; by any number of steps and schedule."""
+    """I61: at every level between those of its percents it is read, at no other; by any number of steps, schedule and shift."""
     read: dict[float, bool] = {}
     references = joint._BlockCall.references
 
@@ -56,7 +105,8 @@ def test_a_window_is_noise_levels_whatever_the_steps(
         return out
 
     monkeypatch.setattr(joint._BlockCall, "references", noted)
-    model = inject(tiny(name), bank_of(name), start_percent=0.25, end_percent=0.7)
+    own = tiny(name) if shift is None else shifted(name, shift)
+    model = inject(own, bank_of(name), start_percent=0.25, end_percent=0.7)
     sampling = model.get_model_object("model_sampling")
     first, last = (float(sampling.percent_to_sigma(p)) for p in (0.25, 0.7))
     for steps, scheduler in ((3, "simple"), (7, "normal"), (8, "beta"), (12, "sgm_uniform")):
@@ -217,3 +267,28 @@ def test_a_run_that_fails_or_is_interrupted_leaves_nothing(name: str, fails: str
     assert torch.equal(sample(tiny(name), name), plain(name))
     fresh = sample(inject(tiny(name), bank_of(name)), name)
     assert torch.equal(sample(model, name), fresh) and apart(fresh, plain(name)) > FELT
+
+
+@every_family
+def test_a_capture_that_fails_leaves_nothing(name: str) -> None:
+    """Inside of the network, in the pass that keeps; the next capture and the next pictures are as ever."""
+    count, network = iter(range(1, 1000)), tiny(name).model.diffusion_model
+    how = {"steps": 3, "scheduler": "simple", "mask": HALF, "keeps": "keys and values"}
+    photo, positive = {"samples": latent(name, seed=21)}, prompt(name, seed=4)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        if next(count) == 7:
+            raise RuntimeError("no memory")
+
+    hooks = [block.register_forward_pre_hook(fail) for block in blocks_of(network)]
+    try:
+        with pytest.raises(RuntimeError, match="no memory"):
+            capture(tiny(name), photo, positive, **how)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(sample(tiny(name), name), plain(name))
+    again = capture(tiny(name), photo, positive, **how)[0]
+    kept = bank_of(name, keeps="keys and values")
+    for half, rows in kept.features.items():
+        assert all(map(torch.equal, again.features[half], rows))

@@ -100,6 +100,19 @@ def test_a_row_without_the_word_maps_to_nothing() -> None:
     assert out[0].min() > 0 and torch.equal(out[1], torch.zeros(6))
 
 
+def test_keys_that_the_network_hides_take_no_share() -> None:
+    """I62: a bias of log 0 is leaving keys out; one of each row is that row's own."""
+    q, k = randn(2, 6, H * D, seed=1), randn(2, 7, H * D, seed=2)
+    bias = torch.zeros(2, 1, 1, 7)
+    bias[0, ..., 5:], bias[1, ..., 0] = -1e4, -1e4
+    found = token_map(q, k, [[1, 4]], H, bias)
+    torch.testing.assert_close(found[:1], token_map(q[:1], k[:1, :5], [[1, 4]], H))
+    torch.testing.assert_close(found[1:], token_map(q[1:], k[1:, 1:], [[0, 3]], H))
+    assert not torch.allclose(found, token_map(q, k, [[1, 4]], H))
+    whole = bias.expand(-1, H, 6, -1)
+    torch.testing.assert_close(token_map(q, k, [[1, 4]], H, whole), found)
+
+
 def test_half_precision_logits_do_not_overflow() -> None:
     q, k = 300 * randn(1, 6, H * D, seed=1).half(), 300 * randn(1, 7, H * D, seed=2).half()
     out = token_map(q, k, [[2]], H)

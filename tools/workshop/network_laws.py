@@ -245,9 +245,83 @@ STORY = (
         "a story whose subject is found by its word; its first step is plain",
     ),
 )
+FURTHER = (
+    Law(
+        "sampled, nothing",
+        "test_transformers_plain.py::test_outside_of_its_steps_no_bit_changes_however_one_samples",
+        "outside of its steps: the plain picture, bit for bit, with CFG 1, three pictures, heun, "
+        "an ancestral and an SDE sampler, an odd size beside a longer prompt",
+    ),
+    Law(
+        "sampled, itself",
+        "test_transformers_plain.py::"
+        "test_a_picture_that_reads_itself_stays_however_one_samples",
+        "a picture that reads itself stays as it is with an ancestral and an SDE sampler, and of "
+        "an odd size beside a longer prompt (1e-5)",
+    ),
+    Law(
+        "text unread",
+        "test_transformer_rows.py::test_the_texts_rows_read_no_reference",
+        "in the first block that is read every row of the picture is another, and no other row",
+    ),
+    Law(
+        "spot",
+        "test_transformer_rows.py::test_a_spot_of_the_photo_is_the_same_token_in_every_block",
+        "a spot of an odd photo is the token that lies there, in every block",
+    ),
+    Law(
+        "spot read",
+        "test_transformer_rows.py::test_a_spot_of_the_target_mask_is_one_row",
+        "a spot of the target mask on an odd picture is the one row that reads",
+    ),
+    Law(
+        "one of three",
+        "test_transformer_rows.py::test_of_a_batch_the_picture_with_a_white_mask_alone_reads",
+        "of three pictures the one whose mask is white reads; the others are plain (1e-5)",
+    ),
+    Law(
+        "first, last",
+        "test_transformer_words.py::test_the_word_may_be_the_first_or_the_last",
+        "the mask found by a word is the same where the word is the first row or the last",
+    ),
+    Law(
+        "begun",
+        "test_transformers.py::test_an_inversion_starts_the_hosts_sampler_at_its_end",
+        "an inversion starts ComfyUI's sampler at its last latent: a flow's as noise, to the bit; a "
+        "diffusion's as a latent without noise (1e-5)",
+    ),
+    Law(
+        "capture fails",
+        "test_transformers_plain.py::test_a_capture_that_fails_leaves_nothing",
+        "a capture that fails inside of the network leaves nothing: the next one and the next "
+        "pictures are as ever, bit for bit",
+    ),
+    Law(
+        "channels",
+        "test_transformer_bad_input.py::test_a_latent_of_other_channels",
+        "latents of 3, 4, 16, 64 or 128 channels where it has others: a sentence, before the "
+        "network is asked",
+    ),
+    Law(
+        "family",
+        "test_transformer_bad_input.py::test_a_reference_of_another_family",
+        "another transformer's reference and a UNet's: a sentence, before the network is asked",
+    ),
+    Law(
+        "negative",
+        "test_transformer_bad_input.py::test_a_negative_half_that_nobody_read",
+        "both halves of a reference that holds one: a sentence, before the network is asked",
+    ),
+    Law(
+        "masks",
+        "test_transformer_bad_input.py::test_masks_that_are_too_many_or_black",
+        "too many masks, and a black one: a sentence, before the network is asked",
+    ),
+)
 TABLES = {
     "The network": NETWORK,
     "A reference from one photo": REFERENCE,
+    "A reference in every way, and what is refused": FURTHER,
     "A concept": CONCEPT,
     "A story": STORY,
 }

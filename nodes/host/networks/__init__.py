@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from ....models.network.backbone import Backbone
@@ -95,6 +96,20 @@ def recognise(model: ModelPatcher) -> Backbone | None:
         else LISTED
     )
     return refused(model, f"Kindred does not know the network {type(net).__name__}", remedy)
+
+
+def require_listening(model: BaseModel) -> None:
+    """ValueError behind a pass in which nothing was heard, where its network is another pack's: an
+    heir of the host's class is known by that, until it runs.
+    """
+    kind = type(getattr(model.diffusion_model, "_orig_mod", model.diffusion_model))
+    if kind.__module__.partition(".")[0] == "comfy":
+        return
+    raise ValueError(
+        f"Kindred: {type(model.model_config).__name__} cannot be read: it runs in "
+        f"{kind.__module__}.{kind.__qualname__}, which asks for none of its attention where other "
+        f"nodes could hear it. {OWN_WEIGHTS}"
+    )
 
 
 def require_network(model: ModelPatcher, node: str) -> Backbone | None:
