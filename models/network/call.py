@@ -169,8 +169,8 @@ class Pass:
         return slice(first, last)
 
     @property
-    def heard(self) -> bool:
-        """Whether any attention of the network's own was."""
+    def reached(self) -> bool:
+        """Whether any attention of the network's own came by."""
         return bool(self.done or self.seen)
 
     @property

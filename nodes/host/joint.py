@@ -65,7 +65,7 @@ def joint_pass(
         return torch.zeros_like(x)
     finally:
         run.passing = None
-    run.listened = run.listened or passing.heard
+    run.listened = run.listened or passing.reached
     if not run.listened:
         require_listening(executor.class_obj)
     if counted and passing.seen != len(run.backbone.calls):
