@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from evaluation.faces import DLIB, DLIB_NET, FACENET, LEAST_FACE, Faces, load_faces
-from evaluation.judges import AestheticHead, Asked
+from evaluation.judges import AestheticHead, Request
 from judged import (
     LINES,
     PHOTOS,
@@ -37,7 +37,7 @@ def test_faces_are_compared_where_both_have_one():
     images, photos = noise(), (*PHOTOS, without_a_face(PHOTOS[0]))
     images[1] = without_a_face(images[1])
     judge = Faces(find, embed)
-    found = judge(images, Asked(LINES, photos))
+    found = judge(images, Request(LINES, photos))
     assert (
         list(found) == [column.name for column in judge.columns]
         and found["face_found"] == [1, 0, 1]
@@ -57,19 +57,19 @@ def test_faces_are_compared_where_both_have_one():
         math.isnan(found[name][1]) for name in ("face_cosine", "face_distance", "face_2_minus_d")
     )
     before = embed.seen
-    judge(images, Asked(LINES, photos))
+    judge(images, Request(LINES, photos))
     assert embed.seen == before + 2  # the photos' faces are kept
 
 
 @LAW("photos", [(), (without_a_face(PHOTOS[0]),)])
 def test_without_a_face_to_compare_with_only_the_detection_rate_is_told(photos):
-    found = Faces(Finder(), Embedder())(noise(), Asked(LINES, photos))
+    found = Faces(Finder(), Embedder())(noise(), Request(LINES, photos))
     assert found.pop("face_found") == [1, 1, 1] and all(map(nan_like, found.values()))
 
 
 def test_a_batch_without_a_face_calls_no_embedder():
     found = Faces(Finder(), None)(
-        without_a_face(noise()), Asked(LINES, (without_a_face(PHOTOS[0]),))
+        without_a_face(noise()), Request(LINES, (without_a_face(PHOTOS[0]),))
     )
     assert found.pop("face_found") == [0, 0, 0] and all(map(nan_like, found.values()))
 
@@ -77,7 +77,7 @@ def test_a_batch_without_a_face_calls_no_embedder():
 def test_an_embedder_that_gives_no_numbers_is_named():
     with pytest.raises(ValueError, match="evaluate: the face embedder gave NaN.*file of weights"):
         Faces(Finder(), lambda faces: torch.full((len(faces), 4), NAN))(
-            noise(), Asked(LINES, PHOTOS)
+            noise(), Request(LINES, PHOTOS)
         )
 
 
@@ -94,7 +94,7 @@ def test_each_net_has_its_own_distance():
     """FaceNet's vectors are compared at length 1, dlib's as they come; the note names the net's own bound."""
     find, embed, images = Finder(), Embedder(), noise(2)
     by = {net: Faces(find, embed, net) for net in (FACENET, DLIB_NET)}
-    found = {net: judge(images, Asked(LINES[:2], PHOTOS[:1])) for net, judge in by.items()}
+    found = {net: judge(images, Request(LINES[:2], PHOTOS[:1])) for net, judge in by.items()}
     with torch.inference_mode():
         rows, photo = embed(torch.stack([find(p) for p in images])), embed(find(PHOTOS[0])[None])
     assert found[DLIB_NET]["face_distance"] == pytest.approx((rows - photo).norm(dim=1).tolist())
@@ -148,9 +148,9 @@ def test_dlib_knows_one_person_from_another(dlib_judge):
         other = torch.tensor(numpy.asarray(Image.open(file).convert("RGB"))).float() / 255
     for who, stranger in ((one, other), (other, one)):
         for view in views(who):
-            found = dlib_judge(view[None], Asked(("a woman",), (who,)))
+            found = dlib_judge(view[None], Request(("a woman",), (who,)))
             assert found["face_found"] == [1] and found["face_distance"][0] < 0.6
-            found = dlib_judge(view[None], Asked(("a woman",), (stranger,)))
+            found = dlib_judge(view[None], Request(("a woman",), (stranger,)))
             assert found["face_distance"][0] > 0.6
 
 
@@ -158,9 +158,9 @@ def test_dlib_counts_no_face_as_none(dlib_judge):
     data = pytest.importorskip("skimage.data")
     person = torch.tensor(data.astronaut()).float() / 255
     for thing in (data.chelsea(), data.coffee(), data.rocket()):
-        found = dlib_judge(torch.tensor(thing)[None].float() / 255, Asked(("a thing",), (person,)))
+        found = dlib_judge(torch.tensor(thing)[None].float() / 255, Request(("a thing",), (person,)))
         assert found.pop("face_found") == [0] and all(map(nan_like, found.values()))
-    found = dlib_judge(person[None], Asked(("a woman",), (torch.zeros(9, 9, 3),)))
+    found = dlib_judge(person[None], Request(("a woman",), (torch.zeros(9, 9, 3),)))
     assert found.pop("face_found") == [1] and all(map(nan_like, found.values()))
 
 
@@ -189,7 +189,7 @@ def test_facenet_finds_no_face_where_there_is_none(facenet):
         ).float()
         / 255
     )
-    found = judge(animals, Asked(("a cat",) * 2, (animals[0], noise(1, LEAST_FACE - 1, 40)[0])))
+    found = judge(animals, Request(("a cat",) * 2, (animals[0], noise(1, LEAST_FACE - 1, 40)[0])))
     assert found.pop("face_found") == [0, 0] and all(map(nan_like, found.values()))
 
 
@@ -197,7 +197,7 @@ def test_facenet_knows_a_photo_of_a_face(facenet):
     data = pytest.importorskip("skimage.data")
     photo = torch.tensor(data.astronaut()).float() / 255
     found = load_faces(facenet)(
-        torch.stack([photo, photo.flip(1), torch.zeros_like(photo)]), Asked(LINES, (photo,))
+        torch.stack([photo, photo.flip(1), torch.zeros_like(photo)]), Request(LINES, (photo,))
     )
     assert found["face_found"] == [1, 1, 0] and found["face_cosine"][0] == pytest.approx(
         1, abs=1e-6

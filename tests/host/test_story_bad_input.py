@@ -99,7 +99,7 @@ def test_a_word_that_lights_up_nowhere_is_said_once(caplog, monkeypatch):
     """A constant map has no subject (I15): nothing is shared, and the log names the remedy."""
     monkeypatch.setattr(
         "kindred.models.story.followed.token_map",
-        lambda q, k, positions, heads: q.new_zeros(*q.shape[:2], positions.shape[-1]),
+        lambda q, k, positions, heads, bias: q.new_zeros(*q.shape[:2], positions.shape[-1]),
     )
     assert torch.equal(pictures(story(MODEL)), plain())
     assert caplog.text.count("lights up nowhere") == 1 and "or wire masks" in caplog.text

@@ -113,7 +113,7 @@ def test_another_word_is_not_the_subject(name: str, planted: Any) -> None:
 def test_the_word_may_be_the_first_or_the_last(name: str, place: str, planted: Any) -> None:
     """I62."""
     path = bank_of(name).trajectory
-    word = 0 if place == "first" else rows_of(name) - 1
+    word = 0 if place == "first" else READ[name].words - 1
     planted(name, word=word)
     bank = capture(tiny(name), None, marked(name, word), inversion=path)[0]
     y, x = READ[name].grid
