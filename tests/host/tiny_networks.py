@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from comfy.ldm.krea2.model import RMSNorm as KreaNorm
 from torch import Tensor, nn
 
 Extras = Callable[[Tensor], dict[str, Any]]  # what a CONDITIONING carries beside a text [b w c]
@@ -295,6 +296,7 @@ def randomise(network: nn.Module) -> None:
         (name, table) for name, table in network.named_buffers() if name.endswith("pos_embed")
     ]
     generator = torch.Generator().manual_seed(7)
+    added = {id(m.scale) for m in network.modules() if isinstance(m, KreaNorm)}  # to 1, by the host
     for name, values in [*network.named_parameters(), *tables]:
         if (
             "llm_adapter" in name or values.numel() == 0
@@ -304,7 +306,8 @@ def randomise(network: nn.Module) -> None:
         if values.ndim > 1:
             draw = draw / math.sqrt(values[0].numel())
         else:
-            draw = 0.2 * draw if name.endswith("bias") else 1 + 0.2 * draw
+            about_zero = name.endswith("bias") or id(values) in added
+            draw = 0.2 * draw if about_zero else 1 + 0.2 * draw
         values.data = draw.to(values.dtype)
 
 
