@@ -95,6 +95,29 @@ def test_identity_part_by_part_beside_the_known_answer():
     assert not Filled(table, MINIATURE["story"], {}).by_part()
 
 
+def test_the_parts_of_the_presets_have_their_errors():
+    """Of (0.1, 0.3) and (0.6, 0.3): half their difference; the known answer has none."""
+    table = Table("t", "By hand", "personalize", (Row("plain", (("self", "off"),)), Row("made")), 2)
+    hats = {"plain": ([0.0, 0.2], [0.3, 0.3]), "made": ([0.5, 0.7], [0.2, 0.4])}
+    found = {
+        name: {i: [values([0.5, 0.5]) | {"hat": hat}] for i, hat in enumerate(of)}
+        for name, of in hats.items()
+    }
+    known = [{"floor": 0.1, "ceiling": 0.9, "hat": [0.8]}]
+    for name in ("presets", "settings_presets"):
+        filled = bounded(table, measured(MINIATURE[name], found), found, known)
+        assert filled.by_part().splitlines()[4:] == [
+            "| plain | 0.20 (0.10) |",
+            "| made | 0.45 (0.15) |",
+            "| ceiling | 0.80 |",
+        ]
+
+
+def test_presets_are_chosen_on_other_identities_than_they_are_reported_on():
+    chosen_on, reported = TABLES["settings_presets"], TABLES["presets"]
+    assert reported.first + reported.count <= chosen_on.first and reported.count >= 40
+
+
 def test_what_was_not_measured_is_absent():
     table = Table("t", "One set", "story", (Row("plain", (("node", "off"),)), Row("story")), 2)
     told = {

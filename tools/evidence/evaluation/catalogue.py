@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .miniatures import ENCODER, JOINT, STORIES as TELLING
-from .rows import rows_of
+from .rows import PRESETS, rows_of
 from .tables import Table
 
 PLAIN_PHOTO, PLAIN_STORY = "self=off", "node=off"
@@ -125,6 +125,44 @@ FLOW_SETTINGS = {
     "inverted first": "inverted=yes, method=fireflow",
     "forward noise": "inverted=yes, method=forward noise",
 }
+ALONE, TOGETHER = "self=off, concept.strength=1", "concept.strength=1"
+# what the presets were chosen from: values that mean the same on every network; the number is the
+# strength, past 1 the weight itself
+INTENTS = {
+    "plain": PLAIN_PHOTO,
+    "self": "",
+    **{f"self {s}": f"strength={s}" for s in (0.5, 0.75)},
+    **{f"self {s}": f"weight={s}" for s in (1.25, 1.5)},
+    "self, decoder": "blocks=decoder",
+    **{f"self, from {start}": f"start_percent={start}" for start in (0.2, 0.4)},
+    "self, to 0.7": "end_percent=0.7",
+    "cross": ALONE,
+    "cross 0.5": "self=off, concept.strength=0.5",
+    **{f"cross {s}": f"{ALONE}, concept.weight={s}" for s in (1.25, 1.5, 2)},
+    "cross, decoder": f"{ALONE}, concept.blocks=decoder",
+    "cross, from 0.4": f"{ALONE}, concept.start_percent=0.4",
+    "both": TOGETHER,
+    "both 0.5": "strength=0.5, concept.strength=0.5",
+    **{f"both {s}": f"{TOGETHER}, weight={s}, concept.weight={s}" for s in (1.25, 1.5, 2)},
+    "both, cross 2": f"{TOGETHER}, concept.weight=2",
+    "both, self 0.5, cross 2": f"{TOGETHER}, strength=0.5, concept.weight=2",
+    "both, self from 0.4": f"{TOGETHER}, start_percent=0.4",
+    **{
+        f"both, self from 0.4, cross {s}": f"{TOGETHER}, start_percent=0.4, concept.weight={s}"
+        for s in (1.5, 2)
+    },
+    "both, from 0.4": f"{TOGETHER}, start_percent=0.4, concept.start_percent=0.4",
+}
+COLOURS = "preset=clothes and colours"
+NAMED = {
+    "plain": PLAIN_PHOTO,
+    **{f"self, {name}": f"preset={name}" for name in PRESETS[0][1:]},
+    **{f"cross, {name}": f"self=off, concept.preset={name}" for name in PRESETS[1][1:]},
+    "both, identity": "preset=identity, concept.preset=identity",
+    "both, clothes and colours": f"{COLOURS}, concept.preset=identity",
+    "both, gentle": "preset=gentle, concept.preset=gentle",
+    "both, strong": f"{COLOURS}, concept.preset=strong",
+}
 DIALS = {
     "plain": PLAIN_PHOTO,
     **{f"self {s}": f"strength={s}" for s in (0.25, 0.5, 0.75)},
@@ -163,11 +201,8 @@ SAMPLED = {
     "story with FreeU": "freeu=yes",
 }
 
-PHOTO, TOLD, CHOSEN_ON = (
-    "personalize",
-    "story",
-    1000,
-)  # the first identity or set that settings are chosen on
+PHOTO, TOLD = "personalize", "story"
+CHOSEN_ON, PRESETS_ON = 1000, 1100  # the first identity or set that settings are chosen on
 TABLES = {
     table.name: table
     for table in (
@@ -244,6 +279,23 @@ TABLES = {
             6,
             CHOSEN_ON,
             JOINT,
+        ),
+        Table(
+            "settings_presets",
+            "Settings that the presets were chosen from",
+            PHOTO,
+            rows_of(PHOTO, INTENTS),
+            12,
+            PRESETS_ON,
+            ENCODER,
+        ),
+        Table(
+            "presets",
+            "Presets of the two inject nodes, alone and together",
+            PHOTO,
+            rows_of(PHOTO, NAMED),
+            40,
+            needs=ENCODER,
         ),
         Table(
             "settings_story",

@@ -12,6 +12,10 @@ HALVES, MODES = (
     ("cond only", "both", "shared"),
     ("logit bias", "post softmax", "key scale", "output blend"),
 )
+PRESETS = (  # of Masked Self-Attn Inject, and of Cross-Attn Detail Inject
+    ("custom", "identity", "clothes and colours", "gentle"),
+    ("custom", "identity", "gentle", "strong"),
+)
 WINDOW: dict[str, Kind] = {"start_percent": float, "end_percent": float}
 CAPTURE: dict[str, Kind] = {
     "mask_threshold": ("otsu", "value"),
@@ -29,12 +33,13 @@ INJECT: dict[str, Kind] = {
     "blocks": str,
     "halves": HALVES,
     "text_share": ("kept", "plain"),
+    "preset": PRESETS[0],
 } | WINDOW
 CONCEPT: dict[str, Kind] = {
     f"concept.{name}": kind
     for name, kind in ({"merge": ("as trained", "concat", "add")} | INJECT).items()
     if name != "text_share"
-}
+} | {"concept.preset": PRESETS[1]}
 STORY: dict[str, Kind] = {
     "strength": float,
     "anchors": int,

@@ -90,6 +90,13 @@ COSTS = (
 MINIATURE["table_1"] = replace(
     MINIATURE["personalize"], columns=(*MINIATURE["personalize"].columns, *COSTS)
 )
+# of the presets: how much of the photo is copied, and the errors of the parts
+for _name in ("settings_presets", "presets"):
+    MINIATURE[_name] = replace(
+        MINIATURE["personalize"],
+        columns=(*MINIATURE["personalize"].columns, COSTS[0]),
+        parts=tuple(replace(part, error=True) for part in MINIATURE["personalize"].parts),
+    )
 
 
 @dataclass(frozen=True)
@@ -227,18 +234,19 @@ class Filled:
             "| | " + " | ".join(part.title for part in self.ground.parts) + " |",
             "|---|" + "---:|" * len(self.ground.parts),
         ]
-        known = {
-            name: [scores[part.key].mean for part in self.ground.parts]
-            for name, scores in self.scores.items()
-        }
-        known["ceiling"] = [
-            self.parts_ceiling.get(part.key, math.nan) for part in self.ground.parts
-        ]
         lines += [
-            f"| {name} | {' | '.join(rounded(value, 2) for value in values)} |"
-            for name, values in known.items()
+            f"| {name} | {' | '.join(self.part(name, part) for part in self.ground.parts)} |"
+            for name in (*self.scores, "ceiling")
         ]
         return "\n".join(lines)
+
+    def part(self, row: str, part: Column) -> str:
+        """A part of identity in a row or at the ceiling, with its standard error where it is asked for."""
+        if row not in self.scores:
+            return rounded(self.parts_ceiling.get(part.key, math.nan), 2)
+        score = self.scores[row][part.key]
+        error = rounded(score.error, 2) if part.error else ""
+        return rounded(score.mean, 2) + (f" ({error})" if error else "")
 
     def judged_by(self) -> str:
         """What each column is and which file of the user's it comes from; empty on the miniature, which has one judge."""
