@@ -179,7 +179,7 @@ def story_of(model: Any) -> host.StoryInjection:
             else (
                 "does not come from ConsiStory Shared Attention, or its settings share nothing "
                 "(strength 0; "
-                "weight 0 or dropout 1, with feature_injection 0; black masks)"
+                "full strength 0 or dropout 1, with feature_injection 0; black masks)"
             )
         )
         raise ValueError(

@@ -23,12 +23,10 @@ from ..models.concept.inject import ActiveConcept, ConceptReading
 from ..models.concept.timed import TimedEncoder
 from ..models.network.blocks import BlockId, select_blocks
 from ..models.network.call import Half, Halves
-from . import host, inputs
+from . import host, inputs, presets
 
 LOAD = "Concept Encoder Load"
 AS_TRAINED, NO_HEAD = "as trained", "none"
-# measured: docs/evaluation.md; from the first step on, likeness is less and guidance bends scenes
-START = 0.2
 LONGEST = 16  # times as long as wide
 log = logging.getLogger(__name__)
 
@@ -206,15 +204,16 @@ class CrossAttnDetailInject(io.ComfyNode):
                 ),
                 inputs.strength(
                     "How much of the photo's subject comes through: 0 = the plain "
-                    "picture, 1 = all of it. Start with 1 and turn it down if the "
-                    "prompt is ignored.",
+                    "picture, 1 = as trained, above 1 still more. Start with 1 and turn it "
+                    "down if the prompt is ignored.",
+                    presets.CONCEPT.most,
                 ),
                 inputs.weight(
-                    "What full strength means: 1 = as it was trained; higher copies "
+                    "What strength 1 stands for: 1 = as it was trained; higher copies "
                     "more until the prompt is ignored. W_C in the paper.",
                 ),
                 inputs.weight_mode(
-                    "How the weight acts with merge = concat. logit bias: moves "
+                    "How the strength acts with merge = concat. logit bias: moves "
                     "attention to or from the photo. post softmax: scales what is "
                     "read. key scale: scales the keys. output blend: mixes the "
                     "results with and without the photo.",
@@ -234,11 +233,15 @@ class CrossAttnDetailInject(io.ComfyNode):
                 ),
                 inputs.percent(
                     "start_percent",
-                    START,
+                    presets.CONCEPT.window[0],
                     "When in the sampling the photo starts being read. At 0.2 the "
                     "first 20 % of sampling use the prompt only.",
                 ),
-                inputs.percent("end_percent", 1.0, "When in the sampling it stops being read."),
+                inputs.percent(
+                    "end_percent",
+                    presets.CONCEPT.window[1],
+                    "When in the sampling it stops being read.",
+                ),
                 inputs.halves(
                     Halves.BOTH,
                     "Where the photo acts. both: on the prompt, while the negative "
@@ -248,6 +251,13 @@ class CrossAttnDetailInject(io.ComfyNode):
                 ),
                 inputs.target_mask(
                     "White = the part of the new picture that reads the photo.",
+                ),
+                inputs.preset(
+                    presets.CONCEPT,
+                    "Ready settings by what is to come through, in place of start_percent and "
+                    "end_percent; strength turns them. custom: as typed. identity: as trained. "
+                    "gentle: as strength 0.5. strong: as strength 2; beside it choose clothes and "
+                    "colours in Masked Self-Attn Inject.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
@@ -264,31 +274,32 @@ class CrossAttnDetailInject(io.ComfyNode):
         weight_mode: str = WeightMode.LOGIT_BIAS.value,
         merge: str = AS_TRAINED,
         blocks: str = "all",
-        start_percent: float = START,
-        end_percent: float = 1.0,
+        start_percent: float = presets.CONCEPT.window[0],
+        end_percent: float = presets.CONCEPT.window[1],
         halves: str = Halves.BOTH.value,
         target_mask: Tensor | None = None,
+        preset: str = presets.CUSTOM,
     ) -> io.NodeOutput:
         config = concept_encoder.encoder.config
         wanted = readable_layers(model, config, blocks)
         how = merge_of(config, merge)
         mode, chosen = WeightMode(weight_mode), Halves(halves)
+        window = start_percent, end_percent
+        strength, window = presets.CONCEPT.chosen(preset, strength, window)
         weight = full_weight(weight, strength, how, mode)
         image = plain_colours(image)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         nowhere = mask is not None and not (mask > 0.5).any()
-        if weight == 0 or start_percent >= end_percent or nowhere:
+        if weight == 0 or window[0] >= window[1] or nowhere:
             return io.NodeOutput(model.clone())
         if config.decoupled:
-            how_read = (weight, start_percent, end_percent, chosen, host.place_of(config), mask)
+            how_read = (weight, *window, chosen, host.place_of(config), mask)
             reading = host.DecoupledReading(*how_read)
             return io.NodeOutput(
                 host.inject(model, decoupled(concept_encoder, image, wanted, reading))
             )
         tokens = keys_values(concept_encoder, image, chosen, wanted)
-        injection = ConceptInjection(
-            tokens, len(image), weight, mode, how, start_percent, end_percent, chosen, mask
-        )
+        injection = ConceptInjection(tokens, len(image), weight, mode, how, *window, chosen, mask)
         return io.NodeOutput(host.inject(model, injection))
 
 
@@ -356,11 +367,12 @@ def full_weight(weight: float, strength: float, merge: Merge, mode: WeightMode) 
     """W_C at this strength; ValueError for one that is none."""
     if not 0 <= weight < math.inf:
         raise ValueError(
-            f"{INJECT}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is as "
-            f"trained."
+            f"{INJECT}: full strength (weight) is {weight}. Give 0 (the plain picture) or more; 1 "
+            f"is as trained."
         )
     one_softmax = merge is Merge.CONCAT and mode is WeightMode.LOGIT_BIAS
-    return weight * dial(strength, INJECT, CONCEPT_ODDS if one_softmax else 0.0)
+    odds = CONCEPT_ODDS if one_softmax else 0.0
+    return weight * dial(strength, INJECT, odds, presets.CONCEPT.most)
 
 
 def keys_values(

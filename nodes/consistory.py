@@ -70,8 +70,8 @@ class ConsiStory(io.ComfyNode):
                     tooltip="Only varies the dropout. Change the sampler's seed instead.",
                 ),
                 inputs.weight(
-                    "How strongly the other pictures' subject counts at full "
-                    "strength: 0 = not at all, 1 = as much as the picture's own.",
+                    "What strength 1 stands for: 0 = the other pictures' subject does not "
+                    "count, 1 = as much as the picture's own.",
                 ),
                 io.Float.Input(
                     "dropout",
@@ -285,7 +285,9 @@ def require_shares(*shares: float) -> None:
 def require_counts(weight: float, anchors: int) -> None:
     """ValueError for one below 0."""
     if not weight >= 0 or anchors < 0:
-        raise ValueError(f"{STORY}: weight is {weight} and anchors is {anchors}. Give 0 or more.")
+        raise ValueError(
+            f"{STORY}: full strength (weight) is {weight} and anchors is {anchors}. Give 0 or more."
+        )
 
 
 def shares_nothing(

@@ -18,7 +18,7 @@ from ..models.network.rope import Positions
 from ..models.network.sites import BlockSite
 from ..models.reference.bank import ReferenceBank
 from ..models.reference.inject import NODE, ActiveMaskedSelf, MaskedSelf
-from . import host, inputs
+from . import host, inputs, presets
 
 
 class MaskedSelfInjection(MaskedSelf):
@@ -77,12 +77,12 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     "the picture copies too much.",
                 ),
                 inputs.weight(
-                    "What full strength means: 1 = as strong as the picture's own "
+                    "What strength 1 stands for: 1 = as strong as the picture's own "
                     "features; higher copies more until shapes break. W_S in the "
                     "paper.",
                 ),
                 inputs.weight_mode(
-                    "How the weight acts. logit bias: moves attention to or from "
+                    "How the strength acts. logit bias: moves attention to or from "
                     "the reference. post softmax: scales what is read. key scale: "
                     "scales the keys. output blend: mixes the results with and "
                     "without the reference.",
@@ -96,12 +96,12 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 ),
                 inputs.percent(
                     "start_percent",
-                    0.0,
+                    presets.SELF.window[0],
                     "When in the sampling the reference starts being read.",
                 ),
                 inputs.percent(
                     "end_percent",
-                    1.0,
+                    presets.SELF.window[1],
                     "When in the sampling it stops being read.",
                 ),
                 inputs.halves(
@@ -134,6 +134,13 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     "contents are compared. SD1.5, SD2.x, SDXL, SD3.5 and AuraFlow "
                     "have own only.",
                 ),
+                inputs.preset(
+                    presets.SELF,
+                    "Ready settings by what is to come through, in place of start_percent and "
+                    "end_percent; strength turns them down. custom: as typed. identity: all. "
+                    "clothes and colours: read later, so that pattern and shape are less the "
+                    "photo's. gentle: as strength 0.5, with fewer broken shapes.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],
         )
@@ -147,12 +154,13 @@ class MaskedSelfAttnInject(io.ComfyNode):
         weight: float = 1.0,
         weight_mode: str = WeightMode.LOGIT_BIAS.value,
         blocks: str = "all",
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
+        start_percent: float = presets.SELF.window[0],
+        end_percent: float = presets.SELF.window[1],
         halves: str = Halves.COND.value,
         target_mask: Tensor | None = None,
         text_share: str = TextShare.KEPT.value,
         positions: str = Positions.OWN.value,
+        preset: str = presets.CUSTOM,
     ) -> io.NodeOutput:
         sites = host.require_sites(model, NODE)
         stands = Positions(positions)
@@ -160,6 +168,8 @@ class MaskedSelfAttnInject(io.ComfyNode):
         host.require_reference(NODE, reference, model)
         wanted = readable_blocks(host.chosen_blocks(model, blocks, sites, NODE), blocks, reference)
         mode = WeightMode(weight_mode)
+        window = start_percent, end_percent
+        strength, window = presets.SELF.chosen(preset, strength, window)
         weight = weight_at(strength, weight, mode)
         mask = None if target_mask is None else target_mask.reshape(-1, *target_mask.shape[-2:])
         injection = MaskedSelfInjection(
@@ -167,8 +177,7 @@ class MaskedSelfAttnInject(io.ComfyNode):
             weight,
             mode,
             wanted,
-            start_percent,
-            end_percent,
+            *window,
             Halves(halves),
             mask,
             TextShare(text_share),
@@ -187,8 +196,8 @@ def weight_at(strength: float, weight: float, mode: WeightMode) -> float:
     """The weight of a strength; ValueError where either is out of its range."""
     if not weight >= 0:
         raise ValueError(
-            f"{NODE}: the weight is {weight}. Give 0 (the plain picture) or more; 1 is the "
-            f"plain concatenation."
+            f"{NODE}: full strength (weight) is {weight}. Give 0 (the plain picture) or more; 1 is "
+            f"the plain concatenation."
         )
     return weight * dial(strength, NODE, SELF_ODDS if mode is WeightMode.LOGIT_BIAS else 0.0)
 

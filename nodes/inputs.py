@@ -10,15 +10,16 @@ from comfy_api.v0_0_2 import io
 from ..models.attention.joint import TextShare
 from ..models.attention.weights import WeightMode
 from ..models.network.call import Halves
+from .presets import CUSTOM, Presets
 
 
-def strength(tooltip: str) -> io.Float.Input:
-    """0 is the plain picture, 1 all of it."""
+def strength(tooltip: str, most: float = 1.0) -> io.Float.Input:
+    """0 is the plain picture, 1 all of it; past 1 where that was measured to help."""
     return io.Float.Input(
         "strength",
         default=1.0,
         min=0.0,
-        max=1.0,
+        max=most,
         step=0.05,
         display_mode=io.NumberDisplay.slider,
         tooltip=tooltip,
@@ -28,13 +29,28 @@ def strength(tooltip: str) -> io.Float.Input:
 def weight(tooltip: str) -> io.Float.Input:
     """What strength 1 stands for."""
     return io.Float.Input(
-        "weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True, tooltip=tooltip
+        "weight",
+        display_name="full strength",
+        default=1.0,
+        min=0.0,
+        max=10.0,
+        step=0.05,
+        advanced=True,
+        tooltip=tooltip,
+    )
+
+
+def preset(presets: Presets, tooltip: str) -> io.Combo.Input:
+    """Named values of strength and window."""
+    return io.Combo.Input(
+        "preset", options=[*presets.names], default=CUSTOM, optional=True, tooltip=tooltip
     )
 
 
 def weight_mode(tooltip: str) -> io.Combo.Input:
     return io.Combo.Input(
         "weight_mode",
+        display_name="strength mode",
         options=[mode.value for mode in WeightMode],
         default=WeightMode.LOGIT_BIAS.value,
         advanced=True,

@@ -29,21 +29,26 @@ class WeightMode(str, Enum):
     OUTPUT_BLEND = "output blend"
 
 
-def dial(strength: float, node: str, odds: float = 0.0) -> float:
-    """A node's `strength` 0..1 -> the share of its weight that is heard: 0 -> 0, 1 -> 1, rising, so
-    that likeness rises evenly.
+def dial(strength: float, node: str, odds: float = 0.0, most: float = 1.0) -> float:
+    """A node's `strength` 0..most -> the share of its weight that is heard: 0 -> 0, 1 -> 1, rising,
+    so that likeness rises evenly up to 1.
 
     In a softmax whose weight-1 reference stands to the own tokens as `odds` to 1, a weight W gives
     it the part W odds / (1 + W odds) of the whole; this is that solved for W, as a share of the
-    part at weight 1. Odds 0, for what is added or blended, are the straight line. ValueError for a
-    strength outside 0..1.
+    part at weight 1. Odds 0, for what is added or blended, are the straight line. Past 1, where the
+    part soon is the whole, it is the strength itself. ValueError for a strength outside 0..most.
     """
-    if not 0 <= strength <= 1:
+    require_strength(strength, node, most)
+    return strength / (1 + odds * (1 - strength)) if strength < 1 else strength
+
+
+def require_strength(strength: float, node: str, most: float = 1.0) -> None:
+    """ValueError for a strength that is outside of a node's range."""
+    if not 0 <= strength <= most:
+        end = "1 (all of the likeness)" if most == 1 else f"{most:g}; 1 is all of the likeness"
         raise ValueError(
-            f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to 1 (all "
-            f"of the likeness)."
+            f"{node}: strength is {strength}. Give a number from 0 (the plain picture) to {end}."
         )
-    return strength / (1 + odds * (1 - strength))
 
 
 def log_of(weight: float) -> float:

@@ -134,7 +134,7 @@ UNET: dict[str, Way] = {
     "capture of an inversion": Way(lambda m, path: bank(m, inversion=path), path),
     "injection, cached": Way(lambda m, b: sample(inject(m, b)), held_bank),
     "injection, hidden states": Way(lambda m, b: sample(inject(m, b)), hidden_bank),
-    "injection, both halves, a weight and a target": Way(
+    "injection, both halves, a strength and a target": Way(
         lambda m, b: sample(inject(m, b, 2.0, halves="both", target_mask=HALF)), held_bank
     ),
     "injection, read live": Way(lambda m, b: sample(inject(m, b), steps=STEPS + 2), held_bank),

@@ -421,7 +421,7 @@ def test_a_strength_that_is_none(strength):
 def test_a_weight_that_is_none(weight):
     refuse(
         lambda: inject(MODEL, bank_of(), weight),
-        f"Masked Self-Attn Inject: the weight is {weight}",
+        f"Masked Self-Attn Inject: full strength (weight) is {weight}",
         "Give 0",
         "or more",
     )

@@ -294,13 +294,13 @@ def test_a_weight_of_zero_does_not_hide_the_wrong_encoder():
 # values ------------------------------------------------------------------------------------------------------------------------
 
 
-@LAW("strength", [-0.1, 1.5, float("nan")])
+@LAW("strength", [-0.1, 2.01, float("nan")])
 def test_a_strength_that_is_none(strength):
     refuse(
         lambda: concept(MODEL, strength=strength),
         f"Cross-Attn Detail Inject: strength is {strength}.",
         "Give a number from 0",
-        "to 1",
+        "to 2; 1 is all of the likeness",
     )
 
 
@@ -308,7 +308,7 @@ def test_a_strength_that_is_none(strength):
 def test_a_weight_that_is_none(weight):
     refuse(
         lambda: concept(MODEL, weight),
-        f"Cross-Attn Detail Inject: the weight is {weight}",
+        f"Cross-Attn Detail Inject: full strength (weight) is {weight}",
         "Give 0",
         "or more",
     )

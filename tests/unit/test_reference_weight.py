@@ -162,6 +162,19 @@ def test_the_dial_goes_from_nothing_to_all_and_never_back(odds):
     assert all(a < b for a, b in zip(turned, turned[1:]))
 
 
+@pytest.mark.parametrize("odds", [0.0, SELF_ODDS, STORY_ODDS, CONCEPT_ODDS])
+def test_past_1_the_dial_is_the_strength_itself_and_up_to_1_as_without_a_past(odds):
+    assert [dial(s, "a node", odds, 2.0) for s in (1, 1.25, 1.5, 2)] == [1, 1.25, 1.5, 2]
+    for i in range(101):
+        assert dial(i / 100, "a node", odds, 2.0) == dial(i / 100, "a node", odds)
+
+
+@pytest.mark.parametrize("strength", [-0.01, 2.01, float("nan")])
+def test_a_dial_past_1_has_an_end_too(strength):
+    with pytest.raises(ValueError, match=f"strength is {strength}. Give a number from 0 .* to 2;"):
+        dial(strength, "a node", CONCEPT_ODDS, 2.0)
+
+
 def test_without_odds_the_dial_is_the_strength_itself():
     assert [dial(s, "a node") for s in (0.1, 0.35, 0.8)] == [0.1, 0.35, 0.8]
 

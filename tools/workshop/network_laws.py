@@ -74,7 +74,7 @@ REFERENCE = (
     Law(
         "nothing",
         "test_transformers_plain.py::test_where_nothing_is_read_no_bit_changes",
-        "strength 0, weight 0, a black mask, outside of its steps: the plain picture, bit for bit",
+        "strength 0, full strength 0, a black mask, outside of its steps: the plain picture, bit for bit",
     ),
     Law(
         "watched",
@@ -90,7 +90,7 @@ REFERENCE = (
     Law(
         "itself",
         "test_transformers.py::test_a_picture_that_reads_itself_stays_as_it_is",
-        "a picture that reads itself stays as it is, at every weight (1e-5)",
+        "a picture that reads itself stays as it is, at every strength (1e-5)",
     ),
     Law(
         "text",
