@@ -13,6 +13,7 @@ import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
+from ..models import presets
 from ..models.attention.parts import Merge
 from ..models.attention.weights import CONCEPT_ODDS, WeightMode, dial
 from ..models.concept.config import ConceptConfig, Kind, check_layers
@@ -23,7 +24,7 @@ from ..models.concept.inject import ActiveConcept, ConceptReading
 from ..models.concept.timed import TimedEncoder
 from ..models.network.blocks import BlockId, select_blocks
 from ..models.network.call import Half, Halves
-from . import host, inputs, presets
+from . import host, inputs
 
 LOAD = "Concept Encoder Load"
 AS_TRAINED, NO_HEAD = "as trained", "none"

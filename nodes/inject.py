@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
+from ..models import presets
 from ..models.attention.joint import TextShare
 from ..models.attention.weights import SELF_ODDS, WeightMode, dial
 from ..models.network.blocks import BlockId, block_name
@@ -18,7 +19,7 @@ from ..models.network.rope import Positions
 from ..models.network.sites import BlockSite
 from ..models.reference.bank import ReferenceBank
 from ..models.reference.inject import NODE, ActiveMaskedSelf, MaskedSelf
-from . import host, inputs, presets
+from . import host, inputs
 
 
 class MaskedSelfInjection(MaskedSelf):

@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 from ..models.attention.joint import TextShare
 from ..models.attention.weights import WeightMode
 from ..models.network.call import Halves
-from .presets import CUSTOM, Presets
+from ..models.presets import CUSTOM, Presets
 
 
 def strength(tooltip: str, most: float = 1.0) -> io.Float.Input:

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from evaluation.rows import PRESETS
-from kindred.nodes import presets
+from kindred.models import presets
 from kindred.nodes.concept import CrossAttnDetailInject
 from kindred.nodes.inject import MaskedSelfAttnInject
 from networks import random_model

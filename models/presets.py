@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..models.attention.weights import require_strength
-from ..models.concept.inject import NODE as CROSS
-from ..models.reference.inject import NODE as MASKED_SELF
-from . import host
+from .attention.weights import require_strength
+from .concept.inject import NODE as CROSS
+from .reference.inject import NODE as MASKED_SELF
 
+log = logging.getLogger(__name__)
 CUSTOM = "custom"  # the inputs as they stand
 IDENTITY, COLOURS, GENTLE, STRONG = "identity", "clothes and colours", "gentle", "strong"
 Window = tuple[float, float]  # start_percent, end_percent
@@ -54,9 +55,13 @@ class Presets:
             )
         preset = self.named[name]
         if window not in (self.window, preset.window):
-            host.warn(
-                f"{self.node}: start_percent {window[0]} and end_percent {window[1]} are not used, "
-                f"because preset is {name}. Choose {CUSTOM} to use them."
+            log.warning(
+                "%s: start_percent %s and end_percent %s are not used, because preset is %s. "
+                "Choose %s to use them.",
+                self.node,
+                *window,
+                name,
+                CUSTOM,
             )
         return min(strength * preset.strength, self.most), preset.window
 
