@@ -273,7 +273,7 @@ def draw(canvas: Canvas, name: str, graph: Mapping[str, Node] | None = None) -> 
     # what the page shows of a text or a number that is wired in hangs on what it drew before
     canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
                             if (!n.inputs?.some(i => i.link != null && i.widget?.name === w.name)) continue;
-                            if (w.type === 'customtext') w.value = '';
+                            if (['customtext', 'text', 'string'].includes(w.type)) w.value = '';
                             if (typeof w.value === 'number')
                                 w.value = n.constructor.nodeData.inputs[w.name].default ?? w.value } }""")
     drawn = canvas.serialize()
