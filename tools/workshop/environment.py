@@ -285,7 +285,7 @@ def why_pip_failed(text: str) -> str:
     if "No space left" in text:
         return f"The disk is full; {cache_folder()} and pip's cache need about {FREE_BYTES / 1e9:.0f} GB together."
     return (
-        f"pip could not install the pinned packages: {errors[-1] if errors else 'no reason given'}."
+        f"pip could not install what is needed: {errors[-1] if errors else 'no reason given'}."
     )
 
 
@@ -439,7 +439,9 @@ def setup(again: bool = False) -> Environment:
                 make(home, interpreter)
                 print(f"Ready in {time.monotonic() - start:.0f} s.", flush=True)
                 for old in sorted(
-                    path for path in home.parent.iterdir() if path.is_dir() and path != home
+                    path
+                    for path in home.parent.iterdir()
+                    if re.fullmatch(r"[0-9a-f]{12}", path.name) and path.is_dir() and path != home
                 ):
                     print(
                         f"{old} belongs to other pins; delete it if no other checkout of Kindred uses it.",
