@@ -1,7 +1,7 @@
 """Makes the canvas form of every shipped workflow from its API form: python3 dev.py workflows [NAME ...]
 
 workflows/api/<name>.json is the source. The real page loads it, this program lays it out (groups from `_meta.group`, in the order of
-the file, left to right; the note of workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
+the file, the note of workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
 Nodes of a subgraph ("4:10") are folded into one, as blueprints.py says; that one also goes into subgraphs/, and the rest is an app.
 With --run it also presses Run and keeps the thumbnail, and the pictures of the help pages (web/docs/images) come from the same runs.
 """
@@ -60,7 +60,18 @@ SIZES = {
     "KSampler": (270, 270),
 }
 CLOSED = {"flags": {"collapsed": True}}
-PLAIN = ("VAEEncode", "VAEDecode", "InvertMask", "ConditioningCombine", "BasicGuider")  # no fields
+PLAIN = (  # no fields, or none that is ever set
+    "VAEEncode",
+    "VAEDecode",
+    "InvertMask",
+    "BatchImagesNode",
+    "MaskComposite",
+    "ConditioningCombine",
+    "ConditioningSetMask",
+    "ConditioningZeroOut",
+    "BasicGuider",
+)
+TOLD = ("What the photo shows", "What the photos show")  # by another node; titles
 # in pixels, and how many letters stand in a line
 NOTE_WIDTH, WIDE_NOTE = (320, 46), (760, 112)
 Node = dict[str, Any]
@@ -170,7 +181,7 @@ def sized(drawn: Mapping[str, Any]) -> dict[int, Node]:
         width, height = node["size"]
         node["size"] = list(SIZES.get(node["type"], (max(round(width), 260), round(height))))
         node |= OURS if node["type"].startswith("Kindred") else {}
-        node |= CLOSED if node["type"] in PLAIN else {}
+        node |= CLOSED if node["type"] in PLAIN or node.get("title") in TOLD else {}
     return nodes
 
 
