@@ -35,7 +35,9 @@ def holders(graph: Mapping[str, Any], word: str) -> Counter[str]:
     found: Counter[str] = Counter()
     for node in graph.values():
         for name, value in node["inputs"].items():
-            if isinstance(value, str) and re.search(rf"(?<![a-z]){word}(?![a-z])", value):
+            if name == "image" or not isinstance(value, str):  # a photo has the name of its file
+                continue
+            if re.search(rf"(?<![a-z]){word}(?![a-z])", value):
                 lines = node["class_type"] == PROMPTS and name == "prompts"
                 found["lines" if lines else "words"] += 1
     return found
