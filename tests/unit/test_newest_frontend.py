@@ -1,4 +1,4 @@
-"""The newest frontend beside the environment, without an index: where it lies, what is found there, and what is said where there is none."""
+"""The newest frontend beside the environment, without an index: where it lies, what is found, and what is said where there is none."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_it_lies_in_the_cache_folder_and_is_fetched_anew(cache, monkeypatch):
 
 
 def test_a_package_that_is_no_frontend_is_refused_with_what_came(cache, monkeypatch):
-    monkeypatch.setattr(newest_frontend, "pip", pip_that(lambda at: (at / "other").mkdir(parents=True)))
+    monkeypatch.setattr(
+        newest_frontend, "pip", pip_that(lambda at: (at / "other").mkdir(parents=True))
+    )
     with pytest.raises(Refusal, match=r"holds other, but no static/index\.html"):
         newest_frontend.fetch(Path(sys.executable))
 

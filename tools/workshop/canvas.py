@@ -238,9 +238,7 @@ class Canvas:
     def pictures(self, node: int) -> list[str]:
         """The addresses of the pictures that a node shows."""
         if self.vue:
-            return (
-                self.body(node).locator("img").evaluate_all("shown => shown.map(img => img.src)")
-            )
+            return self.body(node).locator("img").evaluate_all("shown => shown.map(img => img.src)")
         return self.page.evaluate(
             "id => (app.graph.getNodeById(id).imgs ?? []).map(img => img.src)", node
         )

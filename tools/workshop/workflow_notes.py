@@ -176,8 +176,8 @@ NOTES = {
     "two_subjects": Note(
         "Two subjects in one picture",
         "Each photo is read by its own half of the picture (**target_mask**), and each half has its own prompt. Masks may have any shape.",
-        YOURS + "\n- Upload your photos, write what they show into **Left subject in a word** and **Right subject in a word**, and use those "
-        "words in **Left** and **Right**."
+        YOURS + "\n- Upload your photos, write what they show into **Left subject in a word** and **Right subject in a word**, and use "
+        "those words in **Left** and **Right**."
         "\n- Set the photos' **width** and **height** as the table says, **Half of the picture** to the same, **Nothing** and **Size** to "
         "twice the width, and **cfg**." + MEMORY,
     ),
