@@ -124,23 +124,23 @@ def joined(first: Sequence[Part], then: Sequence[Part], ways: Sequence[Join]) ->
 
 def cut(groups: Sequence[Sequence[Part]], ways: Sequence[Join]) -> list[Part]:
     """Groups in the order of reading, cut in two wherever one likes, and each piece again."""
-    made = {(i, i + 1): worthwhile(forms_) for i, forms_ in enumerate(groups)}
+    parts = {(i, i + 1): worthwhile(forms_) for i, forms_ in enumerate(groups)}
     for length in range(2, len(groups) + 1):
         for i in range(len(groups) - length + 1):
-            end, found = i + length, []
+            end, options = i + length, []
             for middle in range(i + 1, end):
-                found += joined(made[i, middle], made[middle, end], ways)
-            made[i, end] = worthwhile(found)
-    return made[0, len(groups)]
+                options += joined(parts[i, middle], parts[middle, end], ways)
+            parts[i, end] = worthwhile(options)
+    return parts[0, len(groups)]
 
 
 def stacked(groups: Sequence[Sequence[Part]]) -> list[Part]:
     """Groups over one another, and such stacks beside one another."""
-    made: list[Part] = []
+    parts: list[Part] = []
     for count in range(1, len(groups) + 1):
         for pieces in consecutive(groups, count):
-            made += cut([cut(piece, [over]) for piece in pieces], [beside])
-    return worthwhile(made)
+            parts += cut([cut(piece, [over]) for piece in pieces], [beside])
+    return worthwhile(parts)
 
 
 def sliced(groups: Sequence[Sequence[Part]]) -> list[Part]:
@@ -176,11 +176,11 @@ def lay_out(groups: Mapping[str, Sequence[int]], nodes: Mapping[int, Node]) -> l
     each right of or below those before it.
     """
     whole = best([forms(ids, nodes) for ids in groups.values()])
-    made = []
+    drawn = []
     for title, (form_, box) in zip(groups, boxes(whole, 0, 0, whole.width)):
         place(form_.columns, nodes, box[0] + PADDING, box[1] + GROUP_TITLE + TITLE)
-        made.append(group(len(made), title, box))
-    return made
+        drawn.append(group(len(drawn), title, box))
+    return drawn
 
 
 def place(columns: Columns, nodes: Mapping[int, Node], left: int, top: int) -> None:

@@ -30,8 +30,8 @@ class Frontend:
 def find(folder: Path) -> Frontend:
     """What pip has put into `folder`; Refusal where that is no frontend."""
     index = next(folder.glob("*/static/index.html"), None)
-    told = next(folder.glob("*.dist-info/METADATA"), None)
-    version = told and re.search(r"^Version: (\S+)$", told.read_text("utf-8"), re.M)
+    metadata = next(folder.glob("*.dist-info/METADATA"), None)
+    version = metadata and re.search(r"^Version: (\S+)$", metadata.read_text("utf-8"), re.M)
     if index is None or not version:
         raise Refusal(
             f"{folder} holds {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}, but no static/index.html of "
