@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "tools" / room) for room in ("client", "workshop")]
 
+import newest_frontend  # noqa: E402
 from environment import Environment, Refusal, clean_environment, existing, setup  # noqa: E402
 from results import IN_GIT  # noqa: E402
 from terminal import run_program  # noqa: E402
@@ -94,22 +95,30 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
 Stage = tuple[str, list[str]]  # its name, and what the environment's Python is given
 
 
-def test(environment: Environment, expression: str | None, fast: bool, long: bool) -> int:
+def test(
+    environment: Environment,
+    expression: str | None,
+    fast: bool,
+    long: bool,
+    newest: bool = False,
+) -> int:
     """Linter, then the rooms of tests/ from the cheapest to the dearest; a failing stage ends the run.
 
-    The last two wait for one server each, so they run beside one another. long: tests/gate.py leaves nothing out.
+    The last two wait for one server each, so they run beside one another. long: tests/gate.py leaves nothing out. newest: the browser
+    tests alone, on the newest frontend.
     """
     refuse_without_test_packages(environment)
     stages = test_stages(expression, fast)
+    settings = test_settings(long)
+    if newest:
+        stages = [stage for stage in stages if stage[0] == "browser"]
+        settings |= with_newest_frontend(environment)
     results: list[str] = []
     failed, at_once = False, [s for s in stages if s[0] in ("e2e", "browser")]
     for group in [*([s] for s in stages if s not in at_once), *([at_once] if at_once else [])]:
         print(
             f"\n== {', then what was beside it: '.join(name for name, _ in group)} ==", flush=True
         )
-        # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
-        settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        settings |= {"KINDRED_LONG": "1"} if long else {}
         ends = together(environment, [argv for _, argv in group], **settings)
         for (name, _), (code, seconds) in zip(group, ends):
             verdict = verdict_on(name, code, expression is not None)
@@ -122,6 +131,20 @@ def test(environment: Environment, expression: str | None, fast: bool, long: boo
         "\n" + " | ".join(results) + (f" | not run: {', '.join(left)}" if left else ""), flush=True
     )
     return int(failed)
+
+
+def test_settings(long: bool) -> dict[str, str]:
+    """What the tests find in their environment."""
+    # one thread: the pictures do not depend on the machine's cores, and small tensors gain nothing from more
+    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return settings | ({"KINDRED_LONG": "1"} if long else {})
+
+
+def with_newest_frontend(environment: Environment) -> dict[str, str]:
+    """Fetch it; how the browser tests learn of it."""
+    frontend = newest_frontend.fetch(environment.python)
+    print(f"The newest frontend is {frontend.version}.", flush=True)
+    return {newest_frontend.VARIABLE: str(frontend.root)}
 
 
 def refuse_without_test_packages(environment: Environment) -> None:
@@ -269,6 +292,11 @@ def command_line() -> argparse.ArgumentParser:
         action="store_true",
         help="ask every law of every network and setting; otherwise the widest of a third of them",
     )
+    command.add_argument(
+        "--newest-frontend",
+        action="store_true",
+        help="only the browser tests, on the newest ComfyUI frontend that the package index has instead of the pinned one",
+    )
     text = "ComfyUI's canvas with the pack; prints the address to open"
     command = commands.add_parser("serve", parents=[own], help=text, description=text)
     command.add_argument("--port", type=int, help="default: a free one")
@@ -296,6 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
     passes_on = chosen.command in PASSED_ON
     if rest and not passes_on:
         parser.error(f"{chosen.command} does not know {' '.join(rest)}")
+    if chosen.command == "test" and chosen.fast and chosen.newest_frontend:
+        parser.error("--newest-frontend is about the browser tests, which --fast leaves out")
 
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(
@@ -316,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Python   {environment.python}\nComfyUI  {environment.host}")
             return 0
         if chosen.command == "test":
-            return test(environment, chosen.k, chosen.fast, chosen.long)
+            return test(environment, chosen.k, chosen.fast, chosen.long, chosen.newest_frontend)
         if chosen.command == "serve":
             return serve(environment, chosen.port, chosen.cpu, chosen.base)
         return run(environment, [str(program(chosen.command)), *rest])

@@ -85,7 +85,7 @@ class Watching:
 
     def __call__(self) -> None:
         now, done, steps = time.monotonic(), self.trainer.step_number, self.trainer.settings.steps
-        # the last one stays on the node beside the result
+        # the last one stands on the node until its result does
         due = now - self.shown >= PREVIEW_EVERY or done == steps
         picture = self.draw(self.trainer.losses, steps) if due else None
         self.shown = now if picture else self.shown

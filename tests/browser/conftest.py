@@ -1,6 +1,7 @@
 """The real frontend in a headless Chromium, on a real server. Fixtures: `server`, `chromium`, `canvas` (once per renderer and file).
 
-Screenshots are kept in the folder KINDRED_SHOTS; else in a temporary one of pytest.
+Screenshots are kept in the folder KINDRED_SHOTS; else in a temporary one of pytest. KINDRED_FRONTEND: a frontend's folder instead of the
+environment's (python3 dev.py test --newest-frontend sets it).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import pytest
 from canvas import Browser, Canvas, NoBrowser, browser
 from checkout import ROOT
 from host_server import HostServer
+from newest_frontend import VARIABLE
 
 sys.path.append(str(Path(__file__).resolve().parent))  # tests import hands from here
-HOST = os.environ.get("KINDRED_HOST")
+HOST, FRONTEND = os.environ.get("KINDRED_HOST"), os.environ.get(VARIABLE)
 NO_BROWSER = 77  # exit code of a run that had none: dev.py says so in its last line
 WHY = pytest.StashKey[str]()
 
@@ -38,7 +40,9 @@ def server() -> Iterator[HostServer]:
     """One server for the whole room, with small random files for the workflows that name people's own."""
     if not HOST:
         pytest.skip("no host: KINDRED_HOST names a ComfyUI folder (python3 dev.py test sets it)")
-    with HostServer(cpu=True, threads=1, packs=[ROOT / "tests" / "small_models"]) as running:
+    frontend = ["--front-end-root", FRONTEND] if FRONTEND else []
+    small = [ROOT / "tests" / "small_models"]
+    with HostServer(cpu=True, threads=1, packs=small, arguments=frontend) as running:
         yield running
 
 

@@ -164,7 +164,7 @@ def test_a_node_tells_its_result_on_itself(canvas, shots):
     assert canvas.run(120)["kind"] == "execution_success"
     for kind, words in (
         ("KindredDDIMInvert", "round trip"),
-        ("KindredSaveReference", "kindred/cat_"),
+        ("KindredSaveReference", "kindred/subject_"),
     ):
         node = canvas.node(kind)
         if canvas.vue:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import combinations
 
 import pytest
 
 from blueprints import BLUEPRINTS
 from layout import READABLE
+from newest_frontend import VARIABLE
 
 from workflows import (
     api_form,
@@ -36,18 +38,18 @@ SHOWING = {
     "KindredBlockProbe",
 }
 AS_THEY_ARE = ("story_more_pictures",)  # its steps are those of its subject
-# at what scale the largest open, which no arrangement of their nodes brings onto one screen
+# at what scale the largest open, which no arrangement of their nodes brings onto one screen: those of
+# ablation, side by side without a gap, would fill all of it
 LARGE = {
-    "ablation": 0.46,
-    "invert_and_inspect": 0.55,
-    "personalize_controlnet": 0.54,
-    "personalize_flux": 0.51,
-    "personalize_z_image": 0.53,
-    "story_ablation": 0.48,
-    "story_from_photo": 0.52,
-    "train_concept_encoder": 0.50,
-    "two_subjects": 0.49,
+    "ablation": 0.49,
+    "invert_and_inspect": 0.56,
+    "personalize_flux": 0.565,
+    "story_ablation": 0.565,
+    "two_subjects": 0.55,
 }
+drawn_by_the_pinned_page = pytest.mark.skipif(
+    bool(os.environ.get(VARIABLE)), reason="another frontend may write other sizes and fields"
+)
 SMALL = {"steps": 3, "width": 128, "height": 128}  # for transformers: their photos are larger
 
 
@@ -80,12 +82,14 @@ def test_it_opens_without_a_complaint_and_is_its_api_form(canvas, name, shots):
     assert not lying, f"nodes of {name} lie on one another: {lying}"
 
 
+@drawn_by_the_pinned_page
 @pytest.mark.parametrize("name", names())
 def test_the_file_is_what_the_program_makes_of_the_api_form(server, chromium, name, program):
     """`python3 dev.py workflows` was run after the last change of the API form, a node's widgets, or the notes."""
     assert canvas_form(name) == draw(program, name)
 
 
+@drawn_by_the_pinned_page
 @pytest.mark.parametrize("name", BLUEPRINTS)
 def test_the_blueprint_is_what_the_program_makes_of_the_api_form(program, name):
     file = blueprint_file(BLUEPRINTS[name])
@@ -98,11 +102,13 @@ def program(server, chromium):
         yield page
 
 
-def test_groups_read_down_and_then_to_the_right():
-    """In the order of the API form, and none lies on another."""
+def test_groups_read_down_or_to_the_right():
+    """In the order of the API form each is right of or below all before it, and none lies on another."""
     for name in names():
         boxes = [group["bounding"] for group in canvas_form(name)["groups"]]
-        assert len(boxes) >= 3 and boxes == sorted(boxes, key=lambda box: box[:2])
+        assert len(boxes) >= 3
+        for (x, y, width, height), (left, top, _, _) in combinations(boxes, 2):
+            assert left >= x + width or top >= y + height, name
         named = [dict(zip(("x", "y", "width", "height"), box)) for box in boxes]
         assert not [pair for pair in combinations(named, 2) if overlap(*pair)]
 

@@ -114,9 +114,12 @@ def test_the_shipped_workflow_runs_as_it_is(client, untouched):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({COARSE: {"subject": "dog"}}, ["line 1", "'a photo of a cat'", "'dog'"]),
         (
-            {PROMPTS: {"prompts": "a photo of a cat\na photo of a bird"}},
+            {COARSE: {"prompts": "cat", "subject": "dog"}},
+            ["line 1", "'a photo of a cat'", "'dog'"],
+        ),
+        (
+            {PROMPTS: {"prompts": "a photo of a cat\na photo of a bird", "subject": "cat"}},
             ["line 2", "'a photo of a bird'", "'cat'"],
         ),
         ({CAPTURE: {"blocks": "output 9"}}, ["'output 9'", "output 0"]),

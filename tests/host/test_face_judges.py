@@ -158,7 +158,9 @@ def test_dlib_counts_no_face_as_none(dlib_judge):
     data = pytest.importorskip("skimage.data")
     person = torch.tensor(data.astronaut()).float() / 255
     for thing in (data.chelsea(), data.coffee(), data.rocket()):
-        found = dlib_judge(torch.tensor(thing)[None].float() / 255, Request(("a thing",), (person,)))
+        found = dlib_judge(
+            torch.tensor(thing)[None].float() / 255, Request(("a thing",), (person,))
+        )
         assert found.pop("face_found") == [0] and all(map(nan_like, found.values()))
     found = dlib_judge(person[None], Request(("a woman",), (torch.zeros(9, 9, 3),)))
     assert found.pop("face_found") == [1] and all(map(nan_like, found.values()))

@@ -263,4 +263,3 @@ def test_a_foreign_network_is_named_in_its_first_pass(name: str) -> None:
     with pytest.raises(ValueError, match=said):
         pictures(story(name, model), name)
     assert torch.equal(sample(model, name), before)
-

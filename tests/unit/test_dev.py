@@ -253,6 +253,7 @@ BARE = (
         ("serve", "--port"),
         ("test", "--fast"),
         ("test", "--long"),
+        ("test", "--newest-frontend"),
         ("setup", "--again"),
     ],
 )

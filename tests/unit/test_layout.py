@@ -5,7 +5,22 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
-from layout import COLLAPSED, GAP, TITLE, best, form, forms, lay_out, measure, scale
+from layout import (
+    BETWEEN,
+    COLLAPSED,
+    GAP,
+    READABLE,
+    TITLE,
+    beside,
+    best,
+    form,
+    forms,
+    lay_out,
+    over,
+    scale,
+    sliced,
+    stacked,
+)
 
 
 def nodes(*sizes):
@@ -46,11 +61,46 @@ def test_no_other_choice_is_read_at_a_larger_scale():
     """Of two groups every number of columns, beside and over one another."""
     placed = nodes(*[(300, 200)] * 3, *[(400, 500)] * 2)
     groups = [forms([0, 1, 2], placed), forms([3, 4], placed)]
-    chosen = scale(*measure(best(groups)))
+    chosen = best(groups)
     for one in groups[0]:
         for other in groups[1]:
-            assert chosen >= scale(*measure([[one], [other]]))
-            assert chosen >= scale(*measure([[one, other]]))
+            for width, high in (
+                (one.width + BETWEEN + other.width, max(one.height, other.height)),
+                (max(one.width, other.width), one.height + BETWEEN + other.height),
+            ):
+                assert scale(chosen.width, chosen.height) >= scale(width, high)
+
+
+def sizes(parts):
+    return {(part.width, part.height) for part in parts}
+
+
+def test_stacks_stand_beside_one_another_and_slices_also_over():
+    """Three groups of one form: a row over a group is a slice and no stack."""
+    placed = nodes((300, 200), (300, 200), (620, 200))
+    (one,), (two,), (wide,) = groups = [forms([key], placed) for key in placed]
+    rows = over(beside(one, two), wide)
+    assert (rows.width, rows.height) in sizes(sliced(groups)) - sizes(stacked(groups))
+    assert sizes([beside(over(one, two), wide)]) < sizes(stacked(groups))
+
+
+@pytest.mark.parametrize("many", [2, 6])
+def test_each_group_is_right_of_or_below_those_before_it(many):
+    """Also where stacks are not readable, and none lies on another."""
+    placed = nodes(*[(260 + 90 * key, 640 - 70 * key) for key in range(many)])
+    drawn = lay_out({str(key): [key] for key in placed}, placed)
+    for (x, y, width, height), (left, top, _, _) in combinations(
+        [group["bounding"] for group in drawn], 2
+    ):
+        assert left >= x + width or top >= y + height
+
+
+def test_stacks_are_kept_where_they_are_readable():
+    placed = nodes((300, 200), (300, 200), (620, 200))
+    groups = [forms([key], placed) for key in placed]
+    chosen = best(groups)
+    assert scale(chosen.width, chosen.height) >= READABLE
+    assert sizes([chosen]) < sizes(stacked(groups))
 
 
 def test_a_collapsed_node_takes_its_title_alone():

@@ -235,11 +235,13 @@ class Canvas:
         """The node's element where nodes are elements (Vue)."""
         return self.page.locator(f'[data-node-id="{node}"]').first
 
-    def pictures(self, node: int) -> int:
-        """How many pictures a node shows."""
+    def pictures(self, node: int) -> list[str]:
+        """The addresses of the pictures that a node shows."""
         if self.vue:
-            return self.body(node).locator("img").count()
-        return self.page.evaluate("id => app.graph.getNodeById(id).imgs?.length ?? 0", node)
+            return self.body(node).locator("img").evaluate_all("shown => shown.map(img => img.src)")
+        return self.page.evaluate(
+            "id => (app.graph.getNodeById(id).imgs ?? []).map(img => img.src)", node
+        )
 
     def outputs(self, ended: Mapping[str, Any]) -> dict[str, Any]:
         """Of a run that `run` told the end of, what each node gave out; the host keeps it a moment later."""

@@ -47,7 +47,7 @@ LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES
     "11",
     "13",
 )
-ENCODER, CONCEPT = "15", "16"
+ENCODER, CONCEPT, WORD = "15", "16", "18"
 WAYS = {  # the columns of the sheet, in words
     "plain": "without Kindred",
     "self": "looks at the photo",
@@ -67,9 +67,8 @@ def prepared(
     graph[PHOTO]["inputs"]["image"] = photo
     for node in (SCALED, SIZE):
         graph[node]["inputs"] |= {"width": size, "height": size}
-    subject = {"subject": arguments.subject}
-    graph[COARSE]["inputs"] |= subject | {"prompts": f"a photo of a {arguments.subject}"}
-    graph[PROMPTS]["inputs"] |= subject | {"prompts": "\n".join(arguments.prompt)}
+    graph[WORD]["inputs"]["value"] = arguments.subject
+    graph[PROMPTS]["inputs"]["prompts"] = "\n".join(arguments.prompt)
     for node in (CAPTURE, SAMPLER):
         graph[node]["inputs"]["steps"] = arguments.steps
     graph[SAMPLER]["inputs"] |= {"seed": arguments.seed, "cfg": arguments.cfg}
@@ -109,7 +108,7 @@ def columns(graph: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def round_trip(graph: Mapping[str, Any]) -> dict[str, Any]:
     """The photo inverted, sampled back at CFG 1 and decoded, beside the same latent only decoded."""
     steps, model, vae = graph[CAPTURE]["inputs"]["steps"], [LOADER, 0], [LOADER, 2]
-    kept = {k: copy.deepcopy(graph[k]) for k in (LOADER, PHOTO, SCALED, "4", COARSE)}
+    kept = {k: copy.deepcopy(graph[k]) for k in (LOADER, PHOTO, SCALED, "4", WORD, COARSE)}
     return kept | {
         "20": {
             "class_type": "KindredDDIMInvert",

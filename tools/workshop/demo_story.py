@@ -50,13 +50,13 @@ LOADER, PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES = (
     "8",
 )
 LOAD = "9"  # story_more_pictures
-PHOTO, SCALED, BATCH, COARSE, CAPTURE, PREVIEW = (
+PHOTO, SCALED, BATCH, CAPTURE, PREVIEW, WORD = (
     ("9", "10"),
     ("11", "12"),
     "13",
-    "15",
     "16",
     "17",
+    "18",
 )  # story_from_photo
 SAVE = "20"  # beside the anchors
 Graph = dict[str, dict[str, Any]]
@@ -161,11 +161,7 @@ def from_photos(graph: Graph, names: Sequence[str], args: argparse.Namespace) ->
             "inputs": scale["inputs"] | {"image": [f"photo {i + 1}", 0]}
         }
     graph[BATCH]["inputs"] = {f"images.image{i}": [f"scaled {i + 1}", 0] for i in range(len(names))}
-    graph[COARSE]["inputs"] |= {
-        "prompts": f"a photo of a {args.subject}",
-        "subject": args.subject,
-        "style": "",
-    }
+    graph[WORD]["inputs"]["value"] = args.subject
     graph[CAPTURE]["inputs"]["steps"] = args.steps
     return graph
 

@@ -284,9 +284,7 @@ def why_pip_failed(text: str) -> str:
         return "A downloaded file is not the pinned one (its hash differs), so it was refused; check the index you install from."
     if "No space left" in text:
         return f"The disk is full; {cache_folder()} and pip's cache need about {FREE_BYTES / 1e9:.0f} GB together."
-    return (
-        f"pip could not install the pinned packages: {errors[-1] if errors else 'no reason given'}."
-    )
+    return f"pip could not install what is needed: {errors[-1] if errors else 'no reason given'}."
 
 
 def unpack_host(archive: Path, folder: str, target: Path) -> int:
@@ -439,7 +437,9 @@ def setup(again: bool = False) -> Environment:
                 make(home, interpreter)
                 print(f"Ready in {time.monotonic() - start:.0f} s.", flush=True)
                 for old in sorted(
-                    path for path in home.parent.iterdir() if path.is_dir() and path != home
+                    path
+                    for path in home.parent.iterdir()
+                    if re.fullmatch(r"[0-9a-f]{12}", path.name) and path.is_dir() and path != home
                 ):
                     print(
                         f"{old} belongs to other pins; delete it if no other checkout of Kindred uses it.",

@@ -9,12 +9,12 @@ is as little too large as its groups allow.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 READABLE = 8 / 14
-SCREEN = (0.75 * 1600, 0.75 * 850)  # what the page fills of a window of 1600 x 900
+SCREEN = (0.75 * 1600, 0.75 * 866)  # what the page fills of a window of 1600 x 900
 MARGIN = 20  # around the nodes that the page fits
 GAP, BETWEEN, PADDING, TITLE, GROUP_TITLE = 20, 20, 14, 30, 40
 MOST_COLUMNS = 5
@@ -28,6 +28,7 @@ COLOURS = (
     "#b06634",
 )  # the host's own group colours, in turn
 Node = dict[str, Any]
+Box = tuple[int, int, int, int]  # left, top, width, height
 Columns = tuple[tuple[int, ...], ...]  # node ids, from left to right and from top to bottom
 
 
@@ -38,6 +39,19 @@ class Form:
     columns: Columns
     width: int
     height: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Two parts over or beside one another: their size, and the left and top of each."""
+
+    width: int
+    height: int
+    parts: tuple[tuple[Part, int, int], tuple[Part, int, int]]
+
+
+Part = Form | Block
+Join = Callable[[Part, Part], Block]
 
 
 def extent(node: Mapping[str, Any]) -> tuple[int, int]:
@@ -80,40 +94,93 @@ def scale(width: float, high: float) -> float:
     )
 
 
-def measure(stacks: Sequence[Sequence[Form]]) -> tuple[int, int]:
-    """Width and height of groups over one another, beside one another."""
-    width = sum(max(form.width for form in stack) + BETWEEN for stack in stacks) - BETWEEN
-    heights = [sum(form.height + BETWEEN for form in stack) - BETWEEN for stack in stacks]
-    return width, max(heights)
+def over(one: Part, other: Part) -> Block:
+    """One over the other."""
+    high = one.height + BETWEEN + other.height
+    parts = ((one, 0, 0), (other, 0, one.height + BETWEEN))
+    return Block(max(one.width, other.width), high, parts)
 
 
-def best(groups: Sequence[Sequence[Form]]) -> tuple[tuple[Form, ...], ...]:
-    """The choice of forms, stacked in the order of reading, that is read at the largest scale; of
-    equals the smallest.
+def beside(one: Part, other: Part) -> Block:
+    """One left of the other."""
+    width = one.width + BETWEEN + other.width
+    parts = ((one, 0, 0), (other, one.width + BETWEEN, 0))
+    return Block(width, max(one.height, other.height), parts)
+
+
+def worthwhile(parts: Iterable[Part]) -> list[Part]:
+    """Without those that are no narrower than a lower one; from the narrowest on."""
+    kept: list[Part] = []
+    for part in sorted(parts, key=lambda part: (part.width, part.height)):
+        if not kept or part.height < kept[-1].height:
+            kept.append(part)
+    return kept
+
+
+def joined(first: Sequence[Part], then: Sequence[Part], ways: Sequence[Join]) -> list[Part]:
+    """Every form of what comes first with every form of what comes then."""
+    return [way(one, other) for one, other, way in itertools.product(first, then, ways)]
+
+
+def cut(groups: Sequence[Sequence[Part]], ways: Sequence[Join]) -> list[Part]:
+    """Groups in the order of reading, cut in two wherever one likes, and each piece again."""
+    parts = {(i, i + 1): worthwhile(forms_) for i, forms_ in enumerate(groups)}
+    for length in range(2, len(groups) + 1):
+        for i in range(len(groups) - length + 1):
+            end, options = i + length, []
+            for middle in range(i + 1, end):
+                options += joined(parts[i, middle], parts[middle, end], ways)
+            parts[i, end] = worthwhile(options)
+    return parts[0, len(groups)]
+
+
+def stacked(groups: Sequence[Sequence[Part]]) -> list[Part]:
+    """Groups over one another, and such stacks beside one another."""
+    parts: list[Part] = []
+    for count in range(1, len(groups) + 1):
+        for pieces in consecutive(groups, count):
+            parts += cut([cut(piece, [over]) for piece in pieces], [beside])
+    return worthwhile(parts)
+
+
+def sliced(groups: Sequence[Sequence[Part]]) -> list[Part]:
+    """Groups over and beside one another, each right of or below those before it."""
+    return cut(groups, [over, beside])
+
+
+def best(groups: Sequence[Sequence[Form]]) -> Part:
+    """What is read at the largest scale, of equals the smallest: stacks, and where they are not
+    readable all that can be cut.
     """
-    chosen = {}
-    for forms_ in itertools.product(*groups):
-        for count in range(1, len(forms_) + 1):
-            for stacks in consecutive(forms_, count):
-                width, high = measure(stacks)
-                chosen.setdefault((-scale(width, high), width * high), stacks)
-    return chosen[min(chosen)]
+    chosen: list[Part] = []
+    for way in (stacked, sliced):
+        chosen += way(groups)
+        chosen.sort(key=lambda part: (-scale(part.width, part.height), part.width * part.height))
+        if scale(chosen[0].width, chosen[0].height) >= READABLE:
+            break
+    return chosen[0]
+
+
+def boxes(part: Part, left: int, top: int, width: int) -> Iterator[tuple[Form, Box]]:
+    """Every group with its place, those over one another equally wide."""
+    if isinstance(part, Form):
+        yield part, (left, top, width, part.height)
+        return
+    one, other = part.parts
+    for inner, x, y in part.parts:
+        yield from boxes(inner, left + x, top + y, width if one[1] == other[1] else inner.width)
 
 
 def lay_out(groups: Mapping[str, Sequence[int]], nodes: Mapping[int, Node]) -> list[dict[str, Any]]:
     """Give the nodes their places; the groups as the canvas draws them, in the order of reading:
-    down, then to the right.
+    each right of or below those before it.
     """
-    stacks = best([forms(ids, nodes) for ids in groups.values()])
-    titles, boxes, left = iter(groups), [], 0
-    for stack in stacks:
-        top, width = 0, max(form.width for form in stack)
-        for form_ in stack:
-            place(form_.columns, nodes, left + PADDING, top + GROUP_TITLE + TITLE)
-            boxes.append(group(len(boxes), next(titles), (left, top, width, form_.height)))
-            top += form_.height + BETWEEN
-        left += width + BETWEEN
-    return boxes
+    whole = best([forms(ids, nodes) for ids in groups.values()])
+    drawn = []
+    for title, (form_, box) in zip(groups, boxes(whole, 0, 0, whole.width)):
+        place(form_.columns, nodes, box[0] + PADDING, box[1] + GROUP_TITLE + TITLE)
+        drawn.append(group(len(drawn), title, box))
+    return drawn
 
 
 def place(columns: Columns, nodes: Mapping[int, Node], left: int, top: int) -> None:

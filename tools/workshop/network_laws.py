@@ -254,8 +254,7 @@ FURTHER = (
     ),
     Law(
         "sampled, itself",
-        "test_transformers_plain.py::"
-        "test_a_picture_that_reads_itself_stays_however_one_samples",
+        "test_transformers_plain.py::test_a_picture_that_reads_itself_stays_however_one_samples",
         "a picture that reads itself stays as it is with an ancestral and an SDE sampler, and of "
         "an odd size beside a longer prompt (1e-5)",
     ),

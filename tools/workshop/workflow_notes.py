@@ -16,8 +16,8 @@ YOURS = (
 )
 SIZES = "\n- Set each **width** and **height**, and **cfg**, as the table says."
 PHOTO = (
-    "\n- Upload your photo in **Photo of the subject**, say what it shows in **What the photo shows**, and use that word in every "
-    "prompt."
+    "\n- Upload your photo in **Photo of the subject**, write what it shows into **The subject in a word**, and use that word in every "
+    "line of **New pictures, one per line**. **What the photo shows** makes a sentence of it with its **style**."
 )
 STEPS = "\n- Keep **steps** and **scheduler** the same in **Read the subject** and in the samplers."
 ENCODER = (
@@ -176,7 +176,9 @@ NOTES = {
     "two_subjects": Note(
         "Two subjects in one picture",
         "Each photo is read by its own half of the picture (**target_mask**), and each half has its own prompt. Masks may have any shape.",
-        YOURS + "\n- Upload your photos, say what they show, and use those words in the prompts."
+        YOURS
+        + "\n- Upload your photos, write what they show into **Left subject in a word** and **Right subject in a word**, and use "
+        "those words in **Left** and **Right**."
         "\n- Set the photos' **width** and **height** as the table says, **Half of the picture** to the same, **Nothing** and **Size** to "
         "twice the width, and **cfg**." + MEMORY,
     ),
@@ -231,13 +233,16 @@ NOTES = {
         "The photos are inverted and stand in as anchors: every picture of the story looks at them. Two photos are better than one.",
         YOURS
         + "\n- Upload yours in **Photo of the subject** and **Another photo of it** (the same one twice, if there is one only), say what "
-        "they show in **What the photos show**, and use that word in every prompt." + SIZES + STEPS,
+        "they show in **The subject in a word**, and use that word in every prompt."
+        + SIZES
+        + STEPS,
     ),
     "invert_and_inspect": Note(
         "Inversion, and what is read on the way",
         "Turns the photo into noise and back again: the closer it comes back, the better its features. The preview shows where the "
         "subject was found, and the file keeps it for *Load Reference*.",
-        YOURS + "\n- Upload your photo in **Photo of the subject** and say plainly what it shows."
+        YOURS
+        + "\n- Upload your photo in **Photo of the subject** and write what it shows into **The subject in a word**."
         "\n- Set **width** and **height** as the table says. **cfg** stays 1, or the photo does not come back; **steps** are the same in "
         "**Back to noise**, **Sample from that noise** and every sampler that will read the file.",
     ),

@@ -1,7 +1,7 @@
 """Makes the canvas form of every shipped workflow from its API form: python3 dev.py workflows [NAME ...]
 
 workflows/api/<name>.json is the source. The real page loads it, this program lays it out (groups from `_meta.group`, in the order of
-the file, left to right; the note of workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
+the file, the note of workflow_notes.py first), the page writes it, and workflows/<name>.json is that, cleaned.
 Nodes of a subgraph ("4:10") are folded into one, as blueprints.py says; that one also goes into subgraphs/, and the rest is an app.
 With --run it also presses Run and keeps the thumbnail, and the pictures of the help pages (web/docs/images) come from the same runs.
 """
@@ -41,26 +41,37 @@ OURS = {
 # what a picture, a mask or a long text needs, in pixels; the page computes the others, for texts now so and now so
 SIZES = {
     "KindredSubjectPrompts": (320, 240),
-    "CLIPTextEncode": (320, 160),
+    "CLIPTextEncode": (300, 160),
     "KindredLoadPhoto": (250, 450),
-    "SaveImage": (340, 350),
+    "SaveImage": (340, 340),
     "PreviewImage": (320, 250),
     "MaskPreview": (220, 200),
-    "KindredReferencePreview": (320, 330),
+    "KindredReferencePreview": (300, 330),
     "KindredComparisonGrid": (400, 480),
-    "KindredConsistencyScore": (400, 530),
+    "KindredConsistencyScore": (400, 514),
     "KindredBlockProbe": (460, 640),
     "KindredConceptEncoderTrain": (360, 800),
     "KindredConceptEncoderLoad": (270, 120),
-    "KindredRefUNetCapture": (300, 600),
+    "KindredRefUNetCapture": (300, 564),
     "KindredDDIMInvert": (280, 380),
-    "KindredSaveReference": (320, 150),
+    "KindredSaveReference": (300, 150),
     "KindredLoadReference": (320, 400),
     "KindredConsiStory": (330, 504),
     "KSampler": (270, 270),
 }
 CLOSED = {"flags": {"collapsed": True}}
-PLAIN = ("VAEEncode", "VAEDecode", "InvertMask", "ConditioningCombine", "BasicGuider")  # no fields
+PLAIN = (  # no fields, or none that is ever set
+    "VAEEncode",
+    "VAEDecode",
+    "InvertMask",
+    "BatchImagesNode",
+    "MaskComposite",
+    "ConditioningCombine",
+    "ConditioningSetMask",
+    "ConditioningZeroOut",
+    "BasicGuider",
+)
+TOLD = ("What the photo shows", "What the photos show")  # by another node; titles
 # in pixels, and how many letters stand in a line
 NOTE_WIDTH, WIDE_NOTE = (320, 46), (760, 112)
 Node = dict[str, Any]
@@ -170,7 +181,7 @@ def sized(drawn: Mapping[str, Any]) -> dict[int, Node]:
         width, height = node["size"]
         node["size"] = list(SIZES.get(node["type"], (max(round(width), 260), round(height))))
         node |= OURS if node["type"].startswith("Kindred") else {}
-        node |= CLOSED if node["type"] in PLAIN else {}
+        node |= CLOSED if node["type"] in PLAIN or node.get("title") in TOLD else {}
     return nodes
 
 
@@ -273,7 +284,7 @@ def draw(canvas: Canvas, name: str, graph: Mapping[str, Node] | None = None) -> 
     # what the page shows of a text or a number that is wired in hangs on what it drew before
     canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
                             if (!n.inputs?.some(i => i.link != null && i.widget?.name === w.name)) continue;
-                            if (w.type === 'customtext') w.value = '';
+                            if (['customtext', 'text', 'string'].includes(w.type)) w.value = '';
                             if (typeof w.value === 'number')
                                 w.value = n.constructor.nodeData.inputs[w.name].default ?? w.value } }""")
     drawn = canvas.serialize()
