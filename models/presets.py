@@ -14,7 +14,7 @@ from .reference.inject import NODE as MASKED_SELF
 
 log = logging.getLogger(__name__)
 CUSTOM = "custom"  # the inputs as they stand
-IDENTITY, COLOURS, GENTLE, STRONG = "identity", "clothes and colours", "gentle", "strong"
+IDENTITY, BESIDE, GENTLE, STRONG = "identity", "beside an encoder", "gentle", "strong"
 Window = tuple[float, float]  # start_percent, end_percent
 
 
@@ -73,7 +73,7 @@ SELF = Presets(
     MASKED_SELF,
     ALL,
     1.0,
-    {IDENTITY: Preset(1.0, ALL), COLOURS: Preset(1.0, LATE), GENTLE: Preset(0.5, ALL)},
+    {IDENTITY: Preset(1.0, ALL), BESIDE: Preset(1.0, LATE), GENTLE: Preset(0.5, ALL)},
 )
 CONCEPT = Presets(
     CROSS,

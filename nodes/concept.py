@@ -255,10 +255,9 @@ class CrossAttnDetailInject(io.ComfyNode):
                 ),
                 inputs.preset(
                     presets.CONCEPT,
-                    "Ready settings by what is to come through, in place of start_percent and "
-                    "end_percent; strength turns them. custom: as typed. identity: as trained. "
-                    "gentle: as strength 0.5. strong: as strength 2; beside it choose clothes and "
-                    "colours in Masked Self-Attn Inject.",
+                    "Ready settings, in place of start_percent and end_percent; strength turns "
+                    "them. custom: as typed. identity: as trained. gentle: as strength 0.5. "
+                    "strong: as strength 2; choose beside an encoder in Masked Self-Attn Inject.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],

@@ -137,10 +137,10 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 ),
                 inputs.preset(
                     presets.SELF,
-                    "Ready settings by what is to come through, in place of start_percent and "
-                    "end_percent; strength turns them down. custom: as typed. identity: all. "
-                    "clothes and colours: read later, so that pattern and shape are less the "
-                    "photo's. gentle: as strength 0.5, with fewer broken shapes.",
+                    "Ready settings, in place of start_percent and end_percent; strength turns "
+                    "them down. custom: as typed. identity: everything. beside an encoder: read "
+                    "later, for more whole subjects where Cross-Attn Detail Inject brings the "
+                    "likeness too. gentle: as strength 0.5.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],

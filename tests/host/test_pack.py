@@ -105,10 +105,12 @@ def test_the_one_dial_comes_first_and_weights_are_for_experts(schema):
     assert ("strength" in ids) == ("weight" in ids)
     for dial in (i for i in shown if i.id == "strength"):
         assert ids[0] == "strength" and not dial.advanced
+        # past 1 where that was measured to help: docs/evaluation.md, "Presets"
+        most = 2.0 if schema.node_id == "KindredCrossAttnDetailInject" else 1.0
         assert (dial.default, dial.min, dial.max, dial.step, dial.display_mode) == (
             1.0,
             0.0,
-            1.0,
+            most,
             0.05,
             io.NumberDisplay.slider,
         )

@@ -117,14 +117,14 @@ NOTES = {
         "Personalize from one photo",
         "One photo, new pictures of the same subject; nothing is trained. The photo is inverted, its features are read at every step "
         "(left), and every new picture looks at them while it is made. The concept encoder reads the photo as part of the prompt.\n\n"
-        "Turn **strength** of either node: 0 is the plain picture, 1 all of it. **preset** has ready settings by what is to come through.",
+        "Turn **strength** of either node: 0 is the plain picture, 1 all of it. **preset** has ready settings.",
         _personal(ENCODER.format(reader=READER)),
     ),
     "personalize_app": Note(
         "New pictures from my photo",
         "Choose a photo, say in a word what it shows, write a line for each new picture, press Run. As an app it shows these fields alone; "
         "*Enter node graph* in its menu leads here, and the icon of *Personalize from my photo* opens what is in it. **likeness** "
-        "turns the subject: 0 is the plain picture; **preset** says what of it is to come through.",
+        "turns the subject: 0 is the plain picture; **preset** has ready settings.",
         YOURS + "\n- Upload yours in **Your photo**, and use its word in every line." + ONE_PLACE,
     ),
     "story_app": Note(

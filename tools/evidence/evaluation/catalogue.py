@@ -153,15 +153,15 @@ INTENTS = {
     },
     "both, from 0.4": f"{TOGETHER}, start_percent=0.4, concept.start_percent=0.4",
 }
-COLOURS = "preset=clothes and colours"
+BESIDE = "preset=beside an encoder"
 NAMED = {
     "plain": PLAIN_PHOTO,
     **{f"self, {name}": f"preset={name}" for name in PRESETS[0][1:]},
     **{f"cross, {name}": f"self=off, concept.preset={name}" for name in PRESETS[1][1:]},
     "both, identity": "preset=identity, concept.preset=identity",
-    "both, clothes and colours": f"{COLOURS}, concept.preset=identity",
+    "both, beside an encoder": f"{BESIDE}, concept.preset=identity",
     "both, gentle": "preset=gentle, concept.preset=gentle",
-    "both, strong": f"{COLOURS}, concept.preset=strong",
+    "both, strong": f"{BESIDE}, concept.preset=strong",
 }
 DIALS = {
     "plain": PLAIN_PHOTO,

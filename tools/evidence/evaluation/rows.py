@@ -13,7 +13,7 @@ HALVES, MODES = (
     ("logit bias", "post softmax", "key scale", "output blend"),
 )
 PRESETS = (  # of Masked Self-Attn Inject, and of Cross-Attn Detail Inject
-    ("custom", "identity", "clothes and colours", "gentle"),
+    ("custom", "identity", "beside an encoder", "gentle"),
     ("custom", "identity", "gentle", "strong"),
 )
 WINDOW: dict[str, Kind] = {"start_percent": float, "end_percent": float}
