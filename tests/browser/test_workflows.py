@@ -38,15 +38,9 @@ SHOWING = {
     "KindredBlockProbe",
 }
 AS_THEY_ARE = ("story_more_pictures",)  # its steps are those of its subject
-# at what scale the largest open, which no arrangement of their nodes brings onto one screen: those of
-# ablation, side by side without a gap, would fill all of it
-LARGE = {
-    "ablation": 0.49,
-    "invert_and_inspect": 0.56,
-    "personalize_flux": 0.565,
-    "story_ablation": 0.565,
-    "two_subjects": 0.55,
-}
+# at what scale the largest opens, which no arrangement of its nodes brings onto one screen: side by
+# side without a gap they would fill all of it
+LARGE = {"ablation": 0.49}
 drawn_by_the_pinned_page = pytest.mark.skipif(
     bool(os.environ.get(VARIABLE)), reason="another frontend may write other sizes and fields"
 )

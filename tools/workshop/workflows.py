@@ -50,7 +50,7 @@ SIZES = {
     "KindredComparisonGrid": (400, 480),
     "KindredConsistencyScore": (400, 514),
     "KindredBlockProbe": (460, 640),
-    "KindredConceptEncoderTrain": (360, 800),
+    "KindredConceptEncoderTrain": (344, 800),
     "KindredConceptEncoderLoad": (270, 120),
     "KindredRefUNetCapture": (300, 564),
     "KindredDDIMInvert": (280, 380),
