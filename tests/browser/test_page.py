@@ -126,7 +126,7 @@ def test_an_error_of_another_packs_node_is_left_to_the_page(canvas):
 
 
 def test_experts_inputs_are_folded(canvas):
-    """The new renderer shows strength, and weight only when asked; the old one has no folding and shows all."""
+    """The new renderer shows strength, and what it stands for only when asked; the old one has no folding and shows all."""
     canvas.load(CANVAS / "self_attention_only.json")
     node = canvas.node("KindredMaskedSelfAttnInject")
     advanced = canvas.page.evaluate(
@@ -136,9 +136,9 @@ def test_experts_inputs_are_folded(canvas):
     assert "weight" in advanced and "strength" not in advanced
     if canvas.vue:
         assert canvas.body(node).get_by_text("strength", exact=True).count() == 1
-        assert canvas.body(node).get_by_text("weight", exact=True).count() == 0
+        assert canvas.body(node).get_by_text("full strength", exact=True).count() == 0
         canvas.body(node).get_by_text("Show advanced inputs").click()
-        canvas.body(node).get_by_text("weight", exact=True).wait_for(timeout=120_000)
+        canvas.body(node).get_by_text("full strength", exact=True).wait_for(timeout=120_000)
 
 
 def test_a_chinese_user_reads_chinese(server, chromium, shots):
