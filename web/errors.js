@@ -3,11 +3,23 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-let shown = null; // the one toast that stands
+let takeAway = null; // of the one toast that stands
 
 function close() {
-  if (shown) app.extensionManager.toast.remove(shown);
-  shown = null;
+  takeAway?.();
+  takeAway = null;
+}
+
+// Frontend 1.47 removes a toast by the message that was added, 1.58 dismisses it by its id.
+function show(summary, detail) {
+  const toast = app.extensionManager.toast;
+  if (toast.remove) {
+    const message = { severity: "error", summary, detail };
+    toast.add(message);
+    return () => toast.remove(message);
+  }
+  const id = toast.error(summary, { description: detail });
+  return () => toast.dismiss(id);
 }
 
 function say(type, message) {
@@ -15,8 +27,7 @@ function say(type, message) {
   const name = LiteGraph.registered_node_types[type]?.title ?? type;
   const start = `${name}: `;
   const detail = message.startsWith(start) ? message.slice(start.length) : message;
-  shown = { severity: "error", summary: name, detail: detail.trim() };
-  app.extensionManager.toast.add(shown);
+  takeAway = show(name, detail.trim());
 }
 
 // What a node's validate_inputs said: "input - sentence", once for every input.

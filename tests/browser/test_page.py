@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from canvas import CLOSE_TOAST, TOAST
 from client import Client
 from hands import EMPTY, drag, found_by, grip, set_field, settled, slot
 
@@ -85,7 +86,7 @@ def test_an_error_in_a_node_is_said_at_once_in_our_sentence(canvas, shots):
         ended["kind"] == "execution_error"
         and ended["detail"]["node_type"] == "KindredSubjectPrompts"
     )
-    toast = canvas.page.locator(".p-toast-message").filter(has_text="contain the subject")
+    toast = canvas.page.locator(TOAST).filter(has_text="contain the subject")
     toast.wait_for(timeout=120_000)
     canvas.screenshot(shots / f"error_{'vue' if canvas.vue else 'canvas'}.png")
     said = toast.inner_text()
@@ -93,7 +94,7 @@ def test_an_error_in_a_node_is_said_at_once_in_our_sentence(canvas, shots):
     canvas.run(60)
     settled(canvas, 1500)
     assert toast.count() == 1, "of two runs with one mistake one sentence stands"
-    toast.locator(".p-toast-close-button").click()
+    toast.locator(CLOSE_TOAST).click()
     canvas.page.get_by_test_id("error-overlay-see-errors").click()
     canvas.page.get_by_text("contain the subject").first.wait_for(timeout=120_000)
 
@@ -103,7 +104,7 @@ def test_what_is_refused_before_anything_runs_is_said_at_once_too(canvas):
     canvas.load(CANVAS / "story.json")
     set_field(canvas, canvas.node("KindredSubjectPrompts"), "subject", "zebra")
     canvas.press_run()
-    toast = canvas.page.locator(".p-toast-message").filter(has_text="'zebra'")
+    toast = canvas.page.locator(TOAST).filter(has_text="'zebra'")
     toast.wait_for(timeout=120_000)
     said = toast.inner_text()
     assert said.count("contain the subject 'zebra'") == 1 and "prompts - " not in said

@@ -47,10 +47,13 @@ READY = "() => window.app?.extensionManager && window.app.vueAppReady && window.
 LISTEN = """() => { window.__events = []; for (const kind of ['executed', 'execution_success', 'execution_error', 'execution_interrupted'])
             app.api.addEventListener(kind, e => window.__events.push([kind, e.detail])) }"""
 ENDED = "() => window.__events.some(e => ['execution_success', 'execution_error', 'execution_interrupted'].includes(e[0]))"
+# as frontend 1.47 calls them, and as 1.58 does
+TOAST = ".p-toast-message, [data-testid='toast']"
+CLOSE_TOAST = ".p-toast-close-button, [data-testid='toast-close']"
 # every toast is noted when it appears: it may be gone when somebody looks
-WATCH = """window.__toasts = []; new MutationObserver(changes => { for (const change of changes) for (const node of change.addedNodes)
-    for (const toast of node.matches?.('.p-toast-message') ? [node] : node.querySelectorAll?.('.p-toast-message') ?? [])
-        window.__toasts.push(toast.innerText) }).observe(document, {childList: true, subtree: true})"""
+WATCH = f"""window.__toasts = []; new MutationObserver(changes => {{ for (const change of changes) for (const node of change.addedNodes)
+    for (const toast of node.matches?.("{TOAST}") ? [node] : node.querySelectorAll?.("{TOAST}") ?? [])
+        window.__toasts.push(toast.innerText) }}).observe(document, {{childList: true, subtree: true}})"""
 INSTALLED = (
     "google-chrome",
     "google-chrome-stable",
@@ -187,7 +190,7 @@ class Canvas:
         """Forget complaints, and close what stands over the canvas."""
         self.errors.clear()
         # in the page, at once: one that fades away meanwhile cannot be clicked from here
-        close = "document.querySelectorAll('.p-toast-close-button')"
+        close = f'document.querySelectorAll("{CLOSE_TOAST}")'
         self.page.evaluate(f"{close}.forEach(button => button.click())")
         self.page.wait_for_function(f"!{close}.length")
         self.page.evaluate("window.__toasts.length = 0")
