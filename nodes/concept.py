@@ -257,7 +257,8 @@ class CrossAttnDetailInject(io.ComfyNode):
                     presets.CONCEPT,
                     "Ready settings, in place of start_percent and end_percent; strength turns "
                     "them. custom: as typed. identity: as trained. gentle: as strength 0.5. "
-                    "strong: as strength 2; choose beside an encoder in Masked Self-Attn Inject.",
+                    "strong: as strength 2; where Masked Self-Attn Inject is wired too, set its "
+                    "preset to beside an encoder.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],

@@ -6,6 +6,7 @@ very classes that the host holds. Fixtures: `pack` (the package), `host` (the ho
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -83,6 +84,23 @@ def snapshot() -> dict[str, tuple[int, int]]:
         for p in Path(folder_paths.base_path).rglob("*")
         if not p.is_dir() and p not in thumbnails
     }
+
+
+@pytest.fixture(scope="module")
+def frozen_heap() -> Iterator[None]:
+    """The host's own objects are no garbage, and looking through them takes longer than a run."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def born(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Weak references to everything of ours that begins with a run."""
+    from disturbances import births
+
+    return births(monkeypatch)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import contextmanager
 from functools import cache
 
@@ -16,7 +15,6 @@ from disturbances import (
     Interrupted,
     OutOfMemory,
     at_pass,
-    births,
     disturbed,
     few,
     nothing_is_left,
@@ -28,21 +26,7 @@ from disturbances import (
 from kindred.nodes.host import KEY
 
 LAW = pytest.mark.parametrize
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """The host's own objects are no garbage, and looking through them takes longer than a run."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def born(monkeypatch):
-    """Weak references to everything of ours that begins with a run."""
-    return births(monkeypatch)
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 # interrupts ------------------------------------------------------------------------------------------------------------------

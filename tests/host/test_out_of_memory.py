@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from disturbances import (
     MODEL,
     OutOfMemory,
     at_pass,
-    births,
     disturbed,
     few,
     half_bank,
@@ -32,21 +30,7 @@ from kindred.nodes.library import SaveReference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LAW = pytest.mark.parametrize
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """The host's own objects are no garbage, and looking through them takes longer than a run."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def born(monkeypatch):
-    """Weak references to everything of ours that begins with a run."""
-    return births(monkeypatch)
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 @LAW("name", JOBS)

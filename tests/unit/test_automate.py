@@ -10,27 +10,18 @@ import sys
 import threading
 
 import pytest
-from automating import GRAPH, hurry, program
+from automating import GRAPH
 from checkout import ROOT
 from fake_host import FakeHost
 from jobs import Board, Job
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch) -> None:
-    hurry(monkeypatch)
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 @pytest.fixture
 def host():
     with FakeHost() as running:
         yield running
-
-
-@pytest.fixture
-def automated(tmp_path, capsys):
-    """Runs the program: its exit code, its report, what it said."""
-    return program(tmp_path, capsys)
 
 
 def test_changed_inputs_uploads_seeds_and_names(host, automated, tmp_path):

@@ -9,28 +9,17 @@ from types import SimpleNamespace
 import automate
 import jobs
 import pytest
-from automating import hurry, program
 from client import Client, HostError, Unreachable
 from fake_host import FakeHost
 
 FAULTS = ["lose_post", "lose_answer", "bad_gateway", "forget", "cut"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch) -> None:
-    hurry(monkeypatch)
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 @pytest.fixture
 def host():
     with FakeHost() as running:
         yield running
-
-
-@pytest.fixture
-def automated(tmp_path, capsys):
-    """Runs the program: its exit code, its report, what it said."""
-    return program(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

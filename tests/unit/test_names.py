@@ -36,7 +36,7 @@ def names(program: ast.AST) -> Iterator[tuple[str, int]]:
     for node in ast.walk(program):
         for field in NAMING:
             if isinstance(name := getattr(node, field, None), str):
-                yield name.strip("_"), node.lineno
+                yield name.strip("_").lower(), node.lineno
 
 
 def place_of(name: str, level: int, module: str) -> str | None:
@@ -87,6 +87,8 @@ def test_names_are_the_fields_terms() -> None:
     "text",
     [
         "made = 1",
+        "TOLD = ()",
+        "class Found: pass",
         "self._made = {}",
         "def told(): pass",
         "class heard: pass",

@@ -71,7 +71,7 @@ PLAIN = (  # no fields, or none that is ever set
     "ConditioningZeroOut",
     "BasicGuider",
 )
-TOLD = ("What the photo shows", "What the photos show")  # by another node; titles
+WIRED = ("What the photo shows", "What the photos show")  # titles of nodes whose word comes by wire
 # in pixels, and how many letters stand in a line
 NOTE_WIDTH, WIDE_NOTE = (320, 46), (760, 112)
 Node = dict[str, Any]
@@ -181,7 +181,7 @@ def sized(drawn: Mapping[str, Any]) -> dict[int, Node]:
         width, height = node["size"]
         node["size"] = list(SIZES.get(node["type"], (max(round(width), 260), round(height))))
         node |= OURS if node["type"].startswith("Kindred") else {}
-        node |= CLOSED if node["type"] in PLAIN or node.get("title") in TOLD else {}
+        node |= CLOSED if node["type"] in PLAIN or node.get("title") in WIRED else {}
     return nodes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .miniatures import ENCODER, JOINT, STORIES as TELLING
+from .miniatures import ENCODER, JOINT, STORIES as STORY_NODES
 from .rows import PRESETS, rows_of
 from .tables import Table
 
@@ -201,7 +201,7 @@ SAMPLED = {
     "story with FreeU": "freeu=yes",
 }
 
-PHOTO, TOLD = "personalize", "story"
+PHOTO, STORY = "personalize", "story"
 CHOSEN_ON, PRESETS_ON = 1000, 1100  # the first identity or set that settings are chosen on
 TABLES = {
     table.name: table
@@ -232,27 +232,27 @@ TABLES = {
         Table(
             "ablation",
             "Paper B, section 5.4: a story less one of its parts",
-            TOLD,
-            rows_of(TOLD, ABLATION),
+            STORY,
+            rows_of(STORY, ABLATION),
             5,
-            needs=TELLING,
+            needs=STORY_NODES,
         ),
         Table(
             "pareto",
             "Paper B, Fig. 8: likeness against text, by dropout",
-            TOLD,
-            rows_of(TOLD, PARETO),
+            STORY,
+            rows_of(STORY, PARETO),
             5,
-            needs=TELLING,
+            needs=STORY_NODES,
             axis="dropout",
         ),
         Table(
             "freeu",
             "Paper B, appendix B: stories with FreeU, as the paper samples",
-            TOLD,
-            rows_of(TOLD, SAMPLED),
+            STORY,
+            rows_of(STORY, SAMPLED),
             20,
-            needs=TELLING,
+            needs=STORY_NODES,
         ),
         Table(
             "settings_self",
@@ -300,11 +300,11 @@ TABLES = {
         Table(
             "settings_story",
             "Settings of ConsiStory Shared Attention",
-            TOLD,
-            rows_of(TOLD, STORIES),
+            STORY,
+            rows_of(STORY, STORIES),
             5,
             CHOSEN_ON,
-            TELLING,
+            STORY_NODES,
         ),
         Table(
             "dials",
@@ -318,11 +318,11 @@ TABLES = {
         Table(
             "dial_story",
             "The strength of ConsiStory Shared Attention",
-            TOLD,
-            rows_of(TOLD, STORY_DIAL),
+            STORY,
+            rows_of(STORY, STORY_DIAL),
             5,
             CHOSEN_ON,
-            TELLING,
+            STORY_NODES,
             "strength",
         ),
     )

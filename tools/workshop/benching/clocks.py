@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Clock(Protocol):
 
     name: str
 
-    def measure(self, job: Callable[[], Made]) -> tuple[Made, Reading]: ...
+    def measure(self, job: Callable[[], Result]) -> tuple[Result, Reading]: ...
 
 
 class CpuClock:
@@ -33,7 +33,7 @@ class CpuClock:
 
     name = "process time"
 
-    def measure(self, job: Callable[[], Made]) -> tuple[Made, Reading]:
+    def measure(self, job: Callable[[], Result]) -> tuple[Result, Reading]:
         start = time.process_time()
         result = job()
         return result, Reading(time.process_time() - start)
@@ -47,7 +47,7 @@ class CudaClock:
     def __init__(self, cuda: Any) -> None:
         self.cuda = cuda  # torch.cuda
 
-    def measure(self, job: Callable[[], Made]) -> tuple[Made, Reading]:
+    def measure(self, job: Callable[[], Result]) -> tuple[Result, Reading]:
         cuda = self.cuda
         start, end = (cuda.Event(enable_timing=True) for _ in range(2))
         cuda.synchronize()
