@@ -113,7 +113,7 @@ def test_the_words_on_the_terminal(everything):
     )
     assert (
         words.count("\n| ") == 2 + len(told["runs"][0]["cases"])
-        and "One round has no spread" in words
+        and "One round has no standard error" in words
     )
 
 

@@ -1,8 +1,9 @@
 """What Kindred costs beside the plain sampler, measured in one run.
 
-Rounds are interleaved (plain, case, case, plain with four pictures, case, ...), the first is thrown away, and each ratio is within its own
-round. On a CPU the clock is the process' own time, on CUDA the device's events. Models have random weights in the host's own
-configurations and the subject is a drawn square: the arithmetic does not care. Ctrl-C prints the table of the rounds that were finished.
+Each case runs between two plain runs of as many pictures (plain, case, plain, case, plain, ...), and each ratio is to their mean. The first
+round is thrown away. On a CPU the clock is the process' own time, on CUDA the device's events. Models have random weights in the host's
+own configurations and the subject is a drawn square: the arithmetic does not care. Ctrl-C prints the table of the rounds that were
+finished.
 
 cases, by groups (hooks, references, concepts, stories); without --case those that have a gate on a CPU:
 """

@@ -13,7 +13,7 @@ from checkout import version
 
 from benching.catalogue import CASES, MEMORY_TARGET, PLAIN, name_of, target
 from benching.ground import Setting
-from benching.rounds import LIMIT, Row
+from benching.rounds import QUIET, Row
 
 DEFAULT_ATTENTION = "pytorch"
 NOT_TOLD = (
@@ -56,7 +56,7 @@ def case_of(
 ) -> dict[str, Any]:
     """A row as it stands in the JSON; mine, theirs: what was probed of it and of plain."""
     case = asdict(row) | {
-        "rejected": row.rejected,
+        "quiet": row.quiet,
         "target": target(setting.device, setting.family, (row.case, row.pictures)),
         "memory": row.memory,
     }
@@ -163,7 +163,10 @@ def columns_of(cases: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mappin
     columns: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "case": lambda c: c["case"],
         "pictures": lambda c: c["pictures"],
-        "times plain": lambda c: f"{c['ratio']['median']:.3f}" + " (rejected)" * c["rejected"],
+        "times plain": lambda c: f"{c['ratio']['median']:.3f}",
+        "standard error": lambda c: (
+            "" if c["ratio"]["error"] is None else f"{c['ratio']['error']:.3f}"
+        ),
         "least": lambda c: f"{c['ratio']['least']:.3f}",
         "most": lambda c: f"{c['ratio']['most']:.3f}",
         "at 50 steps": lambda c: f"{c['at_50']:.3f}",
@@ -198,14 +201,14 @@ def columns_of(cases: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mappin
 def remarks(run: Run) -> list[str]:
     """What a reader must know before believing the table."""
     sentences, cases = [], run["cases"]
-    for n in sorted({c["pictures"] for c in cases if c["rejected"]}):
-        spread = next(c["plain_spread"] for c in cases if c["pictures"] == n)
+    for n in sorted({c["pictures"] for c in cases if not c["quiet"]}):
+        spread = max(c["plain_spread"] for c in cases if c["pictures"] == n)
         sentences.append(
-            f"Rejected: with {n} picture{'s' * (n > 1)} the plain sampler's own times spread over {spread:.0%} of their median, "
-            f"more than {LIMIT:.0%}: something else used this machine. Measure again when it is quiet, with more --rounds."
+            f"With {n} picture{'s' * (n > 1)} the plain sampler's own times spread over {spread:.0%} of their median, more than "
+            f"{QUIET:.0%}: something else used this machine, and the standard errors hold what it did. More --rounds make them smaller."
         )
     if run["rounds"] == 1:
-        sentences.append("One round has no spread: give --rounds 5 for a table to rely on.")
+        sentences.append("One round has no standard error: give --rounds 5 for a table to rely on.")
     sentences += [
         f"{c['case']} with {c['pictures']} made NaN or infinite values: its time may not be that of a real run."
         for c in cases

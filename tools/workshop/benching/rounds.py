@@ -1,4 +1,8 @@
-"""Interleaved rounds, and what they say: A B C A B C, the first thrown away, each ratio within its own round."""
+"""Rounds of pairs, and what they say: plain, A, plain, B, plain, each case beside the plain runs before and behind it.
+
+What drifts or is gone again within a few runs meets both of a pair. The first round is thrown away, and no other: what another
+program did to the machine shows in the standard error.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 
 from benching.catalogue import CASES, PLAIN, Key
 
-LIMIT = 0.15  # plain's own spread above which its ratios say nothing
+QUIET = 0.15  # plain's own spread up to which nothing else used the machine
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,21 @@ class Lap:
         return sum(self.seconds)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A case, and plain of as many pictures right before and right behind it."""
+
+    case: Lap
+    plain: tuple[Lap, Lap]
+
+    @property
+    def beside(self) -> float:
+        """Seconds of the plain runs, mean."""
+        return statistics.fmean(lap.total for lap in self.plain)
+
+
 Job = Callable[[], Lap]
-Round = Mapping[Key, Lap]
+Round = Mapping[Key, Pair]
 
 
 @dataclass(frozen=True)
@@ -39,19 +56,37 @@ class Played:
 
 
 def play(jobs: Mapping[Key, Job], rounds: int, tell: Callable[[int, Key], None]) -> Played:
-    """Every job once per round, in their order; one round more before them warms up and does not count."""
+    """Every case once per round, in their order, among plain runs; one round more before them warms up and does not count.
+
+    jobs: plain's of every number of pictures among them; cases of one number follow one another.
+    """
     finished: list[Round] = []
     try:
         for turn in range(rounds + 1):
-            laps: dict[Key, Lap] = {}
-            for key, job in jobs.items():
-                tell(turn, key)
-                laps[key] = job()
+            pairs = play_round(jobs, lambda key, turn=turn: tell(turn, key))
             if turn:
-                finished.append(laps)
+                finished.append(pairs)
     except KeyboardInterrupt:
         return Played(tuple(finished), True)
     return Played(tuple(finished))
+
+
+def play_round(jobs: Mapping[Key, Job], tell: Callable[[Key], None]) -> Round:
+    def lap(key: Key) -> Lap:
+        tell(key)
+        return jobs[key]()
+
+    pairs: dict[Key, Pair] = {}
+    plain, before = None, None
+    for key in jobs:
+        if key[0] == PLAIN:
+            continue
+        if plain != (PLAIN, key[1]):
+            plain = (PLAIN, key[1])
+            before = lap(plain)
+        mine, behind = lap(key), lap(plain)
+        pairs[key], before = Pair(mine, (before, behind)), behind
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -61,12 +96,14 @@ class Spread:
     median: float
     least: float
     most: float
+    error: float | None = None  # standard error of the mean; None of one round
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
         if not values:
             raise ValueError("a spread of 0 rounds: at least 1 has to be finished")
-        return Spread(statistics.median(values), min(values), max(values))
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return Spread(statistics.median(values), min(values), max(values), error)
 
     @property
     def relative(self) -> float:
@@ -94,8 +131,9 @@ class Row:
     plain_peak: int | None = None
 
     @property
-    def rejected(self) -> bool:
-        return self.plain_spread > LIMIT
+    def quiet(self) -> bool:
+        """Whether plain itself took the same time in every round."""
+        return self.plain_spread <= QUIET
 
     @property
     def memory(self) -> float | None:
@@ -103,33 +141,32 @@ class Row:
 
 
 def table(rounds: Sequence[Round]) -> list[Row]:
-    """A row per case. Each of its ratios is within one round, against plain of the same batch."""
-    return [row_of(rounds, key) for key in rounds[0] if key[0] != PLAIN]
+    """A row per case. Each of its ratios is within one pair."""
+    return [row_of(key, [pairs[key] for pairs in rounds]) for key in rounds[0]]
 
 
-def row_of(rounds: Sequence[Round], key: Key) -> Row:
-    mine, plain = [laps[key] for laps in rounds], [laps[PLAIN, key[1]] for laps in rounds]
+def row_of(key: Key, pairs: Sequence[Pair]) -> Row:
+    """Of one case, its pair of every round."""
+    first, plain = pairs[0].case, [lap for pair in pairs for lap in pair.plain]
     steps = sum(plain[0].calls)
     fifty = CASES[key[0]].calls
 
-    def stretched(
-        lap: Lap,
-    ) -> float:  # each part's seconds per call, times its calls at fifty steps
+    def stretched(lap: Lap) -> float:  # each part's seconds per call, times its calls at 50 steps
         return sum(s * at_50 / calls for s, at_50, calls in zip(lap.seconds, fifty, lap.calls))
 
-    own = Spread.of([lap.total for lap in plain])
-    peaks = [[lap.peak for lap in laps if lap.peak] for laps in (mine, plain)]
+    own = Spread.of([pair.beside for pair in pairs])
+    peaks = [[lap.peak for lap in laps if lap.peak] for laps in ([p.case for p in pairs], plain)]
     return Row(
         *key,
-        Spread.of([a.total / b.total for a, b in zip(mine, plain)]),
-        Spread.of([stretched(a) / (b.total * 50 / steps) for a, b in zip(mine, plain)]).median,
-        Spread.of([lap.total for lap in mine]).median,
+        Spread.of([pair.case.total / pair.beside for pair in pairs]),
+        Spread.of([stretched(pair.case) / (pair.beside * 50 / steps) for pair in pairs]).median,
+        Spread.of([pair.case.total for pair in pairs]).median,
         own.median,
         own.relative,
-        sum(mine[0].calls),
+        sum(first.calls),
         steps,
-        mine[0].rows,
+        first.rows,
         plain[0].rows,
-        all(lap.finite for lap in mine),
+        all(pair.case.finite for pair in pairs),
         *(max(p, default=None) for p in peaks),
     )
