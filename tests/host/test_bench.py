@@ -12,7 +12,7 @@ import sys
 from math import isfinite
 
 import pytest
-from benching.catalogue import CASES, PLAIN, chosen
+from benching.catalogue import CASES, GROUPS, PLAIN, UNETS_ALONE, chosen
 from checkout import ROOT
 
 STEPS, LIMIT = 4, 1200  # seconds: a busy machine is no failure
@@ -33,6 +33,7 @@ ONE_STAGE = {
 # on, and diffusion features are read in the third
 CALLS = dict.fromkeys(ONE_STAGE, STEPS) | {
     "live": 2 * STEPS,
+    "live_half": 2 * STEPS,
     "cold": 2 * STEPS + 1,
     "blended": STEPS + 1,
     "more": STEPS + 1,
@@ -40,7 +41,7 @@ CALLS = dict.fromkeys(ONE_STAGE, STEPS) | {
     "more_story": 3 + 3 + 1,
     "story_official": STEPS + 3 + 1,
 }
-OF_REFERENCE = {"live": STEPS, "cold": STEPS + 1}  # calls with one row
+OF_REFERENCE = {"live": STEPS, "live_half": STEPS, "cold": STEPS + 1}  # calls with one row
 
 
 def bench(*words: str, family: str = "tiny") -> subprocess.CompletedProcess:
@@ -103,6 +104,31 @@ def test_every_case_is_finite_and_stands_in_the_figures(everything):
         and told["runs"][0]["software"]["host"]
         and not told["runs"][0]["stopped"]
     )
+
+
+# a flow's inversion makes one call more, and it is read live; its story reads features at a step of its own
+FLOW_CALLS = CALLS | {"cold": 3 * STEPS + 2, "story": 2 * STEPS, "more_story": 2 * STEPS}
+FLOW_CALLS |= {"story_official": 2 * STEPS}
+
+
+@pytest.mark.slow
+def test_every_case_of_a_transformer_makes_exactly_its_calls(tmp_path):
+    told = tmp_path / "bench.json"
+    wanted = [word for group in GROUPS[1:] for word in ("--case", group)]
+    done = bench(
+        *("--steps", str(STEPS), "--rounds", "1", *wanted, "--case", "extra", "--json", str(told)),
+        family="tiny_flux",
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(told.read_text("utf-8"))["runs"]
+    cases = {(c["case"], c["pictures"]): c for c in run["cases"]}
+    assert {case for case, _ in cases} == set(CASES) - UNETS_ALONE
+    assert {key: c["calls"] for key, c in cases.items()} == {
+        key: FLOW_CALLS[key[0]] for key in cases
+    }
+    assert all(c["finite"] and c["plain_rows"] == STEPS * n for (_, n), c in cases.items())
+    refused = bench("--case", "pass_through", family="tiny_flux")
+    assert refused.returncode == 2 and "pass_through_b1 and pass_through_b4" in refused.stderr
 
 
 @pytest.mark.slow

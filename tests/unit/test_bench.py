@@ -37,7 +37,15 @@ def a_run(
     plain=(1.0, 1.0), cached=(1.125, 1.125), setting=SETTING, probed=None, stopped=False, **more
 ):
     rounds = rounds_of(plain, cached, **more)
-    return run_of(setting, SOFTWARE, len(rounds), "process time", table(rounds), stopped, probed)
+    return run_of(
+        setting,
+        SOFTWARE,
+        len(rounds),
+        "process time",
+        table(rounds, setting.family),
+        stopped,
+        probed,
+    )
 
 
 def test_the_table_says_what_was_measured():
@@ -122,7 +130,7 @@ def test_counts_of_two_parts_stand_for_fifty_steps_alone(steps, counted):
         SOFTWARE,
         1,
         "process time",
-        table([pairs]),
+        table([pairs], SETTING.family),
         probed={"plain_b1": plain, "cold_b1": cold, "cached_b1": plain},
     )
     assert (
@@ -134,7 +142,9 @@ def test_counts_of_two_parts_stand_for_fifty_steps_alone(steps, counted):
 
 def test_cuda_tells_its_memory_without_being_asked():
     pairs = {("cached", 1): pair(lap(1.0, peak=1100), lap(1.0, peak=1000))}
-    run = run_of(replace(SETTING, device="cuda"), SOFTWARE, 1, "CUDA events", table([pairs]))
+    run = run_of(
+        replace(SETTING, device="cuda"), SOFTWARE, 1, "CUDA events", table([pairs], SETTING.family)
+    )
     assert run["cases"][0]["memory"] == 1.1 and run["cases"][0]["target"] == 1.15
 
 
@@ -224,7 +234,7 @@ def test_the_shipped_page_has_a_block_for_each_family():
         (["--memory", "--device", "cuda"], "leave it out"),
         (["--update", "no/page.md"], "no/page.md: there is no such page"),
         (["--attention", "sage"], "sage.*pytorch"),
-        (["--family", "flux"], "flux.*sd15"),
+        (["--family", "wan"], "wan.*sd15"),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_sentence_and_code_2(argv, told, capsys):
@@ -263,7 +273,7 @@ class Ground:
 
     stop, trouble, torch, unet = 0, None, torch, None
 
-    def __init__(self, host, setting):
+    def __init__(self, host, setting, own_weights):
         self.done = 0
 
     def estimate(self, keys):

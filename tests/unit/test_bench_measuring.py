@@ -12,12 +12,14 @@ from benching.catalogue import (
     CASES,
     DEFAULT,
     ENOUGH,
+    FLOW_DEFAULT,
     GROUPS,
     PLAIN,
     TARGETS,
     chosen,
     left_out,
     name_of,
+    refuse_missing,
     target,
     windows,
 )
@@ -102,10 +104,10 @@ def test_the_standard_error_is_that_of_the_mean():
 
 def test_ratios_are_within_their_own_pair():
     """A machine that gets twice as slow in the middle: the ratio of the medians would be 2.2 or 1.1, each pair's is 1.1."""
-    (row,) = table(rounds_of([1.0, 2.0, 4.0], [1.1, 2.2, 4.4]))
+    (row,) = table(rounds_of([1.0, 2.0, 4.0], [1.1, 2.2, 4.4]), "sd15")
     assert row.ratio == Spread(*[pytest.approx(1.1)] * 3, pytest.approx(0, abs=1e-12))
     assert (row.seconds, row.plain_seconds) == (2.2, 2.0)
-    (row,) = table(rounds_of([1.0, 1.0, 1.0], [1.3, 1.0, 1.1]))
+    (row,) = table(rounds_of([1.0, 1.0, 1.0], [1.3, 1.0, 1.1]), "sd15")
     assert (row.ratio.median, row.ratio.least, row.ratio.most) == (1.1, 1.0, 1.3)
 
 
@@ -114,12 +116,15 @@ def test_a_machine_that_drifts_evenly_changes_no_ratio(start, drift):
     """Plain takes start, then the case 1.1 times what plain would take by now, then plain again."""
     plain = [start * (1 + drift * turn) for turn in range(3)]
     laps = Pair(lap(1.1 * plain[1]), (lap(plain[0]), lap(plain[2])))
-    assert table([{("cached", 1): laps}])[0].ratio.median == pytest.approx(1.1)
+    assert table([{("cached", 1): laps}], "sd15")[0].ratio.median == pytest.approx(1.1)
 
 
 def test_each_case_is_beside_plain_of_its_own_batch():
     pairs = {("cached", 1): pair(lap(1.5), lap(1.0)), ("cached", 4): pair(lap(5.0), lap(4.0))}
-    assert {(row.pictures, row.ratio.median) for row in table([pairs])} == {(1, 1.5), (4, 1.25)}
+    assert {(row.pictures, row.ratio.median) for row in table([pairs], "sd15")} == {
+        (1, 1.5),
+        (4, 1.25),
+    }
 
 
 @LAW(
@@ -127,12 +132,12 @@ def test_each_case_is_beside_plain_of_its_own_batch():
     [([1.0, 1.0, 1.15], True), ([1.0, 1.0, 1.16], False), ([0.9, 1.0, 1.1], False), ([1.0], True)],
 )
 def test_plain_that_spreads_is_no_quiet_machine(plain, quiet):
-    (row,) = table(rounds_of(plain, [1.1] * len(plain)))
+    (row,) = table(rounds_of(plain, [1.1] * len(plain)), "sd15")
     assert row.quiet == quiet == (row.plain_spread <= QUIET)
 
 
 def test_a_case_that_spreads_may_do_so_on_a_quiet_machine():
-    (row,) = table(rounds_of([1.0, 1.0], [1.0, 9.0]))
+    (row,) = table(rounds_of([1.0, 1.0], [1.0, 9.0]), "sd15")
     assert row.quiet and row.ratio.error == pytest.approx(4)
 
 
@@ -160,17 +165,26 @@ def test_fifty_steps_by_the_calls_of_each_part(case, seconds, calls, at_50):
     """Plain takes a second per step, of two, and half of one in the stories' rows."""
     steps = 2 if len(calls) > 1 or case in ("cached", "live") else 4
     plain = lap(float(steps) if steps == 2 else 2.0, steps)
-    row = row_of((case, 1), [pair(Lap(seconds, calls), plain)])
+    row = row_of((case, 1), [pair(Lap(seconds, calls), plain)], "sd15")
     assert (
         row.at_50 == pytest.approx(at_50) and row.calls == sum(calls) and row.plain_calls == steps
     )
 
 
-def test_at_fifty_steps_it_is_the_ratio_itself():
+@LAW("family", ["sd15", "flux"])
+def test_at_fifty_steps_it_is_the_ratio_itself(family):
     for case in CASES.values():
-        seconds = tuple(60.0 + i for i in range(len(case.calls)))
-        row = row_of((case.name, 1), [pair(Lap(seconds, case.calls), lap(50.0, 50))])
+        calls = case.calls_on(family)
+        seconds = tuple(60.0 + i for i in range(len(calls)))
+        row = row_of((case.name, 1), [pair(Lap(seconds, calls), lap(50.0, 50))], family)
         assert row.at_50 == pytest.approx(row.ratio.median)
+
+
+def test_a_transformers_story_makes_calls_of_its_own():
+    """Four steps, eight calls; of fifty steps it makes a hundred, a UNet's 88."""
+    laps = [pair(Lap((8.0,), (8,)), lap(4.0, 4))]
+    at_50 = {family: row_of(("story", 4), laps, family).at_50 for family in ("flux", "sd15")}
+    assert at_50 == {"flux": pytest.approx(2.0), "sd15": pytest.approx(88 / 50)}
 
 
 # cases -----------------------------------------------------------------------------------------------------------------------
@@ -225,6 +239,14 @@ def test_what_does_not_fit_is_told_with_a_remedy(wanted, pictures, steps, told):
         chosen(wanted, pictures, steps)
 
 
+@LAW(("family", "case", "told"), [("flux", "pass_through_b1", "pass_through_b1 cannot.*--case")])
+def test_what_a_transformer_lacks_is_told_with_a_remedy(family, case, told):
+    with pytest.raises(ValueError, match=told):
+        refuse_missing(family, chosen([case], [], 2))
+    refuse_missing("sd15", chosen([case], [], 2))
+    refuse_missing(family, chosen([], [], 2, FLOW_DEFAULT))
+
+
 def test_few_steps_leave_out_what_they_cannot_show():
     assert left_out(["all"], 2) == [c.name for c in CASES.values() if c.steps > 2] != []
     assert left_out([], 2) == left_out(["all"], 4) == [] and "story" in left_out(["stories"], 3)
@@ -236,7 +258,9 @@ def test_targets_name_cases_that_exist():
         for kind, key in targets:
             assert chosen([name_of(key)], [], 50) == [key]
             assert (
-                target(device, {"sd": "sd15", "sdxl": "sdxl", "*": "sdxl"}[kind], key)
+                target(
+                    device, {"sd": "sd15", "sdxl": "sdxl", "flow": "flux", "*": "sdxl"}[kind], key
+                )
                 == targets[kind, key]
             )
     assert (

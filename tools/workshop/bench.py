@@ -26,8 +26,22 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "client"))
 
-from benching.catalogue import CASES, GROUPS, PLAIN, Key, chosen, left_out, name_of
+from benching.catalogue import (
+    CASES,
+    DEFAULT,
+    FLOW_DEFAULT,
+    FLOWS,
+    GROUPS,
+    PLAIN,
+    UNETS,
+    Key,
+    chosen,
+    left_out,
+    name_of,
+    refuse_missing,
+)
 from benching.clocks import Clock, clock_of, forget_peak, peak_of_process
+from benching.flow_ground import FlowGround
 from benching.ground import DTYPES, Ground, Setting
 from benching.probes import counted, first_wait
 from benching.report import (
@@ -78,7 +92,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="in the batch (default: as each case is usually used)",
     )
-    add("--family", choices=("sd15", "sd21", "sdxl", "tiny"), default="sd15")
+    add(
+        "--family",
+        choices=(*UNETS, *FLOWS),
+        default="sd15",
+        help="flux and sd35 have their real width and six blocks",
+    )
     add(
         "--latent",
         type=int,
@@ -169,7 +188,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.update and not args.update.is_file():
         parser.error(f"--update {args.update}: there is no such page")
     try:
-        args.keys = chosen(args.case, args.pictures, args.steps)
+        usual = FLOW_DEFAULT if args.family in FLOWS else DEFAULT
+        args.keys = chosen(args.case, args.pictures, args.steps, usual)
+        refuse_missing(args.family, args.keys)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -215,6 +236,11 @@ def deliver(args: argparse.Namespace, runs: list[dict[str, Any]], code: int, com
     return code
 
 
+def ground_of(args: argparse.Namespace, own_weights: bool = False) -> Ground:
+    kind = FlowGround if args.family in FLOWS else Ground
+    return kind(args.host, setting_of(args), own_weights)
+
+
 # one setting ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +251,7 @@ def alone(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     setting, clock = setting_of(args), clock_of(args.device, torch)
     if missing := left_out(args.case, args.steps):
         note(f"Left out, since they need more than {args.steps} steps: {', '.join(missing)}.")
-    ground = Ground(args.host, setting)
+    ground = ground_of(args)
     note(ground.estimate(args.keys))
     jobs: dict[Key, Job] = {}
     for key in args.keys:  # plain first, then what is compared with it
@@ -246,7 +272,7 @@ def alone(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     except (Refusal, RuntimeError) as refusal:  # the rounds are worth their table
         note(f"bench: {refusal}")
         code = REFUSED
-    rows = table(played.rounds)
+    rows = table(played.rounds, args.family)
     return [
         run_of(
             setting,
@@ -409,7 +435,7 @@ def tell_peak(args: argparse.Namespace) -> int:
     if case not in (PLAIN, *CASES):
         raise Refusal(f"--one {args.one}: there is no such case")
     clock: Clock = clock_of("cpu", torch)
-    job = Ground(args.host, setting_of(args), own_weights=True).job((case, int(pictures)), clock)
+    job = ground_of(args, own_weights=True).job((case, int(pictures)), clock)
     gc.collect()
     anew = forget_peak()
     job()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 PLAIN = "plain"
 Key = tuple[str, int]  # a case, or plain, and its pictures
+UNETS = ("sd15", "sd21", "sdxl", "tiny")
+FLOWS = ("flux", "sd35", "tiny_flux")  # transformers
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,10 @@ class Case:
     usual: tuple[int, ...] = (1, 4)  # pictures, where none are asked for
     least: int = 1  # pictures
     steps: int = 2  # the fewest it makes sense with
+    flow_calls: tuple[int, ...] = ()  # the same on transformers, where they are others
+
+    def calls_on(self, family: str) -> tuple[int, ...]:
+        return self.flow_calls if family in FLOWS and self.flow_calls else self.calls
 
 
 # calls of the stories: tests/host/test_story_cost.py counts them
@@ -47,10 +53,17 @@ CASES = {
             (100,),
         ),
         Case(
+            "live_half",
+            "references",
+            "the same, but the first half of the blocks alone reads",
+            (100,),
+        ),
+        Case(
             "cold",
             "references",
             "inversion and capture in one pass, then the cached sampling",
             (51, 50),
+            flow_calls=(52, 100),
         ),
         Case(
             "concept",
@@ -88,6 +101,7 @@ CASES = {
             (4,),
             2,
             4,
+            flow_calls=(57,),
         ),
         Case(
             "story",
@@ -97,8 +111,18 @@ CASES = {
             (4,),
             2,
             4,
+            flow_calls=(100,),
         ),
-        Case("story_official", "stories", "the same in the official order", (101,), (4,), 2, 4),
+        Case(
+            "story_official",
+            "stories",
+            "the same in the official order",
+            (101,),
+            (4,),
+            2,
+            4,
+            flow_calls=(104,),
+        ),
         Case(
             "more",
             "stories",
@@ -107,9 +131,17 @@ CASES = {
             (1,),
             1,
             4,
+            flow_calls=(57,),
         ),
         Case(
-            "more_story", "stories", "one more picture from kept anchors, whole", (88,), (1,), 1, 4
+            "more_story",
+            "stories",
+            "one more picture from kept anchors, whole",
+            (88,),
+            (1,),
+            1,
+            4,
+            flow_calls=(100,),
         ),
     )
 }
@@ -135,6 +167,8 @@ TARGETS: dict[str, dict[tuple[str, Key], float]] = {
         ("sd", ("live", 4)): 1.25,
         ("sd", ("cold", 1)): 1.70,
         ("sdxl", ("cached", 1)): 1.10,
+        ("flow", ("cached", 4)): 1.10,
+        ("flow", ("live_half", 1)): 1.45,
         ("*", ("concept", 1)): 1.04,
         ("*", ("shared", 4)): 1.15,
         ("*", ("shared_all", 4)): 1.15,
@@ -160,6 +194,9 @@ TARGETS: dict[str, dict[tuple[str, Key], float]] = {
     },
 }
 MEMORY_TARGET = 1.2  # of the peak, times plain's
+ONE_ROW = frozenset({"flux", "tiny_flux"})  # drawn at CFG 1
+UNETS_ALONE = frozenset({"pass_through"})
+FLOW_DEFAULT = tuple(name for name in DEFAULT if name != "pass_through_b1") + ("live_half_b1",)
 BLEND, FIRST, INJECT = (
     0.12,
     0.1,
@@ -188,9 +225,19 @@ def windows(times: Sequence[float]) -> dict[str, float]:
     }
 
 
+def refuse_missing(family: str, keys: Sequence[Key]) -> None:
+    """ValueError where a transformer lacks what a case needs."""
+    lacking = [name_of(key) for key in keys if key[0] in UNETS_ALONE]
+    if family in FLOWS and lacking:
+        raise ValueError(
+            f"--family {family} has no attn1 and attn2 that a hook of anybody could replace, so {' and '.join(lacking)} cannot be "
+            "measured on it. Name the cases that you want, such as --case references --case concepts."
+        )
+
+
 def target(device: str, family: str, key: Key) -> float | None:
     """What a case should cost at most, times plain; None where nobody said."""
-    kind = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl"}.get(family)
+    kind = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl", "flux": "flow", "sd35": "flow"}.get(family)
     return (
         None if kind is None else TARGETS[device].get((kind, key), TARGETS[device].get(("*", key)))
     )
@@ -200,14 +247,16 @@ def name_of(key: Key) -> str:
     return f"{key[0]}_b{key[1]}"
 
 
-def chosen(wanted: Sequence[str], pictures: Sequence[int], steps: int) -> list[Key]:
+def chosen(
+    wanted: Sequence[str], pictures: Sequence[int], steps: int, usual: Sequence[str] = DEFAULT
+) -> list[Key]:
     """What --case and --pictures name, in the catalogue's order; ValueError says what does not fit and what would.
 
-    wanted: cases, cases with their pictures (cached_b4), groups, or "all"; none: DEFAULT.
+    wanted: cases, cases with their pictures (cached_b4), groups, or "all"; none: the usual ones.
     """
     keys: set[Key] = set()
     for word in wanted or (
-        DEFAULT if not pictures else sorted({name.rpartition("_b")[0] for name in DEFAULT})
+        usual if not pictures else sorted({name.rpartition("_b")[0] for name in usual})
     ):
         exact = re.fullmatch(r"(.+)_b(\d+)", word)
         name, why = (

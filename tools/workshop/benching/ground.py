@@ -52,6 +52,8 @@ def refuse_other_attention(attention: str) -> None:
 class Ground:
     """One model and everything the cases need, each made when it is first asked for."""
 
+    channels, cfg, scheduler = 4, CFG, SCHEDULER
+
     def __init__(self, host: Path, setting: Setting, own_weights: bool = False) -> None:
         """own_weights: memory of its own for each, as a loaded checkpoint has, and not views of a few buffers."""
         import torch
@@ -62,21 +64,18 @@ class Ground:
         refuse_other_attention(setting.attention)
         import comfy.utils
         from comfy.samplers import calculate_sigmas
-        from kindred.nodes.host import attention_sites
-        from networks import random_prompt
 
         comfy.utils.set_progress_bar_enabled(False)
         self.model = self._model(own_weights or setting.device == "cuda")
         self.unet = self.model.model.diffusion_model
-        self.sites = attention_sites(self.unet)
         sampling = self.model.get_model_object("model_sampling")
-        self.sigmas = calculate_sigmas(sampling, SCHEDULER, setting.steps).cpu()[
+        self.sigmas = calculate_sigmas(sampling, self.scheduler, setting.steps).cpu()[
             :-1
         ]  # some steps give one more
-        self.times = sampling.timestep(self.sigmas).float().tolist()
+        self.times = self._times(sampling)
         self.kept: dict[str, Any] = {}  # banks, by what they are for
         self.prompts: dict[int, list] = {}  # by pictures
-        self.negative = random_prompt(setting.family, 2)
+        self.negative = self.random_text(2)
         self.rows: list[int] = []  # of the UNet calls since it was cleared
         self.unet.register_forward_pre_hook(lambda module, args: self.rows.append(args[0].shape[0]))
         side, cells = setting.latent * 8, round(setting.latent * 8 * setting.subject**0.5)
@@ -84,15 +83,27 @@ class Ground:
         self.mask = torch.zeros(1, side, side)
         self.mask[:, first : first + cells, first : first + cells] = 1
 
+    def random_text(self, seed: int) -> list:
+        """CONDITIONING of random features."""
+        from networks import random_prompt
+
+        return random_prompt(self.setting.family, seed)
+
+    def _times(self, sampling: Any) -> list[float]:
+        """Of each step, falling from 999 to 0: what is left of the schedule's percent."""
+        return sampling.timestep(self.sigmas).float().tolist()
+
+    def _build(self) -> Any:
+        """A fresh ModelPatcher in float32."""
+        from networks import build_model
+
+        return build_model(self.setting.family)
+
     def _model(self, own: bool) -> Any:
         """As the host would load a checkpoint in this dtype: weights of the dtype it computes in, so that it casts nothing."""
         import comfy.model_management as management
-        from networks import build_model
 
-        model, dtype = (
-            build_model(self.setting.family),
-            getattr(self.torch, DTYPES[self.setting.dtype]),
-        )
+        model, dtype = self._build(), getattr(self.torch, DTYPES[self.setting.dtype])
         unet = model.model.diffusion_model
         for module in unet.modules():
             if hasattr(module, "comfy_cast_weights"):
@@ -122,9 +133,8 @@ class Ground:
 
     def _prompt(self, pictures: int) -> list:
         from kindred.models.subject.words import SubjectTokens
-        from networks import random_prompt
 
-        rows = [random_prompt(self.setting.family, 50 + i)[0] for i in range(pictures)]
+        rows = [self.random_text(50 + i)[0] for i in range(pictures)]
         more = {
             "kindred_subject": SubjectTokens(("cat",), ((5,),) * pictures, (((5,),) * pictures,))
         } | {
@@ -134,22 +144,22 @@ class Ground:
         }
         return [[self.torch.cat([cross for cross, _ in rows]), rows[0][1] | more]]
 
-    def capture(self, steps: int, scheduler: str = SCHEDULER, both: bool = False) -> Any:
-        photo = self.torch.randn(
-            1,
-            4,
-            self.setting.latent,
-            self.setting.latent,
-            generator=self.torch.Generator().manual_seed(3),
-        )
-        more = {"negative": self.negative} if both else {}
+    def empty(self, pictures: int) -> dict[str, Any]:
+        """LATENT of zeros."""
+        side = self.setting.latent
+        return {"samples": self.torch.zeros(pictures, self.channels, side, side)}
+
+    def capture(self, steps: int, scheduler: str = "", both: bool = False, **more: Any) -> Any:
+        drawn = self.torch.Generator().manual_seed(3)
+        photo = self.torch.randn(self.empty(1)["samples"].shape, generator=drawn)
+        more |= {"negative": self.negative} if both else {}
         return self.node(
             "KindredRefUNetCapture",
             model=self.model,
             positive=self.prompt(1),
             latent={"samples": photo},
             steps=steps,
-            scheduler=scheduler,
+            scheduler=scheduler or self.scheduler,
             mask=self.mask,
             **more,
         )[0]
@@ -190,6 +200,7 @@ class Ground:
     def passed_through(self) -> Any:
         """Every attention replaced by a function that calls the host's own and nothing else."""
         from comfy.ldm.modules.attention import optimized_attention
+        from kindred.nodes.host import attention_sites
 
         model = self.model.clone()
 
@@ -203,25 +214,24 @@ class Ground:
                 transformer_options=options,
             )
 
-        for name, number, index in self.sites:
+        for name, number, index in attention_sites(self.unet):
             model.set_model_attn1_replace(same, name, number, index)
             model.set_model_attn2_replace(same, name, number, index)
         return model
 
     def anchors(self, **inputs: Any) -> Any:
         """Two kept anchors."""
-        latent = {"samples": self.torch.zeros(2, 4, self.setting.latent, self.setting.latent)}
         return self.node(
             "KindredAnchorSampler",
             model=self.story(**inputs),
             seed=1,
             steps=self.setting.steps,
-            cfg=CFG,
+            cfg=self.cfg,
             sampler_name=SAMPLER,
-            scheduler=SCHEDULER,
+            scheduler=self.scheduler,
             positive=self.prompt(2),
             negative=self.negative,
-            latent_image=latent,
+            latent_image=self.empty(2),
         )[1]
 
     def live_bank(self) -> Any:
@@ -256,6 +266,7 @@ class Ground:
             "cached_both": lambda: self.injected(self._kept("both"), halves="both"),
             "weighted": lambda: self.injected(self._kept("bank"), weight=2.0),
             "live": lambda: self.injected(self._kept("live")),
+            "live_half": lambda: self.injected(self._kept("live"), blocks="encoder"),
             "concept": lambda: self.concept(self.model, "both"),
             "concept_cond": lambda: self.concept(self.model, "cond only"),
             "cached_concept": lambda: self.injected(
@@ -283,20 +294,17 @@ class Ground:
 
     def sample(self, model: Any, pictures: int) -> Any:
         """KSampler -> samples [b c y x]."""
-        latent = {
-            "samples": self.torch.zeros(pictures, 4, self.setting.latent, self.setting.latent)
-        }
         with self.torch.inference_mode():
             return self.nodes.common_ksampler(
                 model,
                 1,
                 self.setting.steps,
-                CFG,
+                self.cfg,
                 SAMPLER,
-                SCHEDULER,
+                self.scheduler,
                 self.prompt(pictures),
                 self.negative,
-                latent,
+                self.empty(pictures),
             )[0]["samples"]
 
     def parts(self, key: Key) -> list[Part]:
@@ -334,6 +342,19 @@ class Ground:
 
     # memory ----------------------------------------------------------------------------------------------------------------------
 
+    def row_bytes(self) -> tuple[int, int]:
+        """One picture's tokens at one step: of all blocks, of those that a story keeps."""
+        from kindred.nodes.host import attention_sites
+
+        width = self.torch.finfo(getattr(self.torch, DTYPES[self.setting.dtype])).bits // 8
+        sizes = {
+            block: width
+            * (-(-self.setting.latent // site.divisor)) ** 2
+            * site.module.attn1.to_k.in_features
+            for block, site in attention_sites(self.unet).items()
+        }
+        return sum(sizes.values()), sum(n for b, n in sizes.items() if b[0] == "output")
+
     def estimate(self, keys: Sequence[Key]) -> str:
         """What will be held beside the sampling itself, in words."""
         s = self.setting
@@ -341,20 +362,8 @@ class Ground:
             p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
             for p in self.unet.parameters()
         }
-        width = self.torch.finfo(getattr(self.torch, DTYPES[s.dtype])).bits // 8
-
-        def row(blocks: Sequence[Any]) -> int:  # bytes of one picture's tokens at one step
-            return (
-                sum(
-                    (-(-s.latent // self.sites[b].divisor)) ** 2
-                    * self.sites[b].module.attn1.to_k.in_features
-                    for b in blocks
-                )
-                * width
-            )
-
+        every, decoder = self.row_bytes()
         cases, sizes = {case for case, _ in keys}, [f"weights {size(sum(storages.values()))}"]
-        every, decoder = row(list(self.sites)), row([b for b in self.sites if b[0] == "output"])
         for names, halves in (
             ({"cached", "weighted", "cached_concept", "cold"}, 1),
             ({"cached_both"}, 2),

@@ -11,7 +11,7 @@ from typing import Any
 
 from checkout import version
 
-from benching.catalogue import CASES, MEMORY_TARGET, PLAIN, name_of, target
+from benching.catalogue import CASES, MEMORY_TARGET, ONE_ROW, PLAIN, name_of, target
 from benching.ground import Setting
 from benching.rounds import QUIET, Row
 
@@ -130,12 +130,18 @@ def command_of(arguments: Sequence[str]) -> str:
 def headline(run: Run) -> str:
     s, soft = run["settings"], run["software"]
     return (
-        f"{s['family']}, {s['latent'] * 8} x {s['latent'] * 8} pixels, {s['steps']} steps with CFG, {s['dtype']}, subject on "
+        f"{s['family']}, {s['latent'] * 8} x {s['latent'] * 8} pixels, {s['steps']} steps {guidance(s['family'])}, {s['dtype']}, "
+        "subject on "
         f"{s['subject']:.0%} of the picture, {run['clock']}, {run['rounds']} round{'s' * (run['rounds'] != 1)} after one that is "
         f"thrown away{', stopped by hand' * run['stopped']}. {soft['machine']}, "
         f"{s['threads']} thread{'s' * (s['threads'] != 1)}; "
         f"ComfyUI {soft['host']} with {s['attention']} attention, torch {soft['torch']}."
     )
+
+
+def guidance(family: str) -> str:
+    """As people run it: FLUX.1 dev has its guidance inside, so a step is one row of the network."""
+    return "at CFG 1" if family in ONE_ROW else "with CFG"
 
 
 def markdown(run: Run) -> str:

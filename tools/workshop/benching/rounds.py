@@ -140,16 +140,16 @@ class Row:
         return self.peak / self.plain_peak if self.peak and self.plain_peak else None
 
 
-def table(rounds: Sequence[Round]) -> list[Row]:
+def table(rounds: Sequence[Round], family: str) -> list[Row]:
     """A row per case. Each of its ratios is within one pair."""
-    return [row_of(key, [pairs[key] for pairs in rounds]) for key in rounds[0]]
+    return [row_of(key, [pairs[key] for pairs in rounds], family) for key in rounds[0]]
 
 
-def row_of(key: Key, pairs: Sequence[Pair]) -> Row:
+def row_of(key: Key, pairs: Sequence[Pair], family: str) -> Row:
     """Of one case, its pair of every round."""
     first, plain = pairs[0].case, [lap for pair in pairs for lap in pair.plain]
     steps = sum(plain[0].calls)
-    fifty = CASES[key[0]].calls
+    fifty = CASES[key[0]].calls_on(family)
 
     def stretched(lap: Lap) -> float:  # each part's seconds per call, times its calls at 50 steps
         return sum(s * at_50 / calls for s, at_50, calls in zip(lap.seconds, fifty, lap.calls))
