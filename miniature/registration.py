@@ -29,6 +29,7 @@ from .layout import (
     PREVIEW_BIAS,
     TEXT,
 )
+from .scenes import SIZE
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -40,6 +41,7 @@ class MiniatureLatent(comfy.latent_formats.LatentFormat):
     scale_factor = 1.0
     latent_rgb_factors = PREVIEW
     latent_rgb_factors_bias = PREVIEW_BIAS
+    kindred_size = SIZE  # the nodes warn before much larger pictures
 
 
 class MiniatureTokenizer(comfy.sd1_clip.SD1Tokenizer):
@@ -113,6 +115,7 @@ class FlowMiniatureLatent(comfy.latent_formats.LatentFormat):
     scale_factor = 1.0
     latent_rgb_factors = FLOW_PREVIEW
     latent_rgb_factors_bias = FLOW_PREVIEW_BIAS
+    kindred_size = SIZE
 
 
 class KindredFlowMiniature(comfy.supported_models.FluxSchnell):

@@ -447,7 +447,7 @@ def read_prompts(
     if negative is not None:
         prompts[Half.UNCOND] = host.read_prompt(model, negative, "negative", NODE, pictures)
     if not masked and prompts[Half.COND].subject is None:
-        unknown = f" If it was, its CLIP is not one whose words are known in {family}: wire a mask."
+        unknown = f" If you did both, this CLIP's words are not known in {family}: wire a mask."
         raise ValueError(
             f"{NODE}: positive ({(prompts[Half.COND].text or 'a CLIP Text Encode')[:200]!r}) marks "
             "no subject word, and no mask is wired. Encode it with Subject Prompts and write the "

@@ -210,8 +210,8 @@ class CrossAttnDetailInject(io.ComfyNode):
                     presets.CONCEPT.most,
                 ),
                 inputs.weight(
-                    "What strength 1 stands for: 1 = as it was trained; higher copies "
-                    "more until the prompt is ignored. W_C in the paper.",
+                    "How much the photo counts at strength 1: 1 = as trained; higher "
+                    "copies more until the prompt is ignored. W_C in the paper.",
                 ),
                 inputs.weight_mode(
                     "How the strength acts with merge = concat. logit bias: moves "
@@ -245,19 +245,19 @@ class CrossAttnDetailInject(io.ComfyNode):
                 ),
                 inputs.halves(
                     Halves.BOTH,
-                    "Where the photo acts. both: on the prompt, while the negative "
-                    "reads an empty picture, as IP-Adapter does. cond only: on the "
-                    "prompt alone, which guidance amplifies. shared: the photo on "
-                    "both.",
+                    "Which halves of CFG read the photo. both: the prompt reads it, the "
+                    "negative an empty picture, as in IP-Adapter. cond only: the "
+                    "prompt alone; guidance then amplifies it. shared: prompt and "
+                    "negative read it.",
                 ),
                 inputs.target_mask(
                     "White = the part of the new picture that reads the photo.",
                 ),
                 inputs.preset(
                     presets.CONCEPT,
-                    "Ready settings, in place of start_percent and end_percent; strength turns "
-                    "them. custom: as typed. identity: as trained. gentle: as strength 0.5. "
-                    "strong: as strength 2; where Masked Self-Attn Inject is wired too, set its "
+                    "Ready settings that replace start_percent and end_percent; strength scales "
+                    "them. custom: no preset. identity: as trained. gentle: half the strength. "
+                    "strong: twice, at most 2; if Masked Self-Attn Inject is wired too, set its "
                     "preset to beside an encoder.",
                 ),
             ],

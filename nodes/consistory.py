@@ -70,8 +70,8 @@ class ConsiStory(io.ComfyNode):
                     tooltip="Only varies the dropout. Change the sampler's seed instead.",
                 ),
                 inputs.weight(
-                    "What strength 1 stands for: 0 = the other pictures' subject does not "
-                    "count, 1 = as much as the picture's own.",
+                    "How much the other pictures' subject counts at strength 1: 0 = not "
+                    "at all, 1 = as much as the picture's own.",
                 ),
                 io.Float.Input(
                     "dropout",
@@ -90,9 +90,9 @@ class ConsiStory(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="How much of the plain pictures' layout is kept in the first "
-                    "steps: more keeps the layouts different. 0 saves the model "
-                    "calls it takes.",
+                    tooltip="How much of each picture's plain layout is kept in the first "
+                    "steps; more keeps the layouts different. 0 is faster: it "
+                    "skips the extra model calls.",
                 ),
                 io.Float.Input(
                     "feature_injection",
@@ -111,7 +111,7 @@ class ConsiStory(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     advanced=True,
-                    tooltip="What query_blend has become at its last step.",
+                    tooltip="The value that query_blend reaches at its last step.",
                 ),
                 inputs.percent(
                     "blend_end_percent",
@@ -152,9 +152,9 @@ class ConsiStory(io.ComfyNode):
                     options=[FAST, OFFICIAL],
                     default=FAST,
                     advanced=True,
-                    tooltip="fast: the first stage ends as soon as the features are read. "
-                    "official: it runs to the end, as the authors' code does, and "
-                    "uses the last step's masks.",
+                    tooltip="When the first stage of feature injection ends. fast: once "
+                    "its features are read. official: after all steps, as in the "
+                    "authors' code, with the last step's masks.",
                 ),
                 io.Boolean.Input(
                     "align_keys",

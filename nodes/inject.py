@@ -59,9 +59,9 @@ class MaskedSelfAttnInject(io.ComfyNode):
             node_id="KindredMaskedSelfAttnInject",
             display_name=NODE,
             category="Kindred",
-            description="Keeps the subject of a reference in every new picture, which looks at "
-            "it while it is made. Works with any sampler; chain several for several "
-            "references.",
+            description="Keeps the subject of a reference in every new picture: the pictures look "
+            "at the reference while they are made. Works with any sampler. For several "
+            "references, chain several of these nodes.",
             search_aliases=[
                 "attention injection",
                 "reference only",
@@ -78,9 +78,9 @@ class MaskedSelfAttnInject(io.ComfyNode):
                     "the picture copies too much.",
                 ),
                 inputs.weight(
-                    "What strength 1 stands for: 1 = as strong as the picture's own "
-                    "features; higher copies more until shapes break. W_S in the "
-                    "paper.",
+                    "How much the reference counts at strength 1: 1 = as much as the "
+                    "picture's own features; higher copies more until shapes break. "
+                    "W_S in the paper.",
                 ),
                 inputs.weight_mode(
                     "How the strength acts. logit bias: moves attention to or from "
@@ -107,10 +107,10 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 ),
                 inputs.halves(
                     Halves.COND,
-                    "Where the reference acts. cond only: on the prompt alone, "
-                    "which guidance amplifies (stronger). both: on prompt and "
-                    "negative; needs a negative in the capture. shared: the "
-                    "prompt's features on both.",
+                    "Which halves of CFG read the reference. cond only: the prompt "
+                    "alone; guidance then amplifies the subject (stronger). both: "
+                    "prompt and negative; wire a negative into the capture. shared: "
+                    "both, with the prompt's features.",
                 ),
                 inputs.target_mask(
                     "White = the part of the new picture that may look at the reference.",
@@ -137,10 +137,10 @@ class MaskedSelfAttnInject(io.ComfyNode):
                 ),
                 inputs.preset(
                     presets.SELF,
-                    "Ready settings, in place of start_percent and end_percent; strength turns "
-                    "them down. custom: as typed. identity: everything. beside an encoder: read "
-                    "later, for more whole subjects where Cross-Attn Detail Inject brings the "
-                    "likeness too. gentle: as strength 0.5.",
+                    "Ready settings that replace start_percent and end_percent; strength scales "
+                    "them down. custom: no preset. identity: all of the likeness. beside an "
+                    "encoder: for use with Cross-Attn Detail Inject; starts later, so more "
+                    "subjects come out whole. gentle: half the strength.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Wire it into any sampler.")],

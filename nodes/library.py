@@ -174,8 +174,8 @@ def its_settings() -> list[io.Output]:
         ),
         io.AnyType.Output(
             display_name="sampler_name",
-            tooltip="The sampler of anchors, which further pictures need; of a photo, which any "
-            "reads, euler.",
+            tooltip="For a story's anchors: the sampler that further pictures need. For a photo: "
+            "euler, though any sampler works.",
         ),
         io.Int.Output(display_name="width", tooltip="In pixels: for Empty Latent Image."),
         io.Int.Output(display_name="height", tooltip="In pixels: for Empty Latent Image."),

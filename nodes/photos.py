@@ -66,8 +66,8 @@ class LoadPhoto(io.ComfyNode):
                 ),
                 io.Mask.Output(
                     display_name="mask",
-                    tooltip="White is the subject: what you painted in the mask editor, or what "
-                    "is opaque in a cut-out. It is fitted with the photo. Black where neither is.",
+                    tooltip="White = the subject: what you painted in the mask editor, or the "
+                    "opaque part of a cut-out, fitted with the photo. All black without either.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -120,9 +120,9 @@ def fitting() -> list[io.Input]:
             options=[fit.value for fit in Fit],
             default=Fit.AS_IT_IS.value,
             optional=True,
-            tooltip="How photo and mask come to width and height, together. crop at the subject: "
-            "close around the mask, padded where the subject does not fit. pad: the whole photo. "
-            "as it is: neither is changed.",
+            tooltip="Fits photo and mask together to width and height. crop at the subject: "
+            "close around the mask, padded where the subject does not fit. pad: keeps the whole "
+            "photo. as it is: changes neither.",
         ),
         *(
             io.Int.Input(

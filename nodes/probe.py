@@ -37,10 +37,10 @@ class BlockProbe(io.ComfyNode):
             display_name=NODE,
             category="Kindred",
             is_output_node=True,
-            description="Measures which blocks of your own checkpoint matter, in two or three "
-            "passes for each over one picture: what is lost without a block, what "
-            "changes when its keys are moved and when it reads another picture. The "
-            "result is kept for blocks = measured in the other nodes.",
+            description="Measures which blocks of your checkpoint matter. Each block gets two or "
+            "three passes over one picture: without its attention, with its keys moved, and "
+            "reading another picture. The result is kept: write measured into blocks of the "
+            "other nodes to use it.",
             search_aliases=[
                 "vital layers",
                 "layer analysis",

@@ -163,11 +163,11 @@ def subject_tokens(
         if why := unheld(words, readers[-1:]):
             raise ValueError(f"{NODE}: {why}")
         host.warn(
-            f"{NODE}: where {', '.join(map(repr, words)):.200} stands among the tokens of line "
-            f"{lost[0]} is not known for this "
-            "CLIP, or it stands behind the last one that the model reads. No subject is marked; "
-            "where a node looks for "
-            "the subject, wire a mask."
+            f"{NODE}: {', '.join(map(repr, words)):.200} was not located among the tokens of line "
+            f"{lost[0]}: this CLIP is not known, "
+            "or the word stands behind the last token that the model reads. No subject is "
+            "marked; wire a mask "
+            "where a node looks for it."
         )
         return None
     union = [tuple(sorted(set().union(*line))) for line in by_line]
@@ -234,11 +234,9 @@ def require_one_length(rows: Sequence[Tensor]) -> None:
     if len({row.shape[1] for row in rows}) > 1:
         said = ", ".join(f"line {i} {row.shape[1]}" for i, row in enumerate(rows, 1))
         raise ValueError(
-            f"{NODE}: the lines are encoded as different numbers of tokens ({said:.300}), and this "
-            f"model's text and picture "
-            "share one attention, in which a text cannot be repeated to the length of another. "
-            "Bring the lines to the same "
-            "number of tokens by a word more or less, or sample them one by one."
+            f"{NODE}: the lines have different numbers of tokens ({said:.300}), but this model "
+            f"reads text and picture in one attention, so that all lines of a batch need "
+            "the same number of tokens. Add or remove a word, or sample the lines one by one."
         )
 
 
@@ -360,6 +358,6 @@ def say_unlearnt(clip: Any, texts: Sequence[str]) -> None:
     if lost:
         knows = f" It knows {', '.join(known)}." if known else ""
         host.warn(
-            f"{NODE}: this checkpoint has never learnt {', '.join(map(repr, lost)):.200}, so "
-            f"nothing of it is drawn.{knows} Write these, or load a checkpoint that knows more."
+            f"{NODE}: this checkpoint has never learnt {', '.join(map(repr, lost)):.200}, so it "
+            f"cannot draw that.{knows} Use words that it knows, or a checkpoint that knows more."
         )

@@ -1,8 +1,11 @@
 // The page says "This node threw an error", or "rejected the value" where Run was pressed, and keeps
-// the sentence two clicks away; of Kindred's own nodes it is shown at once.
+// the sentence two clicks away; of Kindred's own nodes, and of its own code in a sampler, it is shown
+// at once.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { show } from "./toasts.js";
 
+const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2)); // the pack's
 let takeAway = null; // of the one toast that stands
 
 function close() {
@@ -10,16 +13,10 @@ function close() {
   takeAway = null;
 }
 
-// Frontend 1.47 removes a toast by the message that was added, 1.58 dismisses it by its id.
-function show(summary, detail) {
-  const toast = app.extensionManager.toast;
-  if (toast.remove) {
-    const message = { severity: "error", summary, detail };
-    toast.add(message);
-    return () => toast.remove(message);
-  }
-  const id = toast.error(summary, { description: detail });
-  return () => toast.dismiss(id);
+// Whether the innermost line of a failed node stands in a file of the pack.
+function ours(traceback) {
+  const file = (traceback?.at(-1) ?? "").replaceAll("\\", "/");
+  return file.includes(`custom_nodes/${FOLDER}/`);
 }
 
 function say(type, message) {
@@ -27,7 +24,7 @@ function say(type, message) {
   const name = LiteGraph.registered_node_types[type]?.title ?? type;
   const start = `${name}: `;
   const detail = message.startsWith(start) ? message.slice(start.length) : message;
-  takeAway = show(name, detail.trim());
+  takeAway = show("error", name, detail.trim());
 }
 
 // What a node's validate_inputs said: "input - sentence", once for every input.
@@ -58,7 +55,7 @@ app.registerExtension({
     };
     api.addEventListener("execution_error", ({ detail }) => {
       const type = detail?.node_type ?? "";
-      if (type.startsWith("Kindred") && detail.exception_message)
+      if ((type.startsWith("Kindred") || ours(detail?.traceback)) && detail.exception_message)
         say(type, detail.exception_message);
     });
   },

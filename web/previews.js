@@ -3,23 +3,7 @@
 // the result is there.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-
-// A node of the page by the id that the server calls it: "4", or "4:10" inside subgraph 4.
-function find(id) {
-  let graph = app.rootGraph ?? app.graph;
-  let node = null;
-  for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(part);
-    graph = node?.subgraph;
-  }
-  return node;
-}
-
-// How the page's stores name it.
-function place(node) {
-  const root = app.rootGraph ?? app.graph;
-  return node.graph === root ? String(node.id) : `${node.graph.id}:${node.id}`;
-}
+import { find, place } from "./nodes.js";
 
 app.registerExtension({
   name: "kindred.previews",

@@ -19,14 +19,14 @@ def live_reading(bank: ReferenceBank, sigmas: Sequence[float]) -> str:
         return ""
     if bank.live:
         return (
-            f"the reference is read live, as a transformer's is: one pass of the network more in "
+            f"the reference is read live, as always with transformers: one extra model pass in "
             f"each of {len(missing)} steps."
         )
     return (
-        f"the reference is read live in {len(missing)} of {len(sigmas)} steps, one pass of the "
-        f"network more for each, since it holds no sigma {missing[0]:.4g} (it was made with "
-        f"{bank.trajectory.schedule}). Make it with the steps and the scheduler of this sampler "
-        f"to spare them."
+        f"the reference is read live in {len(missing)} of {len(sigmas)} steps (one extra model "
+        f"pass in each), because it holds no sigma {missing[0]:.4g} (it was made with "
+        f"{bank.trajectory.schedule}). Make it with the steps and the scheduler of this sampler to "
+        f"avoid that."
     )
 
 

@@ -170,7 +170,7 @@ class RefUNetPass:
         words = ", ".join(map(repr, self.prompts[Half.COND].subject.words))
         check_masks(
             masks[self.whole],
-            f"{words} lights up nowhere. Describe what the photo shows, or wire a mask.",
+            f"{words} was not found in it. Describe what the photo shows, or wire a mask.",
         )
         return masks
 

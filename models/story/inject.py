@@ -116,8 +116,8 @@ class StorySetup:
         several = any(p.subject and len(p.subject.words) > 1 for p in run.parts.values())
         if self.layout.transformer and keeps and several and self.masks is None:
             log.info(
-                "%s: anchors that are kept tell several subjects not apart, so each is read by "
-                "all. Sample the pictures in one batch to let each be read by its like alone.",
+                "%s: kept anchors do not tell several subjects apart, so each is read by all. To "
+                "keep the subjects apart, sample the pictures in one batch.",
                 NODE,
             )
 
@@ -132,8 +132,8 @@ class StorySetup:
                 )
             if self.recorder and run.steps == 1:
                 raise ValueError(
-                    f"{SAMPLER}: one step is sampled, but where the subject is, is known from the "
-                    f"step before alone, so there is "
+                    f"{SAMPLER}: only one step is sampled, but the subject is located from the "
+                    f"step before, so there is "
                     "nothing to keep of it. Sample 2 steps or more, or wire masks into ConsiStory "
                     "Shared Attention."
                 )

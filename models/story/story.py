@@ -178,9 +178,9 @@ class Story(Watcher):
         """
         if not (self._fell or self.anchors) and self.user_masks is None:
             log.warning(
-                "%s: no step of this run comes behind a noisier one, so nothing was shared: where "
-                "the subject is, is known from "
-                "the step before alone. Sample 2 steps or more, from much noise to little, or wire "
+                "%s: no step of this run follows a noisier one, so nothing was shared: the subject "
+                "is located only from "
+                "the step before. Sample 2 steps or more, from much noise to little, or wire "
                 "masks.",
                 NODE,
             )

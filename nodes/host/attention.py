@@ -107,10 +107,10 @@ def _say_unheard(run: Run, x: Tensor) -> None:
         run.ways.add("unheard")
         log.info(
             "Kindred: another node computes the %s-attention of block %s by itself, at least in "
-            "some passes, so nothing of ours is "
-            "read there then. PAG does so in its own pass, and there it is right; else remove that "
-            "node, or put it on a model of its "
-            "own.",
+            "some passes, so Kindred has no effect "
+            "there. PAG does so in its own pass, which is fine. Otherwise remove that "
+            "node, or use it on a separate "
+            "MODEL.",
             "cross" if call.cross else "self",
             block_name(call.block),
         )

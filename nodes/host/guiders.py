@@ -20,8 +20,8 @@ from .page import warn
 _begun: ContextVar[bool] = ContextVar("a run of ours", default=False)
 DUAL = "Dual Model CFG Guider"
 ELSEWHERE = (
-    f"Kindred: a Kindred node is wired before model_negative of {DUAL}, where nothing of it is "
-    "read. Wire it before model, and the MODEL without it into model_negative."
+    f"Kindred: a Kindred node is wired before model_negative of {DUAL}, where it has no effect. "
+    "Wire it before model, and wire the MODEL without it into model_negative."
 )
 
 

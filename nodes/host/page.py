@@ -10,6 +10,7 @@ from comfy_execution.utils import ExecutionContext, get_executing_context
 from server import PromptServer
 
 log = logging.getLogger(__name__)
+EVENT = "kindred.text"
 PACK = logging.getLogger(__name__.rsplit(".", 3)[0])  # whose loggers are those of all our modules
 
 
@@ -22,9 +23,9 @@ class _Shown:
     running: ExecutionContext | None = None
     texts: list[str] = field(default_factory=list)
 
-    def add(self, text: str, node: str | None = None) -> None:
+    def add(self, text: str, node: str | None = None, warning: bool = False) -> None:
         """Under a node of the page that asked for the run, the running one unless another is named;
-        nothing in process or in tests.
+        nothing in process or in tests. warning: the page shows it where the node is out of sight.
         """
         server, running = getattr(PromptServer, "instance", None), get_executing_context()
         node = node or (running and running.node_id)
@@ -34,7 +35,11 @@ class _Shown:
             self.running, self.texts = running, []
         if text not in self.texts:
             self.texts.append(text)
-        server.send_progress_text("\n".join(self.texts), node, server.client_id)
+        shown = "\n".join(self.texts)
+        server.send_progress_text(shown, node, server.client_id)
+        # web/texts.js keeps it where frontend 1.58 takes that one away at the end of the run
+        event = {"node": node, "text": shown, "warning": text if warning else ""}
+        server.send_sync(EVENT, event, server.client_id)
 
 
 _shown = _Shown()
@@ -44,7 +49,7 @@ class _Warnings(logging.Handler):
     """Shows each warning of the pack under the node that is running."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _shown.add(record.getMessage())
+        _shown.add(record.getMessage(), warning=True)
 
 
 def show_warnings() -> None:

@@ -99,11 +99,11 @@ class SamplerRun:
         unread = self.calls.wanted - self.calls.reached
         for node in dict.fromkeys(a.node for a in self.calls.active if id(a) in unread):
             warn(
-                f"{node}: nothing of it was read in any block at any step, so it is not in these "
-                f"pictures. Another node computes the "
+                f"{node}: it had no effect on these pictures, because no block read it at any "
+                f"step. Another node computes the "
                 "network's attention by itself, in a copy of its own. Remove that node from the "
-                "MODEL; if the warning stays, start "
-                "ComfyUI again, since some packs leave their copy in the checkpoint."
+                "MODEL; if the warning stays, restart "
+                "ComfyUI, because some packs leave their copy in the checkpoint."
             )
 
     def begin(
@@ -118,6 +118,7 @@ class SamplerRun:
         self._begin_calls(guider, shape)
         self.rows = RowReader(self.device_and_dtype[0], pins=pins_memory())
         self._begin_injections()
+        self._say_far_size(guider.model_patcher)
         self._say_other_guidance(guider.conds.get("positive", ()))
 
     def _begin_calls(self, guider: Any, shape: Sequence[int]) -> None:
@@ -138,6 +139,19 @@ class SamplerRun:
         calls.watchers = [w for w in calls.watchers if w is not self.story] + stories
         self.story = next(iter(stories), None)
         self.stages = Stages(self.story) if self.story else None
+
+    def _say_far_size(self, patcher: ModelPatcher) -> None:
+        """Warn where a small model, whose latents name the one size that it draws, is to draw more
+        than twice of it: on the canvas the usual sizes are those of large models.
+        """
+        size = getattr(patcher.get_model_object("latent_format"), "kindred_size", None)
+        y, x = (cells * cell(patcher) for cells in self.latent)
+        if size and max(y, x) > 2 * size:
+            warn(
+                f"Kindred: this model draws {size}x{size} pixels, but the pictures are {x}x{y}, so "
+                f"they take long and show several broken subjects. Set every width and height to "
+                f"{size}, or load a checkpoint of that size."
+            )
 
     def _say_other_guidance(self, conds: Sequence[Mapping[str, Any]]) -> None:
         """Distilled transformers are told their guidance, and keys and values hang on it: another
@@ -177,8 +191,8 @@ class SamplerRun:
         if "one half" not in self.calls.ways:
             self.calls.ways.add("one half")
             note(
-                f"Kindred: halves is {halves.value!r}, but no negative is drawn (a CFG of 1, or "
-                "none wired), so the prompt's half alone reads. Raise the CFG, or choose cond only."
+                f"Kindred: halves is {halves.value!r}, but no negative is drawn (CFG is 1, or none "
+                "is wired), so only the prompt is affected. Raise the CFG, or choose cond only."
             )
 
     def blocks_read(self, bank: ReferenceBank) -> frozenset[BlockId]:

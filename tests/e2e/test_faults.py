@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from demo import CAPTURE, PHOTO, SCALED, WORD, WORKFLOW
+from demo import CAPTURE, PHOTO, WORD, WORKFLOW
 from host_server import HostServer
 
 HOST = os.environ.get("KINDRED_HOST")
@@ -124,7 +124,7 @@ def test_a_server_that_is_killed_while_it_saves_a_reference(tmp_path):
     graph = {
         key: node
         for key, node in json.loads(WORKFLOW.read_text("utf-8")).items()
-        if key in ("1", PHOTO, SCALED, "4", WORD, "5", CAPTURE)
+        if key in ("1", PHOTO, "4", WORD, "5", CAPTURE)
     }
     graph[CAPTURE]["inputs"]["steps"] = 2
     graph["save"] = {

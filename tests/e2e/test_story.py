@@ -92,6 +92,9 @@ def test_the_shipped_subject_gives_further_pictures(client):
     """As it is, all steps; plain they are others; other steps are refused with both schedules named."""
     graph = shipped("story_more_pictures")
     made = pictures(client, graph)
+    graph[SAMPLER]["inputs"] |= {"steps": 12, "sampler_name": "ddim", "scheduler": "simple"}
+    graph[SIZE]["inputs"] |= {"width": 128, "height": 128}  # as the file says
+    assert all(map(np.array_equal, made, pictures(client, graph)))
     bare = plain(graph)
     del bare[LOAD]
     bare[PICTURES]["inputs"]["filename_prefix"] = "bare"

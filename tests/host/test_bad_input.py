@@ -227,7 +227,7 @@ def test_a_word_that_lights_up_nowhere():
             p.data = torch.zeros_like(p)
     with pytest.raises(
         ValueError,
-        match="no subject in picture 1 of 1: 'cat' lights up nowhere. Describe what the photo shows, or wire",
+        match="no subject in picture 1 of 1: 'cat' was not found in it. Describe what the photo shows, or wire",
     ):
         capture(blind)
 

@@ -58,7 +58,7 @@ UNSHARED = (
     "all equal",
     "not a number",
 )
-SAID = "no step of this run comes behind a noisier one, so nothing was shared"
+SAID = "no step of this run follows a noisier one, so nothing was shared"
 
 
 @cache
@@ -132,7 +132,7 @@ def test_an_odd_schedule_ends_in_a_picture_or_in_a_sentence(node, sigmas, caplog
 
 @LAW("how", [{}, {"feature_injection": 0.0}], ids=str)
 def test_anchors_of_one_step_are_refused_unless_masks_say_where_the_subject_is(how):
-    said = "ConsiStory Anchor Sampler: one step is sampled, but where the subject is, is known from the step before .*Sample 2 steps"
+    said = "ConsiStory Anchor Sampler: only one step is sampled, but the subject is located from the step before, .*Sample 2 steps"
     with counted(MODEL) as rows, pytest.raises(ValueError, match=said):
         anchors(story(MODEL, **how), (0, 1), steps=1)
     assert not rows

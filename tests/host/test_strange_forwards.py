@@ -200,15 +200,21 @@ def test_the_hosts_own_forward_is_known_by_where_it_is_written():
 
 @pytest.fixture
 def on_the_page(monkeypatch):
-    """What the page shows under the node that runs, 7."""
-    told = []
+    """What the page shows under the node that runs, 7; each is sent once to show and once to keep."""
+    told, kept = [], []
     server = SimpleNamespace(
         client_id="a page",
         send_progress_text=lambda text, node, client: told.append((node, client, text)),
+        send_sync=lambda event, data, client: kept.append((event, data, client)),
     )
     monkeypatch.setattr(page, "PromptServer", SimpleNamespace(instance=server))
     with CurrentNodeContext("a prompt", "7"):
         yield told
+    assert [(event, data["node"], client, data["text"]) for event, data, client in kept] == [
+        ("kindred.text", *sent) for sent in told
+    ]
+    warnings = [data["warning"] for _, data, _ in kept if data["warning"]]
+    assert all(any(warning in text for *_, text in told) for warning in warnings)
 
 
 @LAW(
@@ -229,7 +235,9 @@ def test_a_run_that_read_nothing_ends_with_a_warning_on_the_node(
     with left_in_the_class(forward, MODEL):
         out = ours.sampled(model)
     assert differs(out, none) < TIGHT
-    words = f"{NAMES[column]}: nothing of it was read in any block at any step"
+    words = (
+        f"{NAMES[column]}: it had no effect on these pictures, because no block read it at any step"
+    )
     assert [(node, client) for node, client, text in on_the_page if words in text] == [
         ("7", "a page")
     ]
@@ -267,7 +275,7 @@ def test_where_something_was_read_nothing_is_warned_of(column, on_the_page, capl
     undisturbed(column)
     perturbed = PerturbedAttentionGuidance.execute(OURS[column](MODEL), 2.0)[0]
     OURS[column].sampled(perturbed)
-    assert "was read in any block" not in caplog.text
+    assert "had no effect on these pictures" not in caplog.text
     costs = "the reference is read live in" if column == "self live" else None
     assert all(costs and costs in text for *_, text in on_the_page), on_the_page
 

@@ -85,14 +85,14 @@ TABLE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "other steps than the reference's": (
         lambda: read_by(steps=STEPS + 2),
         (
-            "live in 4 of 5 steps, one pass of the network more",
+            "live in 4 of 5 steps (one extra model pass in each)",
             "3 steps)",
             "steps and the scheduler",
         ),
     ),
     "another scheduler than the reference's": (
         lambda: read_by(scheduler="karras"),
-        ("live in 3 of 3 steps, one pass of the network more", "made with ddim_uniform"),
+        ("live in 3 of 3 steps (one extra model pass in each)", "made with ddim_uniform"),
     ),
     "another size than the reference's": (
         lambda: read_by(size=(12, 10)),
@@ -112,7 +112,7 @@ TABLE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     ),
     "a word that the miniature does not know": (
         lambda: miniature_prompts("a giraffe in a bar\na giraffe", "giraffe"),
-        ("never learnt 'giraffe', 'bar',", "It knows", "cat", "robot", "Write these"),
+        ("never learnt 'giraffe', 'bar',", "It knows", "cat", "robot", "Use words that it knows"),
     ),
     "no photo": (
         lambda: RefUNetCapture.validate_inputs({"model": "MODEL"}),
@@ -173,7 +173,9 @@ def said(monkeypatch) -> list[str]:
     """What the page shows under the node that runs."""
     texts: list[str] = []
     server = SimpleNamespace(
-        client_id="a page", send_progress_text=lambda text, node, client: texts.append(text)
+        client_id="a page",
+        send_progress_text=lambda text, node, client: texts.append(text),
+        send_sync=lambda event, data, client: None,
     )
     monkeypatch.setattr(page, "PromptServer", SimpleNamespace(instance=server))
     return texts

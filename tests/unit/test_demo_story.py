@@ -119,11 +119,9 @@ def test_a_photo_story_of_any_number_of_photos(count):
         len(graph[BATCH]["inputs"]) == count
         and graph[CAPTURE]["inputs"]["steps"] == graph[SAMPLER]["inputs"]["steps"] == 20
     )
-    loaded = [
-        graph[graph[link[0]]["inputs"]["image"][0]]["inputs"]["image"]
-        for link in graph[BATCH]["inputs"].values()
-    ]
-    assert loaded == names
+    loaded = [graph[link[0]]["inputs"] for link in graph[BATCH]["inputs"].values()]
+    assert [photo["image"] for photo in loaded] == names
+    assert all(photo["width"] == photo["height"] == given.size for photo in loaded)
     reading = only_read(graph)
     assert links(reading) <= set(reading) and set(reading) - links(reading) == {PREVIEW}
     assert all(

@@ -36,6 +36,7 @@ FLAGS = (
 # what the frontend's own browser tests set, so that no tour, tooltip or restored tab stands in the way
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],  # of frontend 1.58
     "Comfy.VersionCompatibility.DisableWarnings": True,
     "Comfy.EnableTooltips": False,
     "Comfy.Minimap.Visible": False,

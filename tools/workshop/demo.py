@@ -35,10 +35,9 @@ if TYPE_CHECKING:  # --help has to come without any package
 
 WORKFLOW = ROOT / "workflows" / "api" / "personalize.json"
 # node ids of the shipped workflow, by what they do
-LOADER, PHOTO, SCALED, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES = (
+LOADER, PHOTO, COARSE, CAPTURE, INJECT, PROMPTS, SIZE, SAMPLER, PICTURES = (
     "1",
     "2",
-    "3",
     "5",
     "6",
     "7",
@@ -65,7 +64,7 @@ def prepared(
     graph = flow_workflow.flow_form(graph) if flow(arguments) else graph
     graph[LOADER]["inputs"]["ckpt_name"] = checkpoint
     graph[PHOTO]["inputs"]["image"] = photo
-    for node in (SCALED, SIZE):
+    for node in (PHOTO, SIZE):
         graph[node]["inputs"] |= {"width": size, "height": size}
     graph[WORD]["inputs"]["value"] = arguments.subject
     graph[PROMPTS]["inputs"]["prompts"] = "\n".join(arguments.prompt)
@@ -102,13 +101,15 @@ def columns(graph: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, nodes in quiet.items():
         for node in nodes:
             jobs[name][node]["inputs"]["strength"] = 0.0
+        if name == "self":  # nothing is beside it
+            jobs[name][INJECT]["inputs"]["preset"] = "identity"
     return jobs
 
 
 def round_trip(graph: Mapping[str, Any]) -> dict[str, Any]:
     """The photo inverted, sampled back at CFG 1 and decoded, beside the same latent only decoded."""
     steps, model, vae = graph[CAPTURE]["inputs"]["steps"], [LOADER, 0], [LOADER, 2]
-    kept = {k: copy.deepcopy(graph[k]) for k in (LOADER, PHOTO, SCALED, "4", WORD, COARSE)}
+    kept = {k: copy.deepcopy(graph[k]) for k in (LOADER, PHOTO, "4", WORD, COARSE)}
     return kept | {
         "20": {
             "class_type": "KindredDDIMInvert",

@@ -50,9 +50,8 @@ LOADER, PROMPTS, NEGATIVE, SIZE, STORY, SAMPLER, DECODE, PICTURES = (
     "8",
 )
 LOAD = "9"  # story_more_pictures
-PHOTO, SCALED, BATCH, CAPTURE, PREVIEW, WORD = (
+PHOTO, BATCH, CAPTURE, PREVIEW, WORD = (
     ("9", "10"),
-    ("11", "12"),
     "13",
     "16",
     "17",
@@ -151,16 +150,13 @@ def anchors(graph: Graph) -> Graph:
 def from_photos(graph: Graph, names: Sequence[str], args: argparse.Namespace) -> Graph:
     """The photo story of any number of uploaded photos."""
     graph = copy.deepcopy(graph)
-    load, scale = graph[PHOTO[0]], graph[SCALED[0]]
-    for key in (*PHOTO, *SCALED):
+    load = graph[PHOTO[0]]
+    for key in PHOTO:
         del graph[key]
-    scale["inputs"] |= {"width": args.size, "height": args.size}
+    fitted = load["inputs"] | {"width": args.size, "height": args.size}
     for i, name in enumerate(names):
-        graph[f"photo {i + 1}"] = load | {"inputs": {"image": name}}
-        graph[f"scaled {i + 1}"] = scale | {
-            "inputs": scale["inputs"] | {"image": [f"photo {i + 1}", 0]}
-        }
-    graph[BATCH]["inputs"] = {f"images.image{i}": [f"scaled {i + 1}", 0] for i in range(len(names))}
+        graph[f"photo {i + 1}"] = load | {"inputs": fitted | {"image": name}}
+    graph[BATCH]["inputs"] = {f"images.image{i}": [f"photo {i + 1}", 0] for i in range(len(names))}
     graph[WORD]["inputs"]["value"] = args.subject
     graph[CAPTURE]["inputs"]["steps"] = args.steps
     return graph

@@ -11,13 +11,17 @@ from flow_workflow import NAME, offered
 
 # what to change for a checkpoint of one's own: a line each, from the second on
 YOURS = (
-    "Everything here runs on *kindred_miniature*, a tiny trained model of a cartoon world, so that it runs at once: cats, dogs, birds, "
-    "fish and robots in eight places, at 128 pixels, and nothing else. For SD1.5, SD2.x or SDXL:\n\n- Choose yours in **Checkpoint**."
+    "This workflow uses *kindred_miniature*, a tiny trained model of a cartoon world, so that it runs at once. It draws only cats, dogs, "
+    "birds, fish and robots in eight places, at 128 pixels. To use SD1.5, SD2.x or SDXL:\n\n- Choose yours in **Checkpoint**."
+)
+PAINT = (
+    "\n- If **Where the subject was found** shows it wrongly, right-click **Photo of the subject**, open the mask editor, paint it and "
+    "wire its *mask* into **Read the subject**."
 )
 SIZES = "\n- Set each **width** and **height**, and **cfg**, as the table says."
 PHOTO = (
     "\n- Upload your photo in **Photo of the subject**, write what it shows into **The subject in a word**, and use that word in every "
-    "line of **New pictures, one per line**. **What the photo shows** makes a sentence of it with its **style**."
+    "line of **New pictures, one per line**. **What the photo shows** makes a sentence from its **style** and that word."
 )
 STEPS = "\n- Keep **steps** and **scheduler** the same in **Read the subject** and in the samplers."
 ENCODER = (
@@ -25,8 +29,8 @@ ENCODER = (
     "**{reader}** (Ctrl+B)."
 )
 ONE_PLACE = (
-    "\n- Set **width**, **height**, **cfg** and **steps** as the table says: once, they go to every node inside."
-    "\n- For a node of your own workflows double-click the canvas and search its name."
+    "\n- Set **width**, **height**, **cfg** and **steps** once, as the table says: they go to every node inside."
+    "\n- To use this node in a workflow of your own, double-click the canvas and search for its name."
 )
 MEMORY = "\n- Where memory is short take fewer steps, or write *decoder* into **blocks**."
 TABLE = """| checkpoint | width, height | cfg | steps | a photo takes | encoder | its CLIP Vision |
@@ -35,26 +39,26 @@ TABLE = """| checkpoint | width, height | cfg | steps | a photo takes | encoder 
 | SD2.1 | 768 | 5 to 7 | 25 to 50 | 52 MB a step | one that you train | as trained |
 | SDXL | 1024 | 5 to 7 | 25 | 210 MB a step | one that you train | as trained |
 
-Memory is main memory, for all blocks in half precision; the mask leaves the subject's share of it. Encoders lie in \
-models/concept_encoders, CLIP Vision in models/clip_vision. **FLUX, Qwen-Image, Z-Image, SD3.5**: take *Personalize with FLUX.1* and \
-its kin; their notes say files, steps and guidance."""
+A photo takes main memory (RAM), here for all blocks in half precision; with a mask only the subject's share. Put encoders into \
+models/concept_encoders, CLIP Vision into models/clip_vision. **FLUX, Qwen-Image, Z-Image, SD3.5**: use *personalize_flux* and \
+the templates like it; their notes name files, steps and guidance."""
 SAMPLED = "The paper samples with DDIM, 50 steps, CFG 5 and ComfyUI's FreeU (b1 1.1, b2 1.2, s1 0.6, s2 0.4)"
 SCORES = "\n- These scores only work for the miniature. For your pictures connect Load CLIP Vision."
 READER = "Let them read it as part of the prompt"
 # what the workflows for transformers hold, a line each; a test compares them with the nodes
 CHOICES = {
-    "personalize_flux": "*FLUX.1 dev* (workflow *Personalize with FLUX.1*): 20 steps, euler, simple, Flux Guidance 3.5 without cfg, "
-    "1024 x 1024, blocks *single*. The photo goes to noise at guidance 1 and is read at that of the pictures. Files: "
+    "personalize_flux": "*FLUX.1 dev* (template *personalize_flux*): 20 steps, euler, simple, Flux Guidance 3.5 without cfg, "
+    "1024 x 1024, blocks *single*. The photo is inverted at guidance 1 and read at the guidance of the pictures. Files: "
     "flux1-dev.safetensors, clip_l.safetensors, t5xxl_fp16.safetensors (or t5xxl_fp8_e4m3fn.safetensors), ae.safetensors.",
-    "personalize_flux2": "*FLUX.2 Klein, base* (workflow *Personalize with FLUX.2*): 20 steps, euler, Flux2Scheduler, cfg 5, "
+    "personalize_flux2": "*FLUX.2 Klein, base* (template *personalize_flux2*): 20 steps, euler, Flux2Scheduler, cfg 5, "
     "1024 x 1024, blocks *single*. Files: flux-2-klein-base-4b-fp8.safetensors, qwen_3_4b.safetensors, flux2-vae.safetensors.",
-    "personalize_qwen_image": "*Qwen-Image* (workflow *Personalize with Qwen-Image*): 20 steps (50 for the best), euler, simple, cfg 4, "
+    "personalize_qwen_image": "*Qwen-Image* (template *personalize_qwen_image*): 20 steps (50 for the best), euler, simple, cfg 4, "
     "shift 3.1, 1328 x 1328, blocks *decoder*. Files: qwen_image_fp8_e4m3fn.safetensors, qwen_2.5_vl_7b_fp8_scaled.safetensors, "
     "qwen_image_vae.safetensors.",
-    "personalize_z_image": "*Z-Image Turbo* (workflow *Personalize with Z-Image*): 8 steps, res_multistep, simple, cfg 1, shift 3, "
+    "personalize_z_image": "*Z-Image Turbo* (template *personalize_z_image*): 8 steps, res_multistep, simple, cfg 1, shift 3, "
     "1024 x 1024, blocks *decoder*, the photo by *forward noise*. Files: z_image_turbo_bf16.safetensors, qwen_3_4b.safetensors, "
     "ae.safetensors.",
-    "personalize_sd35": "*SD3.5 large* (workflow *Personalize with SD3.5*): 28 steps, euler, sgm_uniform, cfg 4.5, 1024 x 1024, "
+    "personalize_sd35": "*SD3.5 large* (template *personalize_sd35*): 28 steps, euler, sgm_uniform, cfg 4.5, 1024 x 1024, "
     "blocks *all*. Files: sd3.5_large.safetensors, clip_l.safetensors, clip_g.safetensors, t5xxl_fp16.safetensors.",
 }
 KIN = (
@@ -65,25 +69,28 @@ KIN = (
     "before Ref-UNet Feature Capture, as in *Personalize with Z-Image*.",
     "*Z-Image base*: as Turbo, with z_image_bf16.safetensors, 30 to 50 steps, cfg 3 to 5, an empty negative, the photo by *fireflow*.",
     "*Chroma*: as Qwen-Image, with Chroma1-HD.safetensors, Load CLIP of type *chroma* with t5xxl_fp16.safetensors, ae.safetensors, "
-    "without the shift, 26 to 40 steps, cfg 4, 1024 x 1024, blocks *single*; lines of equal length too.",
+    "without the shift, 26 to 40 steps, cfg 4, 1024 x 1024, blocks *single*; all lines with the same number of tokens.",
     "*SD3.5 without its VAE (a diffusion model alone)*: Load Diffusion Model and Load VAE in place of the checkpoint.",
 )
 CHOOSE = "- Choose your own files in the loaders; the canvas offers those that are missing, where ComfyUI knows a link."
 TOGETHER = "\n- Steps, schedule and size are the same for the photo and the pictures: change them together."
 LIVE = (
-    " The photo is read anew in every step, beside the pictures: one call of the network more for all of them."
+    " The photo is read again in every step, beside the pictures: one extra model call a step, however many pictures there are."
     "\n\nTurn **strength**: 0 is the plain picture, bit for bit, 1 all of the likeness."
 )
-EQUAL = "\n- The lines of **New pictures, one per line** have the same number of tokens in this family; else sample them one by one."
+EQUAL = (
+    "\n- Z-Image and Chroma need the same number of tokens in all lines of **New pictures, one per line**; if they differ, sample the "
+    "lines one by one. Qwen-Image takes any lines."
+)
 FAMILY_BLOCKS = (
     "**blocks**, in both nodes: published methods read in FLUX's single blocks, in the later half of Qwen-Image's and Z-Image's, and in "
     "all of SD3.5's; early blocks bring more of the photo's layout along. Nothing was measured on these weights here. **end_percent** "
     "below 1 leaves the last steps to the prompt."
 )
 FAMILY_MEMORY = (
-    "Memory: of every block that is read, a step holds two numbers for each channel of each token on the subject (FLUX.1 at 1024 x 1024, "
-    "38 blocks, a subject on a quarter of it: 0.5 GB). Fewer **blocks**, a smaller mask or a **token_share** of 0.5 need less; sampled one "
-    "by one, pictures need less too."
+    "Memory: in a step, every block that is read holds two numbers for each channel of each token on the subject (FLUX.1 at 1024 x 1024, "
+    "38 blocks, a subject on a quarter of the picture: 0.5 GB). To need less, use fewer **blocks**, a smaller mask or a **token_share** of "
+    "0.5, or sample the pictures one by one."
 )
 
 
@@ -94,8 +101,8 @@ class Note:
     yours: str  # what to change for a real checkpoint
 
 
-def _personal(*more: str) -> str:
-    return YOURS + PHOTO + SIZES + STEPS + "".join(more) + MEMORY
+def _personal(*more: str, paint: str = PAINT) -> str:
+    return YOURS + PHOTO + paint + SIZES + STEPS + "".join(more) + MEMORY
 
 
 def _family(title: str, text: str, *more: str) -> Note:
@@ -106,6 +113,7 @@ def _family(title: str, text: str, *more: str) -> Note:
         "One photo, new pictures of the same subject; nothing is trained. " + text + LIVE,
         CHOOSE
         + PHOTO
+        + PAINT
         + TOGETHER
         + "".join(more)
         + f"\n\n### What to choose\n\n{lines}\n\n{FAMILY_BLOCKS}\n\n{FAMILY_MEMORY}",
@@ -122,16 +130,16 @@ NOTES = {
     ),
     "personalize_app": Note(
         "New pictures from my photo",
-        "Choose a photo, say in a word what it shows, write a line for each new picture, press Run. As an app it shows these fields alone; "
-        "*Enter node graph* in its menu leads here, and the icon of *Personalize from my photo* opens what is in it. **likeness** "
-        "turns the subject: 0 is the plain picture; **preset** has ready settings.",
+        "Choose a photo, say in a word what it shows, write a line for each new picture, press Run. As an app it shows only these fields; "
+        "*Enter node graph* in its menu leads here, and the icon on *Personalize from my photo* opens the nodes inside. **likeness** is "
+        "how much of the subject comes through: 0 is the plain picture. **preset** has ready settings.",
         YOURS + "\n- Upload yours in **Your photo**, and use its word in every line." + ONE_PLACE,
     ),
     "story_app": Note(
         "One character in several pictures",
-        "Write a line for each picture and the word for their subject, press Run. As an app it shows these fields alone; *Enter node "
-        "graph* in its menu leads here, and the icon of *Story of one character* opens what is in it. **likeness** turns the "
-        "subject: 0 leaves the plain pictures.",
+        "Write a line for each picture and the word for their subject, press Run. As an app it shows only these fields; *Enter node "
+        "graph* in its menu leads here, and the icon on *Story of one character* opens the nodes inside. **likeness** is how alike "
+        "the subjects become: 0 leaves the plain pictures.",
         YOURS + ONE_PLACE + "\n- The pictures are sampled together and need memory together.",
     ),
     "self_attention_only": Note(
@@ -153,6 +161,7 @@ NOTES = {
         _personal(
             "\n- Choose an encoder of that family in **Concept encoder**, as the table says.",
             SCORES,
+            paint="",
         ),
     ),
     "personalize_hires": Note(
@@ -160,7 +169,7 @@ NOTES = {
         "The second pass looks at the same reference: its features are read anew at the noise levels that it asks for. The miniature knows "
         "one size and draws larger ones badly.",
         _personal(
-            "\n- **Larger** is 1.5 to 2 times that, with **denoise** 0.4 to 0.6 in **Second pass**.",
+            "\n- Set **Larger** to 1.5 to 2 times that size, and **denoise** in **Second pass** to 0.4 to 0.6.",
             ENCODER.format(reader=READER),
         ),
     ),
@@ -186,16 +195,16 @@ NOTES = {
         "One subject in several pictures",
         "ConsiStory: the pictures of one batch share their subject, with no photo and no training. **strength** is the dial; **dropout** "
         "(and **query_blend**, an advanced input) keep the poses apart."
-        f"\n\n{SAMPLED}, as *A story with FreeU* does; this one is without FreeU.",
+        f"\n\n{SAMPLED}, as *story_freeu* does; this one is without FreeU.",
         YOURS
         + "\n- Write your prompts, one per line, and the **subject** word that all of them contain."
         + SIZES
-        + "\n- The pictures are sampled together and need memory together; *Keep a subject for later* takes fewer at a time.",
+        + "\n- The pictures are sampled together and need memory together; *story_save_subject* takes fewer at a time.",
     ),
     "story_freeu": Note(
         "A story with FreeU",
         f"*One subject in several pictures*, sampled as the ConsiStory paper does. {SAMPLED}: skip connections count less and the "
-        "features of deeper layers count more. The numbers are for SDXL; of the miniature's features **b1** and **s1** touch none. "
+        "features of deeper layers count more. The numbers are for SDXL; on the miniature **b1** and **s1** have no effect. "
         "Bypass **What the paper samples with** (Ctrl+B) to see what it does.",
         YOURS
         + "\n- Write your prompts, one per line, and the **subject** word that all of them contain."
@@ -213,7 +222,7 @@ NOTES = {
     ),
     "story_save_subject": Note(
         "Keep a subject for later",
-        "Samples two pictures and writes their subject into one file of output/kindred. *More pictures of a saved subject* goes on "
+        "Samples two pictures and writes their subject into one file of output/kindred. *story_more_pictures* goes on "
         "from it, today or on another machine.",
         YOURS
         + "\n- Write your prompts and their **subject** word."
@@ -223,10 +232,10 @@ NOTES = {
     ),
     "story_more_pictures": Note(
         "More pictures of a saved subject",
-        "The subject comes out of a file, here one that ships with the pack. One picture at a time or many; none changes another.",
-        "**Your own subject.** Make one with *Keep a subject for later*, on SD1.5, SD2.x or SDXL. Choose its file in **The saved "
-        "subject** and its checkpoint in **Checkpoint**, and take the **width**, **height**, **cfg**, **steps**, **sampler_name** and "
-        "**scheduler** that it was made with.",
+        "The subject comes from a file, here one that ships with the pack. Add or remove lines: the other pictures stay the same.",
+        "**Your own subject.** Make one with *story_save_subject*, on SD1.5, SD2.x or SDXL, or save a photo's subject with Save Reference. "
+        "Choose its file in **The saved subject**, its checkpoint in **Checkpoint**, and the **cfg** that it was made with. Size, "
+        "steps, sampler and scheduler come from the file; its word belongs into **subject** and into every line.",
     ),
     "story_from_photo": Note(
         "A story about the subject of photos",

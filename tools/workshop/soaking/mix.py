@@ -133,7 +133,7 @@ def loads(turn: Turn) -> Graph:
     graph = {
         key: node
         for key, node in own(turn).items()
-        if key not in (demo.CAPTURE, demo.COARSE, demo.PHOTO, demo.SCALED, "4", "14")
+        if key not in (demo.CAPTURE, demo.COARSE, demo.PHOTO, "4", "14")
     }
     graph["load"] = {"class_type": "KindredLoadReference", "inputs": {"file": turn.saved["saves"]}}
     graph[demo.INJECT]["inputs"]["reference"] = ["load", 0]
@@ -149,7 +149,7 @@ def scored(turn: Turn) -> Graph:
             "images": ["12", 0],
             "judge": "auto",
             "prompts": [demo.PROMPTS, 2],
-            "reference": [demo.SCALED, 0],
+            "reference": [demo.PHOTO, 0],
         },
     }
     return graph
