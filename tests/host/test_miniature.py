@@ -95,6 +95,28 @@ def test_a_plain_workflow_runs_from_an_empty_latent(host, loaded):
     )
 
 
+def test_pictures_that_it_cannot_draw_are_warned_of_before_the_first_step(host, loaded, caplog):
+    """512 pixels are usual on the canvas, and it knows 128; twice of it is still asked for by those who look closer."""
+    from kindred.nodes.consistory import ConsiStory
+
+    model, clip, _ = loaded
+    mask = torch.ones(1, 64, 64)
+    with torch.inference_mode():
+        text = host.CLIPTextEncode().encode(clip, "a photo of a cat on the beach")[0]
+        story = ConsiStory.execute(model, masks=mask, feature_injection=0.0, query_blend=0.0)[0]
+
+    def drawn(side: int) -> list[str]:
+        caplog.clear()
+        empty = host.EmptyLatentImage().generate(side, 128, 2)[0]
+        with torch.inference_mode():
+            host.common_ksampler(story, 1, 2, 1.0, "euler", "simple", text, text, empty)
+        return [r.getMessage() for r in caplog.records if "draws 128x128" in r.getMessage()]
+
+    assert drawn(128) == drawn(256) == []
+    (said,) = drawn(264)
+    assert "pictures are 264x128" in said and "Set every width and height to 128" in said
+
+
 def test_freeu_is_felt_by_its_second_pair_of_numbers_alone(host, loaded):
     """Its first pair is of features four times as wide as the model's first ones; the miniature has them but twice as wide."""
     from comfy_extras.nodes_freelunch import FreeU

@@ -281,12 +281,13 @@ def draw(canvas: Canvas, name: str, graph: Mapping[str, Node] | None = None) -> 
                             if (w.name === 'control_after_generate') w.value = mode }""",
         "randomize" if blueprint else "fixed",
     )
-    # what the page shows of a text or a number that is wired in hangs on what it drew before
+    # what the page shows of a text, a choice or a number that is wired in hangs on what it drew before
     canvas.page.evaluate("""() => { for (const n of app.graph.nodes) for (const w of n.widgets ?? []) {
                             if (!n.inputs?.some(i => i.link != null && i.widget?.name === w.name)) continue;
                             if (['customtext', 'text', 'string'].includes(w.type)) w.value = '';
-                            if (typeof w.value === 'number')
-                                w.value = n.constructor.nodeData.inputs[w.name].default ?? w.value } }""")
+                            const spec = n.constructor.nodeData.inputs[w.name];
+                            if (w.type === 'combo') w.value = spec.default ?? spec.options[0];
+                            if (typeof w.value === 'number') w.value = spec.default ?? w.value } }""")
     drawn = canvas.serialize()
     drawn = fold(drawn, graph, blueprint) if blueprint else drawn
     canvas.load(arrange(name, graph, drawn), name)
