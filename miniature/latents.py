@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder
 from .data import training_set
-from .training import Run, as_pictures, load, save
+from .training import Run, as_pictures, load, mixed, save
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def latents_of(run: Run, count: int, name: str = "") -> Tensor:
         images = training_set(run.folder, run.renderings).images[run.rank : count : run.workers]
         parts = []
         for index in range(0, len(images), 32):
-            with torch.autocast(run.device.type, torch.bfloat16):
+            with mixed(run.device):
                 parts.append(
                     short(as_pictures(images[index : index + 32], run.device)).half().cpu()
                 )

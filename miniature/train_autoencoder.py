@@ -15,7 +15,7 @@ from .autoencoder import LATENT_CHANNELS, Autoencoder, psnr
 from .data import held_out, training_set
 from .latents import latents_of
 from .muon import Muon
-from .training import Run, advance, as_pictures, average_gradients, follow, load, rate, save
+from .training import Run, advance, as_pictures, average_gradients, follow, load, mixed, rate, save
 
 log = logging.getLogger(__name__)
 CROP = 64  # pixels
@@ -92,7 +92,7 @@ def train_autoencoder(
             pictures, latents = _whole(images, known, draw, run)
         else:
             pictures, latents = _crops(images, batch, draw, run), None
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with mixed(run.device):
             shape = (len(pictures), channels, pictures.shape[2] // 8, pictures.shape[3] // 8)
             noise = torch.randn(shape, generator=draw).to(run.device)
             noise = _spread(step, steps, decoder_only) * noise

@@ -22,7 +22,7 @@ from .data import Renderings, held_out, training_set
 from .denoiser import Attention, schedule
 from .latents import latents_of
 from .measure import Miniature, open_miniature
-from .training import Run, follow, load, rate, save
+from .training import Run, follow, load, mixed, rate, save
 from .world import CLASSES, SCENES, all_captions, caption
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Lesson:
         clean, hint, context, t, noise = self.batch(step, size)
         alpha = self.alphas[t][:, None, None, None]
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed(torch.device("cpu")):
             added = (
                 None
                 if weights is None

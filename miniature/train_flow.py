@@ -28,6 +28,7 @@ from .training import (
     build_optimizers,
     follow,
     location_loss,
+    mixed,
     rate,
     resume,
     save,
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 DECAY = 0.998  # of the averaged weights
 MEAN, DEVIATION = 0.6, 1.0  # of the logits of the noise levels
 MASK_WEIGHT = 0.01
-SAVE_EVERY = 200
+SAVE_EVERY = 50
 PROGRESS = "flow %d/%d velocity %.4f mask %.3f %.3f s/step"
 AT_THE_RIM = (
     "img_in.",
@@ -151,7 +152,7 @@ def train_flow(
     forward = Forward(flow).compiled() if run.compiled else Forward(flow)
     began, totals = time.monotonic(), np.zeros(2)
     for step in range(start, steps):
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with mixed(run.device):
             losses = losses_of(forward, examples.draw(step, batch // run.workers))
             flow.zero_grad(set_to_none=True)
             (losses[0] + MASK_WEIGHT * losses[1]).backward()

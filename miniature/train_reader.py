@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .autoencoder import Autoencoder
 from .data import COLOURS, Renderings, held_out, training_set
 from .reader import GRID, HUES, KINDS, MASK_GRID, Reader
-from .training import Run, as_pictures, follow, load, rate, save
+from .training import Run, as_pictures, follow, load, mixed, rate, save
 from .world import HATS
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def _round_trips(run: Run, images: np.ndarray) -> Tensor:
         model.load_state_dict(load(run.folder / "autoencoder.pt", run.device)["model"])
         draw, parts = torch.Generator().manual_seed(run.seed), []
         for index in range(0, len(images), 32):
-            with torch.autocast(run.device.type, torch.bfloat16):
+            with mixed(run.device):
                 pictures = as_pictures(images[index : index + 32], run.device).contiguous(
                     memory_format=torch.channels_last
                 )
@@ -139,7 +139,7 @@ def train_reader(
         )  # the world is drawn mirrored as often as not
         pictures = torch.where(flip[:, None, None, None].to(run.device), pictures.flip(3), pictures)
         mask = torch.where(flip[:, None, None], masks[index].flip(2), masks[index]).to(run.device)
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with mixed(run.device):
             out = reader(pictures)
         loss = reader_loss(out, labels[index].to(run.device), colours[index].to(run.device), mask)
         optimizer.zero_grad(set_to_none=True)

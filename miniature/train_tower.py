@@ -18,7 +18,7 @@ from .data import held_out, training_set
 from .muon import Muon
 from .reader import HUES, KINDS, MASK_GRID
 from .train_reader import reader_loss
-from .training import Run, advance, as_pictures, follow, load, rate, save
+from .training import Run, advance, as_pictures, follow, load, mixed, rate, save
 
 log = logging.getLogger(__name__)
 TOWER = {
@@ -102,7 +102,7 @@ def train_tower(
         pictures = as_pictures(everything.images[rows], run.device)
         mask = torch.from_numpy(everything.masks[rows]).float().unsqueeze(1)
         mask = nn.functional.avg_pool2d(mask, pictures.shape[-1] // MASK_GRID)[:, 0].to(run.device)
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with mixed(run.device):
             out = model(pictures)
         loss = reader_loss(out, labels[index].to(run.device), colours[index].to(run.device), mask)
         model.zero_grad(set_to_none=True)

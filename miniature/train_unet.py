@@ -26,6 +26,7 @@ from .training import (
     build_optimizers,
     follow,
     location_loss,
+    mixed,
     rate,
     resume,
     save,
@@ -127,7 +128,7 @@ def train_unet(
         noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         is_class = torch.isin(step_tokens, class_tokens)
         word = torch.where(is_class.any(1), is_class.int().argmax(1), 0)[back]
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with mixed(run.device):
             context = text(input_ids=step_tokens).last_hidden_state[back]
             predicted = unet(noised, t, context=context, transformer_options=options).float()
         snr = alphas[t] / (1 - alphas[t])

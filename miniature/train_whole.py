@@ -18,7 +18,7 @@ from .autoencoder import Autoencoder
 from .collages import FAULTS, WHOLE, collage, kind_of
 from .pack import CHECKPOINT, FLOW_CHECKPOINT, load_autoencoder
 from .reader import GRID, Reader, load_reader
-from .training import Run, as_pictures, follow, load, rate, save
+from .training import Run, as_pictures, follow, load, mixed, rate, save
 from .world import HELD_OUT, world_hash
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def small(images: np.ndarray) -> Tensor:
 def round_trip(model: Autoencoder, images: np.ndarray, draw: torch.Generator) -> Tensor:
     """Pictures [b y x 3] after an autoencoder, with some noise in the latents, at reading size: uint8 [b 3 64 64]."""
     shown = as_pictures(images, torch.device("cpu")).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed(torch.device("cpu")):
         latents = model.encode(shown).float()
         share = LATENT_NOISE * torch.rand((len(latents), 1, 1, 1), generator=draw)
         latents = latents + share * latents.std() * torch.randn(latents.shape, generator=draw)

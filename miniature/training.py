@@ -38,6 +38,14 @@ def as_pictures(images: np.ndarray, device: torch.device) -> Tensor:
     )
 
 
+def mixed(device: torch.device) -> torch.autocast:
+    """A context in bfloat16 where that is quicker: of CPUs those with tiles for it (AMX). Without them
+    a step takes 1.3 times as long as in float32.
+    """
+    quick = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=quick)
+
+
 def rate(step: int, steps: int, peak: float, warm_up: int = 100, floor: float = 0.02) -> float:
     """Linear warm-up, then half a cosine down to `floor` times the peak."""
     if step < warm_up:

@@ -24,7 +24,7 @@ from kindred.miniature.reader import (
     similarity_parts,
 )
 from kindred.miniature.train_reader import accuracy
-from kindred.miniature.training import location_loss
+from kindred.miniature.training import location_loss, mixed
 from kindred.miniature.world import (
     CLASSES,
     HATS,
@@ -218,3 +218,11 @@ def test_a_word_that_is_looked_at_where_its_subject_is_costs_nothing() -> None:
     by_hand = sum(p * math.log(p / 0.25) for p in (2 / 3, 1 / 3)) / 2 + math.log(4) / 2
     assert float(location_loss([even], target)) == pytest.approx(by_hand, abs=1e-4)
     assert float(location_loss([even[:0]], target[:0])) == 0.0
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_cpu_without_tiles_for_bfloat16_trains_in_float32(monkeypatch, tiles: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    with mixed(torch.device("cpu")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if tiles else torch.float32)
