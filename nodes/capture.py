@@ -98,8 +98,7 @@ class RefUNetCapture(io.ComfyNode):
                     options=[OTSU, VALUE],
                     default=OTSU,
                     advanced=True,
-                    tooltip="otsu finds the threshold from the map itself; value uses the number "
-                    "below.",
+                    tooltip="otsu: chosen automatically from the map. value: mask_value, below.",
                 ),
                 io.Float.Input(
                     "mask_value",

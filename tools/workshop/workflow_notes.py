@@ -123,9 +123,9 @@ def _family(title: str, text: str, *more: str) -> Note:
 NOTES = {
     "personalize": Note(
         "Personalize from one photo",
-        "One photo, new pictures of the same subject; nothing is trained. The photo is inverted, its features are read at every step "
-        "(left), and every new picture looks at them while it is made. The concept encoder reads the photo as part of the prompt.\n\n"
-        "Turn **strength** of either node: 0 is the plain picture, 1 all of it. **preset** has ready settings.",
+        "One photo, new pictures of the same subject; nothing is trained. Kindred reads the photo once (left), and every new "
+        "picture looks at what was read while it is made. The concept encoder reads the photo as part of the prompt.\n\n"
+        "**strength** of either node: 0 ignores the photo, 1 copies most. **preset** has ready settings.",
         _personal(ENCODER.format(reader=READER)),
     ),
     "personalize_app": Note(
