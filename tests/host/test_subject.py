@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from checkout import ROOT
+from kindred.nodes.library import LoadReference
 from kindred.miniature import subject
 from kindred.models.network.call import Half
 from kindred.models.reference.bank import BANK_VERSION
@@ -41,13 +42,13 @@ def test_it_was_made_with_the_shipped_checkpoint_by_this_version(host, bank):
 
 
 def test_the_workflow_asks_for_what_it_holds(bank):
-    """Its steps, and every setting of the anchors that the story node also has."""
+    """Its steps by wire from the file, and every setting of the anchors that the story node also has."""
     sampler, story = inputs("KSampler"), inputs("KindredConsiStory")
-    assert (
-        bank.trajectory.schedule
-        == f"{sampler['scheduler']}, {sampler['sampler_name']}, {sampler['steps']} steps"
-    )
-    assert len(bank.trajectory.sigmas) == sampler["steps"] + 1
+    outputs = [output.display_name for output in LoadReference.GET_SCHEMA().outputs]
+    wired = {name: outputs[sampler[name][1]] for name in ("steps", "scheduler", "sampler_name")}
+    assert wired == {name: name for name in wired}
+    assert bank.trajectory.schedule == "simple, ddim, 12 steps"
+    assert len(bank.trajectory.sigmas) == 13
     assert (
         bank.pictures == len(subject.SCENES) == (bank.anchors.settings["anchors"] or bank.pictures)
     )  # all of them, however it is said
