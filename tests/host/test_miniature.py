@@ -103,13 +103,13 @@ def test_pictures_that_it_cannot_draw_are_warned_of_before_the_first_step(host, 
     mask = torch.ones(1, 64, 64)
     with torch.inference_mode():
         text = host.CLIPTextEncode().encode(clip, "a photo of a cat on the beach")[0]
-        story = ConsiStory.execute(model, masks=mask, feature_injection=0.0, query_blend=0.0)[0]
+        story = ConsiStory.execute(model, masks=mask)[0]  # in two stages
 
     def drawn(side: int) -> list[str]:
         caplog.clear()
         empty = host.EmptyLatentImage().generate(side, 128, 2)[0]
         with torch.inference_mode():
-            host.common_ksampler(story, 1, 2, 1.0, "euler", "simple", text, text, empty)
+            host.common_ksampler(story, 1, 4, 1.0, "euler", "simple", text, text, empty)
         return [r.getMessage() for r in caplog.records if "draws 128x128" in r.getMessage()]
 
     assert drawn(128) == drawn(256) == []

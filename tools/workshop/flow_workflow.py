@@ -21,6 +21,7 @@ SAMPLING = {  # inputs of the nodes that have them
     "sampler_name": "euler",
     "scheduler": "simple",
     "steps": STEPS,
+    "preset": "identity",  # nothing is beside it
 }
 LEFT_OUT = ("KindredConceptEncoderLoad", "KindredCrossAttnDetailInject")  # it has no encoder yet
 

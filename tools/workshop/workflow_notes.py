@@ -15,8 +15,8 @@ YOURS = (
     "birds, fish and robots in eight places, at 128 pixels. To use SD1.5, SD2.x or SDXL:\n\n- Choose yours in **Checkpoint**."
 )
 PAINT = (
-    "\n- If **Where the subject was found** shows it wrongly, right-click **Photo of the subject**, open the mask editor, paint it and "
-    "wire its *mask* into **Read the subject**."
+    "\n- If **Where the subject was found** is wrong, right-click **Photo of the subject**, open the mask editor, paint the subject and "
+    "wire that node's *mask* into **Read the subject**."
 )
 SIZES = "\n- Set each **width** and **height**, and **cfg**, as the table says."
 PHOTO = (
@@ -26,7 +26,7 @@ PHOTO = (
 STEPS = "\n- Keep **steps** and **scheduler** the same in **Read the subject** and in the samplers."
 ENCODER = (
     "\n- Choose an encoder of that family in **Concept encoder** and wire Load CLIP Vision into it, as the table says, or bypass "
-    "**{reader}** (Ctrl+B)."
+    "**{reader}** (Ctrl+B) and set **preset** of **Let the new pictures look at it** to *identity*."
 )
 ONE_PLACE = (
     "\n- Set **width**, **height**, **cfg** and **steps** once, as the table says: they go to every node inside."
@@ -66,7 +66,7 @@ KIN = (
     "*FLUX.2 dev*: as Klein, with flux2_dev_fp8mixed.safetensors and mistral_3_small_flux2_bf16.safetensors, cfg 1, and Flux Guidance 4 "
     "behind both prompts, the photo's too.",
     "*Qwen-Image with a Lightning LoRA*: 8 steps, cfg 1; the LoRA stands before the shift, and DDIM Invert with *forward noise* "
-    "before Ref-UNet Feature Capture, as in *Personalize with Z-Image*.",
+    "before Ref-UNet Feature Capture, as in *personalize_z_image*.",
     "*Z-Image base*: as Turbo, with z_image_bf16.safetensors, 30 to 50 steps, cfg 3 to 5, an empty negative, the photo by *fireflow*.",
     "*Chroma*: as Qwen-Image, with Chroma1-HD.safetensors, Load CLIP of type *chroma* with t5xxl_fp16.safetensors, ae.safetensors, "
     "without the shift, 26 to 40 steps, cfg 4, 1024 x 1024, blocks *single*; all lines with the same number of tokens.",
@@ -203,7 +203,7 @@ NOTES = {
     ),
     "story_freeu": Note(
         "A story with FreeU",
-        f"*One subject in several pictures*, sampled as the ConsiStory paper does. {SAMPLED}: skip connections count less and the "
+        f"*story*, sampled as the ConsiStory paper does. {SAMPLED}: skip connections count less and the "
         "features of deeper layers count more. The numbers are for SDXL; on the miniature **b1** and **s1** have no effect. "
         "Bypass **What the paper samples with** (Ctrl+B) to see what it does.",
         YOURS
@@ -304,7 +304,7 @@ NOTES = {
 if offered():
     NOTES[NAME] = Note(
         "Personalize with the flow miniature",
-        "The same as *Personalize from one photo* on a small transformer in FLUX's layout: text and picture share one attention, so the "
+        "The same as *personalize* on a small transformer in FLUX's layout: text and picture share one attention, so the "
         "prompt keeps its share (**text_share**). There is no concept encoder for it yet.",
         YOURS
         + PHOTO
