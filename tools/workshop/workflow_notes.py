@@ -24,6 +24,10 @@ PHOTO = (
     "line of **New pictures, one per line**. **What the photo shows** makes a sentence from its **style** and that word."
 )
 STEPS = "\n- Keep **steps** and **scheduler** the same in **Read the subject** and in the samplers."
+ONCE = (
+    "\n- **Steps of all**, **Seed of all** and **cfg of all** go to every sampler. Keep **scheduler** the same in **Read the subject** "
+    "and in the four samplers; three of them are closed: click the dot or arrow before the title to open one."
+)
 ENCODER = (
     "\n- Choose an encoder of that family in **Concept encoder** and wire Load CLIP Vision into it, as the table says, or bypass "
     "**{reader}** (Ctrl+B) and set **preset** of **Let the new pictures look at it** to *identity*."
@@ -101,8 +105,8 @@ class Note:
     yours: str  # what to change for a real checkpoint
 
 
-def _personal(*more: str, paint: str = PAINT) -> str:
-    return YOURS + PHOTO + paint + SIZES + STEPS + "".join(more) + MEMORY
+def _personal(*more: str, paint: str = PAINT, steps: str = STEPS) -> str:
+    return YOURS + PHOTO + paint + SIZES + steps + "".join(more) + MEMORY
 
 
 def _family(title: str, text: str, *more: str) -> Note:
@@ -162,6 +166,7 @@ NOTES = {
             "\n- Choose an encoder of that family in **Concept encoder**, as the table says.",
             SCORES,
             paint="",
+            steps=ONCE,
         ),
     ),
     "personalize_hires": Note(

@@ -72,6 +72,8 @@ PLAIN = (  # no fields, or none that is ever set
     "BasicGuider",
 )
 WIRED = ("What the photo shows", "What the photos show")  # titles of nodes whose word comes by wire
+# what is closed so that the rest can be read: samplers that are set elsewhere, a figure shown elsewhere
+FOLDED = {"ablation": (15, 18, 19, 20, 24)}
 # in pixels, and how many letters stand in a line
 NOTE_WIDTH, WIDE_NOTE = (320, 46), (760, 112)
 Node = dict[str, Any]
@@ -174,14 +176,15 @@ def note(key: int, title: str, text: str, form: tuple[int, int]) -> Node:
     }
 
 
-def sized(drawn: Mapping[str, Any]) -> dict[int, Node]:
-    """The nodes of a graph by id, in their sizes and colours."""
+def sized(drawn: Mapping[str, Any], folded: Sequence[int] = ()) -> dict[int, Node]:
+    """The nodes of a graph by id, in their sizes and colours, these and plain ones closed."""
     nodes = {int(node["id"]): node for node in drawn["nodes"]}
-    for node in nodes.values():
+    for key, node in nodes.items():
         width, height = node["size"]
         node["size"] = list(SIZES.get(node["type"], (max(round(width), 260), round(height))))
         node |= OURS if node["type"].startswith("Kindred") else {}
-        node |= CLOSED if node["type"] in PLAIN or node.get("title") in WIRED else {}
+        closed = node["type"] in PLAIN or node.get("title") in WIRED or key in folded
+        node |= CLOSED if closed else {}
     return nodes
 
 
@@ -190,7 +193,7 @@ def arrange(name: str, graph: Mapping[str, Node], drawn: Mapping[str, Any]) -> d
     the notes.
     """
     page = json.loads(json.dumps(drawn))
-    nodes, blueprint = sized(page), BLUEPRINTS.get(name)
+    nodes, blueprint = sized(page, FOLDED.get(name, ())), BLUEPRINTS.get(name)
     own_notes = {node["id"]: node for node in notes(name, max(map(number, graph)) + 1)}
     nodes |= own_notes
     groups = groups_of(graph, blueprint)
