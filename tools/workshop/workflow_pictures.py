@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
 
 from blueprints import number
@@ -24,7 +23,7 @@ THUMBNAIL, HELP_WIDTH, GAP = 480, 640, 8
 IMAGES = ROOT / "web" / "docs" / "images"
 # node id -> (a workflow, the node in it to draw, nodes whose pictures stand under it)
 HELP: dict[str, tuple[str, int, tuple[int, ...]]] = {
-    "KindredLoadPhoto": ("concept_only", 2, ()),
+    "KindredLoadPhoto": ("personalize", 2, ()),
     "KindredSubjectPrompts": ("personalize", 8, (13,)),
     "KindredDDIMInvert": ("invert_and_inspect", 6, (10,)),
     "KindredRefUNetCapture": ("invert_and_inspect", 11, (12,)),
@@ -156,13 +155,10 @@ def help_picture(node: Image.Image | None, pictures: Sequence[Image.Image]) -> I
 
 
 def halves(name: str) -> tuple[Box, Box]:
-    """A workflow's groups in two rows of about one width."""
-    groups = canvas_form(name)["groups"]
-    boxes = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in groups)]
-    middle = boxes[-1][2] / 2
-    cut = min(range(1, len(boxes)), key=lambda i: abs(boxes[i][0] - middle))
-    first, second = (list(accumulate(part, around))[-1] for part in (boxes[:cut], boxes[cut:]))
-    return first, second
+    """What a photo is read with, and what draws new pictures of it: the second group, and the two behind it."""
+    groups = [group["bounding"] for group in canvas_form(name)["groups"]]
+    _, subject, looking, pictures, *_ = ((x, y, x + w, y + h) for x, y, w, h in groups)
+    return subject, around(looking, pictures)
 
 
 def around(one: Box, other: Box) -> Box:
