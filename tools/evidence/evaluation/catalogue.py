@@ -30,6 +30,15 @@ TABLE_1 = {
     "Kindred cross": TABLE_2["cross"],
     "Kindred both": TABLE_2["full"],
 }
+# the same for stories
+TABLE_STORY = {
+    "plain": PLAIN_STORY,
+    "one seed": "rival=one seed",
+    "description": "rival=description",
+    "LoRA of the first": "rival=lora, train_steps=200, train_rate=0.0005",
+    "StyleAligned": "rival=style aligned",
+    "Kindred": "",
+}
 W_S, W_C, DROPOUTS = (0.25, 0.5, 1, 2, 4), (0.25, 0.5, 1, 2, 4), (0, 0.15, 0.5, 0.7)
 
 
@@ -213,6 +222,14 @@ TABLES = {
             rows_of(PHOTO, TABLE_1),
             12,
             needs=ENCODER,
+        ),
+        Table(
+            "table_story",
+            "Stories: what people would use instead",
+            STORY,
+            rows_of(STORY, TABLE_STORY),
+            40,
+            needs=STORY_NODES,
         ),
         Table(
             "table_2",

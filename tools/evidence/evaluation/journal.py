@@ -29,6 +29,7 @@ DECIDES = (
             "rivals",
             "rival_training",
             "story",
+            "story_rivals",
             "own",
             "real",
             "judges",

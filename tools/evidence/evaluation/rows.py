@@ -66,6 +66,7 @@ RIVALS = (  # what is measured instead of the nodes of the pack
     "lora",
     "lora with prior",
 )
+STORY_RIVALS = ("none", "one seed", "description", "lora", "style aligned")
 OWN = {  # what no node has: how a row is made
     "personalize": {
         "self": ("on", "off"),
@@ -84,6 +85,9 @@ OWN = {  # what no node has: how a row is made
         "mask": ("word", "none"),
         "freeu": ("no", "yes"),
         "cfg": float,
+        "rival": STORY_RIVALS,
+        "train_steps": int,
+        "train_rate": float,
     },
 }
 INPUTS = {"personalize": CAPTURE | INJECT | CONCEPT, "story": STORY}

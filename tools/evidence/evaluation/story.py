@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from . import story_rivals
 from .personalize import APART, one_whole
+from .rivals import Concept, Draw
 from .rows import STORY, Row
 
 if TYPE_CHECKING:
@@ -43,12 +45,22 @@ class Story:
 
     def measure(self, row: Row, number: int, seed: int) -> tuple[dict[str, Any], Any]:
         """Values of the set, per picture where they are of pictures, and its pictures [b y x 3]."""
-        sets, studio, start = self.sets(number), self.studio, time.monotonic()
-        model, lines, count = (
-            studio.model,
-            studio.prompts(sets.prompts, sets.word),
-            len(sets.prompts),
-        )
+        sets, start, noise = self.sets(number), time.monotonic(), number + APART * seed
+        if row.get("rival", "none") != "none":
+            concept = story_rivals.concept(self.studio, row, sets, noise)
+        else:
+            concept = Concept(self.shared(row, sets, number), {})
+        taught = concept.figures.get("seconds_concept", 0.0)
+        with self.studio.counted() as calls:
+            images = concept.draw(sets.prompts, noise, row.get("cfg", None))
+        seconds = (time.monotonic() - start - taught) / len(sets.prompts)
+        known = {"seconds": seconds, "unet_calls": len(calls)}
+        return dict(concept.figures) | sets.judge(images) | known, images
+
+    def shared(self, row: Row, sets: StorySet, number: int) -> Draw:
+        """How the set is drawn behind ConsiStory Shared Attention, or plain."""
+        studio, count = self.studio, len(sets.prompts)
+        model, positive = studio.model, studio.prompts(sets.prompts, sets.word)
         if row.get("freeu", "no") == "yes":
             model = studio.freeu(model, **FREEU)
         if row.get("node", "on") == "on":
@@ -60,10 +72,11 @@ class Story:
             model = studio.run(
                 "KindredConsiStory", model=model, **{"seed": number} | row.of(STORY) | masks
             )[0]
-        with studio.counted() as calls:
-            images = studio.sample(model, lines, count, number + APART * seed, row.get("cfg", None))
-        seconds = (time.monotonic() - start) / count
-        return sets.judge(images) | {"seconds": seconds, "unet_calls": len(calls)}, images
+
+        def draw(lines: Sequence[str], seed: int, cfg: float | None) -> Any:
+            return studio.sample(model, positive, len(lines), seed, cfg)
+
+        return draw
 
 
 # the miniature's sets --------------------------------------------------------------------------------------------------------

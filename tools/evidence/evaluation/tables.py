@@ -78,7 +78,7 @@ MINIATURE = {
 }
 
 
-# of table_1, beside what every table of single photos has: what a method costs, and what it copies
+# of the rivals' tables, beside what every table has: what a method costs, and what it copies
 COSTS = (
     Column("copied", "copied pixels", "copied"),
     Column("diversity", "diversity", "diversity", 3),
@@ -89,6 +89,9 @@ COSTS = (
 )
 MINIATURE["table_1"] = replace(
     MINIATURE["personalize"], columns=(*MINIATURE["personalize"].columns, *COSTS)
+)
+MINIATURE["table_story"] = replace(
+    MINIATURE["story"], columns=(*MINIATURE["story"].columns, *COSTS[2:])
 )
 # of the presets: how much of the photo is copied, and the errors of the parts
 for _name in ("settings_presets", "presets"):
