@@ -84,15 +84,15 @@ SIZES = {
 }
 
 
-def config_of(family: str) -> Any:
-    """The host's configuration of it, which makes the model."""
+def config_of(family: str, arguments: dict[str, Any] | None = None) -> Any:
+    """The host's configuration of it, which makes the model; arguments: other ones than its own."""
     import comfy.ops
     import comfy.supported_models
 
     size = SIZES[family]
     parent = getattr(comfy.supported_models, size.config)
     kind = type(parent.__name__, (parent,), {"unet_extra_config": {}})
-    config = kind(dict(size.arguments))
+    config = kind(dict(arguments or size.arguments))
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = comfy.ops.manual_cast
     return config
