@@ -11,6 +11,7 @@ nothing twice. The miniature's numbers depend on neither the machine's cores nor
 Self-Attn Inject, concept.INPUT for Cross-Attn Detail Inject (on where one is given), self=off, mask=true or none (the renderer's own
 mask, no mask), photo=another (the control: another identity's photo), inverted=yes (DDIM Invert first, with its method), cfg. For
 story: inputs of ConsiStory Shared Attention, node=off, mask=none, cfg, freeu=yes (ComfyUI's FreeU before it, with the paper's numbers).
+rival=NAME is what people would use instead, as the rows of table_1 and table_story have it.
 """
 
 from __future__ import annotations
