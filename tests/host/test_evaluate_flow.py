@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import miniature_host
@@ -53,6 +54,20 @@ def test_every_column_is_measured_and_every_row_is_felt(ground, tmp_path):
     assert ground(Job("personalize", rows[0], 3, 0)) | {"seconds": 0} == found["plain"] | {
         "seconds": 0
     }
+
+
+def test_a_story_and_what_is_left_out_of_it_are_measured(started, tmp_path):
+    """In six steps: in fewer none lies between the bounds of feature injection."""
+    ground, strips = Miniature(replace(SETTING, steps=6)), set()
+    columns = {column.key for column in MINIATURE["story"].columns}
+    rows = {row.name: row for row in fitted(TABLES["ablation"], FLOW).rows}
+    for name in ("plain", "story", "no_injection"):
+        path = tmp_path / f"{name}.png"
+        values = ground(Job("story", rows[name], 3, 0, path))
+        assert columns <= values.keys() and len(values["whole"]) == 4, name
+        strips.add(Image.open(path).tobytes())
+    assert len(strips) == 3
+    assert ground(Job("story", BOUNDS, 3, 0))["ceiling"] > 0.6
 
 
 def test_floor_and_ceiling_pass_its_own_autoencoder(ground):

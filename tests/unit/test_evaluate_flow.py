@@ -34,14 +34,16 @@ def asked(tmp_path, *words):
 def test_the_unet_miniature_is_measured_as_it_was(tmp_path):
     assert asked(tmp_path).miniature == UNET
     assert all(fitted(table, UNET) == table for table in TABLES.values())
-    assert [table.name for table in TABLES.values() if lacks(table, UNET)] == ["settings_flow"]
+    assert [table.name for table in TABLES.values() if lacks(table, UNET)] == [
+        "settings_flow",
+        "settings_story_flow",
+    ]
 
 
 def test_what_the_flow_miniature_lacks_is_said_before_the_work(tmp_path, capsys):
     tables = chosen(asked(tmp_path, "--miniature", "flow"))
     said = capsys.readouterr().err
-    assert [table.name for table in tables] == ["table_2", "figure_6"] and "ablation" in DEFAULT
-    assert "ablation needs stories, which the flow miniature does not have: left out." in said
+    assert [table.name for table in tables] == [*DEFAULT]
     assert "table_2 is without cross, full: the flow miniature does not have a concept enc" in said
     assert [row.name for row in tables[0].rows] == ["plain", "self", "shuffled"]
     assert [row.name for row in tables[1].rows][-1] == "W_S 4, no mask"
@@ -59,13 +61,14 @@ def test_every_table_of_the_flow_miniature_begins_plain_and_sets_no_concept():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--table", "ablation"], "ablation needs stories, .*--miniature unet"),
+        (["--table", "table_story"], "table_story needs a UNet, .*--miniature unet"),
+        (["--table", "freeu"], "freeu needs a UNet, .*--miniature unet"),
         (["--table", "settings_full"], "settings_full needs a concept encoder"),
-        (["--task", "story"], "the flow miniature does not have stories"),
         (
-            ["--task", "story", "--variant", "a: weight=2"],
-            "the flow miniature does not have stories",
+            ["--task", "story", "--variant", "a: freeu=yes"],
+            "row 'a' sets freeu, which needs a UNet.*--miniature unet",
         ),
+        (["--task", "story", "--variant", "a: rival=one seed"], "row 'a' sets rival"),
         (
             ["--task", "personalize", "--variant", "a: concept.strength=1"],
             "row 'a' sets concept.strength, but the flow miniature",

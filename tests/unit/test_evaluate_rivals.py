@@ -38,7 +38,7 @@ def test_every_rival_has_a_row_and_kindred_is_as_table_2_has_it():
 def test_a_rival_is_refused_where_it_is_not_measured():
     row = Row.parse("personalize", "mine: rival=lora, train_steps=3, train_rate=0.001")
     with pytest.raises(SystemExit, match="row 'mine' sets rival.*--miniature unet"):
-        refuse([row], "personalize", FLOW)
+        refuse([row], FLOW)
     with pytest.raises(SystemExit, match="row 'mine' sets rival.*Leave out --checkpoint"):
         refuse_real([row], SimpleNamespace(concept_encoder=None))
     with pytest.raises(SystemExit, match="table_1 needs a concept encoder.*--miniature unet"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .miniatures import ENCODER, JOINT, STORIES as STORY_NODES
+from .miniatures import A_UNET, ENCODER, JOINT
 from .rows import PRESETS, rows_of
 from .tables import Table
 
@@ -202,6 +202,17 @@ STORIES = {
     "injection 1": "feature_injection=1",
     "official order": "order=official",
 }
+# what is open where text and picture share one softmax
+FLOW_STORIES = {
+    "plain": PLAIN_STORY,
+    "as it comes": "",
+    "sharing alone": "feature_injection=0, query_blend=0",
+    "alone, no dropout": "feature_injection=0, query_blend=0, dropout=0",
+    "alone, both halves": "feature_injection=0, query_blend=0, halves=both",
+    "alone, text_share plain": "feature_injection=0, query_blend=0, text_share=plain",
+    "alone, all blocks": "feature_injection=0, query_blend=0, blocks=all",
+    "without feature injection": "feature_injection=0",
+}
 # what paper B samples with, on the sets of the papers' tables
 SAMPLED = {
     "plain": PLAIN_STORY,
@@ -229,7 +240,7 @@ TABLES = {
             STORY,
             rows_of(STORY, TABLE_STORY),
             40,
-            needs=STORY_NODES,
+            needs=A_UNET,
         ),
         Table(
             "table_2",
@@ -252,7 +263,6 @@ TABLES = {
             STORY,
             rows_of(STORY, ABLATION),
             5,
-            needs=STORY_NODES,
         ),
         Table(
             "pareto",
@@ -260,7 +270,6 @@ TABLES = {
             STORY,
             rows_of(STORY, PARETO),
             5,
-            needs=STORY_NODES,
             axis="dropout",
         ),
         Table(
@@ -269,7 +278,7 @@ TABLES = {
             STORY,
             rows_of(STORY, SAMPLED),
             20,
-            needs=STORY_NODES,
+            needs=A_UNET,
         ),
         Table(
             "settings_self",
@@ -321,7 +330,15 @@ TABLES = {
             rows_of(STORY, STORIES),
             5,
             CHOSEN_ON,
-            STORY_NODES,
+        ),
+        Table(
+            "settings_story_flow",
+            "Settings of ConsiStory Shared Attention on a transformer",
+            STORY,
+            rows_of(STORY, FLOW_STORIES),
+            8,
+            CHOSEN_ON,
+            JOINT,
         ),
         Table(
             "dials",
@@ -339,8 +356,7 @@ TABLES = {
             rows_of(STORY, STORY_DIAL),
             5,
             CHOSEN_ON,
-            STORY_NODES,
-            "strength",
+            axis="strength",
         ),
     )
 }

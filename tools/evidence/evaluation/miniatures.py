@@ -9,8 +9,8 @@ from .rows import CONCEPT, Row
 from .tables import Table
 
 UNET, FLOW = "unet", "flow"
-ENCODER, STORIES, JOINT = "a concept encoder", "stories", "joint attention"
-HAS = {UNET: {ENCODER, STORIES}, FLOW: {JOINT}}
+ENCODER, A_UNET, JOINT = "a concept encoder", "a UNet", "joint attention"
+HAS = {UNET: {ENCODER, A_UNET}, FLOW: {JOINT}}
 REMEDY = "Take --miniature {}, or other tables."
 
 
@@ -80,11 +80,14 @@ def needs(tables: Sequence[Table]) -> Iterator[str]:
     yield from dict.fromkeys(table.needs for table in tables if table.needs)
 
 
-def refuse(rows: Sequence[Row], task: str, miniature: str) -> None:
-    """SystemExit for rows of one's own, or a task, that this miniature has not what they need for."""
-    if task == "story" and STORIES not in HAS[miniature]:
+def refuse(rows: Sequence[Row], miniature: str) -> None:
+    """SystemExit for rows of one's own that this miniature has not what they need for."""
+    if A_UNET not in HAS[miniature] and (
+        wrong := [r for r in rows if r.get("freeu", "no") != "no"]
+    ):
         raise SystemExit(
-            f"evaluate: the {miniature} miniature does not have {STORIES}. {REMEDY.format(other(miniature))}"
+            f"evaluate: row {wrong[0].name!r} sets freeu, which needs {A_UNET}, and the {miniature} "
+            f"miniature is none. Take --miniature {other(miniature)}."
         )
     if miniature == FLOW and (wrong := [row for row in rows if row.get("rival", "none") != "none"]):
         raise SystemExit(

@@ -255,6 +255,6 @@ def own_table(args: argparse.Namespace) -> Table:
         count = real.tables(args.files, args.task)[0].count
         real.refuse(rows, args.files)
     else:
-        refuse(rows, args.task, args.miniature)
+        refuse(rows, args.miniature)
         count = 12 if args.task == "personalize" else 6
     return Table("own", "Rows of your own", args.task, rows, count)

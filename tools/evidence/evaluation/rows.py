@@ -57,6 +57,7 @@ STORY: dict[str, Kind] = {
     "halves": HALVES[:2],
     "order": ("fast", "official"),
     "align_keys": bool,
+    "text_share": ("kept", "plain"),
 }
 RIVALS = (  # what is measured instead of the nodes of the pack
     "none",
